@@ -1,0 +1,146 @@
+"""Trains a byte-level BPE tokenizer on JSONL documents, and reads such documents."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BOS_TOKEN = "<s>"
+EOS_TOKEN = "</s>"
+
+_SPECIAL_TOKENS = [BOS_TOKEN, EOS_TOKEN]
+# Byte-level BPE starts from all 256 bytes, so that it can spell any text.
+_MIN_VOCAB_SIZE = 256 + len(_SPECIAL_TOKENS)
+
+
+def train_tokenizer(files: Sequence[Path], out: Path, vocab_size: int = 4096) -> int:
+    """Trains a byte-level BPE on the files' "text" and saves it as a Hugging Face directory.
+
+    The tokenizer loads with `transformers.AutoTokenizer.from_pretrained(out)`, adds no token of
+    its own and gives every text back unchanged. The same files give the same tokenizer.
+
+    Args:
+        files: JSONL files, each line an object with a string under "text".
+        out: Directory to write; an older tokenizer there is replaced.
+        vocab_size: Vocabulary size in tokens, `<s>` (id 0) and `</s>` (id 1) included.
+
+    Returns:
+        The vocabulary size in tokens.
+
+    Raises:
+        UpcyclingError: If the vocabulary is smaller than the 256 bytes and two special tokens, the
+            corpus too small for it, a file missing, a line malformed (names file and line), or
+            `out` holds something that is not a tokenizer.
+    """
+    if vocab_size < _MIN_VOCAB_SIZE:
+        raise UpcyclingError(
+            f"vocab_size is {vocab_size}, but a byte-level BPE needs at least {_MIN_VOCAB_SIZE} "
+            f"(256 bytes and {len(_SPECIAL_TOKENS)} special tokens)"
+        )
+    _check_replaceable(out)
+    tokenizer = _train_bpe(files, vocab_size)
+    reached: int = tokenizer.get_vocab_size()
+    if reached < vocab_size:
+        names = ", ".join(str(file) for file in files)
+        raise UpcyclingError(
+            f"the corpus is too small: {names} gave {reached} tokens, vocab_size is {vocab_size}; "
+            "give more text or a smaller vocab_size"
+        )
+    _save(tokenizer, out)
+    return reached
+
+
+def read_documents(jsonl: Path) -> Iterator[tuple[str, int]]:
+    """Yields (text, end of its line in bytes from the file's start) of every document.
+
+    Blank lines are passed over.
+
+    Args:
+        jsonl: UTF-8 file, each line an object with a string under "text".
+
+    Raises:
+        UpcyclingError: If there is no such file, or a line is not such an object (the message
+            names file and line number).
+    """
+    if not jsonl.is_file():
+        raise UpcyclingError(f"no file {jsonl}; expected a JSONL file of documents")
+    end = 0
+    with jsonl.open("rb") as file:  # binary, for byte positions and `\n` as the only line end
+        for number, line in enumerate(file, start=1):
+            end += len(line)
+            if line.strip():
+                yield _parse_document(line, f"{jsonl}:{number}"), end
+
+
+def _parse_document(line: bytes, where: str) -> str:
+    """Returns the text of one JSONL line; errors begin with `where`."""
+    try:
+        document = json.loads(line.decode("utf-8"))
+    except ValueError as error:  # bad JSON or bad UTF-8
+        raise UpcyclingError(f"{where}: not a line of JSON in UTF-8: {error}") from error
+    text = document.get("text") if isinstance(document, dict) else None
+    if not isinstance(text, str):
+        raise UpcyclingError(f'{where}: expected a JSON object with a string under "text"')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # a lone \ud800 escape, which tokenizers refuse
+        raise UpcyclingError(f'{where}: "text" is not valid Unicode: {error}') from error
+    return text
+
+
+def _train_bpe(files: Sequence[Path], vocab_size: int) -> Tokenizer:
+    """Trains the byte-level BPE in memory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=_SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (text for file in files for text, _ in read_documents(file))
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _save(tokenizer: Tokenizer, out: Path) -> None:
+    """Writes the Hugging Face directory; it appears whole or not at all."""
+    import transformers
+
+    tokenizer_class: Any = transformers.PreTrainedTokenizerFast  # has no type annotations
+    fast = tokenizer_class(
+        tokenizer_object=tokenizer,
+        bos_token=BOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        clean_up_tokenization_spaces=False,  # would eat the space in "a , b"
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+        new = Path(temporary, "new")
+        fast.save_pretrained(str(new))
+        if out.exists():  # a directory with files in it cannot be renamed over
+            os.replace(out, Path(temporary, "old"))
+        os.replace(new, out)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuses to replace anything but an empty directory or an older tokenizer."""
+    if not out.exists() or (out / "tokenizer.json").is_file():
+        return
+    if not out.is_dir() or any(out.iterdir()):
+        raise UpcyclingError(
+            f"{out} is there and is not a tokenizer directory; it is left alone: choose another "
+            "directory or remove it"
+        )

@@ -1,0 +1,32 @@
+"""Random values that do not depend on the parallel mapping.
+
+Philox is counter-based (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
+every (seed, stream, layer, expert, row) has a counter range of its own, so any rank can draw any
+row without drawing the others, and two ranks that draw the same row draw the same values.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+ROUTER = 1
+"""Streams keep the draws of different purposes apart."""
+
+
+def normal_row(
+    seed: int, stream: int, layer: int, expert: int, row: int, size: int
+) -> npt.NDArray[np.float64]:
+    """Draw one row of standard normal values.
+
+    Args:
+        seed: Seed of the whole model.
+        stream: Purpose of the draw, such as `ROUTER`.
+        layer: Global layer, from 0.
+        expert: Global expert, from 0.
+        row: Row of the expert (its neuron), from 0.
+        size: Values to draw.
+
+    Returns:
+        `size` values.
+    """
+    bits = np.random.Philox(key=[seed, stream], counter=[0, row, expert, layer])
+    return np.random.Generator(bits).standard_normal(size)

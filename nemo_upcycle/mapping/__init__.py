@@ -1,0 +1,27 @@
+"""Hugging Face names and layouts against Megatron's, declared once a family."""
+
+from typing import Any
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.mapping.family import Architecture, Family
+from nemo_upcycle.mapping.llama import LLAMA
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA,)}
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """Return the family of a Hugging Face config.
+
+    Raises:
+        UpcyclingError: The family is not one that can be upcycled.
+    """
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise UpcyclingError(
+            f"config.json says model_type={model_type!r}; "
+            f"families that can be upcycled: {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[model_type]
+
+
+__all__ = ["FAMILIES", "Architecture", "Family", "family_of"]

@@ -1,0 +1,279 @@
+"""The plan: which block of which dense tensor fills which shard of the MoE, as pure data.
+
+A plan is made for one rank from the shards it owns and the dense checkpoint's headers. Nothing is
+read for it, and it needs neither process groups nor torch. Sharding never shows in it: a shard is
+a rectangle of rows and columns of a parameter, however it came about.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from nemo_upcycle.checkpoint import TensorInfo
+from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.mapping import Architecture, Family
+
+Span = tuple[int, int]
+"""Start and stop."""
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank owns of one parameter.
+
+    Attributes:
+        name: Megatron's name with the global layer and expert filled in, such as
+            `decoder.layers.3.mlp.experts.7.linear_fc1.weight`.
+        global_shape: Rows (and columns) of the whole parameter.
+        offset: Where the shard starts in it.
+        shape: Rows (and columns) of the shard.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> Span:
+        """Its rows in the whole parameter."""
+        return self.offset[0], self.offset[0] + self.shape[0]
+
+    @property
+    def columns(self) -> Span | None:
+        """Its columns in the whole parameter, None for a vector."""
+        return (self.offset[1], self.offset[1] + self.shape[1]) if len(self.shape) > 1 else None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows (and columns) of a dense tensor."""
+
+    tensor: str
+    rows: Span
+    columns: Span | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Rows of a shard, counted from the shard's start; `shard` is its place in the rank's list."""
+
+    shard: int
+    rows: Span
+
+
+@dataclass(frozen=True)
+class RouterTarget:
+    """A shard of a router: one row an expert."""
+
+    shard: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one rank fills its shards.
+
+    Attributes:
+        copies: Blocks to read, each once, with all the places it goes to.
+        routers: Router shards to draw.
+        zeros: Rows that stand for nothing in the dense model (vocabulary padding, router bias).
+        bytes_to_read: Size of all blocks in the checkpoint's dtypes.
+        tensors: Names of the dense tensors that are read.
+    """
+
+    copies: Mapping[Block, tuple[Target, ...]]
+    routers: tuple[RouterTarget, ...]
+    zeros: tuple[Target, ...]
+    bytes_to_read: int
+    tensors: frozenset[str]
+
+
+def check_tensors(
+    tensors: Mapping[str, TensorInfo], family: Family, arch: Architecture, where: str
+) -> None:
+    """Check a dense checkpoint's tensors against its config.
+
+    Raises:
+        UpcyclingError: A tensor is missing, left over, of the wrong shape or dtype.
+    """
+    expected = family.shapes(arch)
+    missing = [name for name in expected if name not in tensors]
+    extra = [
+        name for name in tensors if name not in expected and not name.endswith(family.ignored)
+    ]
+    shapes = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    dtypes = [
+        f"{name} is {tensors[name].dtype}"
+        for name in expected
+        if name in tensors and tensors[name].dtype not in DTYPE_BYTES
+    ]
+    problems = [
+        f"{len(found)} {what}: {listing(found)}"
+        for what, found in (
+            ("missing", missing),
+            ("not known", extra),
+            ("of the wrong shape", shapes),
+            (f"of a dtype other than {', '.join(DTYPE_BYTES)}", dtypes),
+        )
+        if found
+    ]
+    if problems:
+        raise UpcyclingError(
+            f"The tensors of {where} do not fit its config.json ({family.model_type}, "
+            f"{arch.num_layers} layers): {'; '.join(problems)}. "
+            "Use a complete checkpoint with its own config.json."
+        )
+
+
+@dataclass
+class _Builder:
+    tensors: Mapping[str, TensorInfo]
+    family: Family
+    arch: Architecture
+    upcycling: UpcyclingConfig
+    copies: dict[Block, list[Target]] = field(default_factory=dict)
+    routers: list[RouterTarget] = field(default_factory=list)
+    zeros: list[Target] = field(default_factory=list)
+
+    def add(self, index: int, shard: Shard) -> None:
+        layer_match = _LAYER.match(shard.name)
+        layer = int(layer_match[1]) if layer_match else None
+        if shard.name.endswith(".mlp.router.weight") and layer is not None:
+            self._check_router(shard)
+            self.routers.append(RouterTarget(index, layer))
+        elif shard.name.endswith(".mlp.router.expert_bias"):
+            self.zeros.append(Target(index, (0, shard.shape[0])))
+        else:
+            self._add_copies(index, shard, layer)
+
+    def _check_router(self, shard: Shard) -> None:
+        expected = (self.upcycling.num_moe_experts, self.arch.hidden_size)
+        if shard.global_shape != expected:
+            raise UpcyclingError(
+                f"{shard.name} is {list(shard.global_shape)}; expected {list(expected)} "
+                "(num_moe_experts, hidden_size of the dense checkpoint)."
+            )
+
+    def _add_copies(self, index: int, shard: Shard, layer: int | None) -> None:
+        segments = self._segments(shard, layer)
+        total = sum(stop - start for _, start, stop in segments)
+        padded = shard.name in _VOCABULARY and shard.global_shape[0] > total
+        if shard.global_shape[0] != total and not padded:
+            raise self._mismatch(shard, "rows", shard.global_shape[0], total)
+        for block, rows in _cut(shard, segments):
+            self._check_columns(shard, block.tensor)
+            self.copies.setdefault(block, []).append(Target(index, rows))
+        padding = max(shard.rows[0], total), shard.rows[1]
+        if padding[0] < padding[1]:
+            start, stop = (row - shard.rows[0] for row in padding)
+            self.zeros.append(Target(index, (start, stop)))
+
+    def _segments(self, shard: Shard, layer: int | None) -> list[tuple[str, int, int]]:
+        operation = self.family.parameters.get(dense_name(shard.name))
+        if operation is None:
+            raise UpcyclingError(
+                f"The model has {shard.name} {list(shard.global_shape)}, which a "
+                f"{self.family.model_type} checkpoint has nothing for. "
+                "Take it out of the model's config."
+            )
+        segments = []
+        for rows in operation.rows(self.arch):
+            tensor = rows.tensor.format(layer=layer)
+            if tensor not in self.tensors:
+                raise UpcyclingError(
+                    f"The model has {shard.name}, but the dense checkpoint has no {tensor} "
+                    f"(it has {self.arch.num_layers} layers and "
+                    f"{'tied' if self.arch.share_embeddings_and_output_weights else 'untied'} "
+                    "embeddings). Make the model's config from the checkpoint's config.json."
+                )
+            stop = self.tensors[tensor].shape[0] if rows.stop is None else rows.stop
+            segments.append((tensor, rows.start, stop))
+        return segments
+
+    def _check_columns(self, shard: Shard, tensor: str) -> None:
+        expected = self.tensors[tensor].shape[1:]
+        if shard.global_shape[1:] != expected:
+            raise self._mismatch(shard, "columns", shard.global_shape[1:], expected)
+
+    def _mismatch(self, shard: Shard, axis: str, found: object, expected: object) -> UpcyclingError:
+        return UpcyclingError(
+            f"The model's {shard.name} has {found} {axis}, the dense checkpoint gives {expected}. "
+            "Make the model's config from the checkpoint's config.json."
+        )
+
+
+def make_plan(
+    shards: Iterable[Shard],
+    tensors: Mapping[str, TensorInfo],
+    family: Family,
+    arch: Architecture,
+    upcycling: UpcyclingConfig,
+) -> Plan:
+    """Say for each shard which blocks of which dense tensors fill it.
+
+    Args:
+        shards: What the rank owns.
+        tensors: The dense checkpoint's tensors.
+        family: Its family.
+        arch: Its numbers.
+        upcycling: What its feed-forward layers become.
+
+    Returns:
+        The plan, covering every element of every shard exactly once.
+
+    Raises:
+        UpcyclingError: A shard has no source or does not fit it.
+    """
+    builder = _Builder(tensors, family, arch, upcycling)
+    for index, shard in enumerate(shards):
+        builder.add(index, shard)
+    return Plan(
+        copies={block: tuple(targets) for block, targets in builder.copies.items()},
+        routers=tuple(builder.routers),
+        zeros=tuple(builder.zeros),
+        bytes_to_read=sum(block_bytes(block, tensors) for block in builder.copies),
+        tensors=frozenset(block.tensor for block in builder.copies),
+    )
+
+
+def dense_name(name: str) -> str:
+    """Return the dense parameter that a parameter of the MoE comes from, `{layer}` left open.
+
+    Experts are copies of the layer's feed-forward network. Its norm is a parameter of its own
+    only where an MoE follows; in a dense layer it is fused into linear_fc1.
+    """
+    name = _LAYER.sub("decoder.layers.{layer}.", name)
+    name = _EXPERT.sub(".mlp.", name)
+    return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+
+
+def block_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
+    """Return the size of a block in the checkpoint's dtype."""
+    rows = block.rows[1] - block.rows[0]
+    columns = 1 if block.columns is None else block.columns[1] - block.columns[0]
+    return math.prod((rows, columns, DTYPE_BYTES[tensors[block.tensor].dtype]))
+
+
+def _cut(shard: Shard, segments: list[tuple[str, int, int]]) -> Iterator[tuple[Block, Span]]:
+    """Yield the parts of the segments that lie in the shard, with the shard's rows they fill."""
+    first, last = shard.rows
+    position = 0
+    for tensor, start, stop in segments:
+        low, high = max(first, position), min(last, position + stop - start)
+        if low < high:
+            source = (start + low - position, start + high - position)
+            yield Block(tensor, source, shard.columns), (low - first, high - first)
+        position += stop - start

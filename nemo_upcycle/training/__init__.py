@@ -1,0 +1,1 @@
+"""Reads what training runs leave behind: loss curves and their comparison."""

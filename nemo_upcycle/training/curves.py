@@ -1,0 +1,364 @@
+"""Reads loss curves from NeMo runs and compares the dense run with its upcycled MoE."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_upcycle.errors import UpcyclingError, listing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+TRAIN_LOSS = "reduced_train_loss"
+VAL_LOSS = "val_loss"
+
+_FINAL_FRACTION = 0.1
+_SMOOTHING_FRACTION = 0.05
+# Okabe and Ito's blue and vermillion, told apart with every colour vision.
+_DENSE_COLOR, _MOE_COLOR = "#0072B2", "#D55E00"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The losses of one run, in nats per token, by step (counted from 0).
+
+    Attributes:
+        name: What the run is called in tables and pictures.
+        steps: Optimizer steps with a training loss, increasing.
+        loss: Training loss at each of the steps, before the step's update.
+        val_steps: Steps with a validation loss, increasing; empty when there was no validation.
+        val_loss: Validation loss at each of the val_steps.
+    """
+
+    name: str
+    steps: tuple[int, ...]
+    loss: tuple[float, ...]
+    val_steps: tuple[int, ...] = ()
+    val_loss: tuple[float, ...] = ()
+
+    @property
+    def final_loss(self) -> float:
+        """Mean training loss of the last 10% of the logged steps, at least one."""
+        last = self.loss[-max(1, round(len(self.loss) * _FINAL_FRACTION)) :]
+        return math.fsum(last) / len(last)
+
+    @property
+    def final_val_loss(self) -> float | None:
+        """Last validation loss, None when there was no validation."""
+        return self.val_loss[-1] if self.val_loss else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A dense run and its upcycled MoE, trained on the same data in the same order.
+
+    Attributes:
+        dense: Curve of the dense run.
+        moe: Curve of the MoE run; its first step is that of the dense run.
+        tokens_per_step: Global batch size times sequence length, in tokens.
+        markdown: The table as a file.
+        picture: The curves as a PNG file.
+    """
+
+    dense: Curve
+    moe: Curve
+    tokens_per_step: int
+    markdown: Path
+    picture: Path
+
+    @property
+    def first_step_difference(self) -> float:
+        """Absolute difference of the losses at the first step, in nats per token.
+
+        TensorBoard keeps losses in single precision: of a loss near 4, no less than 2e-7 shows.
+        """
+        return abs(self.moe.loss[0] - self.dense.loss[0])
+
+
+def read_curve(run_dir: Path, metric: str = TRAIN_LOSS, *, name: str | None = None) -> Curve:
+    """Reads a run's training and validation losses from its TensorBoard event files.
+
+    All event files anywhere below the directory belong to the run. A resumed run has several:
+    where they hold the same step, the value written last counts.
+
+    Args:
+        run_dir: Directory of the run.
+        metric: Tag of the training loss.
+        name: Name of the curve; that of the directory when None.
+
+    Raises:
+        UpcyclingError: If there are no event files below the directory or none has the metric.
+    """
+    files = sorted(path for path in run_dir.rglob("*tfevents*") if path.is_file())
+    if not files:
+        raise UpcyclingError(
+            f"no TensorBoard event files (*tfevents*) below {run_dir}; give the log directory of "
+            "a run that has TensorBoard logging on"
+        )
+    tags = _read_scalars(files)
+    if metric not in tags:
+        raise UpcyclingError(
+            f"no {metric} in the event files below {run_dir}; they have: "
+            f"{listing(list(tags)) or 'no scalars at all'}"
+        )
+    steps, loss = _columns(tags[metric])
+    val_steps, val_loss = _columns(tags.get(VAL_LOSS, {}))
+    return Curve(run_dir.name if name is None else name, steps, loss, val_steps, val_loss)
+
+
+def compare_runs(
+    dense: Path,
+    moe: Path,
+    out: Path,
+    *,
+    tokens_per_step: int,
+    metric: str = TRAIN_LOSS,
+    names: tuple[str, str] = ("dense", "MoE"),
+    title: str = "Continued training: dense and upcycled MoE",
+) -> Comparison:
+    """Compares the runs and writes `comparison.md` and `comparison.png` to the directory.
+
+    Args:
+        dense: Directory of the dense run.
+        moe: Directory of the MoE run, on the same data in the same order.
+        out: Directory to write to; made when missing.
+        tokens_per_step: Global batch size times sequence length, in tokens.
+        metric: Tag of the training loss.
+        names: What the dense and the MoE run are called.
+        title: Title of the picture and the table.
+
+    Raises:
+        UpcyclingError: If matplotlib is missing, a run has no such curve, the runs do not begin
+            at the same step, or tokens_per_step is not positive.
+    """
+    _require_matplotlib()
+    if tokens_per_step < 1:
+        raise UpcyclingError(
+            f"tokens_per_step is {tokens_per_step}; expected the positive product of global batch "
+            "size and sequence length"
+        )
+    curves = read_curve(dense, metric, name=names[0]), read_curve(moe, metric, name=names[1])
+    _check_same_start(*curves, dense, moe)
+    markdown, picture = out / "comparison.md", out / "comparison.png"
+    comparison = Comparison(*curves, tokens_per_step, markdown, picture)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".comparison-") as temporary:
+        new = Path(temporary, "new.md"), Path(temporary, "new.png")
+        new[0].write_text(_markdown(comparison, title), encoding="utf-8")
+        plot(comparison, title).savefig(new[1], dpi=150)
+        os.replace(new[0], markdown)
+        os.replace(new[1], picture)
+    return comparison
+
+
+def render(comparison: Comparison, title: str | None = None) -> Table:
+    """Returns the comparison as a table for the terminal (`rich.print` shows it)."""
+    from rich.table import Table
+
+    header, *rows = _rows(comparison)
+    table = Table(title=title)
+    table.add_column(header[0])
+    for column in header[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def plot(comparison: Comparison, title: str) -> Figure:
+    """Returns a figure with the losses of both runs over the tokens and the step-0 equality.
+
+    Raises:
+        UpcyclingError: If matplotlib is missing.
+    """
+    _require_matplotlib()
+    from matplotlib.figure import Figure  # no pyplot: no window, no global state
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    axes = figure.add_subplot()
+    for curve, color in ((comparison.dense, _DENSE_COLOR), (comparison.moe, _MOE_COLOR)):
+        _plot_curve(axes, curve, comparison.tokens_per_step, color)
+    _mark_first_step(axes, comparison)
+    axes.set_title(title, loc="left", fontweight="bold", pad=12)
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper right", frameon=False)
+    return figure
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Returns the centred moving average of up to `width` values.
+
+    At the start the window narrows and stays centred: the first value, the step-0 loss, stays
+    what it is. At the end it is cut off: one noisy last value must not bend the curve.
+    """
+    half = width // 2
+    smoothed = []
+    for i in range(len(values)):
+        reach = min(half, i)
+        window = values[i - reach : i + reach + 1]
+        smoothed.append(math.fsum(window) / len(window))
+    return smoothed
+
+
+def _read_scalars(files: Sequence[Path]) -> dict[str, dict[int, float]]:
+    """Returns {tag: {step: value}} of all files; the latest value counts."""
+    from tensorboard.backend.event_processing.event_accumulator import (
+        STORE_EVERYTHING_SIZE_GUIDANCE,
+        EventAccumulator,
+    )
+
+    latest: dict[str, dict[int, tuple[float, float]]] = {}
+    for file in files:
+        # One file at a time and without its purge: merging is decided here.
+        events = EventAccumulator(
+            str(file), STORE_EVERYTHING_SIZE_GUIDANCE, purge_orphaned_data=False
+        ).Reload()
+        for tag in events.Tags()["scalars"]:
+            series = latest.setdefault(tag, {})
+            for event in events.Scalars(tag):
+                if event.step not in series or event.wall_time >= series[event.step][0]:
+                    series[event.step] = event.wall_time, event.value
+    return {
+        tag: {step: value for step, (_, value) in series.items()} for tag, series in latest.items()
+    }
+
+
+def _columns(series: dict[int, float]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Returns the steps in order and their values."""
+    steps = tuple(sorted(series))
+    return steps, tuple(series[step] for step in steps)
+
+
+def _check_same_start(dense: Curve, moe: Curve, dense_dir: Path, moe_dir: Path) -> None:
+    """Refuses runs whose first losses are of different steps, that is of different data."""
+    if dense.steps[0] != moe.steps[0]:
+        raise UpcyclingError(
+            f"the first loss below {dense_dir} is of step {dense.steps[0]}, below {moe_dir} of "
+            f"step {moe.steps[0]}: they cannot be compared; train both from the same step with "
+            "log_every_n_steps=1"
+        )
+
+
+def _require_matplotlib() -> None:
+    """Raises UpcyclingError with the remedy when matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UpcyclingError(
+            "the picture needs matplotlib, which is not installed: pip install 'nemo-upcycle[demo]'"
+        ) from error
+
+
+def _tokens(steps: Sequence[int], tokens_per_step: int) -> list[int]:
+    """Returns how many tokens were seen with each step.
+
+    From the step and not from NeMo's consumed_samples, which is logged late or not at all.
+    """
+    return [(step + 1) * tokens_per_step for step in steps]
+
+
+def _rows(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
+    """Yields the table's header and rows: quantity, dense, MoE, difference."""
+    dense, moe = comparison.dense, comparison.moe
+    yield "", dense.name, moe.name, "difference"
+    yield (
+        f"first training loss (step {dense.steps[0]})",
+        f"{dense.loss[0]:.6f}",
+        f"{moe.loss[0]:.6f}",
+        f"{_small(comparison.first_step_difference)} (absolute)",
+    )
+    yield _loss_row("final training loss (mean of last 10%)", dense.final_loss, moe.final_loss)
+    if dense.final_val_loss is not None or moe.final_val_loss is not None:
+        yield _loss_row("final validation loss", dense.final_val_loss, moe.final_val_loss)
+    tokens = [_tokens(curve.steps, comparison.tokens_per_step)[-1] for curve in (dense, moe)]
+    yield "training tokens", f"{tokens[0]:,}", f"{tokens[1]:,}", f"{tokens[1] - tokens[0]:+,}"
+
+
+def _loss_row(quantity: str, dense: float | None, moe: float | None) -> tuple[str, str, str, str]:
+    """Returns a table row of two losses; n/a stands for one that is not there."""
+    cells = ["n/a" if loss is None else f"{loss:.4f}" for loss in (dense, moe)]
+    difference = "n/a" if dense is None or moe is None else f"{moe - dense:+.4f}"
+    return quantity, cells[0], cells[1], difference
+
+
+def _small(difference: float) -> str:
+    """Returns a difference that may be tiny, or 0 when there is none at all."""
+    return f"{difference:.1e}" if difference else "0"
+
+
+def _markdown(comparison: Comparison, title: str) -> str:
+    """Returns the table as a markdown document."""
+    header, *rows = [
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
+        for row in _rows(comparison)
+    ]
+    note = (
+        "Losses in nats per token; differences are "
+        f"{comparison.moe.name} minus {comparison.dense.name} unless marked absolute."
+    )
+    picture = f"![{title}]({comparison.picture.name})"
+    table = "\n".join([header, "|:---|---:|---:|---:|", *rows])
+    return f"# {title}\n\n{table}\n\n{note}\n\n{picture}\n"
+
+
+def _plot_curve(axes: Axes, curve: Curve, tokens_per_step: int, color: str) -> None:
+    """Draws a run: training loss light and smoothed, validation loss dashed with dots."""
+    tokens = _tokens(curve.steps, tokens_per_step)
+    width = max(1, round(len(curve.loss) * _SMOOTHING_FRACTION))
+    axes.plot(tokens, curve.loss, color=color, alpha=0.25, linewidth=1)
+    axes.plot(
+        tokens,
+        smooth(curve.loss, width),
+        color=color,
+        linewidth=2,
+        label=f"{curve.name}, training (final {curve.final_loss:.3f})",
+    )
+    if curve.final_val_loss is not None:
+        axes.plot(
+            _tokens(curve.val_steps, tokens_per_step),
+            curve.val_loss,
+            color=color,
+            linestyle="--",
+            linewidth=1.2,
+            marker="o",
+            markersize=4,
+            label=f"{curve.name}, validation (final {curve.final_val_loss:.3f})",
+        )
+
+
+def _mark_first_step(axes: Axes, comparison: Comparison) -> None:
+    """Marks the first losses and writes them and their difference above the curves."""
+    dense, moe = comparison.dense, comparison.moe
+    x = _tokens(dense.steps[:1], comparison.tokens_per_step)[0]
+    # A ring around a dot: both stay visible where the losses are equal.
+    axes.plot(x, dense.loss[0], "o", ms=12, mfc="none", mec=_DENSE_COLOR, mew=2, clip_on=False)
+    axes.plot(x, moe.loss[0], "o", ms=5, color=_MOE_COLOR, clip_on=False)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.35 * (high - low))  # room for this text and the legend
+    axes.annotate(
+        f"at step {dense.steps[0]}\n"
+        f"{dense.name} {dense.loss[0]:.6f}\n"
+        f"{moe.name} {moe.loss[0]:.6f}\n"
+        f"absolute difference {_small(comparison.first_step_difference)}",
+        xy=(x, moe.loss[0]),
+        xytext=(0.06, 0.97),
+        textcoords="axes fraction",
+        verticalalignment="top",
+        bbox={"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": "0.7"},
+        arrowprops={"arrowstyle": "-", "color": "0.5", "shrinkB": 8},
+    )

@@ -1,0 +1,1 @@
+"""NeMo-Run recipes. `numbers` is plain data; only the factories import NeMo."""

@@ -1,0 +1,257 @@
+"""Make NeMo-Run configurations out of a recipe's numbers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import nemo_run as run
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
+from nemo.utils.exp_manager import TimingCallback
+
+from nemo_upcycle import cpu
+from nemo_upcycle.callback import UpcyclingCallback
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.mapping import Architecture
+from nemo_upcycle.model import (
+    UpcycledLlamaConfig,
+    UpcycledLlamaModel,
+    architecture_fields,
+    moe_fields,
+)
+from nemo_upcycle.strategy import DistributedDataParallelConfig, MegatronStrategy
+from nemo_upcycle.tokenizer import checkpoint_tokenizer
+from nemo_upcycle_recipes.numbers import Recipe, Schedule
+
+
+def model(
+    arch: Architecture,
+    upcycling: UpcyclingConfig,
+    seq_length: int,
+    tokenizer: run.Config | None,
+    overrides: dict[str, Any],
+) -> run.Config:
+    """Configure the model: NeMo's Llama where the layers stay dense, ours where they do not."""
+    fields = architecture_fields(arch) | {"seq_length": seq_length} | overrides
+    if upcycling.num_moe_experts is None:
+        dense_config = llm.LlamaConfig if arch.rope_scaling is None else llm.Llama31Config
+        fields = {name: value for name, value in fields.items() if not name.startswith("moe_")}
+        return run.Config(
+            llm.LlamaModel, config=run.Config(dense_config, **fields), tokenizer=tokenizer
+        )
+    fields = moe_fields(arch, upcycling) | fields
+    return run.Config(
+        UpcycledLlamaModel, config=run.Config(UpcycledLlamaConfig, **fields), tokenizer=tokenizer
+    )
+
+
+def on_cpu(accelerator: str) -> bool:
+    """Say whether `auto`, `cpu` or `gpu` means the CPU on this machine."""
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"accelerator is {accelerator!r}; expected 'auto', 'cpu' or 'gpu'.")
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+
+
+def pretrain(
+    recipe: Recipe,
+    *,
+    upcycling: UpcyclingConfig,
+    folding: ParallelFolding,
+    dir: str | None,
+    name: str,
+    dense_checkpoint: str | None,
+    tokenizer: str | None,
+    data_paths: list[str] | None,
+    max_steps: int | None = None,
+    num_nodes: int = 1,
+    num_gpus_per_node: int = 1,
+    accelerator: str = "gpu",
+    precision: str = "bf16-mixed",
+    model_overrides: dict[str, Any] | None = None,
+    callbacks: list[run.Config] | None = None,
+    fn: Callable = llm.pretrain,
+) -> run.Partial:
+    """Configure a training run.
+
+    Args:
+        recipe: Its numbers.
+        upcycling: What the feed-forward layers become.
+        folding: How the model is spread.
+        dir: Where runs are logged; this one goes to `dir/name`.
+        name: The run's name.
+        dense_checkpoint: Weights to start from; None trains from random ones.
+        tokenizer: Directory of the tokenizer; None takes the dense checkpoint's.
+        data_paths: Megatron `.bin/.idx` prefixes, with weights before each where they are
+            blended; None trains on NeMo's mock data.
+        max_steps: Steps; None takes the recipe's.
+        num_nodes: Nodes.
+        num_gpus_per_node: GPUs a node, not used on CPU, where the launcher decides.
+        accelerator: `gpu`, `cpu`, or `auto` for the GPU where there is one.
+        precision: `bf16-mixed` or `32`.
+        model_overrides: Fields of the model's config.
+        callbacks: Further callbacks.
+        fn: The function that the run calls.
+
+    Returns:
+        The configuration of `fn`.
+    """
+    cpu_only = on_cpu(accelerator)
+    schedule = recipe.schedule
+    overrides = dict(model_overrides or {})
+    if cpu_only:
+        overrides |= cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
+    source = tokenizer or dense_checkpoint
+    tokenizer_config = run.Config(checkpoint_tokenizer, source=source) if source else None
+    all_callbacks = [run.Config(TimingCallback), *(callbacks or [])]
+    if dense_checkpoint is not None:
+        all_callbacks.append(
+            run.Config(
+                UpcyclingCallback, dense_checkpoint=dense_checkpoint, seed=upcycling.seed
+            )
+        )
+    arch = recipe.architecture_of(dense_checkpoint)
+    return run.Partial(
+        fn,
+        model=model(arch, upcycling, schedule.seq_length, tokenizer_config, overrides),
+        trainer=trainer(
+            folding,
+            schedule,
+            max_steps=schedule.max_steps if max_steps is None else max_steps,
+            num_nodes=num_nodes,
+            num_gpus_per_node=num_gpus_per_node,
+            cpu_only=cpu_only,
+            precision=precision,
+            callbacks=all_callbacks,
+        ),
+        data=data(schedule, data_paths, tokenizer_config, cpu_only),
+        log=log(dir, name, schedule),
+        optim=optim(schedule, precision),
+        resume=run.Config(nl.AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
+    )
+
+
+def trainer(
+    folding: ParallelFolding,
+    schedule: Schedule,
+    *,
+    max_steps: int,
+    num_nodes: int,
+    num_gpus_per_node: int,
+    cpu_only: bool,
+    precision: str,
+    callbacks: list[run.Config],
+) -> run.Config:
+    """Configure the trainer and its Megatron strategy."""
+    strategy = run.Config(
+        cpu.CpuMegatronStrategy if cpu_only else MegatronStrategy,
+        tensor_model_parallel_size=folding.tensor_model_parallel_size,
+        pipeline_model_parallel_size=folding.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=folding.virtual_pipeline_model_parallel_size,
+        context_parallel_size=folding.context_parallel_size,
+        expert_model_parallel_size=folding.expert_model_parallel_size,
+        # Left unset, NeMo takes TP, which would split every expert.
+        expert_tensor_parallel_size=folding.expert_tensor_parallel_size,
+        sequence_parallel=folding.sequence_parallel,
+        pipeline_dtype=torch.bfloat16 if precision == "bf16-mixed" else torch.float32,
+        gradient_as_bucket_view=True,
+        ckpt_async_save=not cpu_only,
+        ckpt_parallel_load=True,
+        # So that a run can go on under another mapping.
+        ckpt_optim_fully_reshardable=True,
+        ddp=run.Config(
+            DistributedDataParallelConfig,
+            use_distributed_optimizer=True,
+            check_for_nan_in_grad=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=not cpu_only,
+            overlap_param_gather=not cpu_only,
+        ),
+    )
+    return run.Config(
+        nl.Trainer,
+        accelerator=run.Config(cpu.GlooAccelerator) if cpu_only else "gpu",
+        devices="auto" if cpu_only else num_gpus_per_node,
+        num_nodes=num_nodes,
+        max_steps=max_steps,
+        val_check_interval=min(schedule.val_check_interval, max_steps),
+        limit_val_batches=4,
+        limit_test_batches=1,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+        plugins=run.Config(
+            nl.MegatronMixedPrecision, precision=precision, grad_reduce_in_fp32=True
+        ),
+        strategy=strategy,
+        callbacks=callbacks,
+    )
+
+
+def data(
+    schedule: Schedule,
+    paths: list[str] | None,
+    tokenizer: run.Config | None,
+    cpu_only: bool,
+) -> run.Config:
+    """Configure the data: a Megatron blend, or NeMo's mock data to measure speed with."""
+    sizes = {
+        "seq_length": schedule.seq_length,
+        "global_batch_size": schedule.global_batch_size,
+        "micro_batch_size": schedule.micro_batch_size,
+        "tokenizer": tokenizer,
+        "num_workers": 0 if cpu_only else 8,
+    }
+    if paths is None:
+        return run.Config(llm.MockDataModule, **sizes)
+    return run.Config(llm.PreTrainingDataModule, paths=paths, split="970,20,10", **sizes)
+
+
+def optim(schedule: Schedule, precision: str) -> run.Config:
+    """Configure Adam, ZeRO-1, and a cosine schedule after a linear warm-up."""
+    return run.Config(
+        MegatronOptimizerModule,
+        config=run.Config(
+            OptimizerConfig,
+            optimizer="adam",
+            lr=schedule.lr,
+            min_lr=schedule.min_lr,
+            weight_decay=0.1,
+            adam_beta1=0.9,
+            adam_beta2=0.95,
+            adam_eps=1e-8,
+            clip_grad=1.0,
+            bf16=precision == "bf16-mixed",
+            use_distributed_optimizer=True,
+        ),
+        lr_scheduler=run.Config(
+            CosineAnnealingScheduler,
+            warmup_steps=schedule.warmup_steps,
+            constant_steps=0,
+            min_lr=schedule.min_lr,
+        ),
+    )
+
+
+def log(dir: str | None, name: str, schedule: Schedule) -> run.Config:
+    """Configure logs and checkpoints under `dir/name`."""
+    return run.Config(
+        nl.NeMoLogger,
+        log_dir=dir,
+        name=name,
+        # A run's directory must not change between its starts, or it would not resume.
+        use_datetime_version=False,
+        tensorboard=run.Config(TensorBoardLogger, save_dir="tb_logs", name=name),
+        ckpt=run.Config(
+            nl.ModelCheckpoint,
+            every_n_train_steps=schedule.checkpoint_interval,
+            save_last=True,
+            save_top_k=1,
+            monitor="reduced_train_loss",
+            filename=f"{name}--{{reduced_train_loss:.2f}}-{{step}}-{{consumed_samples}}",
+            # Without it the last checkpoint has no optimizer and cannot be trained on.
+            save_optim_on_train_end=True,
+        ),
+    )

@@ -1,0 +1,23 @@
+"""Fixtures that all tests share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.pool import RankPool
+from tests.tiny import write_llama
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Processes for tests over gloo."""
+    pool = RankPool()
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny dense checkpoint in one file."""
+    return write_llama(tmp_path_factory.mktemp("dense"))

@@ -1,0 +1,109 @@
+"""Processes that stay alive between tests: importing NeMo takes each of them 10 s.
+
+`RankPool.run(function, world_size, **kwargs)` calls `function(**kwargs)` on ranks 0 to
+world_size - 1 of a real gloo process group and returns what each one returned.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+TIMEOUT_S = 240.0
+
+
+class RankError(AssertionError):
+    """A rank raised; the message is its traceback."""
+
+
+class RankPool:
+    """Up to `size` ranks, started at the first call."""
+
+    def __init__(self, size: int = 4) -> None:
+        self.size = size
+        self._ranks: list[tuple[Any, Connection]] = []
+
+    def run(self, function: Callable[..., Any], world_size: int, **kwargs: Any) -> list[Any]:
+        """Call `function(**kwargs)` on every rank; return the results in rank order.
+
+        Raises:
+            RankError: A rank raised or did not answer in time.
+        """
+        self._start()
+        with tempfile.NamedTemporaryFile() as store:
+            for rank, (_, connection) in enumerate(self._ranks[:world_size]):
+                connection.send((function, kwargs, rank, world_size, store.name))
+            answers = [self._receive(rank) for rank in range(world_size)]
+        failures = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        if failures:
+            raise RankError("\n".join(failures))
+        return [value for _, value in answers]
+
+    def _receive(self, rank: int) -> tuple[bool, Any]:
+        connection = self._ranks[rank][1]
+        try:
+            if connection.poll(TIMEOUT_S):
+                return connection.recv()
+            problem = f"no answer in {TIMEOUT_S:.0f} s"
+        except EOFError:
+            problem = "the process died"
+        self.stop()
+        raise RankError(f"rank {rank}: {problem}")
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        while len(self._ranks) < self.size:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=False)
+            process.start()
+            self._ranks.append((process, ours))
+
+    def stop(self) -> None:
+        """End all processes."""
+        for process, connection in self._ranks:
+            connection.close()
+            process.kill()
+            process.join()
+        self._ranks.clear()
+
+
+def _serve(connection: Connection) -> None:
+    # NeMo says much as it is imported; what a test must know comes back through the pipe.
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    import torch
+
+    from nemo_upcycle import cpu
+
+    torch.set_num_threads(1)
+    cpu.enable()
+    while True:
+        try:
+            function, kwargs, rank, world_size, store = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = True, _call(function, kwargs, rank, world_size, store)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        connection.send(answer)
+
+
+def _call(
+    function: Callable[..., Any], kwargs: dict[str, Any], rank: int, world_size: int, store: str
+) -> Any:
+    import torch
+    from megatron.core import parallel_state
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+    )
+    try:
+        return function(**kwargs)
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
