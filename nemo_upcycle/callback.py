@@ -76,7 +76,7 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
         except Exception as exception:
             # Whatever it is, the other ranks must hear of it before this one stops.
             error = exception
-        raise_on_all_ranks(error)
+        _raise_on_all_ranks(error)
         assert report is not None
         # Mixed precision trains fp32 copies, made before the weights were there.
         for optimizer in trainer.optimizers:
@@ -123,6 +123,19 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
                 ]
             )
         )
+
+
+def _raise_on_all_ranks(error: Exception | None) -> None:
+    """Raise everywhere, after a line of its own on every rank.
+
+    The launcher may end the other ranks before their tracebacks are out.
+    """
+    try:
+        raise_on_all_ranks(error)
+    except UpcyclingError as shared:
+        rank = torch.distributed.get_rank()
+        print(f"[upcycle] rank {rank}: {shared}", file=sys.stderr, flush=True)
+        raise
 
 
 def _gather(report: LoadReport) -> list[LoadReport]:

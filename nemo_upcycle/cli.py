@@ -3,14 +3,51 @@
 Everything heavy is imported inside the functions: `--help` and the light commands answer at once.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
 import typer
+
+from nemo_upcycle.errors import UpcyclingError
 
 app = typer.Typer(
     name="nemo-upcycle",
-    help="Upcycle dense LLM checkpoints into Mixture-of-Experts models.",
+    help="Upcycle dense LLM checkpoints into Mixture-of-Experts models.\n\n"
+    "The training itself is NeMo's: `nemo llm pretrain --factory llama_tiny_e8t2`. "
+    "`nemo-upcycle` and `nemo upcycle` are the same commands; the first starts faster.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
 )
+data_app = typer.Typer(
+    help="Text, tokenizer and Megatron .bin/.idx files.", no_args_is_help=True
+)
+app.add_typer(data_app, name="data")
+
+P = ParamSpec("P")
+Directory = Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")]
+
+
+def main() -> None:
+    """Run `nemo-upcycle`."""
+    app()
+
+
+def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Make a command end with one line and exit code 1 on bad input, under `nemo` too."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except UpcyclingError as error:
+            typer.secho(f"Error: {error}", err=True, fg=typer.colors.RED)
+            raise typer.Exit(1) from None
+
+    return wrapped
 
 
 @app.command()
@@ -21,6 +58,87 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def main() -> None:
-    """Run `nemo-upcycle`."""
-    app()
+@data_app.command("sample")
+@one_line_errors
+def data_sample(out: Directory) -> None:
+    """Write real text from this Python's standard library, as two JSONL files.
+
+    `documentation.jsonl` holds its documentation and docstrings, `sources.jsonl` its sources
+    without docstrings. 11 MB in all, 3M tokens; nothing is downloaded.
+    """
+    from nemo_upcycle.data.sample import write_stdlib_sample
+
+    for path in write_stdlib_sample(out).values():
+        typer.echo(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+
+
+@data_app.command("tokenizer")
+@one_line_errors
+def data_tokenizer(
+    files: Annotated[list[Path], typer.Argument(help="JSONL files with a `text` field.")],
+    out: Directory,
+    vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 2048,
+) -> None:
+    """Train a byte-level BPE tokenizer, in Hugging Face's format."""
+    from nemo_upcycle.data.tokenizer import train_tokenizer
+
+    typer.echo(f"{out}: {train_tokenizer(files, out, vocab_size)} tokens")
+
+
+@data_app.command("tokenize")
+@one_line_errors
+def data_tokenize(
+    files: Annotated[list[Path], typer.Argument(help="JSONL files with a `text` field.")],
+    tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer.")],
+    out: Directory,
+) -> None:
+    """Write Megatron .bin/.idx files, one pair a JSONL file, named after it."""
+    from nemo_upcycle.data.indexed import build_indexed_dataset
+
+    for file in files:
+        with _progress(file.name) as progress:
+            stats = build_indexed_dataset(file, tokenizer, out / file.stem, progress=progress)
+        typer.echo(f"{stats.prefix}: {stats.documents} documents, {stats.tokens} tokens")
+
+
+@app.command()
+@one_line_errors
+def compare(
+    dense: Annotated[Path, typer.Option(help="TensorBoard logs of the dense run.")],
+    moe: Annotated[Path, typer.Option(help="TensorBoard logs of the upcycled run.")],
+    out: Directory,
+    tokens_per_step: Annotated[
+        int, typer.Option(help="Sequence length · global batch size of both runs.")
+    ],
+) -> None:
+    """Compare the losses of two runs: a table, and a picture over tokens."""
+    from rich.console import Console
+
+    from nemo_upcycle.training.curves import compare_runs, render
+
+    comparison = compare_runs(dense, moe, out, tokens_per_step=tokens_per_step)
+    Console().print(render(comparison))
+    typer.echo(f"{comparison.markdown}\n{comparison.picture}")
+
+
+def _progress(label: str) -> AbstractContextManager[Callable[[int, int], None] | None]:
+    """Show a bar on a terminal, nothing in a log."""
+
+    @contextmanager
+    def bar() -> Any:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console()
+        if not console.is_terminal:
+            yield None
+            return
+        with Progress(console=console) as progress:
+            task = progress.add_task(label, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    return bar()
+
+
+if __name__ == "__main__":
+    main()

@@ -166,14 +166,17 @@ class ParallelFolding:
         )
         return _divide(world_size, experts, "ETP·EP·PP")
 
-    def validate(self, world_size: int, num_moe_experts: int | None) -> None:
-        """Check the folding against a world size and an expert count.
+    def validate(
+        self, world_size: int | None = None, num_moe_experts: int | None = None
+    ) -> None:
+        """Check the folding against a world size and an expert count, where they are known.
 
         Raises:
             UpcyclingError: A size does not divide.
         """
-        self.data_parallel_size(world_size)
-        self.expert_data_parallel_size(world_size)
+        if world_size is not None:
+            self.data_parallel_size(world_size)
+            self.expert_data_parallel_size(world_size)
         expert_parallel = self.expert_model_parallel_size
         if num_moe_experts is not None and num_moe_experts % expert_parallel:
             raise UpcyclingError(

@@ -13,6 +13,9 @@ What is changed, and why:
                                                sends them to the CPU
 `Tensor.type()`                                the distributed optimizer takes only
                                                `torch.cuda.*Tensor`; same mode
+`all_gather`, `reduce_scatter` of lists        gloo wants pieces of equal size; the all-to-all dispatcher
+                                               with expert-TP has unequal ones. Built from broadcasts
+                                               and reductions; same mode
 `moe_utils.te_general_gemm`                    a NameError without Transformer Engine; None
 `token_dispatcher.maybe_move_tensor_to_cpu`    leaves all-to-all splits as tensors when they are on
                                                the CPU already, where lists are needed
@@ -306,9 +309,38 @@ class CudaToCpu(TorchFunctionMode):
             return None
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
+        if func in _UNEVEN:
+            return _UNEVEN[func](*args, **kwargs)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args, **kwargs)
+
+
+def _all_gather(
+    outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+) -> None:
+    rank = torch.distributed.get_rank(group)
+    outputs[rank].copy_(tensor)
+    for source, output in enumerate(outputs):
+        # gloo sends contiguous tensors only; pieces of one that is split by rows are.
+        torch.distributed.broadcast(output, group=group, group_src=source)
+
+
+def _reduce_scatter(
+    output: torch.Tensor, inputs: list[torch.Tensor], group: Any = None, **_: Any
+) -> None:
+    rank = torch.distributed.get_rank(group)
+    for destination, tensor in enumerate(inputs):
+        part = tensor.contiguous().clone()
+        torch.distributed.reduce(part, group=group, group_dst=destination)
+        if destination == rank:
+            output.copy_(part)
+
+
+_UNEVEN = {
+    torch.distributed.all_gather: _all_gather,
+    torch.distributed.reduce_scatter: _reduce_scatter,
+}
 
 
 def _is_cuda(device: Any) -> bool:

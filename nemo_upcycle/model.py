@@ -49,6 +49,7 @@ class UpcycledLlamaConfig(LlamaConfig):
             # NeMo takes a given vocabulary as it is; Megatron wants it to divide by TP.
             self.vocab_size += -self.vocab_size % self.tensor_model_parallel_size
         model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
+        _reduce_experts_over_their_own_group(model)
         if self.scale_factor is not None:
             model.rotary_pos_emb.inv_freq = apply_rope_scaling(
                 model.rotary_pos_emb.inv_freq,
@@ -58,6 +59,18 @@ class UpcycledLlamaConfig(LlamaConfig):
                 old_context_len=self.old_context_len,
             )
         return model
+
+
+def _reduce_experts_over_their_own_group(model: MCoreGPTModel) -> None:
+    """Mark all experts' parameters for the expert-data-parallel gradient reduction.
+
+    Megatron does so only for EP > 1. With EP 1 and ETP ≠ TP the data-parallel groups of attention
+    and experts differ all the same, and experts would train on part of their gradients
+    (NVIDIA/Megatron-LM#1628).
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 class UpcycledLlamaModel(GPTModel):

@@ -1,11 +1,16 @@
-"""NeMo's Megatron strategy without two of its faults."""
+"""NeMo's Megatron strategy without two of its faults, and with its mapping checked."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, fields
 from typing import Any
 
+import lightning.pytorch as pl
 from megatron.core import distributed
 from nemo import lightning as nl
 from nemo.lightning import io
+
+from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.errors import UpcyclingError
 
 
 @dataclass
@@ -28,3 +33,28 @@ class MegatronStrategy(nl.MegatronStrategy):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.timers = None
+        if "WORLD_SIZE" in os.environ:
+            self.folding().validate(int(os.environ["WORLD_SIZE"]))
+
+    def connect(self, model: pl.LightningModule) -> None:
+        """Take the model, if the mapping fits it.
+
+        Raises:
+            UpcyclingError: The model has experts, and TP comes without sequence parallelism.
+        """
+        has_experts = getattr(model.config, "num_moe_experts", None) is not None
+        if has_experts and self.tensor_model_parallel_size > 1 and not self.sequence_parallel:
+            raise UpcyclingError(
+                f"tensor_model_parallel_size is {self.tensor_model_parallel_size} without sequence "
+                "parallelism, which Megatron's MoE needs; set trainer.strategy.sequence_parallel=True."
+            )
+        super().connect(model)
+
+    def folding(self) -> ParallelFolding:
+        """Return the mapping that the strategy's arguments say.
+
+        Raises:
+            UpcyclingError: They contradict each other.
+        """
+        names = [field.name for field in fields(ParallelFolding)]
+        return ParallelFolding(**{name: getattr(self, name) for name in names})

@@ -97,8 +97,14 @@ def pretrain(
 
     Returns:
         The configuration of `fn`.
+
+    Raises:
+        UpcyclingError: The mapping does not fit the ranks or the experts.
     """
     cpu_only = on_cpu(accelerator)
+    # On CPU the launcher decides how many ranks there are; the strategy checks them.
+    world_size = None if cpu_only else num_nodes * num_gpus_per_node
+    folding.validate(world_size, upcycling.num_moe_experts)
     schedule = recipe.schedule
     overrides = dict(model_overrides or {})
     if cpu_only:

@@ -88,7 +88,6 @@ def pretrain_recipe(
         expert_model_parallel_size=expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_parallel_size,
     )
-    folding.validate(num_nodes * num_gpus_per_node, num_moe_experts)
     return factory.pretrain(
         LLAMA3_8B_E8T2,
         upcycling=upcycling,

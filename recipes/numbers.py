@@ -5,7 +5,7 @@ written twice and only the factories import NeMo.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -118,16 +118,17 @@ LLAMA3_8B_E8T2 = Recipe(
     num_gpus_per_node=8,
 )
 
+# Chosen to learn something in minutes on two cores.
 _TINY = Schedule(
     seq_length=256,
     global_batch_size=16,
     micro_batch_size=4,
-    max_steps=400,
-    lr=1e-3,
-    min_lr=1e-4,
+    max_steps=250,
+    lr=3e-3,
+    min_lr=3e-4,
     warmup_steps=20,
-    val_check_interval=100,
-    checkpoint_interval=100,
+    val_check_interval=50,
+    checkpoint_interval=50,
 )
 
 LLAMA_TINY = Recipe(
@@ -143,5 +144,5 @@ LLAMA_TINY_E8T2 = Recipe(
     dense="llama_tiny",
     upcycling=UpcyclingConfig(num_moe_experts=8, moe_router_topk=2),
     folding=ParallelFolding(),
-    schedule=_TINY,
+    schedule=replace(_TINY, max_steps=100),
 )

@@ -6,10 +6,14 @@ world_size - 1 of a real gloo process group and returns what each one returned.
 
 import multiprocessing
 import os
+import pickle
+import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 240.0
@@ -33,9 +37,9 @@ class RankPool:
             RankError: A rank raised or did not answer in time.
         """
         self._start()
-        with tempfile.NamedTemporaryFile() as store:
+        with tempfile.TemporaryDirectory() as directory:
             for rank, (_, connection) in enumerate(self._ranks[:world_size]):
-                connection.send((function, kwargs, rank, world_size, store.name))
+                connection.send((function, kwargs, rank, world_size, f"{directory}/store"))
             answers = [self._receive(rank) for rank in range(world_size)]
         failures = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failures:
@@ -46,7 +50,7 @@ class RankPool:
         connection = self._ranks[rank][1]
         try:
             if connection.poll(TIMEOUT_S):
-                return connection.recv()
+                return pickle.loads(connection.recv_bytes())
             problem = f"no answer in {TIMEOUT_S:.0f} s"
         except EOFError:
             problem = "the process died"
@@ -90,20 +94,63 @@ def _serve(connection: Connection) -> None:
             answer = True, _call(function, kwargs, rank, world_size, store)
         except BaseException:
             answer = False, traceback.format_exc()
-        connection.send(answer)
+        # As bytes: a connection would hand tensors over by shared memory, which outlives no call.
+        connection.send_bytes(pickle.dumps(answer))
+
+
+def nemo_recipe(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function that runs a NeMo recipe, which makes the process group itself."""
+    function.runs_nemo = True  # type: ignore[attr-defined]
+    return function
 
 
 def _call(
     function: Callable[..., Any], kwargs: dict[str, Any], rank: int, world_size: int, store: str
 ) -> Any:
     import torch
-    from megatron.core import parallel_state
 
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
-    )
+    if not hasattr(function, "runs_nemo"):
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+        )
+    else:
+        _pretend_torchrun(rank, world_size, Path(store))
     try:
         return function(**kwargs)
     finally:
-        parallel_state.destroy_model_parallel()
+        _forget()
+
+
+def _pretend_torchrun(rank: int, world_size: int, store: Path) -> None:
+    """Set what torchrun sets; rank 0 finds a free port and tells the others."""
+    if rank == 0:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            partial = store.with_suffix(".partial")
+            partial.write_text(str(server.getsockname()[1]))
+        partial.rename(store)
+    while not store.exists():
+        time.sleep(0.01)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.read_text(),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+
+
+def _forget() -> None:
+    """Undo what Megatron and NeMo keep in the process."""
+    import torch
+    from megatron.core import num_microbatches_calculator, parallel_state
+    from nemo.utils import AppState
+    from nemo.utils.metaclasses import Singleton
+
+    parallel_state.destroy_model_parallel()
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    Singleton._Singleton__instances.pop(AppState, None)  # type: ignore[attr-defined]
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -164,6 +164,7 @@ def loss_and_gradients(
         with their reduced gradients.
     """
     chunks = upcycled(dense, folding, upcycling)
+    _make_experts_differ(chunks)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     models = [DistributedDataParallel(get_model_config(c), ddp_config, c) for c in chunks]
     config = get_model_config(chunks[0])
@@ -184,6 +185,14 @@ def loss_and_gradients(
     return [float(loss["loss"]) for loss in losses], _gradients(chunks)
 
 
+@torch.no_grad()
+def _make_experts_differ(chunks: list[torch.nn.Module]) -> None:
+    """Scale each expert by its number: while experts are equal, the router's gradient is 0."""
+    for own in (own for chunk in chunks for own in load.owned_shards(chunk)):
+        if ".experts." in own.shard.name:
+            own.data.mul_(1 + 0.05 * int(own.shard.name.split(".experts.")[1].split(".")[0]))
+
+
 def _language_model_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
     ids = next(data)
     output = model(**_batch(ids[:, :-1]), labels=ids[:, 1:])
@@ -192,7 +201,8 @@ def _language_model_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
 
 def _mean_loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     loss = output.float().mean()
-    return loss, {"loss": loss.detach()}
+    # A copy, because the schedule divides the loss in place.
+    return loss, {"loss": loss.detach().clone()}
 
 
 def _gradients(chunks: list[torch.nn.Module]) -> list[tuple[Any, torch.Tensor]]:

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# The whole path on a laptop: real text → tokenizer → dense Llama → 8-expert MoE → comparison.
+#
+#   examples/demo.sh        writes to demo/ in the current directory
+#
+# The commands are those of the README. A step that is done is not done again; a training that
+# was interrupted goes on from its last checkpoint.
+set -euo pipefail
+
+mkdir -p demo/logs
+STARTED=$SECONDS
+
+# Run a step unless the file it makes is there: step TITLE FILE COMMAND...
+step() {
+  local title=$1 marker=$2 log
+  shift 2
+  log="demo/logs/$(tr ' ' '-' <<<"${title%%:*}").log"
+  echo
+  echo "== $title"
+  if compgen -G "$marker" >/dev/null; then
+    echo "   done before, reused: $(compgen -G "$marker" | head -1)"
+    return
+  fi
+  echo "   \$ $*"
+  # NeMo says a great deal; what tells how far it is goes to the screen, all of it to the log.
+  "$@" 2>&1 | tee "$log" | grep --line-buffered -E "$SHOWN" | sed -u -E "$SHORTER" || true
+  # NeMo-Run exits with 0 after a failed job, so what counts is whether the step's result is there.
+  if ! compgen -G "$marker" >/dev/null; then
+    grep -E "Error" "$log" | tail -5 || tail -20 "$log"
+    echo "   failed: expected $marker; the whole output is in $log" >&2
+    exit 1
+  fi
+}
+
+SHOWN='\[upcycle\]|Training epoch|Validation: iteration .*4/4|UpcyclingError|exported|^demo/'
+SHORTER='s/^[^[]*\[default[0-9]+\]://; s/global_batch_size: [0-9]+ \| global_step: [0-9]+ \| //; s/^/   /'
+
+CPU2="run.executor=cpu run.executor.ntasks_per_node=2"
+
+step "1 text: the standard library's documentation and sources" "demo/data/sources.jsonl" \
+  nemo-upcycle data sample --out demo/data
+
+step "2 tokenizer: byte-level BPE, 2048 tokens" "demo/tokenizer/tokenizer.json" \
+  nemo-upcycle data tokenizer demo/data/documentation.jsonl demo/data/sources.jsonl \
+  --vocab-size 2048 --out demo/tokenizer
+
+step "3 data: Megatron .bin/.idx files" "demo/data/sources.idx" \
+  nemo-upcycle data tokenize demo/data/documentation.jsonl demo/data/sources.jsonl \
+  --tokenizer demo/tokenizer --out demo/data
+
+# shellcheck disable=SC2086  # CPU2 is two arguments
+step "4 dense: pre-train a Llama on a 7:3 blend" "demo/dense/checkpoints/*-step=249-*-last/weights/metadata.json" \
+  nemo llm pretrain --factory llama_tiny $CPU2 --yes
+
+step "5 export: write it as a Hugging Face checkpoint" "demo/dense_hf/model.safetensors" \
+  nemo llm export path="$(echo demo/dense/checkpoints/*-step=249-*-last)" \
+  target=hf output_path=demo/dense_hf --yes
+
+# shellcheck disable=SC2086
+step "6 MoE: upcycle it online into 8 experts on 2 ranks, and train on" "demo/e8t2/checkpoints/*-step=99-*-last/weights/metadata.json" \
+  nemo llm pretrain --factory "llama_tiny_e8t2(expert_model_parallel_size=2)" $CPU2 --yes
+
+# shellcheck disable=SC2086
+step "7 control: train the dense model on for the same tokens" "demo/dense_continued/checkpoints/*-step=99-*-last/weights/metadata.json" \
+  nemo llm pretrain --factory \
+  "llama_tiny(name='dense_continued',dense_checkpoint='demo/dense_hf',max_steps=100)" $CPU2 --yes
+
+step "8 comparison: loss of both over tokens" "demo/comparison.png" \
+  nemo-upcycle compare --dense demo/tb_logs/dense_continued --moe demo/tb_logs/e8t2 \
+  --tokens-per-step 4096 --out demo
+
+echo
+cat demo/comparison.md
+echo
+echo "Picture: demo/comparison.png   ($((SECONDS - STARTED)) s)"

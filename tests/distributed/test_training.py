@@ -1,0 +1,232 @@
+"""Whole recipes through NeMo and Lightning, on several ranks."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.distributed.pool import RankPool, nemo_recipe
+from tests.distributed.test_weights import whole
+from tests.workspace import make_workspace
+
+EP2 = {"expert_model_parallel_size": 2}
+FOLDED = {
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "expert_model_parallel_size": 2,
+}
+
+
+@nemo_recipe
+def train(
+    directory: Path,
+    options: dict[str, Any],
+    overrides: dict[str, Any] | None = None,
+    dense_by_rank: list[str] | None = None,
+) -> Any:
+    """Run the tiny recipe; return this rank's shards after training, or the error's text."""
+    import fiddle
+    import torch
+
+    from nemo_upcycle_recipes import llama_tiny
+    from tests.distributed.recorder import Recorder
+
+    recipe = llama_tiny.upcycled_recipe(dir=str(directory), **options)
+    for path, value in (overrides or {}).items():
+        owner, _, attribute = path.rpartition(".")
+        target = recipe
+        for name in filter(None, owner.split(".")):
+            target = getattr(target, name)
+        setattr(target, attribute, value)
+    if dense_by_rank is not None:
+        import os
+
+        recipe.trainer.callbacks[-1].dense_checkpoint = dense_by_rank[int(os.environ["RANK"])]
+    recorder = Recorder()
+    try:
+        run = fiddle.build(recipe)
+        run.keywords["trainer"].callbacks.append(recorder)
+        run()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    assert torch.distributed.is_initialized()
+    return recorder.losses, recorder.shards
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "folding"), [(1, {}), (2, EP2), (4, FOLDED)], ids=["1", "EP2", "TP2-PP2-EP2"]
+)
+def test_optimizer_trains_on_from_the_upcycled_weights(
+    ranks: RankPool, workspace: Path, world_size: int, folding: dict[str, int]
+) -> None:
+    """A step with learning rate 0 leaves them as they are, in bf16 with fp32 main parameters.
+
+    Had the optimizer kept the main parameters of the random initialisation, the step would have
+    put those in their place.
+    """
+    results = ranks.run(
+        train,
+        world_size,
+        directory=workspace,
+        options={
+            "name": f"lr0-{world_size}",
+            "max_steps": 1,
+            "precision": "bf16-mixed",
+            **folding,
+        },
+        overrides={
+            "optim.config.lr": 0.0,
+            "optim.config.min_lr": 0.0,
+            "optim.lr_scheduler.min_lr": 0.0,
+            "trainer.limit_val_batches": 0,
+            "log.ckpt": None,
+        },
+    )
+    errors = [result for result in results if isinstance(result, str)]
+    assert not errors
+    parameters = whole([(s, v.float()) for _, shards in results for s, v in shards])
+    dense = load_file(workspace / "dense_hf" / "model.safetensors")
+    expected = dense["model.layers.3.mlp.down_proj.weight"].bfloat16().float()
+    for expert in range(8):
+        name = f"decoder.layers.3.mlp.experts.{expert}.linear_fc2.weight"
+        assert torch.equal(parameters[name], expected)
+    assert torch.equal(
+        parameters["embedding.word_embeddings.weight"],
+        dense["model.embed_tokens.weight"].bfloat16().float(),
+    )
+
+
+def _copy(workspace: Path, target: Path) -> Path:
+    return Path(shutil.copytree(workspace / "dense_hf", target))
+
+
+def _drop_tensor(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+
+
+def _wrong_shape(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+
+
+def _truncate(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _not_finite(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.3.mlp.gate_proj.weight"][5, 7] = float("nan")
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+
+
+def _pickled(checkpoint: Path) -> None:
+    torch.save({}, checkpoint / "pytorch_model.bin")
+    (checkpoint / "model.safetensors").unlink()
+
+
+def _wrong_config(checkpoint: Path) -> None:
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"intermediate_size": 80}))
+
+
+FAULTS = {
+    "lacks a tensor": (_drop_tensor, "1 missing: model.layers.2.mlp.up_proj.weight"),
+    "wrong shape": (_wrong_shape, "model.layers.1.self_attn.k_proj.weight is [31, 64], expected"),
+    "truncated": (_truncate, "cannot be read as safetensors"),
+    "not finite": (_not_finite, "model.layers.3.mlp.gate_proj.weight"),
+    "pickled": (_pickled, "pickled weights"),
+    "config contradicts weights": (_wrong_config, "expected [80, 64]"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_checkpoint_is_one_error_on_every_rank(
+    ranks: RankPool, workspace: Path, tmp_path: Path, fault: str
+) -> None:
+    damage, message = FAULTS[fault]
+    dense = _copy(workspace, tmp_path / "dense")
+    damage(dense)
+    results = ranks.run(
+        train,
+        2,
+        directory=workspace,
+        options={
+            "name": tmp_path.name,
+            "max_steps": 1,
+            "dense_checkpoint": str(dense),
+            **EP2,
+        },
+        overrides={"log.ckpt": None},
+    )
+    assert len(set(results)) == 1
+    assert results[0].startswith("UpcyclingError: ")
+    assert message in results[0]
+
+
+def test_missing_checkpoint_is_an_error_on_every_rank(ranks: RankPool, workspace: Path) -> None:
+    results = ranks.run(
+        train,
+        2,
+        directory=workspace,
+        options={"name": "missing", "max_steps": 1, "dense_checkpoint": "/no/such/directory"},
+    )
+    assert all("No dense checkpoint at '/no/such/directory'" in result for result in results)
+
+
+def test_a_fault_on_one_rank_stops_all(
+    ranks: RankPool, workspace: Path, tmp_path: Path
+) -> None:
+    """A disk that only one node cannot read must not leave the others waiting."""
+    good, bad = workspace / "dense_hf", _copy(workspace, tmp_path / "dense")
+    _truncate(bad)
+    results = ranks.run(
+        train,
+        2,
+        directory=workspace,
+        options={"name": "one-rank", "max_steps": 1, **EP2},
+        overrides={"log.ckpt": None},
+        dense_by_rank=[str(good), str(bad)],
+    )
+    assert len(set(results)) == 1
+    assert "rank 1: " in results[0]
+    assert "cannot be read as safetensors" in results[0]
+
+
+MAPPINGS = {
+    "ranks do not divide": ({"tensor_model_parallel_size": 4}, {}, "2 ranks do not divide by"),
+    "no sequence parallelism": (
+        {},
+        {"trainer.strategy.tensor_model_parallel_size": 2},
+        "set trainer.strategy.sequence_parallel=True",
+    ),
+}
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS)
+def test_bad_mapping_is_refused(ranks: RankPool, workspace: Path, mapping: str) -> None:
+    options, overrides, message = MAPPINGS[mapping]
+    results = ranks.run(
+        train,
+        2,
+        directory=workspace,
+        options={"name": "mapping", "max_steps": 1, **options},
+        overrides=overrides,
+    )
+    for result in results:
+        assert result.startswith("UpcyclingError: ")
+        assert message in result
