@@ -22,8 +22,8 @@ What is changed, and why:
 `tensor_parallel.random` RNG state             reads the CUDA generator behind torch's back
 `nemo.lightning.io.pl._fix_tensors_device`     asserts CUDA on resume; identity
 `DistributedOptimizer` "step" state            written for Apex's and Transformer Engine's Adam;
-                                               torch's AdamW keeps `step` with the parameter and has
-                                               no state at all before the first step
+                                               torch's AdamW keeps a `step` with each parameter, and
+                                               has no state at all before the first step
 checkpoint writers' result queue               Megatron spawns its process, for CUDA's sake; spawning
                                                imports NeMo again, 10 s in every run that saves;
                                                forked
@@ -35,7 +35,7 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
+from nemo.lightning import io
 from torch.overrides import TorchFunctionMode
 
 from nemo_upcycle.errors import UpcyclingError
@@ -184,7 +185,7 @@ def _bias_dropout_add() -> Any:
 # --- Strategy and accelerator ----------------------------------------------------------------
 
 
-class GlooAccelerator(CPUAccelerator):
+class GlooAccelerator(CPUAccelerator, io.IOMixin):
     """CPU ranks, as many as the launcher starts on this node."""
 
     @staticmethod
@@ -196,6 +197,7 @@ class GlooAccelerator(CPUAccelerator):
 class CpuMegatronStrategy(MegatronStrategy):
     """NeMo's Megatron strategy over gloo."""
 
+    @wraps(MegatronStrategy.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         enable()
         super().__init__(*args, **kwargs)
@@ -381,6 +383,7 @@ def _patch_distributed_optimizer() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     state_dict = DistributedOptimizer.state_dict
+    load_state_dict = DistributedOptimizer.load_state_dict
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def state_dict_with_state(self: Any) -> Any:
@@ -393,6 +396,12 @@ def _patch_distributed_optimizer() -> None:
                 state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
         return state_dict(self)
 
+    def load_state_dict_with_own_steps(self: Any, loaded: Any) -> None:
+        load_state_dict(self, loaded)
+        # Megatron gives all parameters one `step` tensor, and AdamW counts it up for each.
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
     def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
         # The checkpoint keeps `step` once for all parameters; it is loaded by then.
         group, order = self.model_param_group_index_map[model_param]
@@ -403,6 +412,7 @@ def _patch_distributed_optimizer() -> None:
         return set_states(self, model_param, tensors)
 
     DistributedOptimizer.state_dict = state_dict_with_state
+    DistributedOptimizer.load_state_dict = load_state_dict_with_own_steps
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
 
 

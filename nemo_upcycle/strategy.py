@@ -1,26 +1,15 @@
-"""NeMo's Megatron strategy without two of its faults, and with its mapping checked."""
+"""NeMo's Megatron strategy without one of its faults, and with its mapping checked."""
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from functools import wraps
 from typing import Any
 
 import lightning.pytorch as pl
-from megatron.core import distributed
 from nemo import lightning as nl
-from nemo.lightning import io
 
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-
-
-@dataclass
-class DistributedDataParallelConfig(distributed.DistributedDataParallelConfig, io.IOMixin):
-    """Megatron's config, made serialisable.
-
-    NeMo writes the training context into every checkpoint, but cannot serialise Megatron's own
-    class: it then warns "Failed to dump training context", and `llm.export_ckpt` cannot read the
-    checkpoint.
-    """
 
 
 class MegatronStrategy(nl.MegatronStrategy):
@@ -30,6 +19,8 @@ class MegatronStrategy(nl.MegatronStrategy):
     all ranks: the next collective of the whole world, such as a checkpoint's, then never ends.
     """
 
+    # NeMo records a constructor's arguments by its signature, in every checkpoint's context.
+    @wraps(nl.MegatronStrategy.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.timers = None

@@ -6,6 +6,7 @@ from typing import Any
 import nemo_run as run
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
@@ -22,8 +23,9 @@ from nemo_upcycle.model import (
     architecture_fields,
     moe_fields,
 )
-from nemo_upcycle.strategy import DistributedDataParallelConfig, MegatronStrategy
+from nemo_upcycle.strategy import MegatronStrategy
 from nemo_upcycle.tokenizer import checkpoint_tokenizer
+from nemo_upcycle.training.model_checkpoint import ModelCheckpoint
 from nemo_upcycle_recipes.numbers import Recipe, Schedule
 
 
@@ -251,10 +253,12 @@ def log(dir: str | None, name: str, schedule: Schedule) -> run.Config:
         use_datetime_version=False,
         tensorboard=run.Config(TensorBoardLogger, save_dir="tb_logs", name=name),
         ckpt=run.Config(
-            nl.ModelCheckpoint,
+            ModelCheckpoint,
             every_n_train_steps=schedule.checkpoint_interval,
+            # NeMo resumes from "-last" alone. With save_top_k every checkpoint would be written
+            # twice, and a run killed between the two would start anew.
             save_last=True,
-            save_top_k=1,
+            save_top_k=0,
             monitor="reduced_train_loss",
             filename=f"{name}--{{reduced_train_loss:.2f}}-{{step}}-{{consumed_samples}}",
             # Without it the last checkpoint has no optimizer and cannot be trained on.

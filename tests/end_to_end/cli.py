@@ -1,0 +1,38 @@
+"""Run the real commands as a user would, each in processes of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+TIMEOUT_S = 300
+
+
+def command(*words: str) -> list[str]:
+    """Return a command of this environment, by its full path."""
+    return [str(BIN / words[0]), *words[1:]]
+
+
+def run(directory: Path, *words: str) -> str:
+    """Run a command to its end and return what it printed.
+
+    NeMo-Run exits with 0 after a failed job, so look at what came of it.
+    """
+    result = subprocess.run(
+        command(*words),
+        cwd=directory,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    return result.stdout
+
+
+def environment() -> dict[str, str]:
+    """Return the environment with this Python's commands first and plain, wide output."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}

@@ -1,0 +1,77 @@
+"""The commands that a user meets first."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end import cli
+
+
+def test_light_commands_import_nothing_heavy(tmp_path: Path) -> None:
+    script = (
+        "import sys; from typer.testing import CliRunner; from nemo_upcycle.cli import app; "
+        "result = CliRunner().invoke(app, ['--help']); print(result.output); "
+        "print('HEAVY', sorted({'torch', 'nemo', 'nemo_run', 'megatron', 'lightning', "
+        "'transformers'} & set(sys.modules)))"
+    )
+    output = cli.run(tmp_path, "python", "-c", script)
+    assert "HEAVY []" in output
+    assert "data" in output
+
+
+def test_nemo_upcycle_has_the_same_commands(tmp_path: Path) -> None:
+    light = cli.run(tmp_path, "nemo-upcycle", "--help")
+    heavy = cli.run(tmp_path, "nemo", "upcycle", "--help")
+    assert "Couldn't load entrypoint" not in heavy
+
+    def commands(text: str) -> list[str]:
+        lines = text.split("Commands", 1)[1].splitlines()[1:]
+        return [line.strip("│ ").split()[0] for line in lines if line.strip("│╰─╯ ")]
+
+    assert commands(light) == commands(heavy)
+    assert {"data", "compare", "version"} <= set(commands(light))
+
+
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
+    output = cli.run(tmp_path, "nemo-upcycle", "data", "tokenizer", "nope.jsonl", "--out", "x")
+    lines = [line for line in output.splitlines() if line.strip()]
+    assert lines[0].startswith("Error: ")
+    assert "Traceback" not in output
+    assert not (tmp_path / "x").exists()
+
+
+def test_nemo_llm_help_lists_pretrain(tmp_path: Path) -> None:
+    output = cli.run(tmp_path, "nemo", "llm", "--help")
+    assert "Couldn't load entrypoint" not in output
+    assert "pretrain" in output
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        (
+            "llama3_8b_e8t2",
+            ["num_moe_experts=8", "max_steps=23842", "expert_tensor_parallel_size=1", "lr=3e-05"],
+        ),
+        (
+            "llama3_8b_e8t2(num_nodes=16, moe_expert_capacity_factor=None)",
+            ["num_nodes=16", "moe_expert_capacity_factor=None"],
+        ),
+        ("llama_tiny_e8t2(moe_router_topk=4)", ["moe_router_topk=4", "CpuMegatronStrategy"]),
+    ],
+)
+def test_dryrun_prints_the_recipe(tmp_path: Path, factory: str, words: list[str]) -> None:
+    overrides = ["trainer.log_every_n_steps=7", "data.micro_batch_size=3"]
+    output = cli.run(
+        tmp_path, "nemo", "llm", "pretrain", "--factory", factory, "--dryrun", *overrides
+    )
+    for word in [*words, "log_every_n_steps=7", "micro_batch_size=3"]:
+        assert word in output
+
+
+def test_bad_recipe_argument_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    factory = "llama_tiny_e8t2(num_moe_experts=6,expert_model_parallel_size=4)"
+    output = cli.run(tmp_path, "nemo", "llm", "pretrain", "--factory", factory, "--yes")
+    assert "6 experts do not divide over expert_model_parallel_size=4" in output
+    assert "Launching" not in output
+    assert not list(tmp_path.iterdir())
