@@ -17,14 +17,23 @@ from megatron.core.utils import get_model_config
 from nemo_upcycle import cpu, load
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.mapping import family_of
+from nemo_upcycle.mapping import Architecture, family_of
 from nemo_upcycle.model import UpcycledLlamaConfig, architecture_fields, moe_fields
 
 
 def build(
     dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig, **overrides: Any
 ) -> list[torch.nn.Module]:
-    """Initialise Megatron's groups and build this rank's model, one module a virtual stage."""
+    """Build this rank's model for a dense checkpoint, one module a virtual stage."""
+    hf_config = HuggingFaceCheckpoint(dense).config
+    arch = family_of(hf_config).architecture(hf_config)
+    return build_from(arch, folding, upcycling, **overrides)
+
+
+def build_from(
+    arch: Architecture, folding: ParallelFolding, upcycling: UpcyclingConfig, **overrides: Any
+) -> list[torch.nn.Module]:
+    """Initialise Megatron's groups and build this rank's model."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=folding.tensor_model_parallel_size,
         pipeline_model_parallel_size=folding.pipeline_model_parallel_size,
@@ -33,8 +42,6 @@ def build(
         expert_tensor_parallel_size=folding.expert_tensor_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
-    hf_config = HuggingFaceCheckpoint(dense).config
-    arch = family_of(hf_config).architecture(hf_config)
     fields: dict[str, Any] = {
         **architecture_fields(arch),
         **moe_fields(arch, upcycling),

@@ -1,0 +1,80 @@
+"""CPU mode touches nothing that did not ask for it."""
+
+import subprocess
+import sys
+
+import pytest
+
+SNAPSHOT = """
+import torch, megatron.core.optimizer.distrib_optimizer as distrib
+import megatron.core.tensor_parallel.random as rng
+import megatron.core.transformer.moe.token_dispatcher as dispatcher
+import nemo.collections.llm, nemo.lightning.io.pl as pl, nemo_run
+
+torch.cuda.is_available = lambda: True  # a machine with CUDA, as far as the package can tell
+places = [torch, torch.cuda, torch.Tensor, torch.distributed, rng, dispatcher, pl,
+          distrib.DistributedOptimizer]
+def state():
+    modes = torch.overrides._get_current_function_mode_stack()
+    return [dict(vars(place)) for place in places], list(modes)
+before = state()
+"""
+
+
+def run(script: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_importing_changes_nothing_in_torch_and_a_cuda_machine_refuses_cpu_mode() -> None:
+    script = (
+        SNAPSHOT
+        + """
+import nemo_upcycle.cpu, nemo_upcycle.model, nemo_upcycle.callback, nemo_upcycle.strategy
+import nemo_upcycle_recipes.plugin
+assert state() == before, "the import changed torch, Megatron or NeMo"
+from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+recipe = upcycled_recipe()
+assert recipe.trainer.accelerator == "gpu", recipe.trainer.accelerator
+for ask in (nemo_upcycle.cpu.enable, nemo_upcycle.cpu.CpuMegatronStrategy):
+    try:
+        ask()
+    except nemo_upcycle.errors.UpcyclingError as error:
+        assert "CUDA device" in str(error)
+    else:
+        raise AssertionError("CPU mode was switched on beside a CUDA device")
+assert state() == before, "a refused CPU mode changed torch, Megatron or NeMo"
+print("UNCHANGED")
+"""
+    )
+    assert "UNCHANGED" in run(script)
+
+
+def test_the_check_above_can_fail() -> None:
+    script = (
+        SNAPSHOT
+        + """
+import nemo_upcycle.cpu
+torch.cuda.is_available = lambda: False
+before = state()
+nemo_upcycle.cpu.enable()
+print("CHANGED" if state() != before else "same")
+assert torch.zeros(2, device="cuda").device.type == "cpu"
+"""
+    )
+    assert "CHANGED" in run(script)
+
+
+@pytest.mark.gpu
+def test_importing_on_a_real_cuda_machine() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    script = SNAPSHOT.replace("torch.cuda.is_available = lambda: True", "torch.cuda.init()")
+    assert "UNCHANGED" in run(
+        script + "import nemo_upcycle_recipes.plugin\nassert state() == before\nprint('UNCHANGED')"
+    )
