@@ -22,9 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data_app = typer.Typer(
-    help="Text, tokenizer and Megatron .bin/.idx files.", no_args_is_help=True
-)
+data_app = typer.Typer(help="Text, tokenizer and Megatron .bin/.idx files.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 P = ParamSpec("P")

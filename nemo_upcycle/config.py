@@ -166,9 +166,7 @@ class ParallelFolding:
         )
         return _divide(world_size, experts, "ETP·EP·PP")
 
-    def validate(
-        self, world_size: int | None = None, num_moe_experts: int | None = None
-    ) -> None:
+    def validate(self, world_size: int | None = None, num_moe_experts: int | None = None) -> None:
         """Check the folding against a world size and an expert count, where they are known.
 
         Raises:

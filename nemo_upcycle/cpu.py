@@ -13,9 +13,9 @@ What is changed, and why:
                                                sends them to the CPU
 `Tensor.type()`                                the distributed optimizer takes only
                                                `torch.cuda.*Tensor`; same mode
-`all_gather`, `reduce_scatter` of lists        gloo wants pieces of equal size; the all-to-all dispatcher
-                                               with expert-TP has unequal ones. Built from broadcasts
-                                               and reductions; same mode
+`all_gather`, `reduce_scatter` of lists        gloo wants pieces of equal size; the all-to-all
+                                               dispatcher with expert-TP has unequal ones. Built
+                                               from broadcasts and reductions; same mode
 `moe_utils.te_general_gemm`                    a NameError without Transformer Engine; None
 `token_dispatcher.maybe_move_tensor_to_cpu`    leaves all-to-all splits as tensors when they are on
                                                the CPU already, where lists are needed
@@ -24,9 +24,9 @@ What is changed, and why:
 `DistributedOptimizer` "step" state            written for Apex's and Transformer Engine's Adam;
                                                torch's AdamW keeps a `step` with each parameter, and
                                                has no state at all before the first step
-checkpoint writers' result queue               Megatron spawns its process, for CUDA's sake; spawning
-                                               imports NeMo again, 10 s in every run that saves;
-                                               forked
+checkpoint writers' result queue               Megatron spawns its process, for CUDA's sake; that
+                                               imports NeMo again, 10 s in every run that saves.
+                                               Forked
 =============================================  =====================================================
 """
 
@@ -92,7 +92,7 @@ class RMSNorm(torch.nn.RMSNorm):
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         # Megatron all-reduces the gradients of parameters marked so over the TP group.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class RMSNormColumnParallelLinear(ColumnParallelLinear):
@@ -110,9 +110,7 @@ class RMSNormColumnParallelLinear(ColumnParallelLinear):
         self.layer_norm_weight = torch.nn.Parameter(
             torch.ones(input_size, dtype=config.params_dtype)
         )
-        self.layer_norm_weight.sequence_parallel = (  # type: ignore[attr-defined]
-            config.sequence_parallel
-        )
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         x = torch.nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
@@ -197,7 +195,7 @@ class GlooAccelerator(CPUAccelerator, io.IOMixin):
 class CpuMegatronStrategy(MegatronStrategy):
     """NeMo's Megatron strategy over gloo."""
 
-    @wraps(MegatronStrategy.__init__)
+    @wraps(MegatronStrategy.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         enable()
         super().__init__(*args, **kwargs)
@@ -339,7 +337,7 @@ def _reduce_scatter(
             output.copy_(part)
 
 
-_UNEVEN = {
+_UNEVEN: dict[Any, Any] = {
     torch.distributed.all_gather: _all_gather,
     torch.distributed.reduce_scatter: _reduce_scatter,
 }

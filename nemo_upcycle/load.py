@@ -107,7 +107,7 @@ def owned_shards(module: torch.nn.Module) -> list[OwnedShard]:
     Raises:
         UpcyclingError: A parameter is not covered exactly once by views of itself.
     """
-    state: ShardedStateDict = module.sharded_state_dict()  # type: ignore[operator]
+    state: ShardedStateDict = module.sharded_state_dict()
     owned = [_owned(tensor) for tensor in _sharded_tensors(state.values())]
     _check_coverage(module, owned)
     return owned
@@ -189,7 +189,9 @@ def _carry_out(
         _rows(owned, target).zero_()
     done = 0
     # By file and then by place, so that a spinning or networked disk reads forward.
-    blocks = sorted(plan.copies, key=lambda b: (checkpoint.tensors[b.tensor].file, b.tensor, b.rows))
+    blocks = sorted(
+        plan.copies, key=lambda b: (checkpoint.tensors[b.tensor].file, b.tensor, b.rows)
+    )
     for block in blocks:
         for chunk, first in _chunks(block, checkpoint):
             values_read = checkpoint.read(chunk.tensor, chunk.rows, chunk.columns)

@@ -70,7 +70,7 @@ def _reduce_experts_over_their_own_group(model: MCoreGPTModel) -> None:
     """
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
-            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.allreduce = False
 
 
 class UpcycledLlamaModel(GPTModel):

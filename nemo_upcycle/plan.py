@@ -107,9 +107,7 @@ def check_tensors(
     """
     expected = family.shapes(arch)
     missing = [name for name in expected if name not in tensors]
-    extra = [
-        name for name in tensors if name not in expected and not name.endswith(family.ignored)
-    ]
+    extra = [name for name in tensors if name not in expected and not name.endswith(family.ignored)]
     shapes = [
         f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()

@@ -20,7 +20,7 @@ class MegatronStrategy(nl.MegatronStrategy):
     """
 
     # NeMo records a constructor's arguments by its signature, in every checkpoint's context.
-    @wraps(nl.MegatronStrategy.__init__)
+    @wraps(nl.MegatronStrategy.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.timers = None
@@ -36,8 +36,9 @@ class MegatronStrategy(nl.MegatronStrategy):
         has_experts = getattr(model.config, "num_moe_experts", None) is not None
         if has_experts and self.tensor_model_parallel_size > 1 and not self.sequence_parallel:
             raise UpcyclingError(
-                f"tensor_model_parallel_size is {self.tensor_model_parallel_size} without sequence "
-                "parallelism, which Megatron's MoE needs; set trainer.strategy.sequence_parallel=True."
+                f"tensor_model_parallel_size is {self.tensor_model_parallel_size} without "
+                "sequence parallelism, which Megatron's MoE needs; set "
+                "trainer.strategy.sequence_parallel=True."
             )
         super().connect(model)
 

@@ -12,6 +12,7 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.utils.exp_manager import TimingCallback
+from nemo_upcycle_recipes.numbers import Recipe, Schedule
 
 from nemo_upcycle import cpu
 from nemo_upcycle.callback import UpcyclingCallback
@@ -26,7 +27,6 @@ from nemo_upcycle.model import (
 from nemo_upcycle.strategy import MegatronStrategy
 from nemo_upcycle.tokenizer import checkpoint_tokenizer
 from nemo_upcycle.training.model_checkpoint import ModelCheckpoint
-from nemo_upcycle_recipes.numbers import Recipe, Schedule
 
 
 def model(
@@ -116,9 +116,7 @@ def pretrain(
     all_callbacks = [run.Config(TimingCallback), *(callbacks or [])]
     if dense_checkpoint is not None:
         all_callbacks.append(
-            run.Config(
-                UpcyclingCallback, dense_checkpoint=dense_checkpoint, seed=upcycling.seed
-            )
+            run.Config(UpcyclingCallback, dense_checkpoint=dense_checkpoint, seed=upcycling.seed)
         )
     arch = recipe.architecture_of(dense_checkpoint)
     return run.Partial(

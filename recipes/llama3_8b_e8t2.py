@@ -5,10 +5,10 @@ from typing import Optional
 
 import nemo_run as run
 from nemo.collections import llm
-
-from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle_recipes import factory
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
+
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 
 NAME = LLAMA3_8B_E8T2.name
 _UPCYCLING, _FOLDING = LLAMA3_8B_E8T2.upcycling, LLAMA3_8B_E8T2.folding
@@ -28,7 +28,9 @@ def pretrain_recipe(
     moe_expert_capacity_factor: Optional[float] = _UPCYCLING.moe_expert_capacity_factor,
     tensor_model_parallel_size: int = _FOLDING.tensor_model_parallel_size,
     pipeline_model_parallel_size: int = _FOLDING.pipeline_model_parallel_size,
-    virtual_pipeline_model_parallel_size: Optional[int] = _FOLDING.virtual_pipeline_model_parallel_size,
+    virtual_pipeline_model_parallel_size: Optional[
+        int
+    ] = _FOLDING.virtual_pipeline_model_parallel_size,
     context_parallel_size: int = _FOLDING.context_parallel_size,
     expert_model_parallel_size: int = _FOLDING.expert_model_parallel_size,
     expert_tensor_parallel_size: int = _FOLDING.expert_tensor_parallel_size,

@@ -1,14 +1,14 @@
 """A Llama of 2M parameters, dense and upcycled: the whole path on a laptop's CPU."""
 
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import nemo_run as run
 from nemo.collections import llm
-
-from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle_recipes import factory
 from nemo_upcycle_recipes.numbers import LLAMA_TINY, LLAMA_TINY_E8T2, Recipe
+
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 
 DIR = "demo"
 
@@ -174,7 +174,7 @@ def _pretrain(
     dense_checkpoint: str | None,
     tokenizer: str | None,
     data_paths: list[str] | None,
-    **options,
+    **options: Any,
 ) -> run.Partial:
     """Fill in what the demo's directory gives."""
     documentation, sources = f"{dir}/data/documentation", f"{dir}/data/sources"

@@ -4,13 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping.family import QKV, Architecture, Family, GatedMLP, Rename
+from nemo_upcycle.mapping.family import (
+    QKV,
+    Architecture,
+    Family,
+    GatedMLP,
+    Operation,
+    Rename,
+)
 
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."
 _MLP = _LAYER + "mlp."
 
-PARAMETERS = {
+PARAMETERS: dict[str, Operation] = {
     "embedding.word_embeddings.weight": Rename("model.embed_tokens.weight"),
     "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight": Rename(
         _LAYER + "input_layernorm.weight"

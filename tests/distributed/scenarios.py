@@ -142,9 +142,7 @@ def weights(
 ) -> dict[str, tuple[Any, torch.Tensor]]:
     """Upcycle and return what this rank owns: (name, offset) → shard and values."""
     owned = [
-        own
-        for chunk in upcycled(dense, folding, upcycling)
-        for own in load.owned_shards(chunk)
+        own for chunk in upcycled(dense, folding, upcycling) for own in load.owned_shards(chunk)
     ]
     return {f"{o.shard.name}@{o.shard.offset}": (o.shard, o.data.clone()) for o in owned}
 
@@ -218,6 +216,4 @@ def _gradients(chunks: list[torch.nn.Module]) -> list[tuple[Any, torch.Tensor]]:
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.copy_(parameter.main_grad)
-    return [
-        (own.shard, own.data.clone()) for chunk in chunks for own in load.owned_shards(chunk)
-    ]
+    return [(own.shard, own.data.clone()) for chunk in chunks for own in load.owned_shards(chunk)]

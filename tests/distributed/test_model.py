@@ -10,7 +10,6 @@ from tests.distributed.pool import RankPool
 def count_parameters() -> dict[str, Any]:
     """Build Megatron's model on the meta device and count its parameters by name."""
     import torch
-
     from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2 as RECIPE
 
     (model,) = scenarios.build_from(

@@ -31,8 +31,8 @@ def train(
     """Run the tiny recipe; return this rank's shards after training, or the error's text."""
     import fiddle
     import torch
-
     from nemo_upcycle_recipes import llama_tiny
+
     from tests.distributed.recorder import Recorder
 
     recipe = llama_tiny.upcycled_recipe(dir=str(directory), **options)
@@ -188,9 +188,7 @@ def test_missing_checkpoint_is_an_error_on_every_rank(ranks: RankPool, workspace
     assert all("No dense checkpoint at '/no/such/directory'" in result for result in results)
 
 
-def test_a_fault_on_one_rank_stops_all(
-    ranks: RankPool, workspace: Path, tmp_path: Path
-) -> None:
+def test_a_fault_on_one_rank_stops_all(ranks: RankPool, workspace: Path, tmp_path: Path) -> None:
     """A disk that only one node cannot read must not leave the others waiting."""
     good, bad = workspace / "dense_hf", _copy(workspace, tmp_path / "dense")
     _truncate(bad)

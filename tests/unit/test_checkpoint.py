@@ -76,7 +76,7 @@ def test_a_tensor_that_is_twice(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     for name in ("a", "b"):
         save_file({"same": torch.ones(2)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(UpcyclingError, match="in both a.safetensors and b.safetensors"):
+    with pytest.raises(UpcyclingError, match=r"in both a\.safetensors and b\.safetensors"):
         _ = HuggingFaceCheckpoint(tmp_path).tensors
 
 

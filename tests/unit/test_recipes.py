@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
 
 

@@ -1,0 +1,33 @@
+# Everything a fresh machine needs is made on the way: `make demo`, `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-all lint clean
+
+demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, with a picture.
+	PATH="$(BIN):$$PATH" examples/demo.sh
+
+test: $(INSTALLED)  ## All tests that belong to every change.
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED)  ## And the slow ones: the whole demo, as the README has it.
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## Format, style, types, import contracts.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## Remove the environment and the demo's files.
+	rm -rf $(VENV) demo
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.10 or newer expected; set PYTHON=python3.11, say")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing NeMo, Megatron-Core and PyTorch (about 2.5 GB, some minutes) …"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
