@@ -19,14 +19,19 @@ def run(directory: Path, *words: str) -> str:
 
     NeMo-Run exits with 0 after a failed job, so look at what came of it.
     """
+    return run_script(directory, *command(*words))
+
+
+def run_script(directory: Path, *words: str, timeout: int = TIMEOUT_S) -> str:
+    """Run any program to its end and return what it printed."""
     result = subprocess.run(
-        command(*words),
+        words,
         cwd=directory,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=timeout,
         check=False,
     )
     return result.stdout

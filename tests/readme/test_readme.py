@@ -1,0 +1,88 @@
+"""The README is true: its commands are the demo's, and they run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(heading: str) -> list[str]:
+    """Return the shell commands under a heading of the README, one a line."""
+    section = (ROOT / "README.md").read_text().split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    code = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
+    lines = "\n".join(code).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+STEPS = blocks("Step by step")
+LIGHT = [line for line in STEPS if line.startswith("nemo-upcycle data")]
+TRAININGS = [line for line in STEPS if line.startswith("nemo llm pretrain")]
+
+
+def words(line: str) -> list[str]:
+    return shlex.split(line.replace("$CPU2", "run.executor=cpu run.executor.ntasks_per_node=2"))
+
+
+def test_steps_are_those_of_the_demo() -> None:
+    demo = (ROOT / "examples" / "demo.sh").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ +((?:nemo|nemo-upcycle) .*)$", demo, flags=re.MULTILINE)
+    assert [words(line) for line in commands] == [words(line) for line in STEPS]
+    assert len(STEPS) == 8
+
+
+def test_tree_names_files_that_exist() -> None:
+    tree = (ROOT / "README.md").read_text().split("## What is where\n", 1)[1]
+    tree = re.findall(r"```\n(.*?)```", tree, flags=re.DOTALL)[0]
+    folder = Path()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = Path(name) if name.endswith("/") else Path()
+            path = ROOT / name
+        else:
+            path = ROOT / folder / name
+        assert path.exists(), path
+
+
+def test_data_steps_run_as_written(tmp_path: Path) -> None:
+    for line in LIGHT:
+        cli.run(tmp_path, *words(line))
+    for file in ("documentation.idx", "documentation.bin", "sources.idx", "sources.bin"):
+        assert (tmp_path / "demo" / "data" / file).stat().st_size > 0
+    assert (tmp_path / "demo" / "tokenizer" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("line", TRAININGS)
+def test_trainings_are_configured_as_written(tmp_path: Path, line: str) -> None:
+    arguments = [word for word in words(line) if word != "--yes"]
+    output = cli.run(tmp_path, *arguments, "--dryrun")
+    assert "Dry run for pretrain" in output
+
+
+@pytest.mark.parametrize("line", blocks("The real run"))
+def test_real_run_is_configured_as_written(tmp_path: Path, line: str) -> None:
+    arguments = words(line)
+    if "--dryrun" not in arguments:
+        arguments.append("--dryrun")
+    output = cli.run(tmp_path, *arguments)
+    assert "Dry run for pretrain" in output
+    assert "max_steps=23842" in output
+
+
+@pytest.mark.slow
+def test_demo_runs_and_a_second_run_reuses_it(tmp_path: Path) -> None:
+    demo = str(ROOT / "examples" / "demo.sh")
+    output = cli.run_script(tmp_path, demo, timeout=1800)
+    table = (tmp_path / "demo" / "comparison.md").read_text()
+    assert (tmp_path / "demo" / "comparison.png").stat().st_size > 10_000
+    assert "failed" not in output
+    (first,) = (line for line in table.splitlines() if "step 0" in line)
+    dense, moe = (float(cell) for cell in first.split("|")[2:4])
+    assert abs(dense - moe) < 1e-5
+    again = cli.run_script(tmp_path, demo)
+    assert again.count("done before, reused") == 8
