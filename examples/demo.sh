@@ -52,9 +52,9 @@ step "3 data: Megatron .bin/.idx files" "demo/data/sources.idx" \
 step "4 dense: pre-train a Llama on a 7:3 blend" "demo/dense/checkpoints/*-step=249-*-last/weights/metadata.json" \
   nemo llm pretrain --factory llama_tiny $CPU2 --yes
 
-step "5 export: write it as a Hugging Face checkpoint" "demo/dense_hf/model.safetensors" \
+step "5 export: write it as a Hugging Face checkpoint" "demo/dense_hf/tokenizer.json" \
   nemo llm export path="$(echo demo/dense/checkpoints/*-step=249-*-last)" \
-  target=hf output_path=demo/dense_hf --yes
+  target=hf output_path=demo/dense_hf overwrite=true --yes
 
 # shellcheck disable=SC2086
 step "6 MoE: upcycle it online into 8 experts on 2 ranks, and train on" "demo/e8t2/checkpoints/*-step=99-*-last/weights/metadata.json" \

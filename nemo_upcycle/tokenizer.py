@@ -3,6 +3,9 @@
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
+from nemo_upcycle.errors import UpcyclingError
+
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 if TYPE_CHECKING:
     from nemo.collections.common.tokenizers import AutoTokenizer
@@ -18,9 +21,14 @@ def checkpoint_tokenizer(source: str) -> "AutoTokenizer":
         NeMo's tokenizer.
 
     Raises:
-        UpcyclingError: There is no such directory.
+        UpcyclingError: There is no such directory, or no tokenizer in it.
     """
     directory = resolve_directory(source)
+    if not any((directory / name).is_file() for name in FILES):
+        raise UpcyclingError(
+            f"{directory} holds no tokenizer; expected one of {', '.join(FILES)}. "
+            "Put the model's tokenizer there, or name its directory: tokenizer=DIR."
+        )
     from nemo.collections.common.tokenizers import AutoTokenizer
 
     return AutoTokenizer(str(directory))

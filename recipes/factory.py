@@ -17,6 +17,7 @@ from nemo_upcycle_recipes.numbers import Recipe, Schedule
 from nemo_upcycle import cpu
 from nemo_upcycle.callback import UpcyclingCallback
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.data.gpt_dataset import GPTDataset
 from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.model import (
     UpcycledLlamaConfig,
@@ -66,7 +67,7 @@ def pretrain(
     name: str,
     dense_checkpoint: str | None,
     tokenizer: str | None,
-    data_paths: list[str] | None,
+    data_paths: str | None,
     max_steps: int | None = None,
     num_nodes: int = 1,
     num_gpus_per_node: int = 1,
@@ -86,8 +87,8 @@ def pretrain(
         name: The run's name.
         dense_checkpoint: Weights to start from; None trains from random ones.
         tokenizer: Directory of the tokenizer; None takes the dense checkpoint's.
-        data_paths: Megatron `.bin/.idx` prefixes, with weights before each where they are
-            blended; None trains on NeMo's mock data.
+        data_paths: Megatron `.bin/.idx` prefixes, separated by spaces, with weights before each
+            where they are blended (Megatron's `--data-path`); None trains on NeMo's mock data.
         max_steps: Steps; None takes the recipe's.
         num_nodes: Nodes.
         num_gpus_per_node: GPUs a node, not used on CPU, where the launcher decides.
@@ -198,7 +199,7 @@ def trainer(
 
 def data(
     schedule: Schedule,
-    paths: list[str] | None,
+    paths: str | None,
     tokenizer: run.Config | None,
     cpu_only: bool,
 ) -> run.Config:
@@ -212,7 +213,13 @@ def data(
     }
     if paths is None:
         return run.Config(llm.MockDataModule, **sizes)
-    return run.Config(llm.PreTrainingDataModule, paths=paths, split="970,20,10", **sizes)
+    return run.Config(
+        llm.PreTrainingDataModule,
+        paths=paths.split(),
+        split="970,20,10",
+        dataset_cls=GPTDataset,
+        **sizes,
+    )
 
 
 def optim(schedule: Schedule, precision: str) -> run.Config:

@@ -6,7 +6,7 @@ from typing import Optional
 import nemo_run as run
 from nemo.collections import llm
 from nemo_upcycle_recipes import factory
-from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
+from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, select
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 
@@ -21,7 +21,8 @@ def pretrain_recipe(
     num_nodes: int = LLAMA3_8B_E8T2.num_nodes,
     num_gpus_per_node: int = LLAMA3_8B_E8T2.num_gpus_per_node,
     dense_checkpoint: str = "meta-llama/Meta-Llama-3-8B",
-    data_paths: Optional[list[str]] = None,
+    tokenizer: Optional[str] = None,
+    data_paths: Optional[str] = None,
     num_moe_experts: int = 8,
     moe_router_topk: int = _UPCYCLING.moe_router_topk,
     moe_router_pre_softmax: bool = _UPCYCLING.moe_router_pre_softmax,
@@ -49,7 +50,9 @@ def pretrain_recipe(
         num_nodes: Nodes.
         num_gpus_per_node: GPUs a node.
         dense_checkpoint: Hugging Face directory, or a name in the local hub cache.
-        data_paths: Megatron prefixes, weights before each where blended; None is mock data.
+        tokenizer: Its directory; None takes the dense checkpoint's.
+        data_paths: Megatron prefixes, weights before each where blended, separated by spaces;
+            None is NeMo's mock data.
         num_moe_experts: Experts a layer.
         moe_router_topk: Experts a token.
         moe_router_pre_softmax: Softmax before top-k (ST-type).
@@ -75,29 +78,15 @@ def pretrain_recipe(
         Python API usage:
             >>> recipe = pretrain_recipe(dense_checkpoint="/models/Meta-Llama-3-8B")
     """
-    upcycling = UpcyclingConfig(
-        num_moe_experts=num_moe_experts,
-        moe_router_topk=moe_router_topk,
-        moe_router_pre_softmax=moe_router_pre_softmax,
-        moe_expert_capacity_factor=moe_expert_capacity_factor,
-        seed=seed,
-    )
-    folding = ParallelFolding(
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
-        context_parallel_size=context_parallel_size,
-        expert_model_parallel_size=expert_model_parallel_size,
-        expert_tensor_parallel_size=expert_tensor_parallel_size,
-    )
+    arguments = dict(locals())
     return factory.pretrain(
         LLAMA3_8B_E8T2,
-        upcycling=upcycling,
-        folding=folding,
+        upcycling=select(UpcyclingConfig, arguments),
+        folding=select(ParallelFolding, arguments),
         dir=dir,
         name=name,
         dense_checkpoint=dense_checkpoint,
-        tokenizer=None,
+        tokenizer=tokenizer,
         data_paths=data_paths,
         max_steps=max_steps,
         num_nodes=num_nodes,

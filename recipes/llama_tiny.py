@@ -6,7 +6,7 @@ from typing import Any, Optional
 import nemo_run as run
 from nemo.collections import llm
 from nemo_upcycle_recipes import factory
-from nemo_upcycle_recipes.numbers import LLAMA_TINY, LLAMA_TINY_E8T2, Recipe
+from nemo_upcycle_recipes.numbers import LLAMA_TINY, LLAMA_TINY_E8T2, Recipe, select
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 
@@ -21,7 +21,7 @@ def dense_recipe(
     num_gpus_per_node: int = 1,
     dense_checkpoint: Optional[str] = None,
     tokenizer: Optional[str] = None,
-    data_paths: Optional[list[str]] = None,
+    data_paths: Optional[str] = None,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     max_steps: Optional[int] = None,
@@ -38,7 +38,8 @@ def dense_recipe(
         num_gpus_per_node: GPUs a node; on CPU the executor's ranks count.
         dense_checkpoint: Hugging Face directory to train on from; None starts from scratch.
         tokenizer: Its directory; None takes the dense checkpoint's, else `dir/tokenizer`.
-        data_paths: Megatron prefixes with weights; None takes the demo's 7:3 blend.
+        data_paths: Megatron prefixes, weights before each, separated by spaces; None takes the
+            demo's 7:3 blend.
         tensor_model_parallel_size: TP.
         pipeline_model_parallel_size: PP.
         max_steps: Steps.
@@ -56,13 +57,11 @@ def dense_recipe(
         Python API usage:
             >>> recipe = dense_recipe(max_steps=10)
     """
+    arguments = dict(locals())
     return _pretrain(
         LLAMA_TINY,
         upcycling=LLAMA_TINY.upcycling,
-        folding=ParallelFolding(
-            tensor_model_parallel_size=tensor_model_parallel_size,
-            pipeline_model_parallel_size=pipeline_model_parallel_size,
-        ),
+        folding=select(ParallelFolding, arguments),
         dir=dir,
         name=name,
         dense_checkpoint=dense_checkpoint,
@@ -85,7 +84,7 @@ def upcycled_recipe(
     num_gpus_per_node: int = 1,
     dense_checkpoint: Optional[str] = None,
     tokenizer: Optional[str] = None,
-    data_paths: Optional[list[str]] = None,
+    data_paths: Optional[str] = None,
     num_moe_experts: int = 8,
     moe_router_topk: int = 2,
     moe_router_pre_softmax: bool = False,
@@ -110,7 +109,8 @@ def upcycled_recipe(
         num_gpus_per_node: GPUs a node; on CPU the executor's ranks count.
         dense_checkpoint: Hugging Face directory to upcycle; None takes `dir/dense_hf`.
         tokenizer: Its directory; None takes the dense checkpoint's.
-        data_paths: Megatron prefixes with weights; None takes the demo's 7:3 blend.
+        data_paths: Megatron prefixes, weights before each, separated by spaces; None takes the
+            demo's 7:3 blend.
         num_moe_experts: Experts a layer.
         moe_router_topk: Experts a token.
         moe_router_pre_softmax: Softmax before top-k (ST-type); not exact at step 0.
@@ -137,22 +137,11 @@ def upcycled_recipe(
         Python API usage:
             >>> recipe = upcycled_recipe(num_moe_experts=4)
     """
+    arguments = dict(locals())
     return _pretrain(
         LLAMA_TINY_E8T2,
-        upcycling=UpcyclingConfig(
-            num_moe_experts=num_moe_experts,
-            moe_router_topk=moe_router_topk,
-            moe_router_pre_softmax=moe_router_pre_softmax,
-            moe_expert_capacity_factor=moe_expert_capacity_factor,
-            seed=seed,
-        ),
-        folding=ParallelFolding(
-            tensor_model_parallel_size=tensor_model_parallel_size,
-            pipeline_model_parallel_size=pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
-            expert_model_parallel_size=expert_model_parallel_size,
-            expert_tensor_parallel_size=expert_tensor_parallel_size,
-        ),
+        upcycling=select(UpcyclingConfig, arguments),
+        folding=select(ParallelFolding, arguments),
         dir=dir,
         name=name,
         dense_checkpoint=f"{dir}/dense_hf" if dense_checkpoint is None else dense_checkpoint,
@@ -173,7 +162,7 @@ def _pretrain(
     dir: str,
     dense_checkpoint: str | None,
     tokenizer: str | None,
-    data_paths: list[str] | None,
+    data_paths: str | None,
     **options: Any,
 ) -> run.Partial:
     """Fill in what the demo's directory gives."""
@@ -185,6 +174,6 @@ def _pretrain(
         dir=dir,
         dense_checkpoint=dense_checkpoint,
         tokenizer=tokenizer,
-        data_paths=data_paths or ["0.7", documentation, "0.3", sources],
+        data_paths=data_paths or f"0.7 {documentation} 0.3 {sources}",
         **options,
     )

@@ -5,15 +5,17 @@ written twice and only the factories import NeMo.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_upcycle.checkpoint import read_config
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.mapping import Architecture, family_of
 
+T = TypeVar("T", UpcyclingConfig, ParallelFolding)
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -72,6 +74,15 @@ class Recipe:
         if dense_checkpoint is not None and (Path(dense_checkpoint) / "config.json").is_file():
             return architecture(read_config(Path(dense_checkpoint)))
         return self.architecture
+
+
+def select(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Make an `UpcyclingConfig` or a `ParallelFolding` of the values that are its fields.
+
+    So that a factory, which must spell out its arguments for the command line, need not spell
+    them out again.
+    """
+    return kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
 
 
 def architecture(config: dict[str, Any]) -> Architecture:

@@ -9,7 +9,7 @@ from tests.tiny import write_llama
 
 VOCAB_SIZE = 512
 DOCUMENTS = 150
-"""Enough that 1% of them is one: Megatron loops for ever over a split without documents."""
+"""Enough that 1% of them is one: every split needs a document."""
 
 
 def make_workspace(directory: Path) -> Path:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_upcycle.data.indexed import build_indexed_dataset
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.test_weights import whole
 from tests.workspace import make_workspace
@@ -203,6 +204,34 @@ def test_a_fault_on_one_rank_stops_all(ranks: RankPool, workspace: Path, tmp_pat
     assert len(set(results)) == 1
     assert "rank 1: " in results[0]
     assert "cannot be read as safetensors" in results[0]
+
+
+def test_a_corpus_too_small_to_split_is_an_error(
+    ranks: RankPool, workspace: Path, tmp_path: Path
+) -> None:
+    """Megatron itself loops for ever over a split without documents."""
+    corpus = tmp_path / "small.jsonl"
+    corpus.write_text(json.dumps({"text": "a few words"}) + "\n")
+    build_indexed_dataset(corpus, workspace / "tokenizer", tmp_path / "small")
+    (result,) = ranks.run(
+        train,
+        1,
+        directory=workspace,
+        options={"name": "small", "max_steps": 1, "data_paths": str(tmp_path / "small")},
+    )
+    assert "has 1 documents, which leaves none for the valid split of 970,20,10" in result
+
+
+def test_a_checkpoint_without_tokenizer_is_an_error(
+    ranks: RankPool, workspace: Path, dense: Path
+) -> None:
+    (result,) = ranks.run(
+        train,
+        1,
+        directory=workspace,
+        options={"name": "none", "max_steps": 1, "dense_checkpoint": str(dense)},
+    )
+    assert "holds no tokenizer" in result
 
 
 MAPPINGS = {
