@@ -22,7 +22,7 @@ from rich.progress import (
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.load import LoadReport, raise_on_all_ranks, upcycle
+from nemo_upcycle.load import LoadReport, check_all_used, raise_on_all_ranks, upcycle
 
 SECONDS_BETWEEN_LINES = 5.0
 """How often a log, which is no terminal, gets a line of progress."""
@@ -78,10 +78,12 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
             error = exception
         _raise_on_all_ranks(error)
         assert report is not None
+        reports = _gather(report)
+        check_all_used(checkpoint, reports)
         # Mixed precision trains fp32 copies, made before the weights were there.
         for optimizer in trainer.optimizers:
             optimizer.mcore_optimizer.reload_model_params()
-        self._print_report(report, upcycling)
+        self._print_report(reports, upcycling)
 
     def _config(self, config: Any) -> UpcyclingConfig:
         std = self.router_init_std
@@ -103,8 +105,8 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
                 f"({restore.path}) were given; expected one source of weights. Drop one."
             )
 
-    def _print_report(self, report: LoadReport, upcycling: UpcyclingConfig) -> None:
-        reports = _gather(report)
+    def _print_report(self, reports: list[LoadReport], upcycling: UpcyclingConfig) -> None:
+        tensors = frozenset().union(*(report.tensors for report in reports))
         experts = upcycling.num_moe_experts
         shape = "dense, as it is" if experts is None else f"E{experts}T{upcycling.moe_router_topk}"
         most = max(reports, key=lambda r: r.bytes_read)
@@ -112,7 +114,7 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
             "\n".join(
                 [
                     f"[upcycle] {self.dense_checkpoint} → {shape} on {len(reports)} rank(s)",
-                    f"[upcycle]   tensors mapped    {most.tensors} dense → "
+                    f"[upcycle]   tensors mapped    {len(tensors)} dense → "
                     f"{sum(r.shards for r in reports)} shards",
                     f"[upcycle]   bytes read        {_size(sum(r.bytes_read for r in reports))} in "
                     f"all, at most {_size(most.bytes_read)} a rank",

@@ -42,14 +42,14 @@ class LoadReport:
     """What one rank did.
 
     Attributes:
-        tensors: Dense tensors read.
+        tensors: Names of the dense tensors read.
         bytes_read: Bytes read from the checkpoint.
         shards: Shards written.
         seconds: Wall time.
         peak_resident_bytes: Largest resident memory of the process so far.
     """
 
-    tensors: int
+    tensors: frozenset[str]
     bytes_read: int
     shards: int
     seconds: float
@@ -93,12 +93,33 @@ def upcycle(
     plan = make_plan([own.shard for own in owned], checkpoint.tensors, family, arch, upcycling)
     _carry_out(plan, owned, checkpoint, arch, upcycling, progress or (lambda done, total: None))
     return LoadReport(
-        tensors=len(plan.tensors),
+        tensors=plan.tensors,
         bytes_read=plan.bytes_to_read,
         shards=len(owned),
         seconds=time.perf_counter() - started,
         peak_resident_bytes=_peak_resident_bytes(),
     )
+
+
+def check_all_used(checkpoint: HuggingFaceCheckpoint, reports: Iterable[LoadReport]) -> None:
+    """Check that the ranks together have read the whole dense model.
+
+    Args:
+        checkpoint: The dense checkpoint.
+        reports: What every rank did.
+
+    Raises:
+        UpcyclingError: Some tensor went nowhere; the model is smaller than the checkpoint.
+    """
+    used = frozenset().union(*(report.tensors for report in reports))
+    family = family_of(checkpoint.config)
+    expected = family.shapes(family.architecture(checkpoint.config))
+    unused = [name for name in expected if name not in used]
+    if unused:
+        raise UpcyclingError(
+            f"The model has no place for {len(unused)} tensors of {checkpoint.directory}: "
+            f"{listing(unused)}. Make the model's config from the checkpoint's config.json."
+        )
 
 
 def owned_shards(module: torch.nn.Module) -> list[OwnedShard]:

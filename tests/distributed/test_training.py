@@ -206,6 +206,19 @@ def test_a_fault_on_one_rank_stops_all(ranks: RankPool, workspace: Path, tmp_pat
     assert "cannot be read as safetensors" in results[0]
 
 
+def test_a_model_smaller_than_the_checkpoint_is_an_error(ranks: RankPool, workspace: Path) -> None:
+    results = ranks.run(
+        train,
+        2,
+        directory=workspace,
+        options={"name": "smaller", "max_steps": 1, **EP2},
+        overrides={"model.config.num_layers": 2, "log.ckpt": None},
+    )
+    assert len(set(results)) == 1
+    assert "The model has no place for 18 tensors" in results[0]
+    assert "model.layers.2.input_layernorm.weight" in results[0]
+
+
 def test_a_corpus_too_small_to_split_is_an_error(
     ranks: RankPool, workspace: Path, tmp_path: Path
 ) -> None:
