@@ -82,7 +82,8 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
         check_all_used(checkpoint, reports)
         # Mixed precision trains fp32 copies, made before the weights were there.
         for optimizer in trainer.optimizers:
-            optimizer.mcore_optimizer.reload_model_params()
+            if hasattr(optimizer, "mcore_optimizer"):
+                optimizer.mcore_optimizer.reload_model_params()
         self._print_report(reports, upcycling)
 
     def _config(self, config: Any) -> UpcyclingConfig:
