@@ -67,8 +67,10 @@ class RankPool:
 
     def stop(self) -> None:
         """End all processes."""
-        for process, connection in self._ranks:
-            connection.close()
+        for _, connection in self._ranks:
+            connection.close()  # at which a rank that is well ends itself and what it started
+        for process, _ in self._ranks:
+            process.join(timeout=10)
             process.kill()
             process.join()
         self._ranks.clear()
