@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -148,12 +149,12 @@ def cpu_layer_spec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=_self_attention(backend),
-            self_attn_bda=_bias_dropout_add(),
+            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.layer_norm() if config.num_moe_experts else IdentityOp,
             mlp=get_mlp_module_spec_for_backend(
                 backend=backend, num_experts=config.num_moe_experts, moe_grouped_gemm=False
             ),
-            mlp_bda=_bias_dropout_add(),
+            mlp_bda=get_bias_dropout_add,
         ),
     )
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -172,12 +173,6 @@ def _self_attention(backend: BackendSpecProvider) -> ModuleSpec:
             k_layernorm=IdentityOp,
         ),
     )
-
-
-def _bias_dropout_add() -> Any:
-    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-
-    return get_bias_dropout_add
 
 
 # --- Strategy and accelerator ----------------------------------------------------------------

@@ -1,6 +1,5 @@
 """What the ranks of a test do. Runs inside the processes of `RankPool`."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +200,7 @@ def _make_experts_differ(chunks: list[torch.nn.Module]) -> None:
 def _language_model_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
     ids = next(data)
     output = model(**_batch(ids[:, :-1]), labels=ids[:, 1:])
-    return output, partial(_mean_loss)
+    return output, _mean_loss
 
 
 def _mean_loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool
-from tests.distributed.test_weights import FOLDINGS
+from tests.distributed.test_weights import FOLDINGS, place_of
 from tests.tiny import tokens
 
 IDS = tokens(rows=4, length=33)
@@ -31,11 +31,7 @@ def step(
     for _, shards in results:
         for shard, values in shards:
             whole = gradients.setdefault(shard.name, torch.zeros(shard.global_shape))
-            place = tuple(
-                slice(start, start + size)
-                for start, size in zip(shard.offset, shard.shape, strict=True)
-            )
-            whole[place] = values
+            whole[place_of(shard)] = values
     return mean, gradients
 
 

@@ -53,6 +53,13 @@ FOLDINGS = {
 }
 
 
+def place_of(shard: Any) -> tuple[slice, ...]:
+    """Return where a shard lies in the whole parameter."""
+    return tuple(
+        slice(start, start + size) for start, size in zip(shard.offset, shard.shape, strict=True)
+    )
+
+
 def whole(shards: list[tuple[Any, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Put shards together; every element must be there, and the same wherever it is twice."""
     parameters: dict[str, torch.Tensor] = {}
@@ -61,10 +68,7 @@ def whole(shards: list[tuple[Any, torch.Tensor]]) -> dict[str, torch.Tensor]:
         if shard.name not in parameters:
             parameters[shard.name] = torch.full(shard.global_shape, float("nan"))
             filled[shard.name] = torch.zeros(shard.global_shape, dtype=torch.bool)
-        place = tuple(
-            slice(start, start + size)
-            for start, size in zip(shard.offset, shard.shape, strict=True)
-        )
+        place = place_of(shard)
         seen = filled[shard.name][place]
         assert torch.equal(parameters[shard.name][place][seen], values[seen]), shard.name
         parameters[shard.name][place] = values
