@@ -1,5 +1,52 @@
-"""A dense checkpoint as names, shapes, dtypes and `read(name, slice)`."""
+"""A dense checkpoint as names, shapes, dtypes and `read_into(buffer, name, slice)`."""
 
-from nemo_upcycle.checkpoint.huggingface import HuggingFaceCheckpoint, TensorInfo, read_config
+from pathlib import Path
 
-__all__ = ["HuggingFaceCheckpoint", "TensorInfo", "read_config"]
+from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, DenseCheckpoint, Piece, Span, TensorInfo
+from nemo_upcycle.checkpoint.huggingface import (
+    HuggingFaceCheckpoint,
+    read_config,
+    resolve_directory,
+)
+from nemo_upcycle.checkpoint.megatron import MegatronCheckpoint, find_layout
+
+__all__ = [
+    "DTYPE_BYTES",
+    "DenseCheckpoint",
+    "HuggingFaceCheckpoint",
+    "MegatronCheckpoint",
+    "Piece",
+    "Span",
+    "TensorInfo",
+    "is_checkpoint",
+    "open_checkpoint",
+    "read_config",
+]
+
+
+def open_checkpoint(source: str) -> DenseCheckpoint:
+    """Open a dense checkpoint of any format.
+
+    Args:
+        source: A directory of Hugging Face's, NeMo 2's or Megatron-LM's, or a hub name that is in
+            the local Hugging Face cache.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UpcyclingError: There is none, or not one that can be read.
+    """
+    directory = resolve_directory(source)
+    if (directory / "config.json").is_file() or find_layout(directory) is None:
+        return HuggingFaceCheckpoint(directory)
+    return MegatronCheckpoint(directory)
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Say whether a directory looks like a dense checkpoint of any format.
+
+    Raises:
+        UpcyclingError: It is one that cannot be read.
+    """
+    return (directory / "config.json").is_file() or find_layout(directory) is not None

@@ -4,27 +4,20 @@ Nothing is unpickled: a directory with only `pytorch_model*.bin` is refused.
 """
 
 import json
-from dataclasses import dataclass
+import math
+import os
+from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from pathlib import Path, PurePath
+from typing import Any
 
+from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, DenseCheckpoint, Piece, TensorInfo
 from nemo_upcycle.errors import UpcyclingError, listing
 
-if TYPE_CHECKING:
-    import torch
-
 INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies and what it is, known without reading it."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-    """safetensors' name: F32, BF16, F16, …"""
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")
+"""How files of `torch.save` begin, new and old."""
 
 
 def resolve_directory(source: str | Path) -> Path:
@@ -34,9 +27,17 @@ def resolve_directory(source: str | Path) -> Path:
         UpcyclingError: There is no such directory.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    try:
+        if path.is_dir():
+            (path / "config.json").exists()
+            next(path.iterdir(), None)
+            return path
+        exists = path.exists()
+    except OSError as error:
+        raise UpcyclingError(
+            f"{error.filename or path} cannot be read: {error.strerror}. Check the permissions."
+        ) from error
+    if exists:
         raise UpcyclingError(
             f"{path} is a file; expected the directory that holds config.json and *.safetensors."
         )
@@ -81,7 +82,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-class HuggingFaceCheckpoint:
+class HuggingFaceCheckpoint(DenseCheckpoint):
     """A dense checkpoint in Hugging Face's layout.
 
     Args:
@@ -92,60 +93,32 @@ class HuggingFaceCheckpoint:
     """
 
     def __init__(self, source: str | Path) -> None:
+        super().__init__()
         self.directory = resolve_directory(source)
         self.config = read_config(self.directory)
-        self._open_files: dict[str, Any] = {}
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """All tensors by name, from the files' headers."""
-        tensors: dict[str, TensorInfo] = {}
+        return {name: info for name, (info, _) in self._entries.items()}
+
+    def pieces(self, name: str) -> tuple[Piece]:
+        """Return the one rectangle that a tensor is."""
+        return (self._entries[name][1],)
+
+    @cached_property
+    def _entries(self) -> dict[str, tuple[TensorInfo, Piece]]:
+        entries: dict[str, tuple[TensorInfo, Piece]] = {}
         for file in self._files():
-            handle = self._open(file)
-            for name in handle.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-                if name in tensors:
+            for name, entry in read_header(self.directory, file).items():
+                if name in entries:
                     raise UpcyclingError(
-                        f"Tensor {name} is in both {tensors[name].file} and {file} of "
+                        f"Tensor {name} is in both {entries[name][1].file} and {file} of "
                         f"{self.directory}; expected it once. Remove the stale file."
                     )
-                header = handle.get_slice(name)
-                tensors[name] = TensorInfo(file, tuple(header.get_shape()), header.get_dtype())
-        self._check_index(tensors)
-        return tensors
-
-    def read(
-        self, name: str, rows: tuple[int, int], columns: tuple[int, int] | None = None
-    ) -> "torch.Tensor":
-        """Read a block of a tensor, in its own dtype, onto the CPU.
-
-        Args:
-            name: The tensor.
-            rows: Start and stop on the first axis.
-            columns: Start and stop on the second axis; None for a vector or all columns.
-
-        Returns:
-            The block; only its bytes are read from the file.
-
-        Raises:
-            UpcyclingError: The block holds NaN or Inf.
-        """
-        import torch
-
-        handle = self._open(self.tensors[name].file).get_slice(name)
-        if columns is None:
-            block: torch.Tensor = handle[rows[0] : rows[1]]
-        else:
-            block = handle[rows[0] : rows[1], columns[0] : columns[1]]
-        if not torch.isfinite(block).all():
-            raise UpcyclingError(
-                f"Tensor {name} of {self.directory} holds NaN or Inf in rows "
-                f"{rows[0]}:{rows[1]}; expected finite weights. The checkpoint is damaged."
-            )
-        return block
-
-    def close(self) -> None:
-        """Close the files."""
-        self._open_files.clear()
+                entries[name] = entry
+        self._check_index(entries)
+        return entries
 
     def _files(self) -> list[str]:
         index = self._index()
@@ -184,29 +157,87 @@ class HuggingFaceCheckpoint:
         if not path.exists():
             return {}
         try:
-            return dict(json.loads(path.read_text())["weight_map"])
+            index = dict(json.loads(path.read_text())["weight_map"])
+            return {name: str(PurePath(file)) for name, file in index.items()}
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UpcyclingError(
                 f"{path} cannot be read: {error!r}; expected JSON with a weight_map."
             ) from error
 
-    def _check_index(self, tensors: dict[str, TensorInfo]) -> None:
-        missing = [name for name in self._index() if name not in tensors]
+    def _check_index(self, entries: Mapping[str, object]) -> None:
+        missing = [name for name in self._index() if name not in entries]
         if missing:
             raise UpcyclingError(
                 f"The index of {self.directory} names tensors that its files lack: "
                 f"{listing(missing)}. Download the checkpoint again."
             )
 
-    def _open(self, file: str) -> Any:
-        if file not in self._open_files:
-            from safetensors import SafetensorError, safe_open
 
-            try:
-                self._open_files[file] = safe_open(self.directory / file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UpcyclingError(
-                    f"{self.directory / file} cannot be read as safetensors: {error}. "
-                    "It is damaged or incomplete; download it again."
-                ) from error
-        return self._open_files[file]
+def read_header(directory: Path, file: str) -> dict[str, tuple[TensorInfo, Piece]]:
+    """Read where the tensors of a safetensors file lie.
+
+    The safetensors library tells names and shapes but not places, imports torch for it, and maps
+    the file into memory; the header is 8 bytes of length and JSON.
+
+    Args:
+        directory: The checkpoint's directory.
+        file: The file's name in it.
+
+    Returns:
+        Each tensor and its place, by name.
+
+    Raises:
+        UpcyclingError: The file is not safetensors, or shorter than it says.
+
+    Source: https://github.com/huggingface/safetensors, "Format".
+    """
+    path = directory / file
+    try:
+        with open(path, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            if start.startswith(PICKLES):
+                raise _damaged(path, "it is a pickled PyTorch file, which can run code when loaded")
+            if start == b"version ":
+                raise _damaged(path, "it is a Git LFS pointer; `git lfs pull` gets the file itself")
+            if len(start) < 8 or length > size - 8:
+                raise _damaged(path, f"it has {size} bytes, fewer than its header alone")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        entries = {name: _entry(file, 8 + length, **entry) for name, entry in header.items()}
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except OSError as error:
+        raise UpcyclingError(
+            f"{path} cannot be read: {error.strerror}. Check the disk and the permissions."
+        ) from error
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        if isinstance(error, UpcyclingError):
+            raise
+        raise _damaged(path, f"its header is not one ({error})") from error
+    places = sorted(entry["data_offsets"] for entry in header.values())
+    if any(next_start < stop for (_, stop), (next_start, _) in pairwise(places)):
+        raise _damaged(path, "its tensors overlap")
+    if 8 + length + end > size:
+        raise _damaged(path, f"it has {size} bytes of the {8 + length + end} that its header says")
+    return entries
+
+
+def _entry(
+    file: str, data: int, dtype: str, shape: list[int], data_offsets: list[int]
+) -> tuple[TensorInfo, Piece]:
+    info = TensorInfo(tuple(shape), dtype)
+    start, stop = data_offsets
+    if any(size < 0 for size in shape) or not 0 <= start <= stop:
+        raise ValueError(f"shape {shape} at bytes {data_offsets}")
+    # Dtypes that cannot be upcycled are refused by name later.
+    if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != stop - start:
+        raise ValueError(f"shape {shape} in {dtype} at bytes {data_offsets}")
+    rows = shape[0] if shape else 1
+    return info, Piece(file, data + start, (0, rows), (0, info.width))
+
+
+def _damaged(path: Path, why: str) -> UpcyclingError:
+    return UpcyclingError(
+        f"{path} cannot be read as safetensors: {why}. It is damaged or incomplete; get it again."
+    )

@@ -1,16 +1,17 @@
-"""Hugging Face names and layouts against Megatron's, declared once a family."""
+"""Dense checkpoints' names and layouts against Megatron's, declared once a family."""
 
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping.family import Architecture, Family
 from nemo_upcycle.mapping.llama import LLAMA
+from nemo_upcycle.mapping.megatron import MEGATRON
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA,)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MEGATRON)}
 
 
 def family_of(config: dict[str, Any]) -> Family:
-    """Return the family of a Hugging Face config.
+    """Return the family of a dense checkpoint's config.
 
     Raises:
         UpcyclingError: The family is not one that can be upcycled.

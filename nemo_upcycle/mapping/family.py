@@ -98,6 +98,7 @@ class Family:
         parameters: Operation by dense Megatron parameter, `{layer}` where they repeat.
         shapes: Makes the expected shape of every dense tensor, `{layer}` filled in.
         ignored: Endings of tensor names that hold no weights.
+        tied: The output layer, and the embeddings that it is where they are tied.
     """
 
     model_type: str
@@ -105,3 +106,4 @@ class Family:
     parameters: Mapping[str, Operation]
     shapes: Callable[[Architecture], dict[str, tuple[int, ...]]]
     ignored: tuple[str, ...] = ()
+    tied: tuple[str, str] | None = None

@@ -143,4 +143,5 @@ LLAMA = Family(
     parameters=PARAMETERS,
     shapes=shapes,
     ignored=("rotary_emb.inv_freq",),
+    tied=("lm_head.weight", "model.embed_tokens.weight"),
 )

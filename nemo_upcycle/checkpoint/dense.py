@@ -1,0 +1,157 @@
+"""What every dense checkpoint is: names, shapes, dtypes, and where the bytes lie.
+
+A tensor is one rectangle in a file, or several where ranks have saved it in parts. The formats
+differ in how these are found; reading is the same for all: the bytes that were asked for, with
+`pread`, into memory that the caller owns. Nothing is mapped, so nothing but the caller's buffer
+counts as memory of the process, and all processes of a node share the file system's cache.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Span = tuple[int, int]
+"""Start and stop."""
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes an element, by safetensors' names: the dtypes that can be upcycled."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a tensor is, known without reading it.
+
+    Attributes:
+        shape: Rows, and columns where it has any.
+        dtype: safetensors' name: F32, BF16, F16, …
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def width(self) -> int:
+        """Elements of a row: the columns, 1 in a vector."""
+        return self.shape[1] if len(self.shape) > 1 else 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a tensor that lies in a file row after row, without gaps.
+
+    Attributes:
+        file: Path relative to the checkpoint's directory.
+        start: Byte offset of its first element.
+        rows: Its rows in the tensor.
+        columns: Its columns in the tensor, (0, 1) in a vector.
+    """
+
+    file: str
+    start: int
+    rows: Span
+    columns: Span
+
+
+class DenseCheckpoint(ABC):
+    """A dense checkpoint, opened for reading by slice.
+
+    Attributes:
+        directory: Where it is.
+        config: Its config, with Hugging Face's `model_type` (`megatron` for Megatron's own).
+    """
+
+    directory: Path
+    config: dict[str, Any]
+
+    def __init__(self) -> None:
+        self._descriptors: dict[str, int] = {}
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name, from headers alone.
+
+        Raises:
+            UpcyclingError: A header is damaged.
+        """
+
+    @abstractmethod
+    def pieces(self, name: str) -> Sequence[Piece]:
+        """Return the rectangles that make up a tensor, each element once.
+
+        Raises:
+            UpcyclingError: A header is damaged.
+        """
+
+    def read_into(self, buffer: memoryview, name: str, rows: Span, columns: Span | None) -> None:
+        """Read a block of a tensor, in its own dtype; only its bytes are read.
+
+        Args:
+            buffer: Receives the block, row after row; as many bytes as the block has.
+            name: The tensor.
+            rows: Start and stop on the first axis.
+            columns: Start and stop on the second axis; None for a vector or all columns.
+
+        Raises:
+            UpcyclingError: A file is gone or shorter than its header says.
+        """
+        info = self.tensors[name]
+        size = DTYPE_BYTES[info.dtype]
+        first, last = columns or (0, info.width)
+        row_bytes = (last - first) * size
+        for piece in self.pieces(name):
+            low, high = max(rows[0], piece.rows[0]), min(rows[1], piece.rows[1])
+            left, right = max(first, piece.columns[0]), min(last, piece.columns[1])
+            if low >= high or left >= right:
+                continue
+            width = piece.columns[1] - piece.columns[0]
+            source = piece.start + ((low - piece.rows[0]) * width + left - piece.columns[0]) * size
+            target = (low - rows[0]) * row_bytes + (left - first) * size
+            run = (right - left) * size
+            count = high - low
+            if run == width * size == row_bytes:  # whole rows on both sides: one run
+                run, count = run * count, 1
+            for _ in range(count):
+                self._read_run(piece.file, source, buffer[target : target + run])
+                source, target = source + width * size, target + row_bytes
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _read_run(self, file: str, start: int, buffer: memoryview) -> None:
+        while len(buffer):
+            try:
+                count = os.preadv(self._open(file), [buffer], start)
+            except OSError as error:
+                raise UpcyclingError(
+                    f"{self.directory / file} cannot be read: {error.strerror or error}. "
+                    "Check the disk and the permissions, then start the same command again."
+                ) from error
+            if count == 0:
+                raise UpcyclingError(
+                    f"{self.directory / file} ends at byte {start}; its header says more. "
+                    "It is damaged, incomplete or was changed meanwhile; get it again."
+                )
+            start, buffer = start + count, buffer[count:]
+
+    def _open(self, file: str) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self.directory / file, os.O_RDONLY)
+        return self._descriptors[file]

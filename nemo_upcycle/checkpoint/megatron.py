@@ -1,0 +1,211 @@
+"""Read dense checkpoints of NeMo 2 and Megatron-LM by slice, saved under any mapping (torch_dist).
+
+A directory's `.metadata` says which rectangles of which tensors lie in which `.distcp` file, each
+as a small file of `torch.save`. Nothing is unpickled in the usual sense: see `unpickle.py`.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, DenseCheckpoint, Piece, Span, TensorInfo
+from nemo_upcycle.checkpoint.huggingface import resolve_directory
+from nemo_upcycle.checkpoint.megatron_config import read_args, read_model_yaml
+from nemo_upcycle.checkpoint.megatron_metadata import Chunk, StoredTensor, read_metadata
+from nemo_upcycle.checkpoint.torch_save import find_tensor
+from nemo_upcycle.errors import UpcyclingError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a checkpoint are.
+
+    Attributes:
+        weights: Directory of `.metadata` and the `.distcp` files.
+        context: Directory of NeMo 2's `model.yaml` and tokenizer, None for Megatron-LM.
+    """
+
+    weights: Path
+    context: Path | None
+
+
+def find_layout(directory: Path) -> Layout | None:
+    """Find the parts of a checkpoint.
+
+    Args:
+        directory: A NeMo 2 checkpoint or its `weights`; Megatron-LM's `iter_…` or the directory
+            that these are in.
+
+    Returns:
+        Where they are; None if this is no Megatron checkpoint.
+
+    Raises:
+        UpcyclingError: It is one that cannot be read.
+    """
+    if (directory / TRACKER).is_file():
+        directory = _latest(directory)
+    root = directory.resolve()
+    if (directory / "weights").is_dir():
+        weights = directory / "weights"
+    else:
+        weights, root = directory, root.parent if root.name == "weights" else root
+    context = root / "context" if (root / "context").is_dir() else None
+    if any(weights.glob("mp_rank_*")):
+        raise UpcyclingError(
+            f"{weights} is in Megatron-LM's legacy format (mp_rank_* directories), which only its "
+            "own mapping can read; expected torch_dist. Save it with --ckpt-format torch_dist."
+        )
+    if not any((weights / name).exists() for name in (".metadata", "metadata.json", "common.pt")):
+        return None
+    if Path(f"{root}-unfinished").exists():
+        raise UpcyclingError(
+            f"{root} was not saved to its end: the marker {root.name}-unfinished is beside it. "
+            "Give an older checkpoint."
+        )
+    return Layout(weights, context)
+
+
+def _latest(directory: Path) -> Path:
+    text = (directory / TRACKER).read_text(errors="replace").strip()
+    number = text.isdecimal() and len(text) < 20
+    name = f"iter_{text.zfill(7)}" if number else "release"
+    if not (number or text == "release") or not (directory / name).is_dir():
+        raise UpcyclingError(
+            f"{directory / TRACKER} says {text[:40]!r}; expected an iteration whose directory is "
+            "beside it. Give that directory itself."
+        )
+    return directory / name
+
+
+class MegatronCheckpoint(DenseCheckpoint):
+    """A dense checkpoint in Megatron-Core's distributed format, with Megatron's names.
+
+    Layers that are stacked in one tensor appear one by one, and the vocabulary without the rows
+    that pad it.
+
+    Args:
+        source: A NeMo 2 checkpoint or its `weights`; Megatron-LM's `iter_…` or the directory that
+            these are in.
+
+    Raises:
+        UpcyclingError: It is unfinished, incomplete, damaged, of another format, or an MoE's.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        super().__init__()
+        layout = find_layout(resolve_directory(source))
+        if layout is None:
+            raise UpcyclingError(
+                f"{source} holds no .metadata; expected a NeMo 2 or Megatron-LM checkpoint."
+            )
+        self.directory = layout.weights
+        _check_format(self.directory)
+        if layout.context is None:
+            config = read_args(self.directory / "common.pt")
+        else:
+            config = read_model_yaml(layout.context / "model.yaml")
+        self._stored = read_metadata(self.directory)
+        self.config = self._with_vocabulary(config)
+        self._pieces: dict[str, list[Piece]] = {}
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors by name, the vocabulary without padding."""
+        tensors = {name: stored.info for name, stored in self._stored.items()}
+        real = self.config["vocab_size"]
+        for name in VOCABULARY:
+            if name in tensors and tensors[name].shape[0] > real:
+                tensors[name] = TensorInfo((real, *tensors[name].shape[1:]), tensors[name].dtype)
+        return tensors
+
+    def pieces(self, name: str) -> Sequence[Piece]:
+        """Return the rectangles that make up a tensor; each is looked up when it is read."""
+        if name not in self._pieces:
+            stored = self._stored[name]
+            self._pieces[name] = [self._piece(stored, *chunk) for chunk in stored.chunks]
+        return self._pieces[name]
+
+    def _piece(self, stored: StoredTensor, chunk: Chunk, layer: int) -> Piece:
+        stacked = len(chunk.sizes) - len(stored.info.shape)
+        spans = [
+            (offset, offset + size)
+            for offset, size in zip(chunk.offsets[stacked:], chunk.sizes[stacked:], strict=True)
+        ]
+        rows, columns = (*spans, (0, 1), (0, 1))[:2]
+        find = partial(self._find, chunk, layer, stored.info.dtype)
+        return _LazyPiece(chunk.file, rows, columns, find)
+
+    def _find(self, chunk: Chunk, layer: int, dtype: str) -> int:
+        """Return the byte in its file where a layer of a chunk starts."""
+        where = f"{self.directory / chunk.file} from byte {chunk.start} on"
+        try:
+            descriptor = self._open(chunk.file)
+        except OSError as error:
+            raise UpcyclingError(f"{where} cannot be read: {error.strerror}.") from error
+        found = find_tensor(descriptor, chunk.start, chunk.length, where)
+        if (found.shape, found.dtype) != (chunk.sizes, dtype):
+            raise UpcyclingError(
+                f"{where} holds {list(found.shape)} in {found.dtype}; .metadata says "
+                f"{list(chunk.sizes)} in {dtype}. The files are not of one checkpoint; copy it "
+                "again."
+            )
+        layer_bytes = math.prod(chunk.sizes[1:]) * DTYPE_BYTES[dtype]
+        return chunk.start + found.start + layer * layer_bytes
+
+    def _with_vocabulary(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Take the stored rows where the size is not recorded: padding is then not known."""
+        embeddings = self._stored.get(VOCABULARY[0])
+        if embeddings is None or not embeddings.info.shape:
+            raise UpcyclingError(
+                f"{self.directory} has no {VOCABULARY[0]}; expected a whole language model."
+            )
+        size = config.get("vocab_size")
+        rows = embeddings.info.shape[0]
+        return config | {"vocab_size": size if isinstance(size, int) and size > 0 else rows}
+
+
+class _LazyPiece(Piece):
+    """A piece whose place in its file is looked up when it is first asked for.
+
+    A rank reads a small part of a checkpoint; looking up all of it would take thousands of reads.
+    """
+
+    _find: Callable[[], int]
+
+    def __init__(self, file: str, rows: Span, columns: Span, find: Callable[[], int]) -> None:
+        self.__dict__.update(file=file, rows=rows, columns=columns, _find=find)
+
+    @cached_property
+    def start(self) -> int:
+        return self._find()
+
+
+def _check_format(directory: Path) -> None:
+    path = directory / "metadata.json"
+    try:
+        backend = json.loads(path.read_text())["sharded_backend"]
+    except FileNotFoundError:
+        backend = None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UpcyclingError(
+            f"{path} cannot be read ({error!r}); expected JSON with a sharded_backend. "
+            "It is damaged; copy the checkpoint again."
+        ) from error
+    if backend != "torch_dist":
+        found = f"says sharded_backend={backend!r}" if backend else "is missing"
+        raise UpcyclingError(
+            f"{path} {found}; expected Megatron-Core's format torch_dist. Load the checkpoint "
+            "with the software that wrote it and save it as torch_dist."
+        )
+    if not (directory / ".metadata").is_file():
+        raise UpcyclingError(
+            f"{directory} has no .metadata, which is written last: the checkpoint was not saved "
+            "or not copied to its end. Copy it again, with hidden files, or give an older one."
+        )

@@ -1,0 +1,94 @@
+"""What a Megatron checkpoint says of its model: NeMo 2's `model.yaml`, Megatron-LM's `args`.
+
+Either becomes a dict with Megatron's field names. Nothing that a file names is imported.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_upcycle.checkpoint.torch_save import read_pickle
+from nemo_upcycle.errors import UpcyclingError
+
+# Megatron-LM's names where they are not those of Megatron-Core's configs.
+_ARGS = {
+    "norm_epsilon": "layernorm_epsilon",
+    "num_experts": "num_moe_experts",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
+    "swiglu": "gated_linear_unit",
+}
+_ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
+"""What Megatron-Core's own RoPE scaling is, beside its factor."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML; what a tag would make is None."""
+
+
+_Loader.add_constructor(None, lambda loader, node: None)
+
+
+def read_model_yaml(path: Path) -> dict[str, Any]:
+    """Read the model's config out of NeMo 2's `context/model.yaml`.
+
+    Raises:
+        UpcyclingError: It is not there, or not one.
+    """
+    try:
+        model = yaml.load(path.read_text(), _Loader)
+        fields = {name: _plain(value) for name, value in model["config"].items()}
+    except FileNotFoundError:
+        raise UpcyclingError(
+            f"{path} is missing, which says what the model is; expected a whole NeMo 2 "
+            "checkpoint, with weights/ and context/. Copy the checkpoint again."
+        ) from None
+    except Exception as error:  # text that is no YAML can make it raise anything
+        raise UpcyclingError(
+            f"{path} cannot be read as NeMo 2's model.yaml ({type(error).__name__}: {error}). "
+            "It is damaged; copy the checkpoint again."
+        ) from error
+    return {"model_type": "megatron"} | fields
+
+
+def _plain(value: Any) -> Any:
+    """Return the name of a function or a dtype instead of how it is to be looked up."""
+    if isinstance(value, dict) and value.keys() <= {"_target_", "_call_"}:
+        return value.get("_target_")
+    return value
+
+
+def read_args(path: Path) -> dict[str, Any]:
+    """Read the model's config out of the `args` in Megatron-LM's `common.pt`.
+
+    Raises:
+        UpcyclingError: It is damaged or holds no args.
+    """
+    common = read_pickle(path) if path.is_file() else None
+    args = common.get("args") if isinstance(common, dict) else None
+    args = getattr(args, "state", args)
+    if not isinstance(args, Mapping) or "num_layers" not in args:
+        raise UpcyclingError(
+            f"{path.parent} does not say what its model is: there is no NeMo 2 context/model.yaml "
+            f"beside it and no args in {path.name}. Give a whole NeMo 2 or Megatron-LM checkpoint."
+        )
+    fields = {_ARGS.get(str(name), str(name)): value for name, value in args.items()}
+    # What the user typed, before padding and often before special tokens.
+    fields.pop("vocab_size", None)
+    if not fields.get("group_query_attention"):
+        fields["num_query_groups"] = fields.get("num_attention_heads")
+    if "untie_embeddings_and_output_weights" in fields:
+        untied = fields["untie_embeddings_and_output_weights"]
+        fields["share_embeddings_and_output_weights"] = not untied
+    if fields.get("use_rope_scaling"):
+        fields |= {"scale_factor": fields.get("rope_scaling_factor", 8.0)} | _ROPE_SCALING
+    fields["activation_func"] = _activation(fields)
+    return fields | {"model_type": "megatron"}
+
+
+def _activation(args: Mapping[str, Any]) -> str:
+    if args.get("gated_linear_unit"):
+        return "silu"
+    return "squared_relu" if args.get("squared_relu") else "gelu"

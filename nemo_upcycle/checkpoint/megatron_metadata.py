@@ -1,0 +1,224 @@
+"""Where the tensors of a torch_dist checkpoint lie, as its `.metadata` says.
+
+The file is a pickle of `torch.distributed.checkpoint.metadata.Metadata`. It is believed in nothing:
+every tensor's parts must cover it exactly once and lie inside files of the directory.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, TensorInfo
+from nemo_upcycle.checkpoint.unpickle import unpickle
+from nemo_upcycle.errors import UpcyclingError, listing
+
+_DTYPES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+}
+_PREFIX = re.compile(r"^(module\.|model\.)+")
+_NO_WEIGHT = re.compile(r"^(chained_\d+\.)?optimizer\.|\._extra_state|^rng_state")
+_EXPERTS = re.compile(r"\.mlp\.(experts|shared_experts|router)\.")
+_STACKED = re.compile(r"^decoder\.layers\.(?!\d)")
+# Norms where they are modules of their own, and where Transformer Engine fuses them.
+_ALIASES = {
+    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
+    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a tensor, saved by one rank.
+
+    Attributes:
+        file: Name of the file that it is in.
+        start: Byte offset of what `torch.save` has written.
+        length: Bytes of that.
+        offsets: Its first element in the whole tensor.
+        sizes: Its shape.
+    """
+
+    file: str
+    start: int
+    length: int
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass
+class StoredTensor:
+    """A tensor of one layer (or of none).
+
+    Attributes:
+        info: Its shape and dtype.
+        chunks: Its parts, and which layer of each part it is (0 where layers are not stacked).
+    """
+
+    info: TensorInfo
+    chunks: list[tuple[Chunk, int]] = field(default_factory=list)
+
+
+def read_metadata(directory: Path) -> dict[str, StoredTensor]:
+    """Return where the model's tensors lie, one a layer, by Megatron's names.
+
+    Args:
+        directory: Directory of `.metadata`.
+
+    Returns:
+        The tensors of the model by name, layers filled in; nothing of the optimizer.
+
+    Raises:
+        UpcyclingError: `.metadata` is damaged, the files are not what it says, or it is an MoE's.
+    """
+    path = directory / ".metadata"
+    try:
+        metadata = unpickle(path.read_bytes(), path)
+    except OSError as error:
+        raise UpcyclingError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        entries = _weights(metadata.state["state_dict_metadata"])
+        places = _places(metadata.state["storage_data"])
+        _check_dense(directory, entries)
+        tensors: dict[str, StoredTensor] = {}
+        for key, entry in entries.items():
+            chunks = _chunks(key, entry, places)
+            for name, tensor in _by_layer(key, entry, chunks).items():
+                if tensors.setdefault(name, tensor) is not tensor:
+                    raise ValueError(f"{name} is there twice")
+        _check_files(directory, tensors)
+    except UpcyclingError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        why = error if type(error) is ValueError else repr(error)
+        raise UpcyclingError(
+            f"{path} is not what a complete checkpoint has: {why}. "
+            "The checkpoint is damaged or incomplete; copy it again."
+        ) from error
+    return tensors
+
+
+def _weights(entries: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {
+        key: entry.state
+        for key, entry in entries.items()
+        if entry.path.endswith(".TensorStorageMetadata") and not _NO_WEIGHT.search(key)
+    }
+
+
+def _check_dense(directory: Path, keys: Mapping[str, object]) -> None:
+    experts = [key for key in keys if _EXPERTS.search(key)]
+    if experts:
+        raise UpcyclingError(
+            f"{directory} is an MoE already: it has {listing(experts, 2)}. "
+            "Give a dense checkpoint; to train this one on, resume from it."
+        )
+
+
+def _places(storage: Mapping[Any, Any]) -> dict[tuple[str, object], Mapping[str, Any]]:
+    return {
+        (key.state["fqn"], key.state.get("offset")): info.state for key, info in storage.items()
+    }
+
+
+def _chunks(
+    key: str, entry: Mapping[str, Any], places: Mapping[tuple[str, object], Mapping[str, Any]]
+) -> list[Chunk]:
+    """Return the parts of a stored tensor, which cover it exactly once."""
+    size = _integers(entry["size"])
+    chunks = []
+    for chunk in entry["chunks"]:
+        offsets, sizes = _integers(chunk.state["offsets"]), _integers(chunk.state["sizes"])
+        if (key, offsets) not in places:
+            raise ValueError(f"the part of {key} at {list(offsets)} is nowhere")
+        chunks.append(_chunk(key, offsets, sizes, places[key, offsets]))
+        ends = [offset + count for offset, count in zip(offsets, sizes, strict=True)]
+        if 0 in sizes or any(end > n for end, n in zip(ends, size, strict=True)):
+            raise ValueError(f"a part of {key} {list(size)} is {list(sizes)} at {list(offsets)}")
+    _check_covered(key, size, chunks)
+    return chunks
+
+
+def _chunk(
+    key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], place: Mapping[str, Any]
+) -> Chunk:
+    file = place["relative_path"]
+    if not isinstance(file, str) or Path(file).name != file or file == "..":
+        raise ValueError(f"{key} is said to be in {file!r}, which is no plain file name")
+    if place.get("transform_descriptors"):
+        raise ValueError(f"{key} is stored as {place['transform_descriptors']}, expected as it is")
+    start, length = _integers((place["offset"], place["length"]))
+    return Chunk(file, start, length, offsets, sizes)
+
+
+def _integers(values: Sequence[Any]) -> tuple[int, ...]:
+    if not isinstance(values, tuple | list) or any(type(n) is not int or n < 0 for n in values):
+        raise ValueError(f"{values!r} is no shape")
+    return tuple(values)
+
+
+def _check_covered(key: str, size: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
+    """Check that the parts, all inside the tensor, are as large as it and do not overlap."""
+    covered = sum(math.prod(chunk.sizes) for chunk in chunks)
+    if covered != math.prod(size):
+        raise ValueError(f"the parts of {key} have {covered} elements of {math.prod(size)}")
+    ordered = sorted(chunks, key=lambda chunk: chunk.offsets)
+    for index, chunk in enumerate(ordered):
+        for other in ordered[index + 1 :]:
+            if other.offsets[:1] >= tuple(n + chunk.sizes[0] for n in chunk.offsets[:1]):
+                break
+            if _overlap(chunk, other):
+                raise ValueError(f"parts of {key} overlap at {list(other.offsets)}")
+
+
+def _overlap(one: Chunk, other: Chunk) -> bool:
+    places = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+    return all(a < b + size_b and b < a + size_a for a, size_a, b, size_b in places)
+
+
+def _by_layer(
+    key: str, entry: Mapping[str, Any], chunks: Sequence[Chunk]
+) -> dict[str, StoredTensor]:
+    """Present a stored tensor as one a layer, if all layers are stacked in it."""
+    dtype = entry["properties"].state[0].path
+    dtype = _DTYPES.get(dtype, dtype.removeprefix("torch."))
+    key = _PREFIX.sub("", key)
+    for name, fused in _ALIASES.items():
+        key = key.replace(name, fused)
+    stacked = bool(_STACKED.match(key))
+    info = TensorInfo(tuple(entry["size"])[stacked:], dtype)
+    tensors: dict[str, StoredTensor] = {}
+    for chunk in chunks:
+        if math.prod(chunk.sizes) * DTYPE_BYTES.get(dtype, 1) > chunk.length:
+            raise ValueError(f"{chunk.length} bytes of {key} are too few for {list(chunk.sizes)}")
+        for layer in range(chunk.sizes[0] if stacked else 1):
+            name = key
+            if stacked:
+                name = _STACKED.sub(f"decoder.layers.{chunk.offsets[0] + layer}.", key)
+            tensors.setdefault(name, StoredTensor(info)).chunks.append((chunk, layer))
+    return tensors
+
+
+def _check_files(directory: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    needed: dict[str, int] = {}
+    for tensor in tensors.values():
+        for chunk, _ in tensor.chunks:
+            needed[chunk.file] = max(needed.get(chunk.file, 0), chunk.start + chunk.length)
+    missing = [file for file in needed if not (directory / file).is_file()]
+    if missing:
+        raise UpcyclingError(
+            f"{directory} lacks {len(missing)} of the {len(needed)} files its .metadata names: "
+            f"{listing(missing)}. Copy the checkpoint again."
+        )
+    for file, end in needed.items():
+        size = (directory / file).stat().st_size
+        if size < end:
+            raise UpcyclingError(
+                f"{directory / file} has {size} bytes of the {end} that .metadata says. "
+                "It is damaged or incomplete; copy it again."
+            )
