@@ -8,6 +8,12 @@ from dataclasses import dataclass
 
 from nemo_upcycle.errors import UpcyclingError
 
+UNEVEN_STAGES = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+ACCOUNTED_LAYERS = (
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
 
 @dataclass(frozen=True)
 class Exactness:
@@ -106,10 +112,13 @@ class UpcyclingConfig:
 class ParallelFolding:
     """How one model is spread: attention on TP×CP×DP×PP, experts on ETP×EP×EDP×PP.
 
-    Attributes are Megatron's names; sequence parallelism comes with TP.
+    Attributes are Megatron's names; sequence parallelism comes with TP. Layers are spread evenly
+    over the pipeline stages, unless the first or the last stage is given a number of them
+    (`num_layers_in_…`), or embedding and loss count as a layer each (`account_for_…`).
 
     Raises:
-        UpcyclingError: A size is not positive, or virtual stages come without pipeline stages.
+        UpcyclingError: A size is not positive, virtual stages or uneven stages come without
+            pipeline stages, or both kinds of uneven stages are asked for.
 
     Source: MoE Parallel Folding, arXiv 2504.14960.
     """
@@ -120,16 +129,35 @@ class ParallelFolding:
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int = 1
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and value < 1:
+            if value is not None and not isinstance(value, bool) and value < 1:
                 raise UpcyclingError(f"{name} is {value}; expected 1 or more.")
         virtual = self.virtual_pipeline_model_parallel_size
         if virtual is not None and self.pipeline_model_parallel_size == 1:
             raise UpcyclingError(
                 f"virtual_pipeline_model_parallel_size is {virtual}, but "
                 "pipeline_model_parallel_size is 1; virtual stages need pipeline stages."
+            )
+        self._check_uneven_stages()
+
+    def _check_uneven_stages(self) -> None:
+        uneven = [name for name in UNEVEN_STAGES if getattr(self, name) is not None]
+        if uneven and self.pipeline_model_parallel_size == 1:
+            raise UpcyclingError(
+                f"{uneven[0]} is {getattr(self, uneven[0])}, but pipeline_model_parallel_size is "
+                "1; uneven stages need pipeline stages."
+            )
+        accounted = [name for name in ACCOUNTED_LAYERS if getattr(self, name)]
+        if uneven and accounted:
+            raise UpcyclingError(
+                f"Both {uneven[0]} and {accounted[0]} are set; Megatron takes one kind of uneven "
+                "stages. Drop one."
             )
 
     @property

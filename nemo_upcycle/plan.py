@@ -10,15 +10,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from nemo_upcycle.checkpoint import TensorInfo
+from nemo_upcycle.checkpoint import DTYPE_BYTES, Span, TensorInfo
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.mapping import Architecture, Family
 
-Span = tuple[int, int]
-"""Start and stop."""
+CHUNK_BYTES = 8 * 2**20
+"""Blocks are read in chunks of at most this, which stay in the processor's cache until written."""
 
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+BUFFERS = 4
+"""Chunks of the dense checkpoint that a rank holds at a time."""
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
@@ -107,15 +108,19 @@ def check_tensors(
     """
     expected = family.shapes(arch)
     missing = [name for name in expected if name not in tensors]
-    extra = [name for name in tensors if name not in expected and not name.endswith(family.ignored)]
+    known = dict(expected)
+    if arch.share_embeddings_and_output_weights and family.tied:
+        output, embeddings = family.tied  # stored or not, it is the embeddings
+        known[output] = expected[embeddings]
+    extra = [name for name in tensors if name not in known and not name.endswith(family.ignored)]
     shapes = [
         f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
+        for name, shape in known.items()
         if name in tensors and tensors[name].shape != shape
     ]
     dtypes = [
         f"{name} is {tensors[name].dtype}"
-        for name in expected
+        for name in known
         if name in tensors and tensors[name].dtype not in DTYPE_BYTES
     ]
     problems = [
@@ -130,9 +135,9 @@ def check_tensors(
     ]
     if problems:
         raise UpcyclingError(
-            f"The tensors of {where} do not fit its config.json ({family.model_type}, "
+            f"The tensors of {where} do not fit its config ({family.model_type}, "
             f"{arch.num_layers} layers): {'; '.join(problems)}. "
-            "Use a complete checkpoint with its own config.json."
+            "Use a complete checkpoint with its own config."
         )
 
 
@@ -195,7 +200,7 @@ class _Builder:
                     f"The model has {shard.name}, but the dense checkpoint has no {tensor} "
                     f"(it has {self.arch.num_layers} layers and "
                     f"{'tied' if self.arch.share_embeddings_and_output_weights else 'untied'} "
-                    "embeddings). Make the model's config from the checkpoint's config.json."
+                    "embeddings). Make the model's config from the checkpoint's config."
                 )
             stop = self.tensors[tensor].shape[0] if rows.stop is None else rows.stop
             segments.append((tensor, rows.start, stop))
@@ -207,9 +212,15 @@ class _Builder:
             raise self._mismatch(shard, "columns", shard.global_shape[1:], expected)
 
     def _mismatch(self, shard: Shard, axis: str, found: object, expected: object) -> UpcyclingError:
+        if _EXPERT.search(shard.name):
+            return UpcyclingError(
+                f"The model's {shard.name} has {found} {axis}, the dense checkpoint gives "
+                f"{expected}: experts must be as wide as the dense feed-forward layer. "
+                f"Set model.config.moe_ffn_hidden_size={self.arch.ffn_hidden_size}."
+            )
         return UpcyclingError(
             f"The model's {shard.name} has {found} {axis}, the dense checkpoint gives {expected}. "
-            "Make the model's config from the checkpoint's config.json."
+            "Make the model's config from the checkpoint's config."
         )
 
 
@@ -260,9 +271,41 @@ def dense_name(name: str) -> str:
 
 def block_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
     """Return the size of a block in the checkpoint's dtype."""
-    rows = block.rows[1] - block.rows[0]
+    return (block.rows[1] - block.rows[0]) * _row_bytes(block, tensors)
+
+
+def chunk_rows(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
+    """Return how many rows of a block are read at a time: what fits `CHUNK_BYTES`, at least one."""
+    return min(block.rows[1] - block.rows[0], max(1, CHUNK_BYTES // _row_bytes(block, tensors)))
+
+
+def peak_bytes(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: str) -> int:
+    """Return the most memory that carrying out a plan takes besides the model.
+
+    Args:
+        plan: The plan of one rank.
+        tensors: The dense checkpoint's tensors.
+        dtype: The parameters' dtype, by safetensors' name.
+
+    Returns:
+        Bytes of the buffers, each as large as the largest chunk, and of one chunk in the
+        parameters' dtype where it is not the checkpoint's and the chunk goes to several places.
+    """
+    largest = converted = chunks = 0
+    for block, targets in plan.copies.items():
+        rows, row_bytes = chunk_rows(block, tensors), _row_bytes(block, tensors)
+        chunks += math.ceil((block.rows[1] - block.rows[0]) / rows)
+        largest = max(largest, rows * row_bytes)
+        source = tensors[block.tensor].dtype
+        if source != dtype and len(targets) > 1:
+            values = rows * row_bytes // DTYPE_BYTES[source]
+            converted = max(converted, values * DTYPE_BYTES[dtype])
+    return min(BUFFERS, chunks) * largest + converted
+
+
+def _row_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
     columns = 1 if block.columns is None else block.columns[1] - block.columns[0]
-    return math.prod((rows, columns, DTYPE_BYTES[tensors[block.tensor].dtype]))
+    return columns * DTYPE_BYTES[tensors[block.tensor].dtype]
 
 
 def _cut(shard: Shard, segments: list[tuple[str, int, int]]) -> Iterator[tuple[Block, Span]]:

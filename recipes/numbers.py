@@ -4,15 +4,17 @@ The NeMo-Run factories, the plan and the command line read it from here, so that
 written twice and only the factories import NeMo.
 """
 
+import ast
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from nemo_upcycle.checkpoint import read_config
+from nemo_upcycle.checkpoint import is_checkpoint, open_checkpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping import Architecture, family_of
 
 T = TypeVar("T", UpcyclingConfig, ParallelFolding)
@@ -51,6 +53,7 @@ class Recipe:
         schedule: How it trains.
         num_nodes: Nodes.
         num_gpus_per_node: GPUs a node.
+        precision: `bf16-mixed` or `32`.
     """
 
     name: str
@@ -60,19 +63,47 @@ class Recipe:
     schedule: Schedule
     num_nodes: int = 1
     num_gpus_per_node: int = 1
+    precision: str = "bf16-mixed"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The dense model's Hugging Face config, from the package."""
+        return json.loads((CONFIGS / f"{self.dense}.json").read_text())
 
     @cached_property
     def architecture(self) -> Architecture:
         """The dense model's numbers, from the config that the package ships."""
-        return architecture(json.loads((CONFIGS / f"{self.dense}.json").read_text()))
+        return architecture(self.config)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.num_nodes * self.num_gpus_per_node
+
+    def on_ranks(self, world_size: int) -> "Recipe":
+        """Return the recipe on so many ranks: on its one node, or on nodes as full as its own.
+
+        Raises:
+            UpcyclingError: They do not fill the nodes.
+        """
+        if world_size < 1:
+            raise UpcyclingError(f"The world size is {world_size}; expected 1 or more.")
+        if self.num_nodes == 1 or world_size < self.num_gpus_per_node:
+            return replace(self, num_nodes=1, num_gpus_per_node=world_size)
+        if world_size % self.num_gpus_per_node:
+            raise UpcyclingError(
+                f"{world_size} ranks do not fill nodes of num_gpus_per_node="
+                f"{self.num_gpus_per_node}; use a multiple, or say num_gpus_per_node."
+            )
+        return replace(self, num_nodes=world_size // self.num_gpus_per_node)
 
     def architecture_of(self, dense_checkpoint: str | None) -> Architecture:
         """Return the numbers of a dense checkpoint, of the recipe's own model if it is not here.
 
         A recipe can be printed and planned without its checkpoint at hand.
         """
-        if dense_checkpoint is not None and (Path(dense_checkpoint) / "config.json").is_file():
-            return architecture(read_config(Path(dense_checkpoint)))
+        if dense_checkpoint is not None and is_checkpoint(Path(dense_checkpoint)):
+            return architecture(open_checkpoint(dense_checkpoint).config)
         return self.architecture
 
 
@@ -82,7 +113,92 @@ def select(kind: type[T], values: Mapping[str, Any]) -> T:
     So that a factory, which must spell out its arguments for the command line, need not spell
     them out again.
     """
-    return kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
+    return kind(**_fields_of(kind, values))
+
+
+_SIZES = ("num_nodes", "num_gpus_per_node", "precision")
+_PREFIXES = ("trainer.strategy.", "trainer.plugins.", "trainer.", "model.config.")
+_ALIASES = {"trainer.devices": "num_gpus_per_node"}
+
+
+def arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return the arguments of a recipe's factory that decide its plan, with their types."""
+    moe = recipe.upcycling.num_moe_experts is not None
+    kinds = (UpcyclingConfig, ParallelFolding) if moe else (ParallelFolding,)
+    found = {field.name: field.type for kind in kinds for field in fields(kind)}
+    found |= {field.name: field.type for field in fields(Recipe) if field.name in _SIZES}
+    return {
+        name: kind
+        for name, kind in found.items()
+        if moe or not name.startswith(("expert_", "moe_"))
+    }
+
+
+def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """Return the recipe with other arguments.
+
+    Args:
+        recipe: The recipe.
+        settings: `KEY=VALUE`, with the names of the factory's arguments or of `nemo llm pretrain`
+            (`trainer.strategy.tensor_model_parallel_size`).
+
+    Raises:
+        UpcyclingError: A key is not known, or its value is not of its type.
+    """
+    known, values = arguments(recipe), {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        name = _plain_name(key)
+        if not equals or name not in known:
+            raise UpcyclingError(
+                f"{setting!r} is not an argument of {recipe.name}; expected KEY=VALUE with one "
+                f"of: {', '.join(known)}."
+            )
+        values[name] = _parse(key, text, known[name])
+    return replace(
+        recipe,
+        upcycling=replace(recipe.upcycling, **_fields_of(UpcyclingConfig, values)),
+        folding=replace(recipe.folding, **_fields_of(ParallelFolding, values)),
+        **{name: value for name, value in values.items() if name in _SIZES},
+    )
+
+
+def _plain_name(key: str) -> str:
+    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
+    return _ALIASES.get(key, key.removeprefix(prefix))
+
+
+def _fields_of(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _parse(key: str, text: str, kind: Any) -> Any:
+    """Return a value of the type that was declared, out of what was typed."""
+    if kind is str:
+        return text.strip("'\"")
+    try:
+        value = ast.literal_eval(text[:1].upper() + text[1:] if text.isalpha() else text)
+    except (ValueError, SyntaxError):
+        value = text
+    expected = get_args(kind) or (kind,)
+    if type(value) is int and float in expected:
+        return float(value)
+    if type(value) not in expected:
+        names = " or ".join("None" if k is type(None) else k.__name__ for k in expected)
+        raise UpcyclingError(f"{key}={text}: expected {names}.")
+    return value
+
+
+def recipe_named(name: str) -> Recipe:
+    """Return a recipe by its name.
+
+    Raises:
+        UpcyclingError: There is none.
+    """
+    if name not in RECIPES:
+        raise UpcyclingError(f"There is no recipe {name!r}; expected one of: {', '.join(RECIPES)}.")
+    return RECIPES[name]
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
@@ -148,6 +264,7 @@ LLAMA_TINY = Recipe(
     upcycling=UpcyclingConfig(num_moe_experts=None),
     folding=ParallelFolding(),
     schedule=_TINY,
+    precision="32",
 )
 
 LLAMA_TINY_E8T2 = Recipe(
@@ -156,4 +273,7 @@ LLAMA_TINY_E8T2 = Recipe(
     upcycling=UpcyclingConfig(num_moe_experts=8, moe_router_topk=2),
     folding=ParallelFolding(),
     schedule=replace(_TINY, max_steps=100),
+    precision="32",
 )
+
+RECIPES = {recipe.name: recipe for recipe in (LLAMA3_8B_E8T2, LLAMA_TINY, LLAMA_TINY_E8T2)}

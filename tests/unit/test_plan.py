@@ -2,25 +2,29 @@
 
 import dataclasses
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, TensorInfo
+from nemo_upcycle.checkpoint import TensorInfo
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers.random import normal_row
 from nemo_upcycle.mapping import Architecture, family_of
 from nemo_upcycle.mapping.llama import LLAMA
-from nemo_upcycle.plan import Plan, Shard, check_tensors, make_plan
+from nemo_upcycle.plan import (
+    BUFFERS,
+    Plan,
+    Shard,
+    check_tensors,
+    chunk_rows,
+    make_plan,
+    peak_bytes,
+)
 from tests.tiny import CONFIG
 
 ARCH = LLAMA.architecture({**CONFIG, "model_type": "llama"})
-TENSORS = {
-    name: TensorInfo("model.safetensors", shape, "BF16")
-    for name, shape in LLAMA.shapes(ARCH).items()
-}
+TENSORS = {name: TensorInfo(shape, "BF16") for name, shape in LLAMA.shapes(ARCH).items()}
 LAYER = "decoder.layers.2."
 
 
@@ -87,6 +91,23 @@ def test_norm_before_experts_is_the_norm_fused_into_the_dense_layer() -> None:
     assert block.tensor == "model.layers.2.post_attention_layernorm.weight"
 
 
+def test_memory_is_that_of_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of ten of down_proj's half rows of 96 bytes; eight experts take each."""
+    monkeypatch.setattr("nemo_upcycle.plan.CHUNK_BYTES", 1000)
+    name = LAYER + "mlp.experts.{}.linear_fc2.weight"
+    halves = [Shard(name.format(expert), (64, 96), (0, 48), (64, 48)) for expert in range(8)]
+    found, one = plan(*halves), plan(halves[0])
+    (block,) = found.copies
+    assert chunk_rows(block, TENSORS) == 10
+    assert peak_bytes(found, TENSORS, "BF16") == BUFFERS * 10 * 96
+    assert peak_bytes(found, TENSORS, "F32") == BUFFERS * 10 * 96 + 10 * 192
+    assert peak_bytes(one, TENSORS, "F32") == BUFFERS * 10 * 96
+    monkeypatch.setattr("nemo_upcycle.plan.CHUNK_BYTES", 10)
+    assert chunk_rows(block, TENSORS) == 1
+    monkeypatch.setattr("nemo_upcycle.plan.CHUNK_BYTES", 10**6)
+    assert peak_bytes(found, TENSORS, "BF16") == 64 * 96  # one chunk takes one buffer
+
+
 def test_padded_vocabulary() -> None:
     found = plan(Shard("output_layer.weight", (260, 64), (250, 0), (10, 64)))
     (block,) = found.copies
@@ -101,6 +122,7 @@ def test_padded_vocabulary() -> None:
     ("shard", "message"),
     [
         (whole(LAYER + "mlp.experts.0.linear_fc1.weight", 180, 64), "180 rows"),
+        (whole(LAYER + "mlp.experts.0.linear_fc1.weight", 96, 64), "moe_ffn_hidden_size=96"),
         (whole(LAYER + "mlp.experts.0.linear_fc2.weight", 64, 90), "columns"),
         (whole(LAYER + "mlp.experts.0.linear_fc1.bias", 192), "nothing for"),
         (whole(LAYER + "mlp.router.weight", 4, 64), r"expected \[8, 64\]"),
@@ -116,10 +138,10 @@ def test_a_model_that_does_not_fit_is_refused(shard: Shard, message: str) -> Non
 def test_tensors_are_checked_all_at_once() -> None:
     tensors = dict(TENSORS)
     del tensors["model.norm.weight"]
-    tensors["model.layers.0.mlp.extra"] = TensorInfo("f", (1,), "BF16")
-    tensors["model.embed_tokens.weight"] = TensorInfo("f", (255, 64), "BF16")
-    tensors["lm_head.weight"] = TensorInfo("f", (256, 64), "I8")
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = TensorInfo("f", (4,), "F32")
+    tensors["model.layers.0.mlp.extra"] = TensorInfo((1,), "BF16")
+    tensors["model.embed_tokens.weight"] = TensorInfo((255, 64), "BF16")
+    tensors["lm_head.weight"] = TensorInfo((256, 64), "I8")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = TensorInfo((4,), "F32")
     with pytest.raises(UpcyclingError) as error:
         check_tensors(tensors, LLAMA, ARCH, "here")
     for words in (
@@ -164,14 +186,3 @@ def test_random_rows_are_independent_of_each_other_and_of_their_order() -> None:
     assert len({row.tobytes() for row in rows.values()}) == 16
     assert not np.array_equal(normal_row(8, 1, 1, 3, 0, 64), again)
     assert not np.array_equal(normal_row(7, 2, 1, 3, 0, 64), again)
-
-
-def test_reading_is_by_slice(dense: Path) -> None:
-    from safetensors.torch import load_file
-
-    checkpoint = HuggingFaceCheckpoint(dense)
-    name = "model.layers.1.self_attn.q_proj.weight"
-    expected = load_file(dense / "model.safetensors")[name]
-    block = checkpoint.read(name, (3, 9), (10, 20))
-    assert block.equal(expected[3:9, 10:20])
-    assert checkpoint.read("model.norm.weight", (5, 7)).shape == (2,)
