@@ -2,11 +2,17 @@
 
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from megatron.core import dist_checkpointing
 from nemo.lightning import io
+from nemo.utils import AppState
 from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.model_utils import unwrap_model
 from rich.console import Console
@@ -19,10 +25,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
+from nemo_upcycle.checkpoint import DenseCheckpoint, open_checkpoint
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.load import LoadReport, check_all_used, raise_on_all_ranks, upcycle
+from nemo_upcycle.load import LoadReport, check_all_used, upcycle
+from nemo_upcycle.origin import Origin
+from nemo_upcycle.probe import fingerprint
+from nemo_upcycle.ranks import TIMEOUT_S, Ranks
 
 SECONDS_BETWEEN_LINES = 5.0
 """How often a log, which is no terminal, gets a line of progress."""
@@ -36,12 +45,19 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
     capacity are read from the model's config. A model without experts is filled as it is (the
     continued-training control).
 
+    What the run was upcycled from is kept in its checkpoints; a resume that says otherwise is
+    refused.
+
     Args:
-        dense_checkpoint: Directory with `config.json` and safetensors files, or the name of a
+        dense_checkpoint: Directory of Hugging Face's, NeMo 2's or Megatron-LM's, or the name of a
             model in the local Hugging Face cache.
         router_init_std: Standard deviation of the router weights; None takes the model's
             `init_method_std`.
         seed: Seed of the router weights.
+        read_once: Read each slice of the dense checkpoint once a job and broadcast it to the ranks
+            that hold it, for file systems that are slower than the network between nodes.
+            Otherwise every rank reads what it needs, and a node's ranks share its page cache.
+        timeout_s: Seconds that a rank waits for the slowest before it takes it for lost.
 
     Source: online upcycling, arXiv 2412.09952 §3.
     """
@@ -51,10 +67,47 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
         dense_checkpoint: str,
         router_init_std: float | None = None,
         seed: int = 1234,
+        read_once: bool = False,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.dense_checkpoint = dense_checkpoint
         self.router_init_std = router_init_std
         self.seed = seed
+        self.read_once = read_once
+        self.timeout_s = timeout_s
+        self._ranks: Ranks | None = None
+        self._checkpoint: DenseCheckpoint | None = None
+        self._origin: Origin | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the run was upcycled from, for its checkpoints."""
+        return asdict(self._origin) if self._origin else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what the run was upcycled from."""
+        self._origin = Origin(**state_dict) if state_dict else None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check, before the model is made, what the run starts from or resumes.
+
+        Raises:
+            UpcyclingError: The dense checkpoint cannot be used, or a resume contradicts what the
+                run was upcycled from; raised on every rank.
+        """
+        if stage != "fit":
+            return
+        with _said_on_every_rank():
+            self._ranks = Ranks(self.timeout_s)
+            error = None
+            try:
+                self._check_start(trainer, self._config(pl_module.config))
+            except Exception as exception:
+                # Whatever it is, the other ranks must hear of it before this one stops.
+                error = exception
+            self._ranks.raise_on_all(error)
+            views = self._ranks.gather((str(trainer.ckpt_path), self._origin))
+            _check_same("checkpoints to resume from", [path for path, _ in views])
+            _check_same("dense checkpoints", [found and found.fingerprint for _, found in views])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Upcycle, unless the trainer resumes.
@@ -65,26 +118,55 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
         if trainer.ckpt_path:
             _print(f"[upcycle] resuming from {trainer.ckpt_path}: not upcycling again")
             return
+        with _said_on_every_rank():
+            self._upcycle(trainer, self._config(pl_module.config))
+
+    def _upcycle(self, trainer: pl.Trainer, upcycling: UpcyclingConfig) -> None:
+        assert self._ranks is not None and self._checkpoint is not None
         report, error = None, None
         try:
-            self._check_restore(trainer)
-            upcycling = self._config(pl_module.config)
             chunks = [unwrap_model(chunk.module) for chunk in trainer.strategy.megatron_parallel]
-            checkpoint = HuggingFaceCheckpoint(self.dense_checkpoint)
             with _ProgressPrinter() as progress:
-                report = upcycle(chunks, checkpoint, upcycling, progress)
+                report = upcycle(chunks, self._checkpoint, upcycling, progress, self.read_once)
         except Exception as exception:
-            # Whatever it is, the other ranks must hear of it before this one stops.
             error = exception
-        _raise_on_all_ranks(error)
-        assert report is not None
-        reports = _gather(report)
-        check_all_used(checkpoint, reports)
+        self._ranks.raise_on_all(error)
+        reports = self._ranks.gather(report)
+        check_all_used(self._checkpoint, reports)
         # Mixed precision trains fp32 copies, made before the weights were there.
         for optimizer in trainer.optimizers:
             if hasattr(optimizer, "mcore_optimizer"):
                 optimizer.mcore_optimizer.reload_model_params()
         self._print_report(reports, upcycling)
+
+    def _check_start(self, trainer: pl.Trainer, upcycling: UpcyclingConfig) -> None:
+        try:
+            self._checkpoint = open_checkpoint(self.dense_checkpoint)
+            _check_not_own_output(self._checkpoint.directory)
+            found = fingerprint(self._checkpoint)
+        except UpcyclingError as error:
+            if not trainer.ckpt_path:
+                raise
+            # The weights are in the run's own checkpoint by now.
+            _print(f"[upcycle] the resume does not need the dense checkpoint: {error}")
+            found = None
+        now = Origin.of(self.dense_checkpoint, found, upcycling)
+        if trainer.ckpt_path:
+            self._origin = self._saved_origin(trainer.ckpt_path)
+            if self._origin is not None:
+                self._origin.check(now, str(trainer.ckpt_path))
+            return
+        self._check_restore(trainer)
+        self._origin = now
+
+    def _saved_origin(self, weights: str | Path) -> Origin | None:
+        """Read what a checkpoint of the run says, if it was upcycled.
+
+        Before the model is made: one of another shape could not be loaded.
+        """
+        common = dist_checkpointing.load_common_state_dict(str(weights))
+        saved = common.get("callbacks", {}).get(self.state_key)
+        return Origin(**saved) if saved else None
 
     def _config(self, config: Any) -> UpcyclingConfig:
         std = self.router_init_std
@@ -128,23 +210,38 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
         )
 
 
-def _raise_on_all_ranks(error: Exception | None) -> None:
-    """Raise everywhere, after a line of its own on every rank.
+def _check_not_own_output(dense: Path) -> None:
+    """NeMo moves away the files in a run's directory, and removes old checkpoints in it."""
+    run = AppState().log_dir
+    if run and Path(run).resolve() in (dense.resolve(), *dense.resolve().parents):
+        raise UpcyclingError(
+            f"The dense checkpoint {dense} lies in the run's own directory {run}, which the run "
+            "would change; expected one outside. Give the run another name or directory."
+        )
+
+
+def _check_same(what: str, views: Sequence[str | None]) -> None:
+    """Check that all nodes see the same files; all ranks have all views."""
+    first = {view: rank for rank, view in reversed(list(enumerate(views)))}
+    if len(first) > 1:
+        seen = "; ".join(f"rank {rank}: {view}" for view, rank in sorted(first.items(), key=str))
+        raise UpcyclingError(
+            f"Ranks see different {what} ({seen}); expected the same on all nodes."
+        )
+
+
+@contextmanager
+def _said_on_every_rank() -> Iterator[None]:
+    """Print an error as a line of its own on every rank.
 
     The launcher may end the other ranks before their tracebacks are out.
     """
     try:
-        raise_on_all_ranks(error)
-    except UpcyclingError as shared:
-        rank = torch.distributed.get_rank()
-        print(f"[upcycle] rank {rank}: {shared}", file=sys.stderr, flush=True)
+        yield
+    except UpcyclingError as error:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        print(f"[upcycle] rank {rank}: {error}", file=sys.stderr, flush=True)
         raise
-
-
-def _gather(report: LoadReport) -> list[LoadReport]:
-    reports: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(reports, report)
-    return reports
 
 
 def _print(text: str) -> None:

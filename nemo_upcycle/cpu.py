@@ -15,7 +15,7 @@ What is changed, and why:
                                                `torch.cuda.*Tensor`; same mode
 `all_gather`, `reduce_scatter` of lists        gloo wants pieces of equal size; the all-to-all
                                                dispatcher with expert-TP has unequal ones. Built
-                                               from broadcasts and reductions; same mode
+                                               from broadcasts and reductions
 `moe_utils.te_general_gemm`                    a NameError without Transformer Engine; None
 `token_dispatcher.maybe_move_tensor_to_cpu`    leaves all-to-all splits as tensors when they are on
                                                the CPU already, where lists are needed
@@ -26,16 +26,21 @@ What is changed, and why:
                                                has no state at all before the first step
 checkpoint writers' result queue               Megatron spawns its process, for CUDA's sake; that
                                                imports NeMo again, 10 s in every run that saves.
-                                               Forked
+                                               Forked; and killed with its rank, which it outlives
 =============================================  =====================================================
 """
 
 import contextlib
+import copy
+import ctypes
 import logging
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from functools import cache, wraps
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
@@ -44,8 +49,12 @@ from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -78,6 +87,8 @@ MODEL_OVERRIDES: dict[str, Any] = {
     # Grouped GEMM needs Transformer Engine or grouped_gemm.
     "moe_grouped_gemm": False,
     "moe_permute_fusion": False,
+    # gloo may still be sending an output when the schedule frees its memory.
+    "deallocate_pipeline_outputs": False,
 }
 """Fields of a model config that the CPU cannot have."""
 
@@ -118,6 +129,50 @@ class RMSNormColumnParallelLinear(ColumnParallelLinear):
         return super().forward(x, *args, **kwargs)
 
 
+class ContextParallelAttention(DotProductAttention):
+    """Megatron's attention, of this rank's queries to the keys and values of all CP ranks.
+
+    Megatron leaves context parallelism to Transformer Engine. It cuts a sequence into 2·CP chunks
+    and gives rank i the chunks i and 2·CP-1-i.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, pg_collection: Any, **kwargs: Any
+    ) -> None:
+        config = copy.copy(config)
+        config.context_parallel_size = 1  # Megatron's attention refuses any other
+        super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
+        self.cp_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend from [length/CP, rows, heads, size]; the mask is this rank's rows of it."""
+        if attention_mask is None:
+            attention_mask = self._causal_mask(len(query))
+        return super().forward(
+            query, self._gather(key), self._gather(value), attention_mask, **kwargs
+        )
+
+    def _gather(self, local: torch.Tensor) -> torch.Tensor:
+        """Put the whole sequence together; its gradient goes back to the ranks, summed."""
+        gathered = gather_from_sequence_parallel_region(local, group=self.cp_group)
+        chunks = gathered.chunk(2 * self.cp_group.size())
+        return torch.cat(chunks[::2] + chunks[1::2][::-1])
+
+    def _causal_mask(self, local_length: int) -> torch.Tensor:
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        positions = torch.arange(size * local_length)
+        chunks = positions.chunk(2 * size)
+        queries = torch.cat((chunks[rank], chunks[-1 - rank]))
+        return positions > queries[:, None]
+
+
 class CpuSpecProvider(LocalSpecProvider):
     """Megatron's local modules with the norm fused into the linear layer that follows."""
 
@@ -148,7 +203,7 @@ def cpu_layer_spec(
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            self_attention=_self_attention(backend),
+            self_attention=_self_attention(backend, config),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=backend.layer_norm() if config.num_moe_experts else IdentityOp,
             mlp=get_mlp_module_spec_for_backend(
@@ -161,13 +216,14 @@ def cpu_layer_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
 
-def _self_attention(backend: BackendSpecProvider) -> ModuleSpec:
+def _self_attention(backend: BackendSpecProvider, config: TransformerConfig) -> ModuleSpec:
+    has_cp = config.context_parallel_size > 1
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_layer_norm_linear(),
-            core_attention=backend.core_attention(),
+            core_attention=ContextParallelAttention if has_cp else backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,
@@ -221,6 +277,7 @@ def enable() -> None:
         )
     if _mode is None:
         _patch_torch_cuda()
+        _patch_gloo()
         _patch_megatron()
         _patch_nemo()
         _mode = CudaToCpu()
@@ -304,8 +361,6 @@ class CudaToCpu(TorchFunctionMode):
             return None
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
-        if func in _UNEVEN:
-            return _UNEVEN[func](*args, **kwargs)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args, **kwargs)
@@ -332,10 +387,9 @@ def _reduce_scatter(
             output.copy_(part)
 
 
-_UNEVEN: dict[Any, Any] = {
-    torch.distributed.all_gather: _all_gather,
-    torch.distributed.reduce_scatter: _reduce_scatter,
-}
+def _patch_gloo() -> None:
+    torch.distributed.all_gather = _all_gather
+    torch.distributed.reduce_scatter = _reduce_scatter
 
 
 def _is_cuda(device: Any) -> bool:
@@ -363,9 +417,19 @@ def _patch_checkpoint_queue() -> None:
 
     @cache
     def forked_queue() -> Any:
-        return multiprocessing.get_context("fork").Manager().Queue()
+        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+        manager.start(_die_with_parent, (os.getpid(),))
+        return manager.Queue()
 
     filesystem_async._get_write_results_queue = forked_queue
+
+
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent is killed; it would wait for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # killed before the line above
+            os._exit(1)
 
 
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

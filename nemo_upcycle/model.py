@@ -48,6 +48,10 @@ class UpcycledLlamaConfig(LlamaConfig):
         if self.vocab_size is not None:
             # NeMo takes a given vocabulary as it is; Megatron wants it to divide by TP.
             self.vocab_size += -self.vocab_size % self.tensor_model_parallel_size
+        if self.pipeline_model_parallel_size == 2 and self.virtual_pipeline_model_parallel_size:
+            # The next stage and the previous one are the same rank. Megatron would take what comes
+            # from one for what comes from the other, unless it sends to each by itself.
+            self.overlap_p2p_comm, self.batch_p2p_comm = True, False
         model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
         _reduce_experts_over_their_own_group(model)
         if self.scale_factor is not None:
@@ -112,6 +116,8 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
 
 def moe_fields(arch: Architecture, upcycling: UpcyclingConfig) -> dict[str, Any]:
     """Return the fields of `UpcycledLlamaConfig` that the upcycling decides."""
+    if upcycling.num_moe_experts is None:
+        return {"num_moe_experts": None}
     return {
         "num_moe_experts": upcycling.num_moe_experts,
         "moe_ffn_hidden_size": arch.ffn_hidden_size,

@@ -14,7 +14,7 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptim
 from nemo.utils.exp_manager import TimingCallback
 from nemo_upcycle_recipes.numbers import Recipe, Schedule
 
-from nemo_upcycle import cpu
+from nemo_upcycle import cpu, layout
 from nemo_upcycle.callback import UpcyclingCallback
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.data.gpt_dataset import GPTDataset
@@ -27,6 +27,7 @@ from nemo_upcycle.model import (
 )
 from nemo_upcycle.strategy import MegatronStrategy
 from nemo_upcycle.tokenizer import checkpoint_tokenizer
+from nemo_upcycle.training.auto_resume import AutoResume
 from nemo_upcycle.training.model_checkpoint import ModelCheckpoint
 
 
@@ -73,6 +74,7 @@ def pretrain(
     num_gpus_per_node: int = 1,
     accelerator: str = "gpu",
     precision: str = "bf16-mixed",
+    read_once: bool = False,
     model_overrides: dict[str, Any] | None = None,
     callbacks: list[run.Config] | None = None,
     fn: Callable = llm.pretrain,
@@ -94,6 +96,7 @@ def pretrain(
         num_gpus_per_node: GPUs a node, not used on CPU, where the launcher decides.
         accelerator: `gpu`, `cpu`, or `auto` for the GPU where there is one.
         precision: `bf16-mixed` or `32`.
+        read_once: Read each slice of the dense checkpoint once a job and broadcast it.
         model_overrides: Fields of the model's config.
         callbacks: Further callbacks.
         fn: The function that the run calls.
@@ -102,14 +105,17 @@ def pretrain(
         The configuration of `fn`.
 
     Raises:
-        UpcyclingError: The mapping does not fit the ranks or the experts.
+        UpcyclingError: The mapping does not fit the ranks or the model, or the experts are not as
+            wide as the dense feed-forward layer.
     """
     cpu_only = on_cpu(accelerator)
     # On CPU the launcher decides how many ranks there are; the strategy checks them.
     world_size = None if cpu_only else num_nodes * num_gpus_per_node
-    folding.validate(world_size, upcycling.num_moe_experts)
+    arch = recipe.architecture_of(dense_checkpoint)
+    layout.validate(arch, upcycling, folding, world_size)
     schedule = recipe.schedule
     overrides = dict(model_overrides or {})
+    layout.validate_expert_width(arch, overrides.get("moe_ffn_hidden_size"))
     if cpu_only:
         overrides |= cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
     source = tokenizer or dense_checkpoint
@@ -117,9 +123,13 @@ def pretrain(
     all_callbacks = [run.Config(TimingCallback), *(callbacks or [])]
     if dense_checkpoint is not None:
         all_callbacks.append(
-            run.Config(UpcyclingCallback, dense_checkpoint=dense_checkpoint, seed=upcycling.seed)
+            run.Config(
+                UpcyclingCallback,
+                dense_checkpoint=dense_checkpoint,
+                seed=upcycling.seed,
+                read_once=read_once,
+            )
         )
-    arch = recipe.architecture_of(dense_checkpoint)
     return run.Partial(
         fn,
         model=model(arch, upcycling, schedule.seq_length, tokenizer_config, overrides),
@@ -136,7 +146,7 @@ def pretrain(
         data=data(schedule, data_paths, tokenizer_config, cpu_only),
         log=log(dir, name, schedule),
         optim=optim(schedule, precision),
-        resume=run.Config(nl.AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
+        resume=run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
     )
 
 
@@ -154,13 +164,9 @@ def trainer(
     """Configure the trainer and its Megatron strategy."""
     strategy = run.Config(
         cpu.CpuMegatronStrategy if cpu_only else MegatronStrategy,
-        tensor_model_parallel_size=folding.tensor_model_parallel_size,
-        pipeline_model_parallel_size=folding.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=folding.virtual_pipeline_model_parallel_size,
-        context_parallel_size=folding.context_parallel_size,
-        expert_model_parallel_size=folding.expert_model_parallel_size,
-        # Left unset, NeMo takes TP, which would split every expert.
-        expert_tensor_parallel_size=folding.expert_tensor_parallel_size,
+        # All of them: NeMo takes TP for an expert_tensor_parallel_size that is left unset, which
+        # would split every expert.
+        **vars(folding),
         sequence_parallel=folding.sequence_parallel,
         pipeline_dtype=torch.bfloat16 if precision == "bf16-mixed" else torch.float32,
         gradient_as_bucket_view=True,

@@ -35,8 +35,13 @@ def pretrain_recipe(
     context_parallel_size: int = _FOLDING.context_parallel_size,
     expert_model_parallel_size: int = _FOLDING.expert_model_parallel_size,
     expert_tensor_parallel_size: int = _FOLDING.expert_tensor_parallel_size,
+    num_layers_in_first_pipeline_stage: Optional[int] = None,
+    num_layers_in_last_pipeline_stage: Optional[int] = None,
+    account_for_embedding_in_pipeline_split: bool = False,
+    account_for_loss_in_pipeline_split: bool = False,
     max_steps: Optional[int] = None,
     seed: int = _UPCYCLING.seed,
+    read_once: bool = False,
     fn: Callable = llm.pretrain,
 ) -> run.Partial:
     """Upcycle Llama 3 8B and train it on 100B tokens.
@@ -63,8 +68,13 @@ def pretrain_recipe(
         context_parallel_size: CP.
         expert_model_parallel_size: EP.
         expert_tensor_parallel_size: TP of each expert.
+        num_layers_in_first_pipeline_stage: Layers of the first pipeline stage; None is its share.
+        num_layers_in_last_pipeline_stage: Layers of the last pipeline stage; None is its share.
+        account_for_embedding_in_pipeline_split: Count the embedding as a layer.
+        account_for_loss_in_pipeline_split: Count the loss as a layer.
         max_steps: Steps; None is 100B tokens.
         seed: Seed of the router.
+        read_once: Read each slice of the dense checkpoint once a job and broadcast it.
         fn: The function that the run calls.
 
     Returns:
@@ -91,6 +101,7 @@ def pretrain_recipe(
         max_steps=max_steps,
         num_nodes=num_nodes,
         num_gpus_per_node=num_gpus_per_node,
+        read_once=read_once,
         model_overrides={
             # Stated by the paper for the early steps, when routing is uneven: recompute the MoE
             # layers. Core attention costs little to recompute and saves the most.

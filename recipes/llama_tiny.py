@@ -24,6 +24,12 @@ def dense_recipe(
     data_paths: Optional[str] = None,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: Optional[int] = None,
+    context_parallel_size: int = 1,
+    num_layers_in_first_pipeline_stage: Optional[int] = None,
+    num_layers_in_last_pipeline_stage: Optional[int] = None,
+    account_for_embedding_in_pipeline_split: bool = False,
+    account_for_loss_in_pipeline_split: bool = False,
     max_steps: Optional[int] = None,
     accelerator: str = "auto",
     precision: str = "32",
@@ -42,6 +48,12 @@ def dense_recipe(
             demo's 7:3 blend.
         tensor_model_parallel_size: TP.
         pipeline_model_parallel_size: PP.
+        virtual_pipeline_model_parallel_size: Virtual stages a pipeline stage.
+        context_parallel_size: CP.
+        num_layers_in_first_pipeline_stage: Layers of the first pipeline stage; None is its share.
+        num_layers_in_last_pipeline_stage: Layers of the last pipeline stage; None is its share.
+        account_for_embedding_in_pipeline_split: Count the embedding as a layer.
+        account_for_loss_in_pipeline_split: Count the loss as a layer.
         max_steps: Steps.
         accelerator: `auto`, `cpu` or `gpu`.
         precision: `32` or `bf16-mixed`.
@@ -92,10 +104,16 @@ def upcycled_recipe(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: Optional[int] = None,
+    context_parallel_size: int = 1,
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int = 1,
+    num_layers_in_first_pipeline_stage: Optional[int] = None,
+    num_layers_in_last_pipeline_stage: Optional[int] = None,
+    account_for_embedding_in_pipeline_split: bool = False,
+    account_for_loss_in_pipeline_split: bool = False,
     max_steps: Optional[int] = None,
     seed: int = 1234,
+    read_once: bool = False,
     accelerator: str = "auto",
     precision: str = "32",
     fn: Callable = llm.pretrain,
@@ -118,10 +136,16 @@ def upcycled_recipe(
         tensor_model_parallel_size: TP of attention.
         pipeline_model_parallel_size: PP.
         virtual_pipeline_model_parallel_size: Virtual stages a pipeline stage.
+        context_parallel_size: CP.
         expert_model_parallel_size: EP.
         expert_tensor_parallel_size: TP of each expert.
+        num_layers_in_first_pipeline_stage: Layers of the first pipeline stage; None is its share.
+        num_layers_in_last_pipeline_stage: Layers of the last pipeline stage; None is its share.
+        account_for_embedding_in_pipeline_split: Count the embedding as a layer.
+        account_for_loss_in_pipeline_split: Count the loss as a layer.
         max_steps: Steps.
         seed: Seed of the router.
+        read_once: Read each slice of the dense checkpoint once a job and broadcast it.
         accelerator: `auto`, `cpu` or `gpu`.
         precision: `32` or `bf16-mixed`.
         fn: The function that the run calls.
@@ -152,6 +176,7 @@ def upcycled_recipe(
         num_gpus_per_node=num_gpus_per_node,
         accelerator=accelerator,
         precision=precision,
+        read_once=read_once,
         fn=fn,
     )
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.nursery import Nursery
 from tests.distributed.pool import RankPool
 from tests.tiny import write_llama
 
@@ -21,3 +22,11 @@ def ranks() -> Iterator[RankPool]:
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny dense checkpoint in one file."""
     return write_llama(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Processes for tests that kill ranks."""
+    started = Nursery()
+    yield started
+    started.stop()

@@ -24,10 +24,11 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """Up to `size` ranks, started at the first call."""
+    """Up to `size` ranks, started at the first call; each calls `prepare` before all else."""
 
-    def __init__(self, size: int = 4) -> None:
+    def __init__(self, size: int = 4, prepare: Callable[[], None] | None = None) -> None:
         self.size = size
+        self._prepare = prepare
         self._ranks: list[tuple[Any, Connection]] = []
 
     def run(self, function: Callable[..., Any], world_size: int, **kwargs: Any) -> list[Any]:
@@ -61,7 +62,7 @@ class RankPool:
         context = multiprocessing.get_context("spawn")
         while len(self._ranks) < self.size:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=False)
+            process = context.Process(target=_serve, args=(theirs, self._prepare), daemon=False)
             process.start()
             self._ranks.append((process, ours))
 
@@ -76,11 +77,13 @@ class RankPool:
         self._ranks.clear()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
     # NeMo says much as it is imported; what a test must know comes back through the pipe.
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
+    if prepare is not None:
+        prepare()
     import torch
 
     from nemo_upcycle import cpu
@@ -116,14 +119,14 @@ def _call(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
         )
     else:
-        _pretend_torchrun(rank, world_size, Path(store))
+        pretend_torchrun(rank, world_size, Path(store))
     try:
         return function(**kwargs)
     finally:
         _forget()
 
 
-def _pretend_torchrun(rank: int, world_size: int, store: Path) -> None:
+def pretend_torchrun(rank: int, world_size: int, store: Path) -> None:
     """Set what torchrun sets; rank 0 finds a free port and tells the others."""
     if rank == 0:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -154,5 +157,24 @@ def _forget() -> None:
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.unset_num_microbatches_calculator()
     Singleton._Singleton__instances.pop(AppState, None)  # type: ignore[attr-defined]
+    _free_models()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _free_models() -> None:
+    """Free trained models, which hold process groups, each of them with threads that keep polling.
+
+    DistributedDataParallel is kept by its hooks on its parameters' gradient accumulators, which
+    Python cannot see: it is emptied.
+    """
+    import gc
+
+    from megatron.core.distributed import DistributedDataParallel
+
+    trained = [o for o in gc.get_objects() if type(o) is DistributedDataParallel]
+    for model in trained:
+        vars(model).clear()
+    if trained:
+        del model, trained
+        gc.collect()

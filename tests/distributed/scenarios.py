@@ -1,29 +1,65 @@
 """What the ranks of a test do. Runs inside the processes of `RankPool`."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
+from nemo.collections.llm.gpt.model.base import gpt_data_step, gpt_forward_step
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
 from nemo_upcycle import cpu, load
-from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
+from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, open_checkpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.mapping import Architecture, family_of
 from nemo_upcycle.model import UpcycledLlamaConfig, architecture_fields, moe_fields
+from nemo_upcycle.owned import OwnedShard, owned_shards
+from nemo_upcycle.plan import Shard
+
+Chunks = list[torch.nn.Module]
+"""A rank's model, one module a virtual stage."""
+
+Shards = list[tuple[Shard, torch.Tensor]]
+"""What a rank owns of the parameters: each shard's place, and its values."""
+
+Logits = tuple[torch.Tensor, torch.Tensor]
+"""Positions in the sequence [length/CP], and their logits [rows, length/CP, vocabulary]."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one rank shows of upcycling and a step of training.
+
+    Attributes:
+        weights: What it owns after upcycling, by way of upcycling.
+        logits: At step 0; None but on the last pipeline stage.
+        loss: Summed over the tokens, and their number; 0, 0 but on the last pipeline stage.
+        gradients: Of what it owns.
+        grad_norm: All gradients' norm, as the optimizer clips by it.
+    """
+
+    weights: dict[str, Shards]
+    logits: Logits | None
+    loss: torch.Tensor
+    gradients: Shards
+    grad_norm: float
 
 
 def build(
     dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig, **overrides: Any
-) -> list[torch.nn.Module]:
-    """Build this rank's model for a dense checkpoint, one module a virtual stage."""
+) -> Chunks:
+    """Build this rank's model for a dense checkpoint."""
     hf_config = HuggingFaceCheckpoint(dense).config
     arch = family_of(hf_config).architecture(hf_config)
     return build_from(arch, folding, upcycling, **overrides)
@@ -31,12 +67,13 @@ def build(
 
 def build_from(
     arch: Architecture, folding: ParallelFolding, upcycling: UpcyclingConfig, **overrides: Any
-) -> list[torch.nn.Module]:
+) -> Chunks:
     """Initialise Megatron's groups and build this rank's model."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=folding.tensor_model_parallel_size,
         pipeline_model_parallel_size=folding.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=folding.virtual_pipeline_model_parallel_size,
+        context_parallel_size=folding.context_parallel_size,
         expert_model_parallel_size=folding.expert_model_parallel_size,
         expert_tensor_parallel_size=folding.expert_tensor_parallel_size,
     )
@@ -64,46 +101,42 @@ def build_from(
 
 def upcycled(
     dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig, **overrides: Any
-) -> list[torch.nn.Module]:
+) -> Chunks:
     """Build the model and fill it."""
     chunks = build(dense, folding, upcycling, **overrides)
     load.upcycle(chunks, HuggingFaceCheckpoint(dense), upcycling)
     return chunks
 
 
-def _batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    length = ids.shape[1]
-    future = torch.triu(torch.ones(length, length, dtype=torch.bool), diagonal=1)
-    return {
-        "input_ids": ids,
-        "position_ids": torch.arange(length).expand_as(ids),
-        "attention_mask": future[None, None],
-    }
+def prove(
+    dense: Path,
+    folding: ParallelFolding,
+    upcycling: UpcyclingConfig,
+    ways: dict[str, tuple[Path, bool]],
+    ids: torch.Tensor,
+    save_to: Path,
+) -> Evidence:
+    """Upcycle in several ways, save, and run one step, with one model.
 
-
-def logits(chunks: list[torch.nn.Module], ids: torch.Tensor) -> torch.Tensor | None:
-    """Return [rows, length, vocabulary] logits on the last pipeline stage, None elsewhere."""
-
-    def forward_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
-        output = model(**_batch(next(data)))
-        return output, lambda output, non_loss_data: output
-
-    for chunk in chunks:
-        chunk.eval()
-    with torch.no_grad():
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(ids.split(1)) for _ in chunks],
-            model=chunks,
-            num_microbatches=len(ids),
-            seq_length=ids.shape[1],
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    if not outputs:
-        return None
-    return tensor_parallel.gather_from_tensor_model_parallel_region(torch.cat(outputs))
+    Args:
+        dense: Hugging Face checkpoint that the model is built for.
+        folding: The mapping.
+        upcycling: What the feed-forward layers become.
+        ways: By name, which checkpoint to upcycle from, and whether to read it once.
+        ids: Inputs of the global batch and the last labels, [rows, length + 1].
+        save_to: Directory for Megatron's distributed checkpoint.
+    """
+    chunks = build(dense, folding, upcycling)
+    weights = {}
+    for way, (source, read_once) in ways.items():
+        _fill_with_nan(chunks)
+        load.upcycle(chunks, open_checkpoint(str(source)), upcycling, read_once=read_once)
+        weights[way] = shards(chunks)
+    _save(chunks, save_to)
+    step0 = logits(chunks, ids[:, :-1])
+    _make_experts_differ(chunks)
+    loss, grad_norm = _step(chunks, ids)
+    return Evidence(weights, step0, loss, _gradients(chunks), grad_norm)
 
 
 def step0_logits(
@@ -112,7 +145,7 @@ def step0_logits(
     upcycling: UpcyclingConfig,
     ids: torch.Tensor,
     damage: str | None = None,
-) -> torch.Tensor | None:
+) -> Logits | None:
     """Upcycle and return the logits; `damage` breaks the weights as a wrong loader would."""
     chunks = upcycled(dense, folding, upcycling)
     if damage is not None:
@@ -120,9 +153,162 @@ def step0_logits(
     return logits(chunks, ids)
 
 
+def weights(dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig) -> Shards:
+    """Upcycle and return what this rank owns."""
+    return shards(upcycled(dense, folding, upcycling))
+
+
+def loaded(
+    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig, saved: Path
+) -> Shards:
+    """Build the model, load what another mapping saved, and return what this rank owns."""
+    chunks = build(dense, folding, upcycling)
+    _fill_with_nan(chunks)
+    state = dist_checkpointing.load(_sharded_state(chunks), saved)
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{index}"])
+    return shards(chunks)
+
+
+def random_experts(
+    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig
+) -> dict[str, torch.Tensor]:
+    """Build without upcycling and return the experts' random weights by global name."""
+    return {
+        own.shard.name + str(own.shard.offset): own.data.clone()
+        for own in _owned(build(dense, folding, upcycling))
+        if ".experts." in own.shard.name
+    }
+
+
+def shards(chunks: Chunks) -> Shards:
+    """Return what this rank owns, copied."""
+    return [(own.shard, own.data.clone()) for own in _owned(chunks)]
+
+
+def _owned(chunks: Chunks) -> list[OwnedShard]:
+    return [own for chunk in chunks for own in owned_shards(chunk)]
+
+
 @torch.no_grad()
-def _damage(chunks: list[torch.nn.Module], damage: str) -> None:
-    for own in (own for chunk in chunks for own in load.owned_shards(chunk)):
+def _fill_with_nan(chunks: Chunks) -> None:
+    """Leave no value that what comes next could forget to write."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.fill_(float("nan"))
+
+
+def _save(chunks: Chunks, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    dist_checkpointing.save(_sharded_state(chunks), directory)
+
+
+def _sharded_state(chunks: Chunks) -> dict[str, Any]:
+    return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+
+
+def _microbatches(inputs: torch.Tensor, labels: torch.Tensor) -> Sequence[dict[str, Any]]:
+    """Return microbatches of one row, as NeMo's data have them without Transformer Engine."""
+    length = inputs.shape[1]
+    future = torch.triu(torch.ones(length, length, dtype=torch.bool), diagonal=1)
+    return [
+        {
+            "tokens": row[None],
+            "labels": label[None],
+            "loss_mask": torch.ones(1, length),
+            "position_ids": torch.arange(length)[None],
+            "attention_mask": future[None, None],
+        }
+        for row, label in zip(inputs, labels, strict=True)
+    ]
+
+
+def logits(chunks: Chunks, ids: torch.Tensor) -> Logits | None:
+    """Return the logits of [rows, length] inputs on the last pipeline stage, None elsewhere."""
+
+    def forward_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
+        batch = gpt_data_step(data)
+        # Without a mask, attention is causal.
+        output = gpt_forward_step(model, {**batch, "labels": None, "attention_mask": None})
+        return output, lambda output, non_loss_data: output
+
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(_microbatches(ids, ids)) for _ in chunks],
+            model=chunks,
+            num_microbatches=len(ids),
+            seq_length=ids.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    for chunk in chunks:
+        chunk.train()
+    if not outputs:
+        return None
+    positions = get_batch_on_this_cp_rank({"positions": torch.arange(ids.shape[1])[None]})
+    gathered = tensor_parallel.gather_from_tensor_model_parallel_region(torch.cat(outputs))
+    return positions["positions"][0], gathered
+
+
+def _step(chunks: Chunks, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Run one step on this rank's part of the batch; gradients are left reduced.
+
+    The data step, the forward step and the loss are NeMo's, the reduction is Megatron's.
+
+    Returns:
+        The loss, summed over tokens, with their number; and the gradients' norm.
+    """
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    models = [DistributedDataParallel(get_model_config(c), ddp_config, c) for c in chunks]
+    get_model_config(chunks[0]).finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(OptimizerConfig(lr=0.0), models)
+    rank = parallel_state.get_data_parallel_rank()
+    local = ids.chunk(parallel_state.get_data_parallel_world_size())[rank]
+    for model in models:
+        model.zero_grad_buffer()
+    losses = get_forward_backward_func()(
+        forward_step_func=_language_model_step,
+        data_iterator=[iter(_microbatches(local[:, :-1], local[:, 1:])) for _ in models],
+        model=models,
+        num_microbatches=len(local),
+        seq_length=ids.shape[1] - 1,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    optimizer.prepare_grads()
+    loss = sum((each["loss_sum_and_ub_size"] for each in losses), start=torch.zeros(2))
+    return loss, float(optimizer.get_grad_norm())
+
+
+def _language_model_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
+    batch = gpt_data_step(data)
+    return gpt_forward_step(model, batch), partial(MaskedTokenLossReduction().forward, batch)
+
+
+@torch.no_grad()
+def _make_experts_differ(chunks: Chunks) -> None:
+    """Scale each expert by its number: while experts are equal, the router's gradient is 0."""
+    for own in _owned(chunks):
+        if ".experts." in own.shard.name:
+            own.data.mul_(1 + 0.05 * int(own.shard.name.split(".experts.")[1].split(".")[0]))
+
+
+@torch.no_grad()
+def _gradients(chunks: Chunks) -> Shards:
+    """Put each parameter's reduced gradient in its place and read it out by shard."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.copy_(parameter.main_grad)
+    return shards(chunks)
+
+
+@torch.no_grad()
+def _damage(chunks: Chunks, damage: str) -> None:
+    for own in _owned(chunks):
         fc1 = own.shard.name.endswith("linear_fc1.weight")
         if damage == "zero expert 1" and ".experts.1." in own.shard.name:
             own.data.zero_()
@@ -134,85 +320,3 @@ def _damage(chunks: list[torch.nn.Module], damage: str) -> None:
             saved = gate.clone()
             gate.copy_(up)
             up.copy_(saved)
-
-
-def weights(
-    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig
-) -> dict[str, tuple[Any, torch.Tensor]]:
-    """Upcycle and return what this rank owns: (name, offset) → shard and values."""
-    owned = [
-        own for chunk in upcycled(dense, folding, upcycling) for own in load.owned_shards(chunk)
-    ]
-    return {f"{o.shard.name}@{o.shard.offset}": (o.shard, o.data.clone()) for o in owned}
-
-
-def random_experts(
-    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig
-) -> dict[str, torch.Tensor]:
-    """Build without upcycling and return the experts' random weights by global name."""
-    return {
-        own.shard.name + str(own.shard.offset): own.data.clone()
-        for chunk in build(dense, folding, upcycling)
-        for own in load.owned_shards(chunk)
-        if ".experts." in own.shard.name
-    }
-
-
-def loss_and_gradients(
-    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig, ids: torch.Tensor
-) -> tuple[list[float], list[tuple[Any, torch.Tensor]]]:
-    """Run one step on this rank's part of the batch, with Megatron's own gradient reduction.
-
-    Returns:
-        The losses of its microbatches of one row (empty but on the last stage), and its shards
-        with their reduced gradients.
-    """
-    chunks = upcycled(dense, folding, upcycling)
-    _make_experts_differ(chunks)
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    models = [DistributedDataParallel(get_model_config(c), ddp_config, c) for c in chunks]
-    config = get_model_config(chunks[0])
-    config.finalize_model_grads_func = finalize_model_grads
-    rank = parallel_state.get_data_parallel_rank()
-    local = ids.chunk(parallel_state.get_data_parallel_world_size())[rank]
-    for model in models:
-        model.zero_grad_buffer()
-    losses = get_forward_backward_func()(
-        forward_step_func=_language_model_step,
-        data_iterator=[iter(local.split(1)) for _ in models],
-        model=models,
-        num_microbatches=len(local),
-        seq_length=ids.shape[1] - 1,
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    return [float(loss["loss"]) for loss in losses], _gradients(chunks)
-
-
-@torch.no_grad()
-def _make_experts_differ(chunks: list[torch.nn.Module]) -> None:
-    """Scale each expert by its number: while experts are equal, the router's gradient is 0."""
-    for own in (own for chunk in chunks for own in load.owned_shards(chunk)):
-        if ".experts." in own.shard.name:
-            own.data.mul_(1 + 0.05 * int(own.shard.name.split(".experts.")[1].split(".")[0]))
-
-
-def _language_model_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
-    ids = next(data)
-    output = model(**_batch(ids[:, :-1]), labels=ids[:, 1:])
-    return output, _mean_loss
-
-
-def _mean_loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    loss = output.float().mean()
-    # A copy, because the schedule divides the loss in place.
-    return loss, {"loss": loss.detach().clone()}
-
-
-def _gradients(chunks: list[torch.nn.Module]) -> list[tuple[Any, torch.Tensor]]:
-    """Put each parameter's reduced gradient in its place and read it out by shard."""
-    with torch.no_grad():
-        for chunk in chunks:
-            for parameter in chunk.parameters():
-                parameter.copy_(parameter.main_grad)
-    return [(own.shard, own.data.clone()) for chunk in chunks for own in load.owned_shards(chunk)]

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.data.indexed import build_indexed_dataset
+from tests.distributed.grid import whole
 from tests.distributed.pool import RankPool, nemo_recipe
-from tests.distributed.test_weights import whole
 from tests.workspace import make_workspace
 
 EP2 = {"expert_model_parallel_size": 2}
@@ -28,12 +28,17 @@ def train(
     options: dict[str, Any],
     overrides: dict[str, Any] | None = None,
     dense_by_rank: list[str] | None = None,
+    accident: tuple[str, dict[str, Any]] | None = None,
 ) -> Any:
-    """Run the tiny recipe; return this rank's shards after training, or the error's text."""
+    """Run the tiny recipe; return this rank's losses and shards, or the error's text.
+
+    An accident is the name of a callback of `accidents`, and its arguments.
+    """
     import fiddle
     import torch
     from nemo_upcycle_recipes import llama_tiny
 
+    from tests.distributed import accidents
     from tests.distributed.recorder import Recorder
 
     recipe = llama_tiny.upcycled_recipe(dir=str(directory), **options)
@@ -41,7 +46,7 @@ def train(
         owner, _, attribute = path.rpartition(".")
         target = recipe
         for name in filter(None, owner.split(".")):
-            target = getattr(target, name)
+            target = target[int(name)] if name.lstrip("-").isdigit() else getattr(target, name)
         setattr(target, attribute, value)
     if dense_by_rank is not None:
         import os
@@ -51,6 +56,9 @@ def train(
     try:
         run = fiddle.build(recipe)
         run.keywords["trainer"].callbacks.append(recorder)
+        if accident is not None:
+            name, arguments = accident
+            run.keywords["trainer"].callbacks.append(getattr(accidents, name)(**arguments))
         run()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -64,10 +72,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "folding"), [(1, {}), (2, EP2), (4, FOLDED)], ids=["1", "EP2", "TP2-PP2-EP2"]
+    ("world_size", "folding"),
+    [(1, {}), (2, EP2), (4, FOLDED), (4, FOLDED | {"read_once": True})],
+    ids=["1", "EP2", "TP2-PP2-EP2", "TP2-PP2-EP2-read-once"],
 )
 def test_optimizer_trains_on_from_the_upcycled_weights(
-    ranks: RankPool, workspace: Path, world_size: int, folding: dict[str, int]
+    ranks: RankPool, workspace: Path, world_size: int, folding: dict[str, Any]
 ) -> None:
     """A step with learning rate 0 leaves them as they are, in bf16 with fp32 main parameters.
 
@@ -79,7 +89,7 @@ def test_optimizer_trains_on_from_the_upcycled_weights(
         world_size,
         directory=workspace,
         options={
-            "name": f"lr0-{world_size}",
+            "name": "lr0-" + "-".join(map(str, [world_size, *folding.values()])),
             "max_steps": 1,
             "precision": "bf16-mixed",
             **folding,

@@ -29,7 +29,17 @@ def test_nemo_upcycle_has_the_same_commands(tmp_path: Path) -> None:
         return [line.strip("│ ").split()[0] for line in lines if line.strip("│╰─╯ ")]
 
     assert commands(light) == commands(heavy)
-    assert {"data", "compare", "version"} <= set(commands(light))
+    assert {"data", "compare", "plan", "version"} <= set(commands(light))
+
+
+@pytest.mark.parametrize("words", [["--help"], ["num_nodes=16", "--rank", "5"]])
+def test_plan_is_the_same_under_nemo(tmp_path: Path, words: list[str]) -> None:
+    light = cli.run(tmp_path, "nemo-upcycle", "plan", *words)
+    heavy = cli.run(tmp_path, "nemo", "upcycle", "plan", *words)
+    # NeMo may warn before it, and `--help` begins with the command's own name.
+    lines = [line for line in light.splitlines() if "Usage:" not in line and line.strip()]
+    assert len(lines) > 10
+    assert [line for line in heavy.splitlines() if line in lines][-len(lines) :] == lines
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

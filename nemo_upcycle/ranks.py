@@ -1,0 +1,91 @@
+"""What all ranks tell each other while they upcycle, on a group that notices a lost rank."""
+
+import re
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from nemo_upcycle.errors import UpcyclingError
+
+TIMEOUT_S = 1800.0
+"""How long a rank waits for the others: torch's own for gloo."""
+
+
+class Ranks:
+    """All ranks of the run, on a gloo group of their own.
+
+    NCCL, whose group a run on GPUs has anyway, neither times out nor fails when a rank dies: the
+    others would wait in a kernel.
+
+    Args:
+        timeout_s: Seconds that a rank waits for the slowest.
+
+    Raises:
+        UpcyclingError: A rank was lost before all had come here.
+    """
+
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        self.timeout = timedelta(seconds=timeout_s)
+        self.size, self.rank, self._group = 1, 0, None
+        if torch.distributed.is_initialized():
+            self.size = torch.distributed.get_world_size()
+            self.rank = torch.distributed.get_rank()
+        if self.size > 1:
+            try:
+                self._group = torch.distributed.new_group(backend="gloo", timeout=self.timeout)
+            except RuntimeError as error:
+                raise self._lost(error) from error
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in rank order, on every rank.
+
+        Raises:
+            UpcyclingError: A rank was lost, or did not come within the timeout.
+        """
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        try:
+            # Waits for the slowest rank, and lets rank 0 name the one that does not come.
+            torch.distributed.monitored_barrier(self._group, self.timeout, wait_all_ranks=True)
+            torch.distributed.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return values
+
+    def raise_on_all(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank failed, so that none waits for one that is gone.
+
+        Args:
+            error: This rank's error, if it has one.
+
+        Raises:
+            UpcyclingError: Some rank failed; names the ranks and says what each one said.
+        """
+        try:
+            messages = self.gather(str(error) if error else None)
+        except UpcyclingError as lost:
+            raise UpcyclingError(f"{error} ({lost})" if error else str(lost)) from error or lost
+        by_message: dict[str, list[int]] = {}
+        for rank, message in enumerate(messages):
+            if message:
+                by_message.setdefault(message, []).append(rank)
+        if not by_message:
+            return
+        if len(by_message) == 1 and len(next(iter(by_message.values()))) == self.size:
+            raise UpcyclingError(next(iter(by_message))) from error
+        parts = [f"rank {','.join(map(str, ranks))}: {text}" for text, ranks in by_message.items()]
+        raise UpcyclingError("; ".join(parts)) from error
+
+    def _lost(self, error: RuntimeError) -> UpcyclingError:
+        named = re.search(r"Ranks ([\d, ]+) failed to pass", str(error))
+        who = (
+            f"rank {named[1]}" if named else "another rank (rank 0 says which, unless it is rank 0)"
+        )
+        return UpcyclingError(
+            f"Rank {self.rank} got no answer from {who}, which has ended, was killed, or took more "
+            f"than {self.timeout.total_seconds():g} s longer. See what it said last and whether "
+            "its machine ran out of memory; then start the same command again. Where ranks are "
+            "only slow, raise UpcyclingCallback(timeout_s=...)."
+        )

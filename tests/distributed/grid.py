@@ -1,0 +1,167 @@
+"""Runs each mapping of `foldings.py` once, for all tests that look at it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.config import UpcyclingConfig
+from tests.distributed import scenarios
+from tests.distributed.foldings import DENSE, FOLDINGS, ONE_RANK, Spread, spread
+from tests.distributed.megatron_dense import save_dense
+from tests.distributed.pool import RankPool
+from tests.tiny import tokens, write_llama
+
+IDS = tokens(rows=4, length=33)
+"""A global batch, and the last labels: 32 inputs divide into 2·CP chunks, these over TP."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whole parameters put together from the shards of all ranks.
+
+    Attributes:
+        parameters: By name.
+        problems: What is wrong: elements that no rank has, or that two ranks have differently.
+    """
+
+    parameters: dict[str, torch.Tensor]
+    problems: list[str]
+
+
+def assemble(shards: Iterable[tuple[Any, torch.Tensor]]) -> Whole:
+    """Put shards, each with its values, in their places."""
+    parameters: dict[str, torch.Tensor] = {}
+    filled: dict[str, torch.Tensor] = {}
+    problems = []
+    for shard, values in shards:
+        if shard.name not in parameters:
+            parameters[shard.name] = torch.zeros(shard.global_shape)
+            filled[shard.name] = torch.zeros(shard.global_shape, dtype=torch.bool)
+        place = tuple(
+            slice(start, start + size)
+            for start, size in zip(shard.offset, shard.shape, strict=True)
+        )
+        seen = filled[shard.name][place]
+        if not torch.equal(parameters[shard.name][place][seen], values[seen]):
+            problems.append(f"{shard.name} differs between ranks")
+        parameters[shard.name][place] = values
+        filled[shard.name][place] = True
+    problems += [f"{name} is not whole" for name, mask in filled.items() if not mask.all()]
+    return Whole(parameters, problems)
+
+
+def whole(shards: Iterable[tuple[Any, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Put shards together; every element must be there, and the same wherever it is twice."""
+    assembled = assemble(shards)
+    assert not assembled.problems
+    return assembled.parameters
+
+
+def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Name the parameters that are not bit-identical, or only on one side."""
+    both = found.keys() & expected.keys()
+    different = {name for name in both if not torch.equal(found[name], expected[name])}
+    return sorted(different | (found.keys() ^ expected.keys()))
+
+
+class Shown:
+    """What the ranks of one mapping showed, put together.
+
+    Attributes:
+        weights: After upcycling, by way of upcycling.
+        logits: Of the last stage's ranks.
+        loss: Of the first step.
+        gradients: Of the first step.
+        clip_norms: Their norm as each rank's optimizer counts it.
+    """
+
+    def __init__(self, ranks: list[scenarios.Evidence]) -> None:
+        self.weights = {
+            way: assemble(shard for rank in ranks for shard in rank.weights[way])
+            for way in ranks[0].weights
+        }
+        self.logits = [rank.logits for rank in ranks if rank.logits is not None]
+        loss_sum, count = sum(rank.loss for rank in ranks)
+        self.loss = float(loss_sum / count)
+        self.gradients = assemble(shard for rank in ranks for shard in rank.gradients)
+        self.clip_norms = [rank.grad_norm for rank in ranks]
+
+    @cached_property
+    def grad_norm(self) -> float:
+        """The gradient's norm, each element of each parameter counted once."""
+        squares = [grad.double().square().sum() for grad in self.gradients.parameters.values()]
+        return float(sum(squares)) ** 0.5
+
+
+class Grid:
+    """The mappings, each run at the first call that asks for it."""
+
+    def __init__(self, ranks: RankPool, directory: Path) -> None:
+        self._ranks = ranks
+        self._directory = directory
+        self._dense: dict[str, Path] = {}
+        self._megatron: dict[str, Path] = {}
+        self._shown: dict[str, Shown] = {}
+
+    def dense(self, name: str) -> Path:
+        """Return the directory of a dense model of `DENSE`."""
+        if name not in self._dense:
+            self._dense[name] = write_llama(self._directory / name, **DENSE[name])
+        return self._dense[name]
+
+    def megatron(self, name: str) -> Path:
+        """Return the same dense model as Megatron's ranks save it, on TP2 and PP2."""
+        if name not in self._megatron:
+            self._megatron[name] = self._directory / "megatron" / name
+            self._ranks.run(
+                save_dense,
+                4,
+                dense=self.dense(name),
+                folding=spread(4, tp=2, pp=2).folding,
+                directory=self._megatron[name],
+            )
+        return self._megatron[name]
+
+    def saved(self, name: str) -> Path:
+        """Return the directory of the checkpoint that a mapping saves."""
+        return self._directory / "saved" / name
+
+    def run(self, name: str) -> Shown:
+        """Return what a mapping showed."""
+        if name not in self._shown:
+            mapping = (FOLDINGS | ONE_RANK)[name]
+            dense = self.dense(mapping.dense)
+            megatron = self.megatron(mapping.dense)
+            self._shown[name] = Shown(
+                self.call(
+                    scenarios.prove,
+                    mapping,
+                    ways={
+                        "huggingface": (dense, False),
+                        "read once": (dense, True),
+                        "megatron": (megatron, False),
+                    },
+                    ids=IDS,
+                    save_to=self.saved(name),
+                )
+            )
+        return self._shown[name]
+
+    def one_rank(self, name: str) -> Shown:
+        """Return what one rank showed of the same dense model."""
+        return self.run(f"1 rank, {FOLDINGS[name].dense}")
+
+    def call(self, scenario: Callable[..., Any], mapping: Spread, **kwargs: Any) -> list[Any]:
+        """Call a scenario on the ranks of a mapping."""
+        return self._ranks.run(
+            scenario,
+            mapping.world_size,
+            dense=self.dense(mapping.dense),
+            folding=mapping.folding,
+            upcycling=UpcyclingConfig(),
+            **kwargs,
+        )
