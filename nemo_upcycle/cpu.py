@@ -33,6 +33,7 @@ checkpoint writers' result queue               Megatron spawns its process, for 
 import contextlib
 import copy
 import ctypes
+import gc
 import logging
 import multiprocessing
 import os
@@ -418,14 +419,22 @@ def _patch_checkpoint_queue() -> None:
     @cache
     def forked_queue() -> Any:
         manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-        manager.start(_die_with_parent, (os.getpid(),))
+        gc.disable()
+        try:
+            manager.start(_begin_queue_process, (os.getpid(),))
+        finally:
+            gc.enable()
         return manager.Queue()
 
     filesystem_async._get_write_results_queue = forked_queue
 
 
-def _die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent is killed; it would wait for ever."""
+def _begin_queue_process(parent: int) -> None:
+    """Keep the forked process alive as long as its parent, and no longer."""
+    # To collect what was inherited would end process groups, whose threads were not forked: abort.
+    gc.freeze()
+    gc.enable()
+    # The kernel kills it when its parent is killed; it would wait for ever.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # killed before the line above
