@@ -25,10 +25,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from nemo_upcycle.checkpoint import DenseCheckpoint, open_checkpoint
-from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.branches import open_branches
+from nemo_upcycle.checkpoint import DenseCheckpoint
+from nemo_upcycle.config import Exactness, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.load import LoadReport, check_all_used, upcycle
+from nemo_upcycle.mapping import family_of
+from nemo_upcycle.model import upcycling_of
 from nemo_upcycle.origin import Origin
 from nemo_upcycle.probe import fingerprint
 from nemo_upcycle.ranks import TIMEOUT_S, Ranks
@@ -41,19 +44,23 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
     """Fill the model from a dense checkpoint on a fresh start; do nothing on a resume.
 
     Every rank reads only the slices of the dense checkpoint that fill its own shards and writes
-    them in place; no rank holds the dense model. Number of experts, top-k, router order and
-    capacity are read from the model's config. A model without experts is filled as it is (the
-    continued-training control).
+    them in place; no rank holds the dense model. Number and width of experts, MoE layers, top-k,
+    router order and capacity are read from the model's config. A model without experts is filled
+    as it is (the continued-training control).
 
     What the run was upcycled from is kept in its checkpoints; a resume that says otherwise is
     refused.
 
     Args:
         dense_checkpoint: Directory of Hugging Face's, NeMo 2's or Megatron-LM's, or the name of a
-            model in the local Hugging Face cache.
+            model in the local Hugging Face cache. Several, separated by commas, give experts from
+            each in turn, and everything else their average (Branch-Train-MiX).
+        initializer: What fills experts, such as `copy`, `drop(ratio=0.3)`; see `initializers`.
+        weight_scaling: `exact`, `paper`, `none`, or None; see `UpcyclingConfig`.
+        router_initializer: `virtual_groups` or `random`; see `UpcyclingConfig`.
         router_init_std: Standard deviation of the router weights; None takes the model's
             `init_method_std`.
-        seed: Seed of the router weights.
+        seed: Seed of all random values.
         read_once: Read each slice of the dense checkpoint once a job and broadcast it to the ranks
             that hold it, for file systems that are slower than the network between nodes.
             Otherwise every rank reads what it needs, and a node's ranks share its page cache.
@@ -65,12 +72,18 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
     def __init__(
         self,
         dense_checkpoint: str,
+        initializer: str = "copy",
+        weight_scaling: str | None = None,
+        router_initializer: str = "virtual_groups",
         router_init_std: float | None = None,
         seed: int = 1234,
         read_once: bool = False,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.dense_checkpoint = dense_checkpoint
+        self.initializer = initializer
+        self.weight_scaling = weight_scaling
+        self.router_initializer = router_initializer
         self.router_init_std = router_init_std
         self.seed = seed
         self.read_once = read_once
@@ -141,8 +154,9 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
 
     def _check_start(self, trainer: pl.Trainer, upcycling: UpcyclingConfig) -> None:
         try:
-            self._checkpoint = open_checkpoint(self.dense_checkpoint)
-            _check_not_own_output(self._checkpoint.directory)
+            self._checkpoint = open_branches(self.dense_checkpoint)
+            for branch in self._checkpoint.branches:
+                _check_not_own_output(branch.directory)
             found = fingerprint(self._checkpoint)
         except UpcyclingError as error:
             if not trainer.ckpt_path:
@@ -170,11 +184,11 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
 
     def _config(self, config: Any) -> UpcyclingConfig:
         std = self.router_init_std
-        return UpcyclingConfig(
-            num_moe_experts=config.num_moe_experts,
-            moe_router_topk=config.moe_router_topk,
-            moe_router_pre_softmax=config.moe_router_pre_softmax,
-            moe_expert_capacity_factor=config.moe_expert_capacity_factor,
+        return upcycling_of(
+            config,
+            initializer=self.initializer,
+            weight_scaling=self.weight_scaling,
+            router_initializer=self.router_initializer,
             router_init_std=config.init_method_std if std is None else std,
             seed=self.seed,
         )
@@ -188,15 +202,19 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
                 f"({restore.path}) were given; expected one source of weights. Drop one."
             )
 
+    def _exactness(self, upcycling: UpcyclingConfig) -> Exactness:
+        assert self._checkpoint is not None
+        arch = family_of(self._checkpoint.config).architecture(self._checkpoint.config)
+        return upcycling.exactness(arch.gated_linear_unit, len(self._checkpoint.branches))
+
     def _print_report(self, reports: list[LoadReport], upcycling: UpcyclingConfig) -> None:
         tensors = frozenset().union(*(report.tensors for report in reports))
-        experts = upcycling.num_moe_experts
-        shape = "dense, as it is" if experts is None else f"E{experts}T{upcycling.moe_router_topk}"
         most = max(reports, key=lambda r: r.bytes_read)
         _print(
             "\n".join(
                 [
-                    f"[upcycle] {self.dense_checkpoint} → {shape} on {len(reports)} rank(s)",
+                    f"[upcycle] {self.dense_checkpoint} → {upcycling.label} "
+                    f"on {len(reports)} rank(s)",
                     f"[upcycle]   tensors mapped    {len(tensors)} dense → "
                     f"{sum(r.shards for r in reports)} shards",
                     f"[upcycle]   bytes read        {_size(sum(r.bytes_read for r in reports))} in "
@@ -204,7 +222,7 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
                     f"[upcycle]   time              {max(r.seconds for r in reports):.2f} s",
                     f"[upcycle]   peak memory       "
                     f"{_size(max(r.peak_resident_bytes for r in reports))} resident a rank",
-                    f"[upcycle]   step 0            {upcycling.exactness()}",
+                    f"[upcycle]   step 0            {self._exactness(upcycling)}",
                 ]
             )
         )

@@ -4,6 +4,7 @@ Plain data, validated on construction: recipes, the plan and the command line re
 numbers, and none of them needs NeMo or torch for it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemo_upcycle.errors import UpcyclingError
@@ -27,85 +28,301 @@ class Exactness:
 
 
 @dataclass(frozen=True)
+class Scales:
+    """Factors of the weights of an expert, and of down of a shared expert."""
+
+    gate: float = 1.0
+    up: float = 1.0
+    down: float = 1.0
+    shared_down: float = 1.0
+
+
+@dataclass(frozen=True)
 class UpcyclingConfig:
     """What every dense feed-forward layer becomes.
 
+    E, G and T are the expansion rate, granularity and top-k of arXiv 2410.07524: the layer is cut
+    into G shards along its width, and there are E copies of each, E·G experts in all.
+
     Attributes:
-        num_moe_experts: Experts per layer, each a copy of the dense feed-forward layer; None
-            keeps the layers dense (the continued-training control).
-        moe_router_topk: Experts that each token visits.
+        num_moe_experts: Experts per layer, E·G; None keeps the layers dense (the
+            continued-training control).
+        granularity: G. Expert e is shard e mod G of the dense feed-forward layer, 1/G as wide.
+        moe_router_topk: T, experts that each token visits.
         moe_router_pre_softmax: False: top-k, then softmax over the k (Mixtral-type, the paper's
             choice). True: softmax over all experts, then top-k (ST-type).
+        moe_router_load_balancing_type: `aux_loss`, `seq_aux_loss`, `global_aux_loss`, or `none`.
+        moe_aux_loss_coeff: Factor of the auxiliary loss. 1e-2 is arXiv 2410.07524's best.
+        moe_z_loss_coeff: Factor of the router's z-loss; None is none.
         moe_expert_capacity_factor: Tokens that an expert accepts, as a multiple of its even
             share ceil(tokens·topk/experts); None never drops a token.
+        moe_pad_expert_input_to_capacity: Pad each expert's tokens to its capacity, so that all
+            sizes are known beforehand.
+        moe_token_dispatcher_type: `alltoall`, `allgather` or `flex`.
+        moe_layer_freq: Which layers become MoE layers; the others stay dense. Megatron's: every
+            n-th from the first on, or a list of 0 and 1; or a text, see `layers.moe_layers`.
+        moe_shared_expert: Keep the dense feed-forward layer as an expert for all tokens beside
+            the routed ones.
+        weight_scaling: What makes up for the router's weights and for G: `exact`, `paper` or
+            `none`, see `scales`. None takes `exact` where it is exact; otherwise what the papers
+            did: `none` for G=1 (arXiv 2412.09952), `paper` for G>1 (arXiv 2410.07524).
+        initializer: What fills experts, such as `copy` or `drop(ratio=0.5)`; see `initializers`.
+        router_initializer: `virtual_groups`: the G experts that make up one copy of the layer
+            have equal rows, so that top-k picks whole copies; the same as `random` for G=1.
+            `random`: every expert has a row of its own.
         router_init_std: Standard deviation of the random router weights.
         seed: Seed of all random values.
 
     Raises:
         UpcyclingError: A value is out of range or contradicts another.
 
-    Source: arXiv 2412.09952 §3; the capacity is Megatron-Core's.
+    Source: arXiv 2412.09952 §3, arXiv 2410.07524 §3; the capacity is Megatron-Core's.
     """
 
     num_moe_experts: int | None = 8
+    granularity: int = 1
     moe_router_topk: int = 2
     moe_router_pre_softmax: bool = False
+    moe_router_load_balancing_type: str = "aux_loss"
+    moe_aux_loss_coeff: float = 1e-2
+    moe_z_loss_coeff: float | None = None
     moe_expert_capacity_factor: float | None = None
+    moe_pad_expert_input_to_capacity: bool = False
+    moe_token_dispatcher_type: str = "alltoall"
+    moe_layer_freq: int | str | tuple[int, ...] = 1
+    moe_shared_expert: bool = False
+    weight_scaling: str | None = None
+    initializer: str = "copy"
+    router_initializer: str = "virtual_groups"
     router_init_std: float = 0.02
     seed: int = 1234
 
     def __post_init__(self) -> None:
         if self.num_moe_experts is None:
             return
-        if self.num_moe_experts < 2:
+        self._check_experts(self.num_moe_experts)
+        self._check_choices()
+        self._check_dispatch()
+        for name in ("router_init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UpcyclingError(f"{name} is {value}; expected 0 or more.")
+
+    def _check_experts(self, experts: int) -> None:
+        if experts < 2:
             raise UpcyclingError(
-                f"num_moe_experts is {self.num_moe_experts}; an MoE needs at least 2 "
+                f"num_moe_experts is {experts}; an MoE needs at least 2 "
                 "(None keeps the model dense)."
             )
-        if not 1 <= self.moe_router_topk <= self.num_moe_experts:
+        if self.granularity < 1 or experts % self.granularity:
+            raise UpcyclingError(
+                f"granularity is {self.granularity}, num_moe_experts {experts}; expected a "
+                "granularity that divides it: there are E·G experts, E copies of each of G shards."
+            )
+        if not 1 <= self.moe_router_topk <= experts:
             raise UpcyclingError(
                 f"moe_router_topk is {self.moe_router_topk}; expected 1 to num_moe_experts "
-                f"({self.num_moe_experts})."
+                f"({experts})."
             )
-        if self.moe_expert_capacity_factor is not None and self.moe_expert_capacity_factor <= 0:
+        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
             raise UpcyclingError(
-                f"moe_expert_capacity_factor is {self.moe_expert_capacity_factor}; expected a "
-                "positive number, or None to never drop a token."
+                "moe_router_topk is 1 with softmax after top-k: the softmax of one value is 1, so "
+                "the router would not learn. Use 2 or more, or moe_router_pre_softmax=True."
             )
-        if self.router_init_std < 0:
-            raise UpcyclingError(f"router_init_std is {self.router_init_std}; expected 0 or more.")
+
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                expected = ", ".join(str(choice) for choice in choices)
+                raise UpcyclingError(f"{name} is {value!r}; expected one of: {expected}.")
+
+    def _check_dispatch(self) -> None:
+        factor = self.moe_expert_capacity_factor
+        if factor is not None and factor <= 0:
+            raise UpcyclingError(
+                f"moe_expert_capacity_factor is {factor}; expected a positive number, or None to "
+                "never drop a token."
+            )
+        if self.moe_pad_expert_input_to_capacity and factor is None:
+            raise UpcyclingError(
+                "moe_pad_expert_input_to_capacity needs a capacity to pad to; set "
+                "moe_expert_capacity_factor."
+            )
+        if self.moe_pad_expert_input_to_capacity and self.moe_token_dispatcher_type != "alltoall":
+            raise UpcyclingError(
+                f"moe_token_dispatcher_type is {self.moe_token_dispatcher_type!r}, which does not "
+                "pad; moe_pad_expert_input_to_capacity needs 'alltoall'."
+            )
+
+    @property
+    def expansion_rate(self) -> int:
+        """E: copies of the dense feed-forward layer; 1 in a dense model."""
+        return (self.num_moe_experts or 1) // self.granularity
+
+    @property
+    def label(self) -> str:
+        """The usual short name: E8T2; E8G4T8 with granularity."""
+        if self.num_moe_experts is None:
+            return "dense, as it is"
+        granularity = f"G{self.granularity}" if self.granularity > 1 else ""
+        shared = " and a shared expert" if self.moe_shared_expert else ""
+        return f"E{self.expansion_rate}{granularity}T{self.moe_router_topk}{shared}"
+
+    def neurons(self, expert: int, ffn_hidden_size: int) -> tuple[int, int]:
+        """Return the dense feed-forward layer's neurons that an expert is made of.
+
+        Args:
+            expert: The global expert.
+            ffn_hidden_size: Neurons of the dense layer; G divides it.
+
+        Returns:
+            Start and stop of shard e mod G.
+        """
+        width = ffn_hidden_size // self.granularity
+        shard = expert % self.granularity
+        return shard * width, (shard + 1) * width
+
+    def copy_of(self, expert: int) -> int:
+        """Return which copy of the layer an expert is a shard of: e div G."""
+        return expert // self.granularity
 
     @property
     def can_drop_tokens(self) -> bool:
-        """Whether an expert can be offered more tokens than it accepts.
+        """Whether an expert can be offered more tokens than it accepts."""
+        return self.dropped_at_worst > 0
 
-        At worst every token picks the same expert: experts/topk times its even share.
+    @property
+    def dropped_at_worst(self) -> float:
+        """Fraction of the assignments that is dropped if all tokens pick the same experts.
+
+        Each of these is then offered all tokens, and accepts CF·topk/experts of them.
         """
         factor = self.moe_expert_capacity_factor
         if self.num_moe_experts is None or factor is None:
-            return False
-        return factor < self.num_moe_experts / self.moe_router_topk
+            return 0.0
+        return max(0.0, 1 - factor * self.moe_router_topk / self.num_moe_experts)
 
-    def exactness(self) -> Exactness:
-        """Say whether the upcycled model computes the dense function at step 0."""
-        experts, topk = self.num_moe_experts, self.moe_router_topk
-        if experts is None:
-            return Exactness(True, "every layer is the dense layer")
+    @property
+    def scaling(self) -> str:
+        """The weight scaling, chosen where `weight_scaling` is None."""
+        if self.weight_scaling is not None:
+            return self.weight_scaling
+        if not self.moe_router_pre_softmax:
+            return "exact"
+        return "none" if self.granularity == 1 else "paper"
+
+    def scales(self, gated: bool) -> Scales:
+        """Return what weights are multiplied with.
+
+        The routed output is smaller than the dense one by a base of G (top-k first: the weights
+        sum to 1 over T/G copies of each shard) or about E·G²/T (softmax first: each weight is
+        about 1/(E·G)).
+
+        `exact` makes the output larger by just that. A SwiGLU neuron is linear in up and in down,
+        so each gets √base; a squared-ReLU neuron goes with the square of up, so each gets ∛base.
+        With a shared expert both halves of the output are halved in down. `paper` multiplies gate,
+        up and down with ∛base, as Megatron-Core does, which changes a SwiGLU neuron's function.
+
+        Args:
+            gated: Whether a neuron is SwiGLU; squared ReLU otherwise.
+
+        Source: arXiv 2410.07524 Eq. 2.
+        """
+        base = float(self.granularity)
         if self.moe_router_pre_softmax:
-            return Exactness(
-                False,
+            base *= self.expansion_rate * self.granularity / self.moe_router_topk
+        if self.scaling == "none":
+            return Scales()
+        if self.scaling == "paper":
+            factor = base ** (1 / 3)
+            return Scales(gate=factor, up=factor, down=factor)
+        factor = base ** (1 / 2 if gated else 1 / 3)
+        half = 0.5 if self.moe_shared_expert else 1.0
+        return Scales(up=factor, down=half * factor, shared_down=half)
+
+    def exactness(self, gated: bool = True, dense_checkpoints: int = 1) -> Exactness:
+        """Say whether the upcycled model computes the dense function at step 0.
+
+        Args:
+            gated: Whether a neuron is SwiGLU; squared ReLU otherwise.
+            dense_checkpoints: How many dense models the experts come from.
+        """
+        if self.num_moe_experts is None:
+            return Exactness(True, "every layer is the dense layer")
+        problems = [*self._inexact_weights(gated, dense_checkpoints), *self._inexact_routing()]
+        if problems:
+            return Exactness(False, "; ".join(problems))
+        if self.granularity == 1:
+            made = "experts are the dense layer and their weights sum to 1"
+        else:
+            made = "a token's experts make up whole copies of the dense layer"
+        return Exactness(True, made)
+
+    def _inexact_weights(self, gated: bool, dense_checkpoints: int) -> Iterator[str]:
+        if dense_checkpoints > 1:
+            yield (
+                f"experts come from {dense_checkpoints} dense models, and everything else is "
+                "their average"
+            )
+        if self.initializer != "copy":
+            yield f"the initializer {self.initializer} makes experts other than the dense layer"
+        if self.moe_shared_expert and self.scaling != "exact":
+            yield (
+                "the shared expert and the routed ones add up to twice the feed-forward output "
+                "(weight_scaling='exact' halves both)"
+            )
+        if self.granularity > 1 and not self.moe_router_pre_softmax:
+            if self.scaling == "none":
+                yield f"the feed-forward output is divided by granularity {self.granularity}"
+            elif self.scaling == "paper" and gated:
+                yield (
+                    "cube-root scaling changes what a SwiGLU neuron computes "
+                    "(weight_scaling='exact' does not)"
+                )
+
+    def _inexact_routing(self) -> Iterator[str]:
+        experts, topk, granularity = (
+            self.num_moe_experts or 0,
+            self.moe_router_topk,
+            self.granularity,
+        )
+        if self.moe_router_pre_softmax and self.scaling == "none":
+            yield (
                 "softmax before top-k weights the chosen experts by less than 1 in total, so each "
                 f"feed-forward output is scaled by a factor between {topk}/{experts} and 1 "
-                "(set moe_router_pre_softmax=False for an exact start)",
+                "(set moe_router_pre_softmax=False for an exact start)"
+            )
+        elif self.moe_router_pre_softmax:
+            yield (
+                "softmax before top-k weights experts unevenly, which a fixed scaling makes up "
+                "for only on average (set moe_router_pre_softmax=False for an exact start)"
+            )
+        if granularity > 1 and self.router_initializer == "random":
+            yield (
+                f"a random router picks {topk} of {experts} experts without regard to the "
+                f"{granularity} shards of the layer that they hold"
+            )
+        elif topk % granularity:
+            yield (
+                f"{topk} experts a token do not make up whole copies of {granularity} shards "
+                f"(use a multiple of {granularity})"
             )
         if self.can_drop_tokens:
-            return Exactness(
-                False,
-                f"experts are the dense layer and their weights sum to 1, but capacity factor "
-                f"{self.moe_expert_capacity_factor:g} drops the tokens an expert has no room for "
-                f"(at {experts / topk:g} and above, or with None, none is dropped)",
+            yield (
+                f"capacity factor {self.moe_expert_capacity_factor:g} drops the tokens an expert "
+                f"has no room for: at worst, if all pick the same experts, "
+                f"{self.dropped_at_worst:.0%} of the assignments (at {experts / topk:g} and "
+                "above, or with None, none is dropped)"
             )
-        return Exactness(True, "experts are the dense layer and their weights sum to 1")
+
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "weight_scaling": (None, "exact", "paper", "none"),
+    "router_initializer": ("virtual_groups", "random"),
+    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+    "moe_token_dispatcher_type": ("alltoall", "allgather", "flex"),
+}
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
+    get_transformer_layer_offset,
 )
 from nemo.lightning import io
 from torch.overrides import TorchFunctionMode
 
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.layers import moe_layers
 from nemo_upcycle.strategy import MegatronStrategy
 
 CPU = torch.device("cpu")
@@ -97,18 +99,21 @@ MODEL_OVERRIDES: dict[str, Any] = {
 # --- Layer spec ------------------------------------------------------------------------------
 
 
-class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm that Megatron's sequence parallelism accepts."""
+class Norm(torch.nn.Module):
+    """RMSNorm or LayerNorm, as the config says, that Megatron's sequence parallelism accepts."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # Megatron all-reduces the gradients of parameters marked so over the TP group.
-        self.weight.sequence_parallel = config.sequence_parallel
+        super().__init__()
+        self.config, self.eps = config, eps
+        self.weight, self.bias = _norm_parameters(config, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _normalize(x, self.weight, self.bias, self.config, self.eps)
 
 
-class RMSNormColumnParallelLinear(ColumnParallelLinear):
+class NormColumnParallelLinear(ColumnParallelLinear):
     """Norm and column-parallel linear in one, as Transformer Engine has it.
 
     Its parameter names are Transformer Engine's (`linear_qkv.layer_norm_weight`), so that
@@ -119,31 +124,64 @@ class RMSNormColumnParallelLinear(ColumnParallelLinear):
         self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any
     ) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
-        self.eps = config.layernorm_epsilon
-        self.layer_norm_weight = torch.nn.Parameter(
-            torch.ones(input_size, dtype=config.params_dtype)
-        )
-        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+        self.layer_norm_weight, self.layer_norm_bias = _norm_parameters(config, input_size)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        x = torch.nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
+        x = _normalize(
+            x,
+            self.layer_norm_weight,
+            self.layer_norm_bias,
+            self.config,
+            self.config.layernorm_epsilon,
+        )
         return super().forward(x, *args, **kwargs)
 
 
-class ContextParallelAttention(DotProductAttention):
-    """Megatron's attention, of this rank's queries to the keys and values of all CP ranks.
+def _norm_parameters(
+    config: TransformerConfig, size: int
+) -> tuple[torch.nn.Parameter, torch.nn.Parameter | None]:
+    """Return a norm's weight, and its bias if it is a LayerNorm, as they are at the start."""
+    start = torch.zeros if config.layernorm_zero_centered_gamma else torch.ones
+    weight = torch.nn.Parameter(start(size, dtype=config.params_dtype))
+    bias = None
+    if config.normalization == "LayerNorm":
+        bias = torch.nn.Parameter(torch.zeros(size, dtype=config.params_dtype))
+    for parameter in filter(lambda found: found is not None, (weight, bias)):
+        # Megatron all-reduces the gradients of parameters marked so over the TP group.
+        parameter.sequence_parallel = config.sequence_parallel
+    return weight, bias
 
-    Megatron leaves context parallelism to Transformer Engine. It cuts a sequence into 2·CP chunks
-    and gives rank i the chunks i and 2·CP-1-i.
+
+def _normalize(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: TransformerConfig,
+    eps: float,
+) -> torch.Tensor:
+    if config.layernorm_zero_centered_gamma:
+        weight = weight + 1
+    if bias is None:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+class CpuAttention(DotProductAttention):
+    """Megatron's attention with what it leaves to Transformer Engine.
+
+    Context parallelism: of this rank's queries to the keys and values of all CP ranks; a sequence
+    is cut into 2·CP chunks, of which rank i has the chunks i and 2·CP-1-i. And a sliding window,
+    also where the data bring a mask.
     """
 
     def __init__(
         self, config: TransformerConfig, *args: Any, pg_collection: Any, **kwargs: Any
     ) -> None:
+        self.cp_group, self.window = pg_collection.cp, config.window_size
         config = copy.copy(config)
         config.context_parallel_size = 1  # Megatron's attention refuses any other
+        config.window_size = None  # and adds no window to a mask
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
-        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -154,24 +192,31 @@ class ContextParallelAttention(DotProductAttention):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Attend from [length/CP, rows, heads, size]; the mask is this rank's rows of it."""
+        queries, keys = self._positions(len(query))
         if attention_mask is None:
-            attention_mask = self._causal_mask(len(query))
+            attention_mask = keys > queries[:, None]
+        if self.window is not None:
+            attention_mask = attention_mask | (keys < queries[:, None] - self.window[0])
         return super().forward(
             query, self._gather(key), self._gather(value), attention_mask, **kwargs
         )
 
     def _gather(self, local: torch.Tensor) -> torch.Tensor:
         """Put the whole sequence together; its gradient goes back to the ranks, summed."""
+        if self.cp_group.size() == 1:
+            return local
         gathered = gather_from_sequence_parallel_region(local, group=self.cp_group)
         chunks = gathered.chunk(2 * self.cp_group.size())
         return torch.cat(chunks[::2] + chunks[1::2][::-1])
 
-    def _causal_mask(self, local_length: int) -> torch.Tensor:
+    def _positions(self, local_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the positions of this rank's queries and of all keys."""
         size, rank = self.cp_group.size(), self.cp_group.rank()
         positions = torch.arange(size * local_length)
+        if size == 1:
+            return positions, positions
         chunks = positions.chunk(2 * size)
-        queries = torch.cat((chunks[rank], chunks[-1 - rank]))
-        return positions > queries[:, None]
+        return torch.cat((chunks[rank], chunks[-1 - rank])), positions
 
 
 class CpuSpecProvider(LocalSpecProvider):
@@ -181,10 +226,10 @@ class CpuSpecProvider(LocalSpecProvider):
         return True
 
     def column_parallel_layer_norm_linear(self) -> type:
-        return RMSNormColumnParallelLinear
+        return NormColumnParallelLinear
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        return RMSNorm
+        return Norm
 
 
 def cpu_layer_spec(
@@ -200,34 +245,47 @@ def cpu_layer_spec(
         The stage's layers, with Transformer Engine's parameter names.
     """
     enable()
+    experts = config.num_moe_experts
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    is_moe = [False] * config.num_layers
+    if experts is not None:
+        is_moe = list(moe_layers(config.moe_layer_freq, config.num_layers))
+    specs = {moe: _layer(config, experts if moe else None) for moe in set(is_moe)}
+    return TransformerBlockSubmodules(
+        layer_specs=[specs[moe] for moe in is_moe[first : first + count]], layer_norm=Norm
+    )
+
+
+def _layer(config: TransformerConfig, experts: int | None) -> ModuleSpec:
+    """Build an MoE layer, or a dense one for None."""
     backend = CpuSpecProvider()
-    layer = ModuleSpec(
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=_self_attention(backend, config),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=backend.layer_norm() if config.num_moe_experts else IdentityOp,
+            pre_mlp_layernorm=backend.layer_norm() if experts else IdentityOp,
             mlp=get_mlp_module_spec_for_backend(
-                backend=backend, num_experts=config.num_moe_experts, moe_grouped_gemm=False
+                backend=backend, num_experts=experts, moe_grouped_gemm=False
             ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
 
 
 def _self_attention(backend: BackendSpecProvider, config: TransformerConfig) -> ModuleSpec:
-    has_cp = config.context_parallel_size > 1
+    plain = config.context_parallel_size == 1 and config.window_size is None
+    head_norm = backend.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_layer_norm_linear(),
-            core_attention=ContextParallelAttention if has_cp else backend.core_attention(),
+            core_attention=backend.core_attention() if plain else CpuAttention,
             linear_proj=backend.row_parallel_linear(),
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
 

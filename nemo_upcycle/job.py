@@ -9,7 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo, open_checkpoint, read_config
+from nemo_upcycle.branches import open_branches
+from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo, read_config
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.layout import (
@@ -21,7 +22,16 @@ from nemo_upcycle.layout import (
     validate,
 )
 from nemo_upcycle.mapping import Architecture, Family, family_of
-from nemo_upcycle.plan import Block, Plan, Shard, block_bytes, check_tensors, make_plan, peak_bytes
+from nemo_upcycle.plan import (
+    Block,
+    Plan,
+    Shard,
+    block_bytes,
+    check_tensors,
+    make_plan,
+    peak_bytes,
+    read_bytes,
+)
 
 PARAMETER_DTYPES = {"bf16-mixed": "BF16", "32": "F32"}
 """The parameters' dtype, by the precision of the training."""
@@ -39,6 +49,7 @@ class Dense:
         family: Its family.
         arch: Its numbers.
         tensors: Its tensors; by its config where its weights are not there.
+        branches: How many dense checkpoints it is.
     """
 
     source: str
@@ -46,11 +57,13 @@ class Dense:
     family: Family
     arch: Architecture
     tensors: Mapping[str, TensorInfo]
+    branches: int = 1
 
     @property
     def bytes(self) -> int:
         """Its size."""
-        return sum(_bytes(info) for name, info in self.tensors.items() if self._is_used(name))
+        used = (info for name, info in self.tensors.items() if self._is_used(name))
+        return sum(_bytes(info) * info.sources for info in used)
 
     @property
     def parameters(self) -> int:
@@ -99,11 +112,13 @@ def open_dense(source: str) -> Dense:
     if {path.name for path in directory.glob("*")} == {"config.json"}:
         note = "its config.json alone, the weights are not there"
         return dense_of_config(read_config(directory), source, note)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_branches(source)
     family = family_of(checkpoint.config)
     arch = family.architecture(checkpoint.config)
-    check_tensors(checkpoint.tensors, family, arch, str(checkpoint.directory))
-    return Dense(source, "headers read and checked", family, arch, checkpoint.tensors)
+    for branch in checkpoint.branches:
+        check_tensors(branch.tensors, family, arch, str(branch.directory))
+    branches = len(checkpoint.branches)
+    return Dense(source, "headers read and checked", family, arch, checkpoint.tensors, branches)
 
 
 @dataclass(frozen=True)
@@ -211,7 +226,7 @@ class JobPlan:
     def bytes_read_once(self) -> int:
         """Bytes that all ranks together read if one reads each block and broadcasts it."""
         blocks = {block for owner in self.owners for block in owner.plan.copies}
-        return sum(block_bytes(block, self.dense.tensors) for block in blocks)
+        return sum(read_bytes(block, self.dense.tensors) for block in blocks)
 
     @cached_property
     def bytes_of_nodes(self) -> tuple[int, ...]:
@@ -290,7 +305,7 @@ def _rank_plan(
 ) -> RankPlan:
     place = ranks[0][1]
     shards = shards_at(dense.arch, upcycling, folding, place)
-    plan = make_plan(shards, dense.tensors, dense.family, dense.arch, upcycling)
+    plan = make_plan(shards, dense.tensors, dense.family, dense.arch, upcycling, dense.branches)
     return RankPlan(
         place=place,
         ranks=tuple(rank for rank, _ in ranks),
@@ -314,7 +329,7 @@ def distinct_bytes(blocks: Iterable[Block], tensors: Mapping[str, TensorInfo]) -
     for block in blocks:
         by_tensor[block.tensor].add(block)
     return sum(
-        _area(found, tensors[name].width) * DTYPE_BYTES[tensors[name].dtype]
+        _area(found, tensors[name].width) * DTYPE_BYTES[tensors[name].dtype] * tensors[name].sources
         for name, found in by_tensor.items()
     )
 

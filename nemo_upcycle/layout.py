@@ -7,11 +7,13 @@ says the same of a model that is not built, so that a job can be planned anywher
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping import Architecture
+from nemo_upcycle.layers import moe_layers
+from nemo_upcycle.mapping import Architecture, dimensions
 from nemo_upcycle.plan import Shard
 
 
@@ -93,31 +95,46 @@ def validate(
             "has no experts (num_moe_experts is None); use 1."
         )
     folding.validate(world_size, experts)
-    ffn_split = "tensor_model_parallel_size" if experts is None else "expert_tensor_parallel_size"
-    for name, split in (
-        ("num_attention_heads", "tensor_model_parallel_size"),
-        ("num_query_groups", "tensor_model_parallel_size"),
-        ("ffn_hidden_size", ffn_split),
-    ):
-        _check_divides(name, getattr(arch, name), split, getattr(folding, split))
+    tp = "tensor_model_parallel_size"
+    sizes = [
+        ("num_attention_heads", arch.num_attention_heads, tp),
+        ("num_query_groups", arch.num_query_groups, tp),
+    ]
+    if experts is None or upcycling.moe_shared_expert or not all(_moe_layers(arch, upcycling)):
+        sizes.append(("ffn_hidden_size", arch.ffn_hidden_size, tp))
+    if experts is not None:
+        granularity, width = upcycling.granularity, arch.ffn_hidden_size
+        if width % granularity:
+            raise UpcyclingError(
+                f"ffn_hidden_size={width} does not divide by granularity={granularity}; choose a "
+                f"divisor of {width}."
+            )
+        name = "ffn_hidden_size" if granularity == 1 else f"ffn_hidden_size / {granularity}"
+        sizes.append((name, width // granularity, "expert_tensor_parallel_size"))
+    for name, size, split in sizes:
+        _check_divides(name, size, split, getattr(folding, split))
     stage_layers(arch.num_layers, folding)
 
 
-def validate_expert_width(arch: Architecture, moe_ffn_hidden_size: int | None) -> None:
-    """Check that experts are as wide as the dense feed-forward layer.
+def validate_expert_width(
+    arch: Architecture, upcycling: UpcyclingConfig, moe_ffn_hidden_size: int | None
+) -> None:
+    """Check that experts are as wide as a shard of the dense feed-forward layer.
 
     Args:
         arch: The dense model's numbers.
-        moe_ffn_hidden_size: The experts' width; None takes the dense one.
+        upcycling: What its feed-forward layers become.
+        moe_ffn_hidden_size: The experts' width; None takes the right one.
 
     Raises:
         UpcyclingError: They are not.
     """
-    if moe_ffn_hidden_size not in (None, arch.ffn_hidden_size):
+    width = arch.ffn_hidden_size // upcycling.granularity
+    if moe_ffn_hidden_size not in (None, width):
         raise UpcyclingError(
-            f"moe_ffn_hidden_size is {moe_ffn_hidden_size}, the dense feed-forward layer's width "
-            f"{arch.ffn_hidden_size}; each expert is a copy of the whole layer. Leave "
-            "moe_ffn_hidden_size out."
+            f"moe_ffn_hidden_size is {moe_ffn_hidden_size}; with granularity="
+            f"{upcycling.granularity} each expert is {width} of the dense feed-forward layer's "
+            f"width of {arch.ffn_hidden_size}. Leave moe_ffn_hidden_size out, and set granularity."
         )
 
 
@@ -126,6 +143,13 @@ def _check_divides(name: str, value: int, split: str, size: int) -> None:
         raise UpcyclingError(
             f"{name}={value} does not divide by {split}={size}; choose a divisor of {value}."
         )
+
+
+def _moe_layers(arch: Architecture, upcycling: UpcyclingConfig) -> tuple[bool, ...]:
+    """Say of every layer whether it has experts."""
+    if upcycling.num_moe_experts is None:
+        return (False,) * arch.num_layers
+    return moe_layers(upcycling.moe_layer_freq, arch.num_layers)
 
 
 def stage_layers(num_layers: int, folding: ParallelFolding) -> list[list[range]]:
@@ -248,6 +272,10 @@ class _Owner:
     folding: ParallelFolding
     place: Coordinates
 
+    @cached_property
+    def is_moe(self) -> tuple[bool, ...]:
+        return _moe_layers(self.arch, self.upcycling)
+
     def shards(self) -> Iterator[Shard]:
         arch, stage = self.arch, self.place.pp
         first, last = stage == 0, stage == self.folding.pipeline_model_parallel_size - 1
@@ -255,9 +283,9 @@ class _Owner:
             yield self._vocabulary("embedding.word_embeddings.weight")
         for layers in stage_layers(arch.num_layers, self.folding)[stage]:
             for layer in layers:
-                yield from self._layer(f"decoder.layers.{layer}.")
+                yield from self._layer(layer)
         if last:
-            yield _whole("decoder.final_layernorm.weight", arch.hidden_size)
+            yield from self._norm("decoder.final_layernorm.")
             if not arch.share_embeddings_and_output_weights:
                 yield self._vocabulary("output_layer.weight")
             elif not first:  # a copy of the first stage's, under its name
@@ -268,36 +296,53 @@ class _Owner:
         padded = self.arch.vocab_size + -self.arch.vocab_size % size
         return _split(name, (padded, self.arch.hidden_size), 0, self.place.tp, size)
 
-    def _layer(self, layer: str) -> Iterator[Shard]:
-        arch, tp, size = self.arch, self.place.tp, self.folding.tensor_model_parallel_size
-        hidden, attention = arch.hidden_size, layer + "self_attention."
-        queries = arch.num_attention_heads * arch.kv_channels
-        qkv = queries + 2 * arch.num_query_groups * arch.kv_channels
-        yield _whole(attention + "linear_qkv.layer_norm_weight", hidden)
-        yield _split(attention + "linear_qkv.weight", (qkv, hidden), 0, tp, size)
-        yield _split(attention + "linear_proj.weight", (hidden, queries), 1, tp, size)
-        experts = self.upcycling.num_moe_experts
-        if experts is None:
-            yield _whole(layer + "mlp.linear_fc1.layer_norm_weight", hidden)
-            yield from self._feed_forward(layer + "mlp.", tp, size)
+    def _norm(self, prefix: str) -> Iterator[Shard]:
+        yield _whole(prefix + "weight", self.arch.hidden_size)
+        if self.arch.norm_has_bias:
+            yield _whole(prefix + "bias", self.arch.hidden_size)
+
+    def _layer(self, number: int) -> Iterator[Shard]:
+        layer = f"decoder.layers.{number}."
+        yield from self._attention(layer + "self_attention.")
+        tp, size = self.place.tp, self.folding.tensor_model_parallel_size
+        experts, width = self.upcycling.num_moe_experts, self.arch.ffn_hidden_size
+        if experts is None or not self.is_moe[number]:
+            yield from self._norm(layer + "mlp.linear_fc1.layer_norm_")
+            yield from self._feed_forward(layer + "mlp.", width, tp, size)
             return
-        yield _whole(layer + "pre_mlp_layernorm.weight", hidden)
-        yield _whole(layer + "mlp.router.weight", experts, hidden)
+        yield from self._norm(layer + "pre_mlp_layernorm.")
+        yield _whole(layer + "mlp.router.weight", experts, self.arch.hidden_size)
         for expert in stage_experts(self.upcycling, self.folding, self.place.ep):
             yield from self._feed_forward(
                 f"{layer}mlp.experts.{expert}.",
+                width // self.upcycling.granularity,
                 self.place.etp,
                 self.folding.expert_tensor_parallel_size,
             )
+        if self.upcycling.moe_shared_expert:
+            yield from self._feed_forward(layer + "mlp.shared_experts.", width, tp, size)
 
-    def _feed_forward(self, prefix: str, part: int, size: int) -> Iterator[Shard]:
+    def _attention(self, prefix: str) -> Iterator[Shard]:
+        arch, tp, size = self.arch, self.place.tp, self.folding.tensor_model_parallel_size
+        sizes = dimensions(arch)
+        hidden, qkv, queries = arch.hidden_size, sizes["qkv"], sizes["queries"]
+        yield from self._norm(prefix + "linear_qkv.layer_norm_")
+        yield _split(prefix + "linear_qkv.weight", (qkv, hidden), 0, tp, size)
+        if arch.add_qkv_bias:
+            start, rows = tp * qkv // size, qkv // size
+            yield Shard(prefix + "linear_qkv.bias", (qkv,), (start,), (rows,))
+        if arch.qk_layernorm:
+            yield _whole(prefix + "q_layernorm.weight", arch.kv_channels)
+            yield _whole(prefix + "k_layernorm.weight", arch.kv_channels)
+        yield _split(prefix + "linear_proj.weight", (hidden, queries), 1, tp, size)
+
+    def _feed_forward(self, prefix: str, width: int, part: int, size: int) -> Iterator[Shard]:
         """Yield gate and up, which are one parameter of two shards, and down."""
-        hidden, ffn = self.arch.hidden_size, self.arch.ffn_hidden_size
-        rows = ffn // size
-        for start in (part * rows, ffn + part * rows):
-            name = prefix + "linear_fc1.weight"
-            yield Shard(name, (2 * ffn, hidden), (start, 0), (rows, hidden))
-        yield _split(prefix + "linear_fc2.weight", (hidden, ffn), 1, part, size)
+        hidden, rows = self.arch.hidden_size, width // size
+        name, shape = prefix + "linear_fc1.weight", (self.arch.fc1_rows * width, hidden)
+        for half in range(self.arch.fc1_rows):
+            yield Shard(name, shape, (half * width + part * rows, 0), (rows, hidden))
+        yield _split(prefix + "linear_fc2.weight", (hidden, width), 1, part, size)
 
 
 def _whole(name: str, *shape: int) -> Shard:

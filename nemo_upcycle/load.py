@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
+from nemo_upcycle.branches import branch_name
 from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError, listing
-from nemo_upcycle.initializers import random_router
+from nemo_upcycle.initializers import initialize_router, make_initializer
+from nemo_upcycle.initializing import initialize_experts
 from nemo_upcycle.mapping import Architecture, family_of
 from nemo_upcycle.owned import OwnedShard, owned_shards
 from nemo_upcycle.plan import Block, Plan, Target, check_tensors, make_plan
@@ -70,13 +72,23 @@ def upcycle(
     started = time.perf_counter()
     family = family_of(checkpoint.config)
     arch = family.architecture(checkpoint.config)
-    check_tensors(checkpoint.tensors, family, arch, str(checkpoint.directory))
-    check_tied(checkpoint)
+    for branch in checkpoint.branches:
+        check_tensors(branch.tensors, family, arch, str(branch.directory))
+        check_tied(branch)
+    make_initializer(upcycling.initializer)  # before anything is written
     owned = [shard for module in modules for shard in owned_shards(module)]
-    plan = make_plan([own.shard for own in owned], checkpoint.tensors, family, arch, upcycling)
+    plan = make_plan(
+        [own.shard for own in owned],
+        checkpoint.tensors,
+        family,
+        arch,
+        upcycling,
+        len(checkpoint.branches),
+    )
     with torch.no_grad():
         _draw_routers(plan, owned, arch, upcycling)
         bytes_read = _copy(plan, owned, checkpoint, progress or _no_progress, read_once)
+        bytes_read += initialize_experts(owned, checkpoint, family, arch, upcycling)
     checkpoint.close()
     return LoadReport(
         tensors=plan.tensors,
@@ -100,7 +112,12 @@ def check_all_used(checkpoint: DenseCheckpoint, reports: Iterable[LoadReport]) -
     used = frozenset().union(*(report.tensors for report in reports))
     family = family_of(checkpoint.config)
     expected = family.shapes(family.architecture(checkpoint.config))
-    unused = [name for name in expected if name not in used]
+    branches = range(len(checkpoint.branches))
+    unused = [
+        name
+        for name in expected
+        if name not in used and not all(branch_name(i, name) in used for i in branches)
+    ]
     if unused:
         raise UpcyclingError(
             f"The model has no place for {len(unused)} tensors of {checkpoint.directory}: "
@@ -116,13 +133,7 @@ def _draw_routers(
 ) -> None:
     for router in plan.routers:
         own = owned[router.shard]
-        values = random_router(
-            upcycling.seed,
-            router.layer,
-            own.shard.rows,
-            arch.hidden_size,
-            upcycling.router_init_std,
-        )
+        values = initialize_router(upcycling, router.layer, own.shard.rows, arch.hidden_size)
         own.data.copy_(torch.from_numpy(values))
 
 
@@ -149,7 +160,7 @@ def _copy(
         sharers = sharing(blocks, checkpoint.tensors)
     with sharers as shared:
         for chunk in copy_blocks(checkpoint, blocks, device, shared, write):
-            size = chunk_bytes(chunk, checkpoint)
+            size = chunk_bytes(chunk, checkpoint) * checkpoint.tensors[chunk.block.tensor].sources
             done += size
             if chunk.block not in shared or shared[chunk.block].this_rank_reads:
                 bytes_read += size

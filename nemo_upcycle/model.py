@@ -1,25 +1,40 @@
-"""The NeMo model: a dense Llama whose feed-forward layers became Mixture-of-Experts layers."""
+"""The NeMo model: a dense model whose feed-forward layers became Mixture-of-Experts layers."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
-from nemo.collections.llm.gpt.model.base import GPTModel
+from nemo.collections.llm.fn.activation import squared_relu
+from nemo.collections.llm.gpt.model.base import GPTModel, default_layer_spec
 from nemo.collections.llm.gpt.model.llama import LlamaConfig, apply_rope_scaling
 
 from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.layers import megatron_layer_freq
 from nemo_upcycle.mapping import Architecture
 
 
+def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """Return the layers that Transformer Engine computes: NeMo's, or block by block where some
+    layers stay dense, which NeMo's are not made for.
+    """
+    if config.moe_layer_freq == 1:
+        return default_layer_spec(config, vp_stage=vp_stage)
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+
+
 @dataclass
-class UpcycledLlamaConfig(LlamaConfig):
-    """A Llama with experts: attention, RoPE scaling and vocabulary of the dense model.
+class UpcycledGPTConfig(LlamaConfig):
+    """A dense model with experts: attention, RoPE scaling and vocabulary of the dense model.
 
-    The fields are Megatron's and NeMo's. `scale_factor`, `low_freq_factor`, `high_freq_factor`
-    and `old_context_len` are Llama 3.1's RoPE scaling, as in NeMo's Llama31Config; a
-    `scale_factor` of None means none.
+    The fields are Megatron's and NeMo's, their defaults a Llama's; other families set what differs
+    (`architecture_fields`). `scale_factor`, `low_freq_factor`, `high_freq_factor` and
+    `old_context_len` are Llama 3.1's RoPE scaling, as in NeMo's Llama31Config; a `scale_factor` of
+    None means none.
 
-    With `num_moe_experts=None` this is the dense Llama itself.
+    With `num_moe_experts=None` this is the dense model itself.
     """
 
     num_moe_experts: int | None = 8
@@ -31,6 +46,7 @@ class UpcycledLlamaConfig(LlamaConfig):
     moe_token_dispatcher_type: str = "alltoall"
     # Routing decides by small differences; Megatron's default is the activations' dtype.
     moe_router_dtype: str | None = "fp32"
+    transformer_layer_spec: Callable[..., Any] = layer_spec
 
     scale_factor: float | None = None
     low_freq_factor: float = 1.0
@@ -77,21 +93,25 @@ def _reduce_experts_over_their_own_group(model: MCoreGPTModel) -> None:
             parameter.allreduce = False
 
 
-class UpcycledLlamaModel(GPTModel):
-    """A Llama with experts, trained by NeMo. See `UpcycledLlamaConfig`."""
+class UpcycledGPTModel(GPTModel):
+    """A dense model with experts, trained by NeMo. See `UpcycledGPTConfig`."""
+
+
+# The names in checkpoints' contexts from before there were other families than Llama.
+UpcycledLlamaConfig, UpcycledLlamaModel = UpcycledGPTConfig, UpcycledGPTModel
 
 
 def architecture_fields(arch: Architecture) -> dict[str, Any]:
-    """Return the fields of NeMo's Llama configs that a dense model decides.
+    """Return the fields of NeMo's configs that a dense model decides.
 
     Args:
         arch: Its numbers.
 
     Returns:
-        Keyword arguments for `UpcycledLlamaConfig`, or for NeMo's LlamaConfig (Llama31Config
-        where there is RoPE scaling).
+        Keyword arguments for `UpcycledGPTConfig`; for a Llama also for NeMo's LlamaConfig
+        (Llama31Config where there is RoPE scaling). What is as in a Llama is left out.
     """
-    fields: dict[str, Any] = {
+    found: dict[str, Any] = {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
         "ffn_hidden_size": arch.ffn_hidden_size,
@@ -105,23 +125,103 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
         "init_method_std": arch.init_method_std,
     }
     if arch.rope_scaling is not None:
-        fields |= {
+        found |= {
             "scale_factor": arch.rope_scaling["factor"],
             "low_freq_factor": arch.rope_scaling["low_freq_factor"],
             "high_freq_factor": arch.rope_scaling["high_freq_factor"],
             "old_context_len": arch.rope_scaling["original_max_position_embeddings"],
         }
-    return fields
+    if not arch.gated_linear_unit:
+        found |= {
+            "activation_func": squared_relu,
+            "gated_linear_unit": False,
+            "bias_activation_fusion": False,  # a kernel for SwiGLU and GeLU
+        }
+    if arch.norm_has_bias:
+        found |= {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True}
+    unusual = {
+        "add_qkv_bias": (arch.add_qkv_bias, False),
+        "qk_layernorm": (arch.qk_layernorm, False),
+        "rotary_percent": (arch.rotary_percent, 1.0),
+        "seq_len_interpolation_factor": (arch.seq_len_interpolation_factor, None),
+    }
+    return found | {name: value for name, (value, usual) in unusual.items() if value != usual}
+
+
+def is_llama(arch: Architecture) -> bool:
+    """Say whether NeMo's own Llama computes the dense model."""
+    with_default = (field for field in fields(Architecture) if field.default is not MISSING)
+    return all(getattr(arch, field.name) == field.default for field in with_default)
+
+
+def window_fields(arch: Architecture, seq_length: int) -> dict[str, Any]:
+    """Return the field for a sliding window, where sequences are longer than it.
+
+    Megatron counts the tokens before a token, the dense model's config the token too.
+    """
+    if arch.sliding_window is None or seq_length <= arch.sliding_window:
+        return {}
+    return {"window_size": (arch.sliding_window - 1, 0)}
 
 
 def moe_fields(arch: Architecture, upcycling: UpcyclingConfig) -> dict[str, Any]:
-    """Return the fields of `UpcycledLlamaConfig` that the upcycling decides."""
+    """Return the fields of `UpcycledGPTConfig` that the upcycling decides."""
     if upcycling.num_moe_experts is None:
         return {"num_moe_experts": None}
-    return {
-        "num_moe_experts": upcycling.num_moe_experts,
-        "moe_ffn_hidden_size": arch.ffn_hidden_size,
-        "moe_router_topk": upcycling.moe_router_topk,
-        "moe_router_pre_softmax": upcycling.moe_router_pre_softmax,
-        "moe_expert_capacity_factor": upcycling.moe_expert_capacity_factor,
+    named = {name: getattr(upcycling, name) for name in MEGATRON_FIELDS}
+    return named | {
+        "moe_ffn_hidden_size": arch.ffn_hidden_size // upcycling.granularity,
+        "moe_layer_freq": megatron_layer_freq(upcycling.moe_layer_freq, arch.num_layers),
+        "moe_shared_expert_intermediate_size": (
+            arch.ffn_hidden_size if upcycling.moe_shared_expert else None
+        ),
     }
+
+
+MEGATRON_FIELDS = (
+    "num_moe_experts",
+    "moe_router_topk",
+    "moe_router_pre_softmax",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_expert_capacity_factor",
+    "moe_pad_expert_input_to_capacity",
+    "moe_token_dispatcher_type",
+)
+"""Fields that `UpcyclingConfig` has from Megatron's config."""
+
+
+def upcycling_of(config: Any, **chosen: Any) -> UpcyclingConfig:
+    """Return what a model's config says the dense model becomes: the inverse of `moe_fields`.
+
+    Args:
+        config: A config of NeMo's or Megatron's; its `ffn_hidden_size` is the dense layer's.
+        chosen: What the config does not say: initialiser, scaling, seed.
+
+    Raises:
+        UpcyclingError: The experts' width does not divide the dense one.
+    """
+    if config.num_moe_experts is None:
+        return UpcyclingConfig(num_moe_experts=None, **chosen)
+    dense_width, width = config.ffn_hidden_size, config.moe_ffn_hidden_size
+    width = width or dense_width
+    if dense_width % width:
+        raise UpcyclingError(
+            f"The experts' width moe_ffn_hidden_size={width} does not divide the dense "
+            f"feed-forward layer's, {dense_width}. Make it 1/granularity of that."
+        )
+    shared = config.moe_shared_expert_intermediate_size
+    if shared not in (None, dense_width):
+        raise UpcyclingError(
+            f"moe_shared_expert_intermediate_size is {shared}; a shared expert is the dense "
+            f"feed-forward layer, {dense_width} wide, or there is none."
+        )
+    freq = config.moe_layer_freq
+    return UpcyclingConfig(
+        **{name: getattr(config, name) for name in MEGATRON_FIELDS},
+        granularity=dense_width // width,
+        moe_layer_freq=tuple(freq) if isinstance(freq, list) else freq,
+        moe_shared_expert=shared is not None,
+        **chosen,
+    )

@@ -7,7 +7,16 @@ from typing import Any
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 
-MAY_CHANGE = frozenset({"moe_expert_capacity_factor"})
+MAY_CHANGE = frozenset(
+    {
+        "moe_aux_loss_coeff",
+        "moe_expert_capacity_factor",
+        "moe_pad_expert_input_to_capacity",
+        "moe_router_load_balancing_type",
+        "moe_token_dispatcher_type",
+        "moe_z_loss_coeff",
+    }
+)
 """Fields of `UpcyclingConfig` that are chosen anew while a run trains."""
 
 

@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from nemo_upcycle.branches import branch_name
 from nemo_upcycle.checkpoint import DTYPE_BYTES, Span, TensorInfo
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError, listing
-from nemo_upcycle.mapping import Architecture, Family
+from nemo_upcycle.mapping import Architecture, Family, Operation, Rows
 
 CHUNK_BYTES = 8 * 2**20
 """Blocks are read in chunks of at most this, which stay in the processor's cache until written."""
@@ -23,6 +24,7 @@ BUFFERS = 4
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
+_SHARED_EXPERT = ".mlp.shared_experts."
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -147,13 +149,13 @@ class _Builder:
     family: Family
     arch: Architecture
     upcycling: UpcyclingConfig
+    branches: int
     copies: dict[Block, list[Target]] = field(default_factory=dict)
     routers: list[RouterTarget] = field(default_factory=list)
     zeros: list[Target] = field(default_factory=list)
 
     def add(self, index: int, shard: Shard) -> None:
-        layer_match = _LAYER.match(shard.name)
-        layer = int(layer_match[1]) if layer_match else None
+        layer = layer_of(shard.name)
         if shard.name.endswith(".mlp.router.weight") and layer is not None:
             self._check_router(shard)
             self.routers.append(RouterTarget(index, layer))
@@ -171,20 +173,6 @@ class _Builder:
             )
 
     def _add_copies(self, index: int, shard: Shard, layer: int | None) -> None:
-        segments = self._segments(shard, layer)
-        total = sum(stop - start for _, start, stop in segments)
-        padded = shard.name in _VOCABULARY and shard.global_shape[0] > total
-        if shard.global_shape[0] != total and not padded:
-            raise self._mismatch(shard, "rows", shard.global_shape[0], total)
-        for block, rows in _cut(shard, segments):
-            self._check_columns(shard, block.tensor)
-            self.copies.setdefault(block, []).append(Target(index, rows))
-        padding = max(shard.rows[0], total), shard.rows[1]
-        if padding[0] < padding[1]:
-            start, stop = (row - shard.rows[0] for row in padding)
-            self.zeros.append(Target(index, (start, stop)))
-
-    def _segments(self, shard: Shard, layer: int | None) -> list[tuple[str, int, int]]:
         operation = self.family.parameters.get(dense_name(shard.name))
         if operation is None:
             raise UpcyclingError(
@@ -192,9 +180,31 @@ class _Builder:
                 f"{self.family.model_type} checkpoint has nothing for. "
                 "Take it out of the model's config."
             )
+        expert = expert_of(shard.name)
+        neurons = None
+        if expert is not None:
+            neurons = self.upcycling.neurons(expert, self.arch.ffn_hidden_size)
+        segments = self._segments(operation.rows(self.arch, neurons), shard, layer, expert)
+        total = sum(stop - start for _, start, stop in segments)
+        padded = shard.name in _VOCABULARY and shard.global_shape[0] > total
+        if shard.global_shape[0] != total and not padded:
+            raise self._mismatch(shard, "rows", shard.global_shape[0], total)
+        columns = self._columns(shard, segments[0][0], operation, neurons)
+        for block, rows in _cut(shard.rows, columns, segments):
+            self.copies.setdefault(block, []).append(Target(index, rows))
+        padding = max(shard.rows[0], total), shard.rows[1]
+        if padding[0] < padding[1]:
+            start, stop = (row - shard.rows[0] for row in padding)
+            self.zeros.append(Target(index, (start, stop)))
+
+    def _segments(
+        self, parts: Iterable[Rows], shard: Shard, layer: int | None, expert: int | None
+    ) -> list[tuple[str, int, int]]:
         segments = []
-        for rows in operation.rows(self.arch):
+        for rows in parts:
             tensor = rows.tensor.format(layer=layer)
+            if expert is not None and self.branches > 1:
+                tensor = branch_name(self.upcycling.copy_of(expert) % self.branches, tensor)
             if tensor not in self.tensors:
                 raise UpcyclingError(
                     f"The model has {shard.name}, but the dense checkpoint has no {tensor} "
@@ -206,17 +216,29 @@ class _Builder:
             segments.append((tensor, rows.start, stop))
         return segments
 
-    def _check_columns(self, shard: Shard, tensor: str) -> None:
+    def _columns(
+        self, shard: Shard, tensor: str, operation: Operation, neurons: Span | None
+    ) -> Span | None:
+        """Return the shard's columns in the dense tensor: an expert's down has its neurons'."""
         expected = self.tensors[tensor].shape[1:]
+        skipped = 0
+        if operation.columns_are_neurons and neurons is not None:
+            expected, skipped = (neurons[1] - neurons[0],), neurons[0]
         if shard.global_shape[1:] != expected:
             raise self._mismatch(shard, "columns", shard.global_shape[1:], expected)
+        if shard.columns is None:
+            return None
+        return shard.columns[0] + skipped, shard.columns[1] + skipped
 
     def _mismatch(self, shard: Shard, axis: str, found: object, expected: object) -> UpcyclingError:
-        if _EXPERT.search(shard.name):
+        if expert_of(shard.name) is not None:
+            granularity = self.upcycling.granularity
+            share = f"1/{granularity} as wide as" if granularity > 1 else "as wide as"
+            width = self.arch.ffn_hidden_size // granularity
             return UpcyclingError(
                 f"The model's {shard.name} has {found} {axis}, the dense checkpoint gives "
-                f"{expected}: experts must be as wide as the dense feed-forward layer. "
-                f"Set model.config.moe_ffn_hidden_size={self.arch.ffn_hidden_size}."
+                f"{expected}: experts must be {share} the dense feed-forward layer. "
+                f"Set model.config.moe_ffn_hidden_size={width}."
             )
         return UpcyclingError(
             f"The model's {shard.name} has {found} {axis}, the dense checkpoint gives {expected}. "
@@ -230,6 +252,7 @@ def make_plan(
     family: Family,
     arch: Architecture,
     upcycling: UpcyclingConfig,
+    branches: int = 1,
 ) -> Plan:
     """Say for each shard which blocks of which dense tensors fill it.
 
@@ -239,6 +262,7 @@ def make_plan(
         family: Its family.
         arch: Its numbers.
         upcycling: What its feed-forward layers become.
+        branches: How many dense models experts come from, in turn by copy of the layer.
 
     Returns:
         The plan, covering every element of every shard exactly once.
@@ -246,14 +270,14 @@ def make_plan(
     Raises:
         UpcyclingError: A shard has no source or does not fit it.
     """
-    builder = _Builder(tensors, family, arch, upcycling)
+    builder = _Builder(tensors, family, arch, upcycling, branches)
     for index, shard in enumerate(shards):
         builder.add(index, shard)
     return Plan(
         copies={block: tuple(targets) for block, targets in builder.copies.items()},
         routers=tuple(builder.routers),
         zeros=tuple(builder.zeros),
-        bytes_to_read=sum(block_bytes(block, tensors) for block in builder.copies),
+        bytes_to_read=sum(read_bytes(block, tensors) for block in builder.copies),
         tensors=frozenset(block.tensor for block in builder.copies),
     )
 
@@ -261,17 +285,34 @@ def make_plan(
 def dense_name(name: str) -> str:
     """Return the dense parameter that a parameter of the MoE comes from, `{layer}` left open.
 
-    Experts are copies of the layer's feed-forward network. Its norm is a parameter of its own
+    Experts are made of the layer's feed-forward network. Its norm is a parameter of its own
     only where an MoE follows; in a dense layer it is fused into linear_fc1.
     """
     name = _LAYER.sub("decoder.layers.{layer}.", name)
-    name = _EXPERT.sub(".mlp.", name)
+    name = _EXPERT.sub(".mlp.", name).replace(_SHARED_EXPERT, ".mlp.")
     return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+
+
+def expert_of(name: str) -> int | None:
+    """Return the routed expert that a parameter belongs to, None where it belongs to none."""
+    found = _EXPERT.search(name)
+    return int(found[1]) if found else None
+
+
+def layer_of(name: str) -> int | None:
+    """Return the layer that a parameter belongs to, None where it belongs to none."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
 
 
 def block_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
     """Return the size of a block in the checkpoint's dtype."""
     return (block.rows[1] - block.rows[0]) * _row_bytes(block, tensors)
+
+
+def read_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
+    """Return what is read for a block: its size, in each checkpoint that it is an average of."""
+    return block_bytes(block, tensors) * tensors[block.tensor].sources
 
 
 def chunk_rows(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
@@ -308,13 +349,15 @@ def _row_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
     return columns * DTYPE_BYTES[tensors[block.tensor].dtype]
 
 
-def _cut(shard: Shard, segments: list[tuple[str, int, int]]) -> Iterator[tuple[Block, Span]]:
-    """Yield the parts of the segments that lie in the shard, with the shard's rows they fill."""
-    first, last = shard.rows
+def _cut(
+    rows: Span, columns: Span | None, segments: list[tuple[str, int, int]]
+) -> Iterator[tuple[Block, Span]]:
+    """Yield the parts of the segments that lie in a shard, with the shard's rows they fill."""
+    first, last = rows
     position = 0
     for tensor, start, stop in segments:
         low, high = max(first, position), min(last, position + stop - start)
         if low < high:
             source = (start + low - position, start + high - position)
-            yield Block(tensor, source, shard.columns), (low - first, high - first)
+            yield Block(tensor, source, columns), (low - first, high - first)
         position += stop - start

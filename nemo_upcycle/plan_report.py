@@ -101,13 +101,12 @@ def render_rank(job: JobPlan, name: str, rank: int) -> RenderableType:
 
 def _head(job: JobPlan, name: str) -> RenderableType:
     dense, upcycling, folding = job.dense, job.upcycling, job.folding
-    experts = upcycling.num_moe_experts
-    became = "dense, as it is" if experts is None else f"E{experts}T{upcycling.moe_router_topk}"
-    active = "" if experts is None else f", {number(job.active_parameters)} active"
+    moe = upcycling.num_moe_experts is not None
+    active = f", {number(job.active_parameters)} active" if moe else ""
     title = Text.assemble(
         (name, "bold"),
         f": {dense.family.model_type} of {number(dense.parameters)} parameters → ",
-        (became, "bold"),
+        (upcycling.label, "bold"),
         f", {number(job.parameters)} parameters{active}",
     )
     virtual = folding.virtual_pipeline_model_parallel_size
@@ -123,9 +122,9 @@ def _head(job: JobPlan, name: str) -> RenderableType:
         "experts": f"ETP{folding.expert_tensor_parallel_size} · "
         f"EP{folding.expert_model_parallel_size} · "
         f"EDP{folding.expert_data_parallel_size(world)} · {stages}",
-        "step 0": str(upcycling.exactness()),
+        "step 0": str(upcycling.exactness(dense.arch.gated_linear_unit, dense.branches)),
     }
-    if experts is None:
+    if not moe:
         del lines["experts"]
     return Group(title, Text(), _pairs(lines))
 

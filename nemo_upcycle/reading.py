@@ -17,16 +17,10 @@ import numpy as np
 import torch
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, Span
+from nemo_upcycle.dtypes import TORCH_DTYPES
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.plan import BUFFERS, CHUNK_BYTES, Block, block_bytes
 from nemo_upcycle.sharing import Sharers
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 # Bits of +Inf: as a signed integer, no finite value is as large.
 _INFINITY: dict[str, "np.signedinteger[Any]"] = {
@@ -102,7 +96,7 @@ def copy_blocks(
     """
     chunks = [chunk for block in blocks for chunk in _chunks(block, checkpoint)]
     largest = max((chunk_bytes(chunk, checkpoint) for chunk in chunks), default=0)
-    count = min(BUFFERS if shared else _threads(), len(chunks))
+    count = min(BUFFERS if shared else thread_count(), len(chunks))
     free = deque(_Buffer(largest, device) for _ in range(count))
 
     def read(chunk: Chunk, buffer: _Buffer) -> torch.Tensor:
@@ -117,7 +111,7 @@ def copy_blocks(
 
     error: UpcyclingError | None = None
     running: deque[tuple[Chunk, _Buffer, Future[torch.Tensor]]] = deque()
-    with ThreadPoolExecutor(_threads()) as threads:
+    with ThreadPoolExecutor(thread_count()) as threads:
         waiting = iter(chunks)
         while True:
             for chunk in itertools.islice(waiting, len(free)):
@@ -148,7 +142,7 @@ def _broadcast(chunk: Chunk, values: torch.Tensor, sharers: Sharers, write: Writ
     write(chunk, values)
 
 
-def _threads() -> int:
+def thread_count() -> int:
     """Return how many threads read and write: this rank's cores, two at least.
 
     While one waits for a disk, the other writes.
@@ -195,7 +189,7 @@ def _values(checkpoint: DenseCheckpoint, chunk: Chunk, memory: torch.Tensor) -> 
         first, last = chunk.block.columns or (0, info.width)
         shape.append(last - first)
     size = chunk_bytes(chunk, checkpoint)
-    return memory[:size].view(DTYPES[info.dtype]).view(shape)
+    return memory[:size].view(TORCH_DTYPES[info.dtype]).view(shape)
 
 
 def chunk_bytes(chunk: Chunk, checkpoint: DenseCheckpoint) -> int:

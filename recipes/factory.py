@@ -1,7 +1,10 @@
 """Make NeMo-Run configurations out of a recipe's numbers."""
 
+import inspect
+import warnings
 from collections.abc import Callable
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args
 
 import nemo_run as run
 import torch
@@ -12,23 +15,63 @@ from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.utils.exp_manager import TimingCallback
-from nemo_upcycle_recipes.numbers import Recipe, Schedule
+from nemo_upcycle_recipes.numbers import Recipe, Schedule, arguments, defaults
 
 from nemo_upcycle import cpu, layout
+from nemo_upcycle.branches import split_sources
 from nemo_upcycle.callback import UpcyclingCallback
-from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.data.gpt_dataset import GPTDataset
+from nemo_upcycle.initializers import make_initializer
 from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.model import (
-    UpcycledLlamaConfig,
-    UpcycledLlamaModel,
+    UpcycledGPTConfig,
+    UpcycledGPTModel,
     architecture_fields,
+    is_llama,
     moe_fields,
+    window_fields,
 )
 from nemo_upcycle.strategy import MegatronStrategy
 from nemo_upcycle.tokenizer import checkpoint_tokenizer
 from nemo_upcycle.training.auto_resume import AutoResume
 from nemo_upcycle.training.model_checkpoint import ModelCheckpoint
+
+F = TypeVar("F", bound=Callable[..., run.Partial])
+
+
+class UpcyclingWarning(UserWarning):
+    """A choice that is allowed, and costs something at step 0."""
+
+
+def takes_numbers_of(recipe: Recipe) -> Callable[[F], F]:
+    """Give a factory with `**numbers` the arguments that decide a recipe's plan, by name.
+
+    Their names, types and defaults are those of `UpcyclingConfig`, `ParallelFolding` and `Recipe`,
+    in the signature that NeMo-Run's command line reads.
+    """
+
+    def decorate(factory: F) -> F:
+        signature = inspect.signature(factory)
+        *own, _ = signature.parameters.values()
+        given = defaults(recipe)
+        parameters = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, **_typed(name, kind, given))
+            for name, kind in arguments(recipe).items()
+        ]
+        factory.__signature__ = signature.replace(parameters=[*own, *parameters])  # type: ignore[attr-defined]
+        return factory
+
+    return decorate
+
+
+def _typed(name: str, kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return default and annotation of a parameter, as NeMo-Run's command line can parse it."""
+    if name == "moe_layer_freq":
+        return {"default": str(given[name]), "annotation": str}
+    if isinstance(kind, UnionType):
+        kind = Union[get_args(kind)]
+    return {"default": given[name], "annotation": kind}
 
 
 def model(
@@ -38,17 +81,19 @@ def model(
     tokenizer: run.Config | None,
     overrides: dict[str, Any],
 ) -> run.Config:
-    """Configure the model: NeMo's Llama where the layers stay dense, ours where they do not."""
-    fields = architecture_fields(arch) | {"seq_length": seq_length} | overrides
+    """Configure the model: NeMo's Llama where a Llama stays dense, ours otherwise."""
+    of_dense = architecture_fields(arch) | window_fields(arch, seq_length)
+    fields = of_dense | {"seq_length": seq_length} | overrides
     if upcycling.num_moe_experts is None:
-        dense_config = llm.LlamaConfig if arch.rope_scaling is None else llm.Llama31Config
         fields = {name: value for name, value in fields.items() if not name.startswith("moe_")}
-        return run.Config(
-            llm.LlamaModel, config=run.Config(dense_config, **fields), tokenizer=tokenizer
-        )
+        if is_llama(arch):
+            dense_config = llm.LlamaConfig if arch.rope_scaling is None else llm.Llama31Config
+            return run.Config(
+                llm.LlamaModel, config=run.Config(dense_config, **fields), tokenizer=tokenizer
+            )
     fields = moe_fields(arch, upcycling) | fields
     return run.Config(
-        UpcycledLlamaModel, config=run.Config(UpcycledLlamaConfig, **fields), tokenizer=tokenizer
+        UpcycledGPTModel, config=run.Config(UpcycledGPTConfig, **fields), tokenizer=tokenizer
     )
 
 
@@ -62,18 +107,14 @@ def on_cpu(accelerator: str) -> bool:
 def pretrain(
     recipe: Recipe,
     *,
-    upcycling: UpcyclingConfig,
-    folding: ParallelFolding,
     dir: str | None,
     name: str,
     dense_checkpoint: str | None,
     tokenizer: str | None,
     data_paths: str | None,
     max_steps: int | None = None,
-    num_nodes: int = 1,
-    num_gpus_per_node: int = 1,
     accelerator: str = "gpu",
-    precision: str = "bf16-mixed",
+    from_scratch: bool = False,
     read_once: bool = False,
     model_overrides: dict[str, Any] | None = None,
     callbacks: list[run.Config] | None = None,
@@ -82,20 +123,17 @@ def pretrain(
     """Configure a training run.
 
     Args:
-        recipe: Its numbers.
-        upcycling: What the feed-forward layers become.
-        folding: How the model is spread.
+        recipe: Its numbers. GPUs and nodes are not used on CPU, where the launcher decides.
         dir: Where runs are logged; this one goes to `dir/name`.
         name: The run's name.
-        dense_checkpoint: Weights to start from; None trains from random ones.
+        dense_checkpoint: Weights to start from, or several separated by commas; None trains from
+            random ones.
         tokenizer: Directory of the tokenizer; None takes the dense checkpoint's.
         data_paths: Megatron `.bin/.idx` prefixes, separated by spaces, with weights before each
             where they are blended (Megatron's `--data-path`); None trains on NeMo's mock data.
         max_steps: Steps; None takes the recipe's.
-        num_nodes: Nodes.
-        num_gpus_per_node: GPUs a node, not used on CPU, where the launcher decides.
         accelerator: `gpu`, `cpu`, or `auto` for the GPU where there is one.
-        precision: `bf16-mixed` or `32`.
+        from_scratch: Take the dense checkpoint's config and tokenizer, and random weights.
         read_once: Read each slice of the dense checkpoint once a job and broadcast it.
         model_overrides: Fields of the model's config.
         callbacks: Further callbacks.
@@ -105,63 +143,73 @@ def pretrain(
         The configuration of `fn`.
 
     Raises:
-        UpcyclingError: The mapping does not fit the ranks or the model, or the experts are not as
-            wide as the dense feed-forward layer.
+        UpcyclingError: The mapping does not fit the ranks or the model, the experts are not as
+            wide as a shard of the dense feed-forward layer, or there is no such initialiser.
     """
     cpu_only = on_cpu(accelerator)
-    # On CPU the launcher decides how many ranks there are; the strategy checks them.
-    world_size = None if cpu_only else num_nodes * num_gpus_per_node
+    upcycling, folding, schedule = recipe.upcycling, recipe.folding, recipe.schedule
+    sources = split_sources(dense_checkpoint) if dense_checkpoint else []
     arch = recipe.architecture_of(dense_checkpoint)
-    layout.validate(arch, upcycling, folding, world_size)
-    schedule = recipe.schedule
+    # On CPU the launcher decides how many ranks there are; the strategy checks them.
+    layout.validate(arch, upcycling, folding, None if cpu_only else recipe.world_size)
+    make_initializer(upcycling.initializer)
     overrides = dict(model_overrides or {})
-    layout.validate_expert_width(arch, overrides.get("moe_ffn_hidden_size"))
+    layout.validate_expert_width(arch, upcycling, overrides.get("moe_ffn_hidden_size"))
+    upcycles = bool(sources) and not from_scratch
+    if upcycles:
+        _warn(upcycling, arch, len(sources))
     if cpu_only:
         overrides |= cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
-    source = tokenizer or dense_checkpoint
+    source = tokenizer or (sources[0] if sources else None)
     tokenizer_config = run.Config(checkpoint_tokenizer, source=source) if source else None
     all_callbacks = [run.Config(TimingCallback), *(callbacks or [])]
-    if dense_checkpoint is not None:
-        all_callbacks.append(
-            run.Config(
-                UpcyclingCallback,
-                dense_checkpoint=dense_checkpoint,
-                seed=upcycling.seed,
-                read_once=read_once,
-            )
-        )
+    if upcycles:
+        all_callbacks.append(_upcycling_callback(dense_checkpoint, upcycling, read_once))
     return run.Partial(
         fn,
         model=model(arch, upcycling, schedule.seq_length, tokenizer_config, overrides),
         trainer=trainer(
-            folding,
-            schedule,
+            recipe,
             max_steps=schedule.max_steps if max_steps is None else max_steps,
-            num_nodes=num_nodes,
-            num_gpus_per_node=num_gpus_per_node,
             cpu_only=cpu_only,
-            precision=precision,
             callbacks=all_callbacks,
         ),
         data=data(schedule, data_paths, tokenizer_config, cpu_only),
         log=log(dir, name, schedule),
-        optim=optim(schedule, precision),
+        optim=optim(schedule, recipe.precision),
         resume=run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
     )
 
 
+def _warn(upcycling: UpcyclingConfig, arch: Architecture, dense_checkpoints: int) -> None:
+    """Say before anything starts what the upcycled model will not compute as the dense one does."""
+    exactness = upcycling.exactness(arch.gated_linear_unit, dense_checkpoints)
+    if not exactness.exact:
+        warnings.warn(f"step 0 is {exactness}", UpcyclingWarning, stacklevel=4)
+
+
+def _upcycling_callback(
+    dense_checkpoint: str | None, upcycling: UpcyclingConfig, read_once: bool
+) -> run.Config:
+    """Configure the callback; a dense model has nothing to initialise."""
+    names = ("initializer", "weight_scaling", "router_initializer", "router_init_std")
+    chosen: dict[str, Any] = {}
+    if upcycling.num_moe_experts is not None:
+        chosen = {name: getattr(upcycling, name) for name in names}
+    return run.Config(
+        UpcyclingCallback,
+        dense_checkpoint=dense_checkpoint,
+        **chosen,
+        seed=upcycling.seed,
+        read_once=read_once,
+    )
+
+
 def trainer(
-    folding: ParallelFolding,
-    schedule: Schedule,
-    *,
-    max_steps: int,
-    num_nodes: int,
-    num_gpus_per_node: int,
-    cpu_only: bool,
-    precision: str,
-    callbacks: list[run.Config],
+    recipe: Recipe, *, max_steps: int, cpu_only: bool, callbacks: list[run.Config]
 ) -> run.Config:
     """Configure the trainer and its Megatron strategy."""
+    folding, precision = recipe.folding, recipe.precision
     strategy = run.Config(
         cpu.CpuMegatronStrategy if cpu_only else MegatronStrategy,
         # All of them: NeMo takes TP for an expert_tensor_parallel_size that is left unset, which
@@ -186,10 +234,10 @@ def trainer(
     return run.Config(
         nl.Trainer,
         accelerator=run.Config(cpu.GlooAccelerator) if cpu_only else "gpu",
-        devices="auto" if cpu_only else num_gpus_per_node,
-        num_nodes=num_nodes,
+        devices="auto" if cpu_only else recipe.num_gpus_per_node,
+        num_nodes=recipe.num_nodes,
         max_steps=max_steps,
-        val_check_interval=min(schedule.val_check_interval, max_steps),
+        val_check_interval=min(recipe.schedule.val_check_interval, max_steps),
         limit_val_batches=4,
         limit_test_batches=1,
         num_sanity_val_steps=0,

@@ -1,48 +1,33 @@
-"""Llama 3 8B upcycled into 8 experts, top-2: the run of arXiv 2412.09952."""
+"""Llama 3 8B upcycled into 8 experts, top-2: the run of arXiv 2412.09952, and its control."""
 
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import nemo_run as run
 from nemo.collections import llm
 from nemo_upcycle_recipes import factory
-from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, select
-
-from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle_recipes.numbers import LLAMA3_8B_DENSE, LLAMA3_8B_E8T2, with_arguments
 
 NAME = LLAMA3_8B_E8T2.name
-_UPCYCLING, _FOLDING = LLAMA3_8B_E8T2.upcycling, LLAMA3_8B_E8T2.folding
+DENSE = "meta-llama/Meta-Llama-3-8B"
+
+# Core attention costs little to recompute and saves the most.
+_RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
 
 
 @run.cli.factory(target=llm.pretrain, name=NAME)
+@factory.takes_numbers_of(LLAMA3_8B_E8T2)
 def pretrain_recipe(
     dir: Optional[str] = None,
     name: str = NAME,
-    num_nodes: int = LLAMA3_8B_E8T2.num_nodes,
-    num_gpus_per_node: int = LLAMA3_8B_E8T2.num_gpus_per_node,
-    dense_checkpoint: str = "meta-llama/Meta-Llama-3-8B",
+    dense_checkpoint: str = DENSE,
     tokenizer: Optional[str] = None,
     data_paths: Optional[str] = None,
-    num_moe_experts: int = 8,
-    moe_router_topk: int = _UPCYCLING.moe_router_topk,
-    moe_router_pre_softmax: bool = _UPCYCLING.moe_router_pre_softmax,
-    moe_expert_capacity_factor: Optional[float] = _UPCYCLING.moe_expert_capacity_factor,
-    tensor_model_parallel_size: int = _FOLDING.tensor_model_parallel_size,
-    pipeline_model_parallel_size: int = _FOLDING.pipeline_model_parallel_size,
-    virtual_pipeline_model_parallel_size: Optional[
-        int
-    ] = _FOLDING.virtual_pipeline_model_parallel_size,
-    context_parallel_size: int = _FOLDING.context_parallel_size,
-    expert_model_parallel_size: int = _FOLDING.expert_model_parallel_size,
-    expert_tensor_parallel_size: int = _FOLDING.expert_tensor_parallel_size,
-    num_layers_in_first_pipeline_stage: Optional[int] = None,
-    num_layers_in_last_pipeline_stage: Optional[int] = None,
-    account_for_embedding_in_pipeline_split: bool = False,
-    account_for_loss_in_pipeline_split: bool = False,
     max_steps: Optional[int] = None,
-    seed: int = _UPCYCLING.seed,
+    from_scratch: bool = False,
     read_once: bool = False,
     fn: Callable = llm.pretrain,
+    **numbers: Any,
 ) -> run.Partial:
     """Upcycle Llama 3 8B and train it on 100B tokens.
 
@@ -52,30 +37,17 @@ def pretrain_recipe(
     Args:
         dir: Directory of the runs.
         name: The run's name.
-        num_nodes: Nodes.
-        num_gpus_per_node: GPUs a node.
-        dense_checkpoint: Hugging Face directory, or a name in the local hub cache.
+        dense_checkpoint: Directory, or a name in the local hub cache; several, separated by
+            semicolons, give experts from each.
         tokenizer: Its directory; None takes the dense checkpoint's.
         data_paths: Megatron prefixes, weights before each where blended, separated by spaces;
             None is NeMo's mock data.
-        num_moe_experts: Experts a layer.
-        moe_router_topk: Experts a token.
-        moe_router_pre_softmax: Softmax before top-k (ST-type).
-        moe_expert_capacity_factor: Capacity factor; None is dropless.
-        tensor_model_parallel_size: TP of attention.
-        pipeline_model_parallel_size: PP.
-        virtual_pipeline_model_parallel_size: Virtual stages a pipeline stage.
-        context_parallel_size: CP.
-        expert_model_parallel_size: EP.
-        expert_tensor_parallel_size: TP of each expert.
-        num_layers_in_first_pipeline_stage: Layers of the first pipeline stage; None is its share.
-        num_layers_in_last_pipeline_stage: Layers of the last pipeline stage; None is its share.
-        account_for_embedding_in_pipeline_split: Count the embedding as a layer.
-        account_for_loss_in_pipeline_split: Count the loss as a layer.
         max_steps: Steps; None is 100B tokens.
-        seed: Seed of the router.
+        from_scratch: The control: the same MoE from random weights.
         read_once: Read each slice of the dense checkpoint once a job and broadcast it.
         fn: The function that the run calls.
+        numbers: What the dense model becomes and how it is spread: fields of `UpcyclingConfig` and
+            `ParallelFolding`, num_nodes, num_gpus_per_node, precision, and expansion_rate.
 
     Returns:
         The configuration.
@@ -84,31 +56,79 @@ def pretrain_recipe(
         CLI usage:
             $ nemo llm pretrain --factory llama3_8b_e8t2 --dryrun
             $ nemo llm pretrain --factory "llama3_8b_e8t2(num_nodes=16)" optim.config.lr=2e-5
+            $ nemo llm pretrain --factory "llama3_8b_e8t2(granularity=8, moe_router_topk=8)"
 
         Python API usage:
             >>> recipe = pretrain_recipe(dense_checkpoint="/models/Meta-Llama-3-8B")
     """
-    arguments = dict(locals())
     return factory.pretrain(
-        LLAMA3_8B_E8T2,
-        upcycling=select(UpcyclingConfig, arguments),
-        folding=select(ParallelFolding, arguments),
+        with_arguments(LLAMA3_8B_E8T2, numbers),
         dir=dir,
         name=name,
         dense_checkpoint=dense_checkpoint,
         tokenizer=tokenizer,
         data_paths=data_paths,
         max_steps=max_steps,
-        num_nodes=num_nodes,
-        num_gpus_per_node=num_gpus_per_node,
+        from_scratch=from_scratch,
         read_once=read_once,
         model_overrides={
-            # Stated by the paper for the early steps, when routing is uneven: recompute the MoE
-            # layers. Core attention costs little to recompute and saves the most.
-            "recompute_granularity": "selective",
+            **_RECOMPUTE,
+            # Stated by the paper for the early steps, when routing is uneven.
             "recompute_modules": ["core_attn", "moe"],
             "moe_grouped_gemm": True,
             "moe_permute_fusion": True,
         },
+        fn=fn,
+    )
+
+
+@run.cli.factory(target=llm.pretrain, name=LLAMA3_8B_DENSE.name)
+@factory.takes_numbers_of(LLAMA3_8B_DENSE)
+def dense_recipe(
+    dir: Optional[str] = None,
+    name: str = LLAMA3_8B_DENSE.name,
+    dense_checkpoint: str = DENSE,
+    tokenizer: Optional[str] = None,
+    data_paths: Optional[str] = None,
+    max_steps: Optional[int] = None,
+    read_once: bool = False,
+    fn: Callable = llm.pretrain,
+    **numbers: Any,
+) -> run.Partial:
+    """Train Llama 3 8B on over the tokens of `llama3_8b_e8t2`, in the same order: its control.
+
+    Args:
+        dir: Directory of the runs.
+        name: The run's name.
+        dense_checkpoint: Directory, or a name in the local hub cache.
+        tokenizer: Its directory; None takes the dense checkpoint's.
+        data_paths: Megatron prefixes, weights before each where blended, separated by spaces;
+            None is NeMo's mock data.
+        max_steps: Steps; None is 100B tokens.
+        read_once: Read each slice of the dense checkpoint once a job and broadcast it.
+        fn: The function that the run calls.
+        numbers: How it is spread: fields of `ParallelFolding`, num_nodes, num_gpus_per_node,
+            precision.
+
+    Returns:
+        The configuration.
+
+    Examples:
+        CLI usage:
+            $ nemo llm pretrain --factory llama3_8b_dense --dryrun
+
+        Python API usage:
+            >>> recipe = dense_recipe(dense_checkpoint="/models/Meta-Llama-3-8B")
+    """
+    return factory.pretrain(
+        with_arguments(LLAMA3_8B_DENSE, numbers),
+        dir=dir,
+        name=name,
+        dense_checkpoint=dense_checkpoint,
+        tokenizer=tokenizer,
+        data_paths=data_paths,
+        max_steps=max_steps,
+        read_once=read_once,
+        model_overrides=_RECOMPUTE,
         fn=fn,
     )

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
+from nemo_upcycle.branches import split_sources
 from nemo_upcycle.checkpoint import is_checkpoint, open_checkpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping import Architecture, family_of
 
-T = TypeVar("T", UpcyclingConfig, ParallelFolding)
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -102,18 +102,11 @@ class Recipe:
 
         A recipe can be printed and planned without its checkpoint at hand.
         """
-        if dense_checkpoint is not None and is_checkpoint(Path(dense_checkpoint)):
-            return architecture(open_checkpoint(dense_checkpoint).config)
+        if dense_checkpoint is not None:
+            first = split_sources(dense_checkpoint)[0]
+            if is_checkpoint(Path(first)):
+                return architecture(open_checkpoint(first).config)
         return self.architecture
-
-
-def select(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Make an `UpcyclingConfig` or a `ParallelFolding` of the values that are its fields.
-
-    So that a factory, which must spell out its arguments for the command line, need not spell
-    them out again.
-    """
-    return kind(**_fields_of(kind, values))
 
 
 _SIZES = ("num_nodes", "num_gpus_per_node", "precision")
@@ -127,11 +120,52 @@ def arguments(recipe: Recipe) -> dict[str, Any]:
     kinds = (UpcyclingConfig, ParallelFolding) if moe else (ParallelFolding,)
     found = {field.name: field.type for kind in kinds for field in fields(kind)}
     found |= {field.name: field.type for field in fields(Recipe) if field.name in _SIZES}
-    return {
-        name: kind
-        for name, kind in found.items()
-        if moe or not name.startswith(("expert_", "moe_"))
-    }
+    if moe:
+        return {"expansion_rate": int | None} | found
+    return {name: kind for name, kind in found.items() if not name.startswith("expert_")}
+
+
+def defaults(recipe: Recipe) -> dict[str, Any]:
+    """Return what these arguments are where they are not given."""
+    values = {**vars(recipe), **vars(recipe.folding), **vars(recipe.upcycling)}
+    chosen = {"expansion_rate": None, "num_moe_experts": None}
+    return {name: (values | chosen)[name] for name in arguments(recipe)}
+
+
+def with_arguments(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with other numbers.
+
+    Args:
+        recipe: The recipe.
+        values: By name: fields of `UpcyclingConfig`, `ParallelFolding` and `Recipe`, and
+            `expansion_rate`. A `num_moe_experts` of None is expansion_rate · granularity.
+
+    Raises:
+        UpcyclingError: A value is out of range or contradicts another.
+    """
+    upcycling = _fields_of(UpcyclingConfig, values)
+    if recipe.upcycling.num_moe_experts is not None:
+        upcycling["num_moe_experts"] = _experts(recipe.upcycling, values)
+    return replace(
+        recipe,
+        upcycling=replace(recipe.upcycling, **upcycling),
+        folding=replace(recipe.folding, **_fields_of(ParallelFolding, values)),
+        **{name: value for name, value in values.items() if name in _SIZES},
+    )
+
+
+def _experts(upcycling: UpcyclingConfig, values: Mapping[str, Any]) -> int:
+    """Return E·G, of what is said of the three."""
+    experts, rate = values.get("num_moe_experts"), values.get("expansion_rate")
+    granularity = values.get("granularity", upcycling.granularity)
+    if experts is None:
+        return (upcycling.expansion_rate if rate is None else rate) * granularity
+    if rate is not None and rate * granularity != experts:
+        raise UpcyclingError(
+            f"num_moe_experts is {experts}, but expansion_rate={rate} and granularity="
+            f"{granularity} make {rate * granularity} experts. Leave one of them out."
+        )
+    return experts
 
 
 def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
@@ -155,12 +189,7 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
                 f"of: {', '.join(known)}."
             )
         values[name] = _parse(key, text, known[name])
-    return replace(
-        recipe,
-        upcycling=replace(recipe.upcycling, **_fields_of(UpcyclingConfig, values)),
-        folding=replace(recipe.folding, **_fields_of(ParallelFolding, values)),
-        **{name: value for name, value in values.items() if name in _SIZES},
-    )
+    return with_arguments(recipe, values)
 
 
 def _plain_name(key: str) -> str:
@@ -184,6 +213,8 @@ def _parse(key: str, text: str, kind: Any) -> Any:
     expected = get_args(kind) or (kind,)
     if type(value) is int and float in expected:
         return float(value)
+    if type(value) not in expected and str in expected:
+        return text.strip("'\"")
     if type(value) not in expected:
         names = " or ".join("None" if k is type(None) else k.__name__ for k in expected)
         raise UpcyclingError(f"{key}={text}: expected {names}.")
@@ -258,6 +289,15 @@ _TINY = Schedule(
     checkpoint_interval=50,
 )
 
+LLAMA3_8B_DENSE = replace(
+    LLAMA3_8B_E8T2,
+    name="llama3_8b_dense",
+    upcycling=UpcyclingConfig(num_moe_experts=None),
+    # Chosen: the MoE's own; without experts there is nothing to spread over EP.
+    folding=replace(LLAMA3_8B_E8T2.folding, expert_model_parallel_size=1),
+)
+"""The control: the dense model trained on, over the same tokens in the same order."""
+
 LLAMA_TINY = Recipe(
     name="llama_tiny",
     dense="llama_tiny",
@@ -276,4 +316,6 @@ LLAMA_TINY_E8T2 = Recipe(
     precision="32",
 )
 
-RECIPES = {recipe.name: recipe for recipe in (LLAMA3_8B_E8T2, LLAMA_TINY, LLAMA_TINY_E8T2)}
+RECIPES = {
+    recipe.name: recipe for recipe in (LLAMA3_8B_E8T2, LLAMA3_8B_DENSE, LLAMA_TINY, LLAMA_TINY_E8T2)
+}

@@ -1,4 +1,4 @@
-"""A tiny dense Llama in Hugging Face's format, made by `transformers` itself."""
+"""Tiny dense models in Hugging Face's format, made by `transformers` itself."""
 
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,49 @@ LLAMA31_ROPE = {
 }
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, linear RoPE": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "mistral": {"sliding_window": None},
+    "mistral, window": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen2, tied": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "nemotron": {},
+}
+"""By name, which begins with the model type: what is asked of `write_dense`."""
+
+_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
 def write_llama(directory: Path, shard_size: str = "10GB", seed: int = 0, **config: Any) -> Path:
     """Write a random dense Llama with norms that are not 1, and its config.json."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    return write_dense(directory, "llama", shard_size, seed, **config)
 
+
+def write_dense(
+    directory: Path, family: str, shard_size: str = "10GB", seed: int = 0, **config: Any
+) -> Path:
+    """Write a random dense model of a family, with norms and biases that do something."""
+    import torch
+    import transformers
+
+    kind = family.partition(",")[0]
+    name = _CLASSES.get(kind, kind.capitalize())
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(CONFIG | config)))
+    values = CONFIG | FAMILIES.get(family, {}) | config
+    if kind == "nemotron":
+        values["norm_eps"] = values.pop("rms_norm_eps")
+    model_config = getattr(transformers, f"{name}Config")(**values)
+    model = getattr(transformers, f"{name}ForCausalLM")(model_config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
+            elif "norm" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
+                if kind == "nemotron":  # which adds 1
+                    parameter.sub_(1)
     model.save_pretrained(directory, max_shard_size=shard_size, safe_serialization=True)
     return directory
 

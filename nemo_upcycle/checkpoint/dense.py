@@ -32,10 +32,12 @@ class TensorInfo:
     Attributes:
         shape: Rows, and columns where it has any.
         dtype: safetensors' name: F32, BF16, F16, …
+        sources: Checkpoints that it is read from, where it is an average.
     """
 
     shape: tuple[int, ...]
     dtype: str
+    sources: int = 1
 
     @property
     def width(self) -> int:
@@ -73,6 +75,11 @@ class DenseCheckpoint(ABC):
 
     def __init__(self) -> None:
         self._descriptors: dict[str, int] = {}
+
+    @property
+    def branches(self) -> "tuple[DenseCheckpoint, ...]":
+        """The dense checkpoints that experts come from: this one."""
+        return (self,)
 
     @property
     @abstractmethod

@@ -12,10 +12,8 @@ ROUTER = 1
 """Streams keep the draws of different purposes apart."""
 
 
-def normal_row(
-    seed: int, stream: int, layer: int, expert: int, row: int, size: int
-) -> npt.NDArray[np.float64]:
-    """Draw one row of standard normal values.
+def generator(seed: int, stream: int, layer: int, expert: int, row: int) -> np.random.Generator:
+    """Return the generator of one row.
 
     Args:
         seed: Seed of the whole model.
@@ -23,10 +21,14 @@ def normal_row(
         layer: Global layer, from 0.
         expert: Global expert, from 0.
         row: Row of the expert (its neuron), from 0.
-        size: Values to draw.
-
-    Returns:
-        `size` values.
     """
-    bits = np.random.Philox(key=[seed, stream], counter=[0, row, expert, layer])
-    return np.random.Generator(bits).standard_normal(size)
+    return np.random.Generator(
+        np.random.Philox(key=[seed, stream], counter=[0, row, expert, layer])
+    )
+
+
+def normal_row(
+    seed: int, stream: int, layer: int, expert: int, row: int, size: int
+) -> npt.NDArray[np.float64]:
+    """Draw `size` standard normal values for one row; see `generator`."""
+    return generator(seed, stream, layer, expert, row).standard_normal(size)

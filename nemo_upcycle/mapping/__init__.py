@@ -3,11 +3,17 @@
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping.family import Architecture, Family
+from nemo_upcycle.mapping.family import Architecture, Family, Operation, Rows, dimensions
 from nemo_upcycle.mapping.llama import LLAMA
 from nemo_upcycle.mapping.megatron import MEGATRON
+from nemo_upcycle.mapping.mistral import MISTRAL
+from nemo_upcycle.mapping.nemotron import NEMOTRON
+from nemo_upcycle.mapping.qwen2 import QWEN2
+from nemo_upcycle.mapping.qwen3 import QWEN3
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MEGATRON)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, MEGATRON)
+}
 
 
 def family_of(config: dict[str, Any]) -> Family:
@@ -25,4 +31,4 @@ def family_of(config: dict[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "Architecture", "Family", "family_of"]
+__all__ = ["FAMILIES", "Architecture", "Family", "Operation", "Rows", "dimensions", "family_of"]

@@ -1,21 +1,28 @@
-"""What a family of dense models declares, and the operations it declares it with.
+"""What a family of dense models declares: its config, its tensors, how they make up Megatron's.
 
-An operation says which rows of which dense tensors, one after another, make up the rows of one
-Megatron parameter. That is all a plan needs: a shard's rows are cut out of that sequence. Columns
-are the same on both sides.
+A parameter of Megatron's is described as rows of dense tensors, one after another. Tensor and
+expert parallelism cut through those rows and never show here.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+Neurons = tuple[int, int]
+"""Start and stop of neurons of a feed-forward layer: row i of gate and of up, column i of down."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """The numbers of a dense model, under Megatron's names.
 
-    `rope_scaling` is Llama 3.1's, in Hugging Face's words: factor, low_freq_factor,
-    high_freq_factor, original_max_position_embeddings.
+    Attributes:
+        rope_scaling: Llama 3.1's, in Hugging Face's words: factor, low_freq_factor,
+            high_freq_factor, original_max_position_embeddings.
+        activation: `swiglu`, or `squared_relu`, which has no gate.
+        normalization: `RMSNorm`, or `LayerNorm1p`: with a bias, and 1 added to the weight.
+        sliding_window: Tokens that a token sees, itself among them; None sees all before it.
     """
 
     num_layers: int
@@ -31,6 +38,28 @@ class Architecture:
     rope_scaling: Mapping[str, float] | None
     share_embeddings_and_output_weights: bool
     init_method_std: float
+    activation: str = "swiglu"
+    normalization: str = "RMSNorm"
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    rotary_percent: float = 1.0
+    seq_len_interpolation_factor: float | None = None
+    sliding_window: int | None = None
+
+    @property
+    def gated_linear_unit(self) -> bool:
+        """Whether a neuron has a gate."""
+        return self.activation == "swiglu"
+
+    @property
+    def norm_has_bias(self) -> bool:
+        """Whether norms have a bias."""
+        return self.normalization == "LayerNorm1p"
+
+    @property
+    def fc1_rows(self) -> int:
+        """Rows of Megatron's linear_fc1 for each neuron: gate and up, or up alone."""
+        return 2 if self.gated_linear_unit else 1
 
 
 @dataclass(frozen=True)
@@ -45,17 +74,25 @@ class Rows:
 class Operation(Protocol):
     """Where the rows of a Megatron parameter come from; `{layer}` in names stands for the layer."""
 
-    def rows(self, arch: Architecture) -> Iterator[Rows]:
-        """Yield the dense rows in the parameter's order."""
+    columns_are_neurons: ClassVar[bool]
+
+    def rows(self, arch: Architecture, neurons: Neurons | None = None) -> Iterator[Rows]:
+        """Yield the dense rows in the parameter's order.
+
+        Args:
+            arch: The dense model's numbers.
+            neurons: Those that the parameter has, of a feed-forward layer; None for all.
+        """
 
 
 @dataclass(frozen=True)
 class Rename:
     """The dense tensor under another name."""
 
+    columns_are_neurons: ClassVar[bool] = False
     tensor: str
 
-    def rows(self, arch: Architecture) -> Iterator[Rows]:
+    def rows(self, arch: Architecture, neurons: Neurons | None = None) -> Iterator[Rows]:
         yield Rows(self.tensor)
 
 
@@ -63,23 +100,50 @@ class Rename:
 class GatedMLP:
     """All rows of gate, then all rows of up (Megatron's linear_fc1)."""
 
+    columns_are_neurons: ClassVar[bool] = False
     gate: str
     up: str
 
-    def rows(self, arch: Architecture) -> Iterator[Rows]:
-        yield Rows(self.gate, 0, arch.ffn_hidden_size)
-        yield Rows(self.up, 0, arch.ffn_hidden_size)
+    def rows(self, arch: Architecture, neurons: Neurons | None = None) -> Iterator[Rows]:
+        first, last = neurons or (0, arch.ffn_hidden_size)
+        # One tensor that holds both has all of gate before all of up.
+        skip = arch.ffn_hidden_size if self.gate == self.up else 0
+        yield Rows(self.gate, first, last)
+        yield Rows(self.up, skip + first, skip + last)
+
+
+@dataclass(frozen=True)
+class UpMLP:
+    """The rows of up, where there is no gate."""
+
+    columns_are_neurons: ClassVar[bool] = False
+    up: str
+
+    def rows(self, arch: Architecture, neurons: Neurons | None = None) -> Iterator[Rows]:
+        yield Rows(self.up, *(neurons or (0, arch.ffn_hidden_size)))
+
+
+@dataclass(frozen=True)
+class DownMLP:
+    """The columns of down (Megatron's linear_fc2)."""
+
+    columns_are_neurons: ClassVar[bool] = True
+    down: str
+
+    def rows(self, arch: Architecture, neurons: Neurons | None = None) -> Iterator[Rows]:
+        yield Rows(self.down)
 
 
 @dataclass(frozen=True)
 class QKV:
     """For every query group: its queries, its key, its value (Megatron's linear_qkv)."""
 
+    columns_are_neurons: ClassVar[bool] = False
     query: str
     key: str
     value: str
 
-    def rows(self, arch: Architecture) -> Iterator[Rows]:
+    def rows(self, arch: Architecture, neurons: Neurons | None = None) -> Iterator[Rows]:
         head = arch.kv_channels
         queries = head * (arch.num_attention_heads // arch.num_query_groups)
         for group in range(arch.num_query_groups):
@@ -96,7 +160,8 @@ class Family:
         model_type: Its name in `config.json`.
         architecture: Makes the numbers out of a parsed `config.json`.
         parameters: Operation by dense Megatron parameter, `{layer}` where they repeat.
-        shapes: Makes the expected shape of every dense tensor, `{layer}` filled in.
+        tensors: What each dense tensor's rows and columns are, `{layer}` where they repeat: keys
+            of `dimensions`.
         ignored: Endings of tensor names that hold no weights.
         tied: The output layer, and the embeddings that it is where they are tied.
     """
@@ -104,6 +169,44 @@ class Family:
     model_type: str
     architecture: Callable[[Mapping[str, Any]], Architecture]
     parameters: Mapping[str, Operation]
-    shapes: Callable[[Architecture], dict[str, tuple[int, ...]]]
+    tensors: Mapping[str, tuple[str, ...]]
     ignored: tuple[str, ...] = ()
     tied: tuple[str, str] | None = None
+
+    def shapes(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
+        """Return the expected shape of every dense tensor, layers filled in."""
+        size = dimensions(arch)
+        names = dict(self.tensors)
+        if arch.share_embeddings_and_output_weights and self.tied:
+            names.pop(self.tied[0])
+        result: dict[str, tuple[int, ...]] = {}
+        for name, axes in names.items():
+            shape = tuple(size[axis] for axis in axes)
+            layers = range(arch.num_layers) if "{layer}" in name else range(1)
+            result.update({name.format(layer=layer): shape for layer in layers})
+        return result
+
+    def feed_forward(self, arch: Architecture, layer: int) -> dict[str, Rows]:
+        """Return where the parts of a dense feed-forward layer are: gate (if any), up, down."""
+        fc1 = self.parameters["decoder.layers.{layer}.mlp.linear_fc1.weight"]
+        fc2 = self.parameters["decoder.layers.{layer}.mlp.linear_fc2.weight"]
+        *gate, up = fc1.rows(arch)
+        parts = dict(zip(("up", "down", "gate"), (up, *fc2.rows(arch), *gate), strict=False))
+        fill = partial(str.format, layer=layer)
+        return {part: Rows(fill(r.tensor), r.start, r.stop) for part, r in parts.items()}
+
+
+def dimensions(arch: Architecture) -> dict[str, int]:
+    """Return the sizes that tensors are made of, by name."""
+    queries = arch.num_attention_heads * arch.kv_channels
+    keys = arch.num_query_groups * arch.kv_channels
+    return {
+        "vocab": arch.vocab_size,
+        "hidden": arch.hidden_size,
+        "ffn": arch.ffn_hidden_size,
+        "fc1": arch.fc1_rows * arch.ffn_hidden_size,
+        "head": arch.kv_channels,
+        "queries": queries,
+        "keys": keys,
+        "qkv": queries + 2 * keys,
+    }

@@ -4,14 +4,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping.family import Architecture, Family, Operation, Rename
+from nemo_upcycle.mapping.family import (
+    Architecture,
+    DownMLP,
+    Family,
+    GatedMLP,
+    Operation,
+    Rename,
+)
+from nemo_upcycle.mapping.llama import MEGATRON_LAYER
 from nemo_upcycle.mapping.llama import PARAMETERS as LLAMA_PARAMETERS
 
-PARAMETERS: dict[str, Operation] = {name: Rename(name) for name in LLAMA_PARAMETERS}
+_ATTENTION = MEGATRON_LAYER + "self_attention."
+_MLP = MEGATRON_LAYER + "mlp."
 
-_LAYER = "decoder.layers.{layer}."
-_ATTENTION = _LAYER + "self_attention."
-_MLP = _LAYER + "mlp."
+PARAMETERS: dict[str, Operation] = {name: Rename(name) for name in LLAMA_PARAMETERS} | {
+    _MLP + "linear_fc1.weight": GatedMLP(_MLP + "linear_fc1.weight", _MLP + "linear_fc1.weight"),
+    _MLP + "linear_fc2.weight": DownMLP(_MLP + "linear_fc2.weight"),
+}
+
+TENSORS: dict[str, tuple[str, ...]] = {
+    "embedding.word_embeddings.weight": ("vocab", "hidden"),
+    _ATTENTION + "linear_qkv.layer_norm_weight": ("hidden",),
+    _ATTENTION + "linear_qkv.weight": ("qkv", "hidden"),
+    _ATTENTION + "linear_proj.weight": ("hidden", "queries"),
+    _MLP + "linear_fc1.layer_norm_weight": ("hidden",),
+    _MLP + "linear_fc1.weight": ("fc1", "hidden"),
+    _MLP + "linear_fc2.weight": ("hidden", "ffn"),
+    "decoder.final_layernorm.weight": ("hidden",),
+    "output_layer.weight": ("vocab", "hidden"),
+}
 
 # What a Llama is. The values are also those of fields that are not recorded: NeMo's LlamaConfig's.
 _LLAMA: dict[str, Any] = {
@@ -127,38 +149,10 @@ def _positive(config: Mapping[str, Any], name: str, default: Any, kind: Any) -> 
     return value
 
 
-def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every dense parameter.
-
-    V vocabulary, D hidden size, F feed-forward size, N·H query and K·H key width.
-    """
-    d, f = arch.hidden_size, arch.ffn_hidden_size
-    nh = arch.num_attention_heads * arch.kv_channels
-    kh = arch.num_query_groups * arch.kv_channels
-    result: dict[str, tuple[int, ...]] = {
-        "embedding.word_embeddings.weight": (arch.vocab_size, d),
-        "decoder.final_layernorm.weight": (d,),
-    }
-    if not arch.share_embeddings_and_output_weights:
-        result["output_layer.weight"] = (arch.vocab_size, d)
-    layer_shapes: dict[str, tuple[int, ...]] = {
-        _ATTENTION + "linear_qkv.layer_norm_weight": (d,),
-        _ATTENTION + "linear_qkv.weight": (nh + 2 * kh, d),
-        _ATTENTION + "linear_proj.weight": (d, nh),
-        _MLP + "linear_fc1.layer_norm_weight": (d,),
-        _MLP + "linear_fc1.weight": (2 * f, d),
-        _MLP + "linear_fc2.weight": (d, f),
-    }
-    for layer in range(arch.num_layers):
-        for name, shape in layer_shapes.items():
-            result[name.format(layer=layer)] = shape
-    return result
-
-
 MEGATRON = Family(
     model_type="megatron",
     architecture=architecture,
     parameters=PARAMETERS,
-    shapes=shapes,
+    tensors=TENSORS,
     tied=("output_layer.weight", "embedding.word_embeddings.weight"),
 )

@@ -23,7 +23,7 @@ from nemo_upcycle import cpu, load
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, open_checkpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.mapping import Architecture, family_of
-from nemo_upcycle.model import UpcycledLlamaConfig, architecture_fields, moe_fields
+from nemo_upcycle.model import UpcycledGPTConfig, architecture_fields, moe_fields, window_fields
 from nemo_upcycle.owned import OwnedShard, owned_shards
 from nemo_upcycle.plan import Shard
 
@@ -80,6 +80,7 @@ def build_from(
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     fields: dict[str, Any] = {
         **architecture_fields(arch),
+        **window_fields(arch, arch.max_position_embeddings),
         **moe_fields(arch, upcycling),
         **cpu.MODEL_OVERRIDES,
         **vars(folding),
@@ -91,7 +92,7 @@ def build_from(
         "moe_aux_loss_coeff": 0.0,
         "make_vocab_size_divisible_by": 1,
     }
-    config = UpcycledLlamaConfig(**(fields | overrides))
+    config = UpcycledGPTConfig(**(fields | overrides))
     stages = folding.virtual_pipeline_model_parallel_size
     return [
         config.configure_model(tokenizer=None, vp_stage=None if stages is None else stage)

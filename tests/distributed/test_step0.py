@@ -25,10 +25,10 @@ FOLDED = ParallelFolding(
 
 
 def dense_logits(dense: Path, ids: torch.Tensor) -> torch.Tensor:
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
-        return LlamaForCausalLM.from_pretrained(dense)(ids).logits
+        return AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(ids).logits
 
 
 def error(outputs: list[scenarios.Logits | None], dense: Path, ids: torch.Tensor) -> float:

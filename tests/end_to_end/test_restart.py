@@ -111,4 +111,4 @@ def test_checkpoint_has_its_training_context(uninterrupted: tuple[Path, str]) ->
         "type(trainer.strategy).__name__, trainer.strategy.expert_model_parallel_size)"
     )
     read = cli.run(directory, "python", "-c", script, str(saved / "context"))
-    assert "CONTEXT UpcycledLlamaModel 8 CpuMegatronStrategy 2" in read, read[-3000:]
+    assert "CONTEXT UpcycledGPTModel 8 CpuMegatronStrategy 2" in read, read[-3000:]

@@ -222,12 +222,13 @@ def test_arguments_are_the_factorys(name: str) -> None:
 
     factories = {
         "llama3_8b_e8t2": llama3_8b_e8t2.pretrain_recipe,
+        "llama3_8b_dense": llama3_8b_e8t2.dense_recipe,
         "llama_tiny": llama_tiny.dense_recipe,
         "llama_tiny_e8t2": llama_tiny.upcycled_recipe,
     }
-    known = set(inspect.signature(factories[name]).parameters)
-    # These two are set on the finished recipe, as trainer.plugins.precision, say.
-    assert set(arguments(RECIPES[name])) - {"router_init_std", "precision"} <= known
+    known = inspect.signature(factories[name]).parameters
+    assert set(arguments(RECIPES[name])) <= set(known)
+    assert not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
 
 
 def test_arguments_as_they_are_typed() -> None:

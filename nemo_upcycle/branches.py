@@ -1,0 +1,161 @@
+"""Several dense checkpoints as one: experts from each, everything else their average.
+
+A feed-forward tensor of branch i is named `i:` and its own name; under its own name, as every
+other tensor, it is the average over all branches.
+
+Source: Branch-Train-MiX, arXiv 2403.07816 §3.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from functools import cached_property
+from pathlib import Path
+
+from nemo_upcycle.checkpoint import DenseCheckpoint, Piece, Span, TensorInfo, open_checkpoint
+from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.mapping import family_of
+
+
+def branch_name(branch: int, tensor: str) -> str:
+    """Return the name of one branch's own feed-forward tensor."""
+    return f"{branch}:{tensor}"
+
+
+def split_sources(source: str) -> list[str]:
+    """Return the dense checkpoints that a text names.
+
+    Args:
+        source: One, or several separated by commas, or by semicolons, for NeMo-Run's command line
+            cuts the arguments of a factory at commas.
+
+    Raises:
+        UpcyclingError: There is nothing between two of them.
+    """
+    if Path(source).expanduser().exists():
+        return [source]
+    sources = [part.strip() for part in re.split("[,;]", source)]
+    if not all(sources):
+        raise UpcyclingError(
+            f"dense_checkpoint is {source!r}; expected one checkpoint, or several separated by "
+            "single commas."
+        )
+    return sources
+
+
+def open_branches(source: str) -> DenseCheckpoint:
+    """Open a dense checkpoint, or several as one.
+
+    Args:
+        source: What `open_checkpoint` takes, or several of these; see `split_sources`.
+
+    Returns:
+        The checkpoint, or all of them as one.
+
+    Raises:
+        UpcyclingError: One cannot be read, or they are not of one architecture.
+    """
+    opened = [open_checkpoint(part) for part in split_sources(source)]
+    return opened[0] if len(opened) == 1 else BranchedCheckpoint(opened)
+
+
+class BranchedCheckpoint(DenseCheckpoint):
+    """Several dense checkpoints of one architecture.
+
+    Args:
+        branches: The checkpoints.
+
+    Raises:
+        UpcyclingError: They are not of one architecture.
+    """
+
+    def __init__(self, branches: Sequence[DenseCheckpoint]) -> None:
+        super().__init__()
+        self._branches = tuple(branches)
+        self.directory = branches[0].directory
+        self.config = branches[0].config
+        self._family = family_of(self.config)
+        self._arch = self._family.architecture(self.config)
+        for other in branches[1:]:
+            self._check_alike(other)
+
+    @property
+    def branches(self) -> tuple[DenseCheckpoint, ...]:
+        """The checkpoints."""
+        return self._branches
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Averages by their names, and each branch's feed-forward tensors."""
+        first = self._branches[0].tensors
+        names = [name for name in self._family.shapes(self._arch) if name in first]
+        found = {name: replace(first[name], sources=len(self._branches)) for name in names}
+        parts = {
+            rows.tensor
+            for layer in range(self._arch.num_layers)
+            for rows in self._family.feed_forward(self._arch, layer).values()
+        }
+        for index, branch in enumerate(self._branches):
+            own = {branch_name(index, name): branch.tensors.get(name) for name in parts}
+            found.update({name: info for name, info in own.items() if info is not None})
+        return found
+
+    def pieces(self, name: str) -> Sequence[Piece]:
+        """Return where a tensor lies in its branch, an average in the first."""
+        branch, own = self._find(name)
+        return (branch or self._branches[0]).pieces(own)
+
+    def read_into(self, buffer: memoryview, name: str, rows: Span, columns: Span | None) -> None:
+        """Read a block of a tensor, averaged in fp32 where it is an average.
+
+        Raises:
+            UpcyclingError: A file is gone or shorter than its header says.
+        """
+        branch, own = self._find(name)
+        if branch is not None:
+            branch.read_into(buffer, own, rows, columns)
+            return
+        import torch
+
+        from nemo_upcycle.dtypes import TORCH_DTYPES
+
+        total = None
+        for source in self._branches:
+            dtype = source.tensors[own].dtype
+            mine = self.tensors[own].dtype
+            raw = bytearray(
+                len(buffer) * TORCH_DTYPES[dtype].itemsize // TORCH_DTYPES[mine].itemsize
+            )
+            source.read_into(memoryview(raw), own, rows, columns)
+            values = torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype]).float()
+            total = values if total is None else total.add_(values)
+        assert total is not None
+        mean = (total / len(self._branches)).to(TORCH_DTYPES[self.tensors[own].dtype])
+        buffer[:] = mean.view(torch.uint8).numpy().data
+
+    def close(self) -> None:
+        """Close the files of all branches."""
+        for branch in self._branches:
+            branch.close()
+
+    def _find(self, name: str) -> tuple[DenseCheckpoint | None, str]:
+        """Return whose tensor a name is, None where it is an average, and its name there."""
+        index, colon, own = name.partition(":")
+        return (self._branches[int(index)], own) if colon else (None, name)
+
+    def _check_alike(self, other: DenseCheckpoint) -> None:
+        family = family_of(other.config)
+        arch = family.architecture(other.config)
+        different = [
+            f"{field.name} {getattr(self._arch, field.name)} and {getattr(arch, field.name)}"
+            for field in fields(arch)
+            if getattr(self._arch, field.name) != getattr(arch, field.name)
+        ]
+        if family.model_type != self._family.model_type:
+            different.append(f"model_type {self._family.model_type} and {family.model_type}")
+        if different:
+            raise UpcyclingError(
+                f"{self.directory} and {other.directory} are not of one architecture: "
+                f"{listing(different)}. Experts can come from several dense checkpoints if these "
+                "were trained on from one."
+            )

@@ -1,0 +1,105 @@
+"""What experts start from: each a function of a block of neurons, which holds the dense layer's."""
+
+import math
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.initializers.neurons import Neurons
+from nemo_upcycle.initializers.registry import Initializer, register
+
+
+@register("copy")
+def copy() -> Initializer:
+    """Leave the dense layer's neurons as they are (arXiv 2412.09952 §3)."""
+    return _copy
+
+
+def _copy(neurons: Neurons) -> None: ...
+
+
+@register("noise")
+def noise(std: float = 0.02, fraction: float = 0.5) -> Initializer:
+    """Add Gaussian noise to some weights, as in OLMoE's upcycling ablation (arXiv 2409.02060).
+
+    Args:
+        std: Standard deviation of what is added.
+        fraction: Probability of each weight to be changed.
+    """
+    _check_positive("noise", "std", std)
+    _check_fraction("noise", "fraction", fraction)
+
+    def initialize(neurons: Neurons) -> None:
+        for part, values in neurons.values.items():
+            added = neurons.normal(part) * std
+            values += added * (neurons.uniform(part) < fraction)
+
+    return initialize
+
+
+@register("drop")
+def drop(ratio: float = 0.5) -> Initializer:
+    """Draw ⌊ratio·F⌋ of each expert's F neurons anew, gate, up and down together.
+
+    From a normal distribution with the mean and the standard deviation of the layer's dense gate,
+    up or down. Reads these once more to know them.
+
+    Args:
+        ratio: Fraction of the neurons to draw.
+
+    Source: Drop-Upcycling, arXiv 2502.19261 §3.
+    """
+    _check_fraction("drop", "ratio", ratio)
+
+    def initialize(neurons: Neurons) -> None:
+        dropped = neurons.choose(ratio)
+        for part, values in neurons.values.items():
+            mean, std = neurons.statistics(part)
+            values[dropped] = mean + std * neurons.normal(part, dropped)
+
+    return initialize
+
+
+@register("random")
+def random(std: float | None = None) -> Initializer:
+    """Draw all weights anew, as Megatron initialises a model: experts that know nothing.
+
+    Args:
+        std: Standard deviation of gate and up, that of down is 1/√(2·layers) of it; None takes
+            the dense model's `init_method_std`.
+    """
+    if std is not None:
+        _check_positive("random", "std", std)
+
+    def initialize(neurons: Neurons) -> None:
+        of_input = neurons.init_method_std if std is None else std
+        for part, values in neurons.values.items():
+            of_part = of_input / math.sqrt(2 * neurons.num_layers) if part == "down" else of_input
+            values[:] = neurons.normal(part) * of_part
+
+    return initialize
+
+
+@register("hybrid")
+def hybrid(*initializers: Initializer) -> Initializer:
+    """Give each expert an initialiser of its own, in turn.
+
+    Args:
+        initializers: That of the first copy of the layer, of the second, …, and over again. For
+            granularity 1 a copy is an expert.
+    """
+    if not initializers or not all(callable(each) for each in initializers):
+        raise UpcyclingError("hybrid() takes initializers, such as hybrid(copy, drop(ratio=0.3)).")
+
+    def initialize(neurons: Neurons) -> None:
+        initializers[neurons.copy % len(initializers)](neurons)
+
+    return initialize
+
+
+def _check_fraction(name: str, option: str, value: float) -> None:
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UpcyclingError(f"{name}: {option} is {value!r}; expected a number from 0 to 1.")
+
+
+def _check_positive(name: str, option: str, value: float) -> None:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UpcyclingError(f"{name}: {option} is {value!r}; expected a number of 0 or more.")

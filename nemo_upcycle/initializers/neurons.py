@@ -1,0 +1,104 @@
+"""Some neurons of one expert: what an expert initialiser gets and changes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nemo_upcycle.initializers.random import generator
+
+Values = npt.NDArray[np.float32]
+Statistics = Callable[[str], tuple[float, float]]
+
+_PARTS = {"gate": 0, "up": 1, "down": 2}
+_NORMAL, _UNIFORM, _CHOICE = 2, 5, 8
+_STREAMS_OF_A_DRAW = 16
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """Some neurons of one expert, copied from the dense feed-forward layer.
+
+    Neuron i is row i of gate, row i of up and column i of down. An initialiser changes the values
+    in place. Which neurons come together depends on the parallel mapping; what becomes of each
+    must not, so random values come from here.
+
+    Attributes:
+        layer: Global layer, from 0.
+        expert: Global expert, from 0.
+        copy: Which copy of the dense layer the expert is a shard of; the expert itself for
+            granularity 1.
+        ids: The neurons' numbers in the dense layer.
+        expert_ids: The numbers of all neurons of the expert.
+        values: `gate` (unless the layer has none), `up` and `down`, each [neurons, hidden].
+        init_method_std: What the dense model's config says of random weights.
+        num_layers: Layers of the model.
+        seed: Seed of all draws.
+        dense_statistics: See `statistics`.
+    """
+
+    layer: int
+    expert: int
+    copy: int
+    ids: range
+    expert_ids: range
+    values: Mapping[str, Values]
+    init_method_std: float
+    num_layers: int
+    seed: int
+    dense_statistics: Statistics
+
+    def statistics(self, part: str) -> tuple[float, float]:
+        """Return mean and standard deviation of all of the layer's dense gate, up or down."""
+        return self.dense_statistics(part)
+
+    def normal(
+        self, part: str, rows: npt.NDArray[np.bool_] | None = None, draw: int = 0
+    ) -> npt.NDArray[np.float64]:
+        """Draw standard normal values.
+
+        Args:
+            part: `gate`, `up` or `down`.
+            rows: Which of the neurons to draw for; None for all.
+            draw: Number of the draw, where an initialiser needs several.
+
+        Returns:
+            [neurons, hidden]
+        """
+        return self._draw("standard_normal", _NORMAL, part, rows, draw)
+
+    def uniform(
+        self, part: str, rows: npt.NDArray[np.bool_] | None = None, draw: int = 0
+    ) -> npt.NDArray[np.float64]:
+        """Draw values from 0 to 1; see `normal`."""
+        return self._draw("random", _UNIFORM, part, rows, draw)
+
+    def choose(self, fraction: float, draw: int = 0) -> npt.NDArray[np.bool_]:
+        """Choose ⌊fraction · all neurons of the expert⌋ neurons at random.
+
+        Args:
+            fraction: From 0 to 1.
+            draw: Number of the draw, where an initialiser needs several.
+
+        Returns:
+            Which of these neurons are among them.
+        """
+        count = len(self.expert_ids)
+        stream = _CHOICE + _STREAMS_OF_A_DRAW * draw
+        order = generator(self.seed, stream, self.layer, self.expert, 0).permutation(count)
+        chosen = np.zeros(count, bool)
+        chosen[order[: int(fraction * count)]] = True
+        first = self.ids.start - self.expert_ids.start
+        return chosen[first : first + len(self.ids)]
+
+    def _draw(self, kind: str, stream: int, part: str, rows: Any, draw: int) -> Any:
+        ids = np.arange(self.ids.start, self.ids.stop)
+        stream += _PARTS[part] + _STREAMS_OF_A_DRAW * draw
+        hidden = self.values[part].shape[1]
+        result = np.empty((len(ids) if rows is None else int(np.sum(rows)), hidden))
+        for place, neuron in enumerate(ids if rows is None else ids[rows]):
+            source = generator(self.seed, stream, self.layer, self.expert, int(neuron))
+            getattr(source, kind)(out=result[place])
+        return result

@@ -1,0 +1,120 @@
+"""Expert initialisers by name, with their options, from this package and from others.
+
+An initialiser is made of its options by a registered function, which checks them, and is then
+called with every block of neurons:
+
+    from nemo_upcycle.initializers import Initializer, Neurons, register
+
+    @register("flip")
+    def flip(fraction: float = 0.5) -> Initializer:
+        def initialize(neurons: Neurons) -> None:
+            neurons.values["down"][neurons.choose(fraction)] *= -1
+
+        return initialize
+
+Recipes find it by its entry point, in every process, if the package that it is in has one:
+
+    [project.entry-points."nemo_upcycle.initializers"]
+    flip = "my_package.my_module:flip"
+"""
+
+import ast
+import inspect
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.initializers.neurons import Neurons
+
+GROUP = "nemo_upcycle.initializers"
+"""Entry points of other packages' initialisers."""
+
+Initializer = Callable[[Neurons], None]
+Maker = Callable[..., Initializer]
+F = TypeVar("F", bound=Maker)
+
+_makers: dict[str, Maker] = {}
+
+
+def register(name: str) -> Callable[[F], F]:
+    """Register a function that makes an initialiser of its options."""
+
+    def decorate(maker: F) -> F:
+        _makers[name] = maker
+        return maker
+
+    return decorate
+
+
+def names() -> list[str]:
+    """Return the names of all initialisers."""
+    return sorted({*_makers, *(point.name for point in entry_points(group=GROUP))})
+
+
+def make_initializer(text: str) -> Initializer:
+    """Make an initialiser of what a recipe says.
+
+    Args:
+        text: A name, or one with options in parentheses, such as `drop(ratio=0.3)` or
+            `hybrid(copy, noise(std=0.01))`. It is parsed, not executed. Semicolons are commas, for
+            NeMo-Run's command line cuts the arguments of a factory at commas.
+
+    Returns:
+        The initialiser.
+
+    Raises:
+        UpcyclingError: There is no such initialiser, or its options are not such.
+    """
+    try:
+        tree = ast.parse(text.strip().replace(";", ","), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError):
+        raise _unreadable(text) from None
+    return _make(tree, text)
+
+
+def _make(node: ast.expr, text: str) -> Initializer:
+    call = node if isinstance(node, ast.Call) else ast.Call(func=node, args=[], keywords=[])
+    if not isinstance(call.func, ast.Name):
+        raise _unreadable(text)
+    maker = _maker(call.func.id)
+    arguments = [_value(argument, text) for argument in call.args]
+    options = {keyword.arg or "**": _value(keyword.value, text) for keyword in call.keywords}
+    try:
+        inspect.signature(maker).bind(*arguments, **options)
+    except TypeError as error:
+        raise UpcyclingError(
+            f"initializer {text!r}: {error}; expected {call.func.id}{_options(maker)}."
+        ) from None
+    return maker(*arguments, **options)
+
+
+def _options(maker: Maker) -> str:
+    return str(inspect.signature(maker).replace(return_annotation=inspect.Signature.empty))
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Name | ast.Call):
+        return _make(node, text)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise _unreadable(text) from None
+
+
+def _maker(name: str) -> Maker:
+    if name not in _makers:
+        for point in entry_points(group=GROUP, name=name):
+            _makers[name] = point.load()
+    if name not in _makers:
+        raise UpcyclingError(
+            f"There is no initializer {name!r}; expected one of: {', '.join(names())}. Others' "
+            f"are found by their entry points in the group {GROUP!r}."
+        )
+    return _makers[name]
+
+
+def _unreadable(text: str) -> UpcyclingError:
+    return UpcyclingError(
+        f"initializer is {text!r}; expected a name, or one with options, such as drop(ratio=0.3)."
+    )

@@ -1,0 +1,28 @@
+"""Qwen2 and Qwen2.5 (`Qwen2ForCausalLM`): a Llama with biases on queries, keys and values."""
+
+from dataclasses import replace
+from functools import partial
+
+from nemo_upcycle.mapping.family import QKV
+from nemo_upcycle.mapping.huggingface import read_architecture
+from nemo_upcycle.mapping.llama import ATTENTION, LLAMA, MEGATRON_LAYER
+
+EXPECTED = {"hidden_act": "silu", "use_sliding_window": False}
+
+QWEN2 = replace(
+    LLAMA,
+    model_type="qwen2",
+    architecture=partial(read_architecture, expected=EXPECTED, add_qkv_bias=True),
+    parameters={
+        **LLAMA.parameters,
+        MEGATRON_LAYER + "self_attention.linear_qkv.bias": QKV(
+            ATTENTION + "q_proj.bias", ATTENTION + "k_proj.bias", ATTENTION + "v_proj.bias"
+        ),
+    },
+    tensors={
+        **LLAMA.tensors,
+        ATTENTION + "q_proj.bias": ("queries",),
+        ATTENTION + "k_proj.bias": ("keys",),
+        ATTENTION + "v_proj.bias": ("keys",),
+    },
+)
