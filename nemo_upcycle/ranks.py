@@ -80,9 +80,9 @@ class Ranks:
 
     def _lost(self, error: RuntimeError) -> UpcyclingError:
         named = re.search(r"Ranks ([\d, ]+) failed to pass", str(error))
-        who = (
-            f"rank {named[1]}" if named else "another rank (rank 0 says which, unless it is rank 0)"
-        )
+        who = "another rank (rank 0 says which, unless it is rank 0)"
+        if named or self.size == 2:
+            who = f"rank {named[1] if named else 1 - self.rank}"
         return UpcyclingError(
             f"Rank {self.rank} got no answer from {who}, which has ended, was killed, or took more "
             f"than {self.timeout.total_seconds():g} s longer. See what it said last and whether "

@@ -19,6 +19,15 @@ IDS = tokens(rows=4, length=33)
 """A global batch, and the last labels: 32 inputs divide into 2·CP chunks, these over TP."""
 
 
+INITIALIZERS = (
+    "noise",
+    "drop(ratio=0.3)",
+    "random",
+    "hybrid(copy, drop, noise(std=0.5), random)",
+)
+WAYS = (*INITIALIZERS, "branches", "branches, dropped", "read once", "megatron", "huggingface")
+
+
 @dataclass(frozen=True)
 class Whole:
     """Whole parameters put together from the shards of all ranks.
@@ -113,6 +122,13 @@ class Grid:
             self._dense[name] = write_llama(self._directory / name, **DENSE[name])
         return self._dense[name]
 
+    def branch(self, name: str) -> Path:
+        """Return another dense model of the same architecture."""
+        directory = self._directory / "branch" / name
+        if not directory.exists():
+            write_llama(directory, seed=1, **DENSE[name])
+        return directory
+
     def megatron(self, name: str) -> Path:
         """Return the same dense model as Megatron's ranks save it, on TP2 and PP2."""
         if name not in self._megatron:
@@ -134,22 +150,32 @@ class Grid:
         """Return what a mapping showed."""
         if name not in self._shown:
             mapping = (FOLDINGS | ONE_RANK)[name]
-            dense = self.dense(mapping.dense)
-            megatron = self.megatron(mapping.dense)
             self._shown[name] = Shown(
                 self.call(
                     scenarios.prove,
                     mapping,
-                    ways={
-                        "huggingface": (dense, False),
-                        "read once": (dense, True),
-                        "megatron": (megatron, False),
-                    },
+                    ways=self._ways(mapping.dense),
                     ids=IDS,
                     save_to=self.saved(name),
                 )
             )
         return self._shown[name]
+
+    def _ways(self, name: str) -> dict[str, scenarios.Way]:
+        dense, megatron = str(self.dense(name)), str(self.megatron(name))
+        ways = {
+            initializer: scenarios.Way(dense, upcycling={"initializer": initializer})
+            for initializer in INITIALIZERS
+        }
+        return ways | {
+            "branches": scenarios.Way(f"{dense},{self.branch(name)}"),
+            "branches, dropped": scenarios.Way(
+                f"{dense},{self.branch(name)}", upcycling={"initializer": "drop"}
+            ),
+            "read once": scenarios.Way(dense, read_once=True),
+            "megatron": scenarios.Way(megatron),
+            "huggingface": scenarios.Way(dense),
+        }
 
     def one_rank(self, name: str) -> Shown:
         """Return what one rank showed of the same dense model."""

@@ -1,7 +1,7 @@
 """What the ranks of a test do. Runs inside the processes of `RankPool`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from nemo.collections.llm.gpt.model.base import gpt_data_step, gpt_forward_step
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
 from nemo_upcycle import cpu, load
-from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, open_checkpoint
+from nemo_upcycle.branches import open_branches
+from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.mapping import Architecture, family_of
 from nemo_upcycle.model import UpcycledGPTConfig, architecture_fields, moe_fields, window_fields
@@ -109,11 +110,26 @@ def upcycled(
     return chunks
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way to upcycle.
+
+    Attributes:
+        source: Dense checkpoint, or several.
+        read_once: Whether to read it once.
+        upcycling: What is other than usual of the upcycling.
+    """
+
+    source: str
+    read_once: bool = False
+    upcycling: dict[str, Any] = field(default_factory=dict)
+
+
 def prove(
     dense: Path,
     folding: ParallelFolding,
     upcycling: UpcyclingConfig,
-    ways: dict[str, tuple[Path, bool]],
+    ways: dict[str, Way],
     ids: torch.Tensor,
     save_to: Path,
 ) -> Evidence:
@@ -123,16 +139,17 @@ def prove(
         dense: Hugging Face checkpoint that the model is built for.
         folding: The mapping.
         upcycling: What the feed-forward layers become.
-        ways: By name, which checkpoint to upcycle from, and whether to read it once.
+        ways: By name, how to upcycle; what follows is done with the last.
         ids: Inputs of the global batch and the last labels, [rows, length + 1].
         save_to: Directory for Megatron's distributed checkpoint.
     """
     chunks = build(dense, folding, upcycling)
     weights = {}
-    for way, (source, read_once) in ways.items():
+    for name, way in ways.items():
         _fill_with_nan(chunks)
-        load.upcycle(chunks, open_checkpoint(str(source)), upcycling, read_once=read_once)
-        weights[way] = shards(chunks)
+        chosen = replace(upcycling, **way.upcycling)
+        load.upcycle(chunks, open_branches(way.source), chosen, read_once=way.read_once)
+        weights[name] = shards(chunks)
     _save(chunks, save_to)
     step0 = logits(chunks, ids[:, :-1])
     _make_experts_differ(chunks)
@@ -157,6 +174,13 @@ def step0_logits(
 def weights(dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig) -> Shards:
     """Upcycle and return what this rank owns."""
     return shards(upcycled(dense, folding, upcycling))
+
+
+def upcycled_and_saved(
+    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig, directory: Path
+) -> None:
+    """Upcycle and save a distributed checkpoint."""
+    _save(upcycled(dense, folding, upcycling), directory)
 
 
 def loaded(

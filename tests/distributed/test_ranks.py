@@ -27,6 +27,7 @@ def exchange(
     ranks = Ranks(timeout_s=3)
     time.sleep(ranks.rank * sleep_s)
     if ranks.rank == lose:
+        time.sleep(0.5)  # until all have left `Ranks`, which on some may take longer
         os.kill(os.getpid(), LOST[how])
     value = values[ranks.rank]
     try:
@@ -88,7 +89,16 @@ def test_a_lost_rank_is_an_error_on_the_others(nursery: Nursery, lose: int, how:
     run = nursery.start(exchange, 3, values=["a", "b", "c"], lose=lose, how=how)
     assert run.wait(*others, timeout=60) == [0, 0]
     for rank in others:
-        assert f"Rank {rank} got no answer from rank {lose if rank == 0 else 0}" in run.result(rank)
+        who = (
+            f"rank {lose}" if rank == 0 else "another rank (rank 0 says which, unless it is rank 0)"
+        )
+        assert f"Rank {rank} got no answer from {who}, which has ended" in run.result(rank)
+
+
+def test_of_two_ranks_the_other_is_named(nursery: Nursery) -> None:
+    run = nursery.start(exchange, 2, values=["a", "b"], lose=0)
+    assert run.wait(1, timeout=60) == [0]
+    assert run.result(1).startswith("Rank 1 got no answer from rank 0, which has ended")
 
 
 def test_a_lost_rank_does_not_hide_an_error(nursery: Nursery) -> None:

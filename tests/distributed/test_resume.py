@@ -150,7 +150,7 @@ def test_the_dense_weights_may_be_gone(runs: Runs, resumable: Path) -> None:
     ("change", "message"),
     [
         ({"num_moe_experts": 4}, "num_moe_experts=8; now num_moe_experts=4"),
-        ({"moe_router_topk": 1}, "moe_router_topk=2; now moe_router_topk=1"),
+        ({"moe_router_topk": 4}, "moe_router_topk=2; now moe_router_topk=4"),
         ({"moe_router_pre_softmax": True}, "moe_router_pre_softmax=False; now"),
         ({"seed": 7}, "seed=1234; now seed=7"),
     ],

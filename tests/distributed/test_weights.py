@@ -10,11 +10,9 @@ import torch
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed import scenarios
 from tests.distributed.foldings import FOLDINGS
-from tests.distributed.grid import Grid, differing, whole
+from tests.distributed.grid import INITIALIZERS, WAYS, Grid, differing, whole
 from tests.distributed.pool import RankPool
 from tests.tiny import write_llama
-
-WAYS = ("huggingface", "read once", "megatron")
 
 
 def upcycled(
@@ -39,7 +37,8 @@ def one_rank(grid: Grid) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", FOLDINGS)
 def test_weights_are_bit_identical_on_any_folding(grid: Grid, name: str, way: str) -> None:
     weights = grid.run(name).weights[way]
-    expected = grid.one_rank(name).weights["huggingface"].parameters
+    same_as = "huggingface" if way in ("read once", "megatron") else way
+    expected = grid.one_rank(name).weights[same_as].parameters
     assert not weights.problems
     assert differing(weights.parameters, expected) == []
 
@@ -74,6 +73,30 @@ def test_router_is_random_with_the_std_and_seed_asked_for(
     key = "decoder.layers.0.mlp.router.weight"
     assert not torch.equal(other[key], one_rank[key])
     assert torch.allclose(wide[key], 2 * one_rank[key])
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("read once", "megatron")])
+def test_each_way_gives_other_weights(grid: Grid, way: str) -> None:
+    """Or the test above would show nothing."""
+    weights = grid.run("1 rank, 4 layers").weights
+    others = [name for name in WAYS if name not in (way, "read once", "megatron")]
+    for other in others:
+        assert differing(weights[way].parameters, weights[other].parameters), other
+
+
+@pytest.mark.parametrize("initializer", INITIALIZERS)
+def test_the_seed_decides(ranks: RankPool, grid: Grid, initializer: str) -> None:
+    dense = grid.dense("4 layers")
+    folding = ParallelFolding()
+    again = upcycled(ranks, dense, 1, folding, initializer=initializer)
+    other = upcycled(ranks, dense, 1, folding, initializer=initializer, seed=99)
+    first = grid.run("1 rank, 4 layers").weights[initializer].parameters
+    assert differing(again, first) == []
+    changed = {name for name in differing(other, first) if ".experts." in name}
+    expected = {name for name in first if ".experts." in name}
+    if initializer.startswith("hybrid"):  # of which every fourth is a copy
+        expected = {n for n in expected if int(n.split(".experts.")[1].split(".")[0]) % 4}
+    assert changed == expected
 
 
 def test_padded_vocabulary_is_zero(ranks: RankPool, tmp_path: Path) -> None:
