@@ -25,7 +25,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def measure(method: str, dense: Path, runs: int, scratch: Path) -> list[Sample]:
     from nemo_upcycle.plan import block_bytes, make_plan
 
     world_size = torch.distributed.get_world_size()
+    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)  # as torchrun does
     chunks = _build(dense, FOLDINGS[world_size], UPCYCLING)
     size = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
     with open_checkpoint(str(dense)) as checkpoint:
@@ -119,12 +120,8 @@ def measure(method: str, dense: Path, runs: int, scratch: Path) -> list[Sample]:
 
 
 def _build(dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig) -> Any:
-    from megatron.core import parallel_state
-
     from tests.distributed.scenarios import build
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
     chunks = build(
         dense,
         folding,
@@ -170,7 +167,8 @@ def _dense_model(dense: Path, world_size: int) -> Any:
     from nemo_upcycle.load import upcycle
 
     control = UpcyclingConfig(num_moe_experts=None)
-    model = _build(dense, FOLDINGS[world_size], control)
+    folding = replace(FOLDINGS[world_size], expert_model_parallel_size=1)
+    model = _build(dense, folding, control)
     with open_checkpoint(str(dense)) as checkpoint:
         upcycle(model, checkpoint, control)
     return model
@@ -323,15 +321,17 @@ def main() -> None:
                 converted = scratch / "mixtral"
                 converted.mkdir(exist_ok=True)
                 ranks = pool.RankPool(size=world_size)
-                samples = ranks.run(
-                    measure,
-                    world_size,
-                    method=method,
-                    dense=dense,
-                    runs=arguments.runs,
-                    scratch=converted,
-                )
-                ranks.stop()
+                try:
+                    samples = ranks.run(
+                        measure,
+                        world_size,
+                        method=method,
+                        dense=dense,
+                        runs=arguments.runs,
+                        scratch=converted,
+                    )
+                finally:
+                    ranks.stop()
                 print(row(world_size, method, samples), flush=True)
     finally:
         shutil.rmtree(scratch)

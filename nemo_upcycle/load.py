@@ -146,7 +146,7 @@ def _copy(
 ) -> int:
     """Carry out the plan's copies; return the bytes that this rank has read."""
     for target in plan.zeros:
-        _rows(owned, target).zero_()
+        owned[target.shard].data[target.rows[0] : target.rows[1]].zero_()
     blocks = sorted(plan.copies, key=lambda block: _place(block, checkpoint, read_once))
     share = read_once and torch.distributed.is_initialized()
     device = owned[0].data.device
@@ -185,12 +185,10 @@ def _write(
 ) -> None:
     if len(targets) > 1:
         values = values.to(owned[targets[0].shard].data.dtype)  # once, not once a target
+    count = chunk.rows[1] - chunk.rows[0]
     for target in targets:
-        _rows(owned, target)[chunk.first : chunk.first + len(values)].copy_(values)
-
-
-def _rows(owned: Sequence[OwnedShard], target: Target) -> torch.Tensor:
-    return owned[target.shard].data[target.rows[0] : target.rows[1]]
+        start = target.rows[0] + chunk.first
+        owned[target.shard].data[start : start + count].copy_(values)
 
 
 def _peak_resident_bytes() -> int:

@@ -16,7 +16,7 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.mapping import Architecture, Family, Operation, Rows
 
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 4 * 2**20
 """Blocks are read in chunks of at most this, which stay in the processor's cache until written."""
 
 BUFFERS = 4

@@ -6,10 +6,11 @@ reads it and the others receive it; broadcasts need an order, so those are writt
 """
 
 import itertools
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,8 @@ class _Buffer:
     """Memory that one chunk at a time is read into."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.raw = memoryview(memory.numpy())
         self._device = device
         self._copied: torch.cuda.Event | None = None
 
@@ -101,17 +103,18 @@ def copy_blocks(
 
     def read(chunk: Chunk, buffer: _Buffer) -> torch.Tensor:
         buffer.wait()
-        values = _values(checkpoint, chunk, buffer.memory)
+        values = _values(checkpoint, chunk, buffer.raw)
         sharers = shared.get(chunk.block)
         if sharers is None or sharers.this_rank_reads:
-            _read(checkpoint, chunk, values)
+            _read(checkpoint, chunk, buffer.raw, values)
         if sharers is None:
             write(chunk, buffer.on_device(values))
         return values
 
     error: UpcyclingError | None = None
     running: deque[tuple[Chunk, _Buffer, Future[torch.Tensor]]] = deque()
-    with ThreadPoolExecutor(thread_count()) as threads:
+    threads = ThreadPoolExecutor(thread_count()) if thread_count() > 1 else _ThisThread()
+    with threads:
         waiting = iter(chunks)
         while True:
             for chunk in itertools.islice(waiting, len(free)):
@@ -128,7 +131,7 @@ def copy_blocks(
                     raise
                 # The others wait for what this rank was to read; they hear of it at the end.
                 error = error or failed
-                values = _values(checkpoint, chunk, buffer.memory)
+                values = _values(checkpoint, chunk, buffer.raw)
             if chunk.block in shared:
                 _broadcast(chunk, buffer.on_device(values), shared[chunk.block], write)
             yield chunk
@@ -137,25 +140,42 @@ def copy_blocks(
         raise error
 
 
+class _ThisThread(Executor):
+    """Does at once what it is asked for: handing it to a thread takes longer than a small read."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except UpcyclingError as error:
+            future.set_exception(error)
+        return future
+
+
 def _broadcast(chunk: Chunk, values: torch.Tensor, sharers: Sharers, write: Write) -> None:
     torch.distributed.broadcast(values, sharers.reader, group=sharers.group)
     write(chunk, values)
 
 
 def thread_count() -> int:
-    """Return how many threads read and write: this rank's cores, two at least.
+    """Return how many threads read and write: this rank's share of the cores, one at least.
 
-    While one waits for a disk, the other writes.
+    More than there are cores for would take each other's cache; where there is one, the kernel
+    reads ahead while it writes.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(2, min(BUFFERS, (os.cpu_count() or 1) // ranks))
+    return max(1, min(BUFFERS, (os.cpu_count() or 1) // ranks))
 
 
-def _read(checkpoint: DenseCheckpoint, chunk: Chunk, values: torch.Tensor) -> None:
+def _read(checkpoint: DenseCheckpoint, chunk: Chunk, raw: memoryview, values: torch.Tensor) -> None:
+    """Read a chunk into a buffer, of which `values` is a view."""
     block = chunk.block
-    raw = values.view(-1).view(torch.uint8).numpy()
-    checkpoint.read_into(memoryview(raw), block.tensor, chunk.rows, block.columns)
-    if not all_finite(raw, checkpoint.tensors[block.tensor].dtype):
+    raw = raw[: chunk_bytes(chunk, checkpoint)]
+    checkpoint.read_into(raw, block.tensor, chunk.rows, block.columns)
+    # A sum of finite values may overflow, but none with NaN or Inf in it is finite: one fast pass.
+    if not math.isfinite(float(values.sum())) and not all_finite(
+        np.frombuffer(raw, np.uint8), checkpoint.tensors[block.tensor].dtype
+    ):
         raise UpcyclingError(
             f"Tensor {block.tensor} of {checkpoint.directory} holds NaN or Inf in rows "
             f"{chunk.rows[0]}:{chunk.rows[1]}; expected finite weights. "
@@ -181,15 +201,15 @@ def all_finite(raw: "np.ndarray[tuple[int], np.dtype[np.uint8]]", dtype: str) ->
     return bool(signed.max() < infinity and unsigned.max() < int(infinity) + sign_bit)
 
 
-def _values(checkpoint: DenseCheckpoint, chunk: Chunk, memory: torch.Tensor) -> torch.Tensor:
+def _values(checkpoint: DenseCheckpoint, chunk: Chunk, raw: memoryview) -> torch.Tensor:
     """Return the buffer as the chunk's values."""
     info = checkpoint.tensors[chunk.block.tensor]
     shape = [chunk.rows[1] - chunk.rows[0]]
     if len(info.shape) > 1:
         first, last = chunk.block.columns or (0, info.width)
         shape.append(last - first)
-    size = chunk_bytes(chunk, checkpoint)
-    return memory[:size].view(TORCH_DTYPES[info.dtype]).view(shape)
+    dtype = TORCH_DTYPES[info.dtype]
+    return torch.frombuffer(raw, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def chunk_bytes(chunk: Chunk, checkpoint: DenseCheckpoint) -> int:

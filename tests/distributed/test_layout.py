@@ -1,6 +1,7 @@
 """The layout says of a model that is not built what Megatron says of one that is."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from nemo_upcycle.checkpoint import open_checkpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.job import open_dense, plan_job
 from nemo_upcycle.layout import Coordinates, coordinates, shards
-from nemo_upcycle.mapping import Architecture
-from nemo_upcycle.mapping.llama import LLAMA
+from nemo_upcycle.mapping import Architecture, family_of
 from nemo_upcycle.owned import owned_shards
 from nemo_upcycle.plan import Shard
 from tests.distributed import scenarios
@@ -22,6 +22,7 @@ from tests.tiny import CONFIG
 
 MOE = UpcyclingConfig(num_moe_experts=8)
 DENSE = UpcyclingConfig(num_moe_experts=None)
+ACTIVATIONS = {"nemotron": {"hidden_act": "relu2"}}
 TIED = {"tie_word_embeddings": True}
 
 
@@ -33,9 +34,10 @@ def case(
         name: "".join(word[0] for word in name.split("_")[:2]) + str(size)
         for name, size in folding.items()
     }
-    name = "-".join([str(world_size), *letters.values(), *(model or {})])
-    if upcycling is DENSE:
-        name += "-dense"
+    of_model = (str(v) if k == "model_type" else k for k, v in (model or {}).items())
+    name = "-".join([str(world_size), *letters.values(), *of_model])
+    if upcycling is not MOE:
+        name += "-" + ("dense" if upcycling is DENSE else upcycling.label.replace(" ", "-"))
     return pytest.param(world_size, upcycling, model or {}, ParallelFolding(**folding), id=name)
 
 
@@ -146,12 +148,31 @@ CASES = [
 ]
 
 
+FOLDED = {
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
+    "expert_model_parallel_size": 2,
+}
+GRANULAR = UpcyclingConfig(num_moe_experts=16, granularity=4, moe_router_topk=4)
+MIXED = replace(GRANULAR, moe_shared_expert=True, moe_layer_freq=(0, 1, 1, 0))
+CASES += [
+    case(world_size, upcycling, {"model_type": family}, **folding)
+    for family in ("mistral", "qwen2", "qwen3", "nemotron")
+    for world_size, upcycling, folding in ((1, DENSE, {}), (4, MIXED, FOLDED))
+]
+CASES += [
+    case(1, MIXED),
+    case(2, GRANULAR, expert_tensor_parallel_size=2),
+    case(4, MIXED, tensor_model_parallel_size=2, expert_tensor_parallel_size=4),
+    case(4, MIXED, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+]
+
+
 def built(
     arch: Architecture, folding: ParallelFolding, upcycling: UpcyclingConfig
 ) -> tuple[Coordinates, list[Shard]]:
     """Return where Megatron has put this rank, and what of the model is here."""
-    width = None if upcycling.num_moe_experts is None else arch.ffn_hidden_size
-    chunks = scenarios.build_from(arch, folding, upcycling, moe_ffn_hidden_size=width)
+    chunks = scenarios.build_from(arch, folding, upcycling)
     place = Coordinates(
         tp=parallel_state.get_tensor_model_parallel_rank(),
         cp=parallel_state.get_context_parallel_rank(),
@@ -172,7 +193,8 @@ def test_layout_is_megatrons(
     model: dict[str, Any],
     folding: ParallelFolding,
 ) -> None:
-    arch = LLAMA.architecture({**CONFIG, **model})
+    config = {**CONFIG, "model_type": "llama", **model}
+    arch = family_of(config).architecture(config | ACTIVATIONS.get(config["model_type"], {}))
     found = ranks.run(built, world_size, arch=arch, folding=folding, upcycling=upcycling)
     for rank, (place, owned) in enumerate(found):
         assert coordinates(folding, world_size, rank) == place

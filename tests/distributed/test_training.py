@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from nemo_upcycle.data.indexed import build_indexed_dataset
 from tests.distributed.grid import whole
 from tests.distributed.pool import RankPool, nemo_recipe
+from tests.third_party import install_flip
 from tests.workspace import make_workspace
 
 EP2 = {"expert_model_parallel_size": 2}
@@ -114,6 +115,46 @@ def test_optimizer_trains_on_from_the_upcycled_weights(
         parameters["embedding.word_embeddings.weight"],
         dense["model.embed_tokens.weight"].bfloat16().float(),
     )
+
+
+@nemo_recipe
+def train_with_package(package: Path, **kwargs: Any) -> Any:
+    """Run the recipe where another package is installed."""
+    import sys
+
+    sys.path.insert(0, str(package))
+    try:
+        return train(**kwargs)
+    finally:
+        sys.path.remove(str(package))
+
+
+def test_a_recipe_takes_another_packages_initializer(
+    ranks: RankPool, workspace: Path, tmp_path: Path
+) -> None:
+    results = ranks.run(
+        train_with_package,
+        2,
+        package=install_flip(tmp_path),
+        directory=workspace,
+        options={"name": "flip", "max_steps": 1, "initializer": "flip(fraction=0.25)", **EP2},
+        overrides={
+            "optim.config.lr": 0.0,
+            "optim.config.min_lr": 0.0,
+            "optim.lr_scheduler.min_lr": 0.0,
+            "trainer.limit_val_batches": 0,
+            "log.ckpt": None,
+        },
+    )
+    assert not [result for result in results if isinstance(result, str)]
+    parameters = whole([shard for _, shards in results for shard in shards])
+    dense = load_file(workspace / "dense_hf" / "model.safetensors")
+    expected = dense["model.layers.3.mlp.down_proj.weight"]
+    for expert in range(8):
+        found = parameters[f"decoder.layers.3.mlp.experts.{expert}.linear_fc2.weight"]
+        flipped = (found == -expected).all(dim=0)
+        assert int(flipped.sum()) == expected.shape[1] // 4
+        assert torch.equal(found[:, ~flipped], expected[:, ~flipped])
 
 
 def _copy(workspace: Path, target: Path) -> Path:

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
-from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
+from nemo_upcycle_recipes.numbers import LLAMA3_8B_DENSE, LLAMA3_8B_E8T2
+
+from nemo_upcycle.errors import UpcyclingError
 
 
 def test_paper_numbers() -> None:
@@ -70,3 +72,98 @@ def test_expert_tensor_parallelism_is_always_said() -> None:
     recipe = upcycled_recipe(tensor_model_parallel_size=2, expert_model_parallel_size=2)
     assert recipe.trainer.strategy.expert_tensor_parallel_size == 1
     assert recipe.trainer.strategy.sequence_parallel is True
+
+
+def test_a_factory_takes_all_ways_of_upcycling() -> None:
+    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+
+    recipe = upcycled_recipe(
+        granularity=4,
+        moe_router_topk=8,
+        initializer="drop(ratio=0.3)",
+        moe_layer_freq="[0]+[1]*3",
+        moe_shared_expert=True,
+        moe_z_loss_coeff=1e-3,
+        moe_aux_loss_coeff=0.0,
+        router_init_std=0.01,
+        weight_scaling="paper",
+    )
+    config, callback = recipe.model.config, recipe.trainer.callbacks[-1]
+    assert (config.num_moe_experts, config.moe_ffn_hidden_size) == (32, 64)
+    assert config.moe_layer_freq == [0, 1, 1, 1]
+    assert config.moe_shared_expert_intermediate_size == 256
+    assert (config.moe_z_loss_coeff, config.moe_aux_loss_coeff) == (1e-3, 0.0)
+    assert callback.initializer == "drop(ratio=0.3)"
+    assert (callback.router_init_std, callback.weight_scaling) == (0.01, "paper")
+
+
+@pytest.mark.parametrize(
+    ("values", "experts"),
+    [
+        ({}, 8),
+        ({"granularity": 2, "moe_router_topk": 4}, 16),
+        ({"expansion_rate": 4}, 4),
+        ({"expansion_rate": 4, "granularity": 2}, 8),
+        ({"num_moe_experts": 4}, 4),
+        ({"num_moe_experts": 8, "granularity": 4, "expansion_rate": 2}, 8),
+    ],
+)
+def test_experts_are_expansion_rate_times_granularity(values: dict, experts: int) -> None:
+    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+
+    assert upcycled_recipe(**values).model.config.num_moe_experts == experts
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"initializer": "dorp"}, "no initializer 'dorp'"),
+        ({"initializer": "drop(ratio=2)"}, "from 0 to 1"),
+        ({"granularity": 5, "moe_router_topk": 5}, "ffn_hidden_size=256 does not divide"),
+        ({"granularity": 4, "num_moe_experts": 10}, "a granularity that divides"),
+        ({"granularity": 2, "num_moe_experts": 8, "expansion_rate": 8}, "make 16 experts"),
+        ({"moe_layer_freq": "[1]*3"}, "says 3 layers"),
+        ({"granularity": 128, "expert_tensor_parallel_size": 4}, "ffn_hidden_size / 128=2"),
+        ({"moe_router_topk": 1}, "would not learn"),
+    ],
+)
+def test_bad_choices_are_refused_by_the_factory(values: dict, message: str) -> None:
+    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+
+    with pytest.raises(UpcyclingError, match=message):
+        upcycled_recipe(**values)
+
+
+def test_a_choice_that_costs_something_is_a_warning() -> None:
+    import warnings
+
+    from nemo_upcycle_recipes.factory import UpcyclingWarning
+    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+
+    with pytest.warns(UpcyclingWarning, match="75% of the assignments"):
+        upcycled_recipe(moe_expert_capacity_factor=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UpcyclingWarning)
+        upcycled_recipe()
+        upcycled_recipe(from_scratch=True, moe_expert_capacity_factor=1.0)
+
+
+def test_the_scratch_control_has_the_same_model_and_no_upcycling(dense: Path) -> None:
+    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+
+    upcycled = upcycled_recipe(dense_checkpoint=str(dense))
+    scratch = upcycled_recipe(dense_checkpoint=str(dense), from_scratch=True)
+    assert scratch.model == upcycled.model
+    assert scratch.data == upcycled.data
+    assert scratch.trainer.callbacks == upcycled.trainer.callbacks[:-1]
+
+
+def test_the_dense_control_has_the_same_data_and_schedule() -> None:
+    from nemo_upcycle_recipes.llama3_8b_e8t2 import dense_recipe, pretrain_recipe
+
+    assert LLAMA3_8B_DENSE.schedule == LLAMA3_8B_E8T2.schedule
+    dense, moe = dense_recipe(), pretrain_recipe()
+    assert dense.data == moe.data
+    assert dense.optim == moe.optim
+    assert dense.trainer.max_steps == moe.trainer.max_steps
+    assert dense.trainer.callbacks[-1].dense_checkpoint == "meta-llama/Meta-Llama-3-8B"

@@ -1,0 +1,170 @@
+"""Measure how far the upcycled model is from the dense one at step 0, for each choice.
+
+Writes a table to standard output, which is `docs/step0.md`. Everything is computed in fp32 by the
+real Megatron model on one rank, from random dense models of two families: Llama (SwiGLU) and
+Nemotron (squared ReLU).
+
+- layer: |MoE(x) − FFN(x)| / |FFN(x)| of the second layer, over 2,048 random inputs
+- logits: |MoE − dense| / |dense| of the whole model of 4 layers, over 256 random tokens
+
+Usage: python -m benchmarks.step0_error > docs/step0.md
+"""
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from tests.distributed.pool import RankPool
+from tests.tiny import tokens, write_dense
+
+EXPANSION_RATE = 8
+SHAPES = ((1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8))
+"""Granularity and top-k; the last is arXiv 2410.07524's best, 64 experts."""
+
+SCALINGS = ("exact", "paper", "none")
+FAMILIES = ("llama", "nemotron")
+MODEL = {"hidden_size": 256, "intermediate_size": 1024, "initializer_range": 0.05}
+OTHERS: dict[str, dict[str, Any]] = {
+    "random router, G4 T8": {
+        "num_moe_experts": 32,
+        "granularity": 4,
+        "moe_router_topk": 8,
+        "router_initializer": "random",
+    },
+    "top-k 6, not a multiple of G4": {
+        "num_moe_experts": 32,
+        "granularity": 4,
+        "moe_router_topk": 6,
+    },
+    "shared expert": {"moe_shared_expert": True},
+    "shared expert, `none`": {"moe_shared_expert": True, "weight_scaling": "none"},
+    "every 2nd layer": {"moe_layer_freq": "skip_first=1,every=2"},
+    "capacity factor 1": {"moe_expert_capacity_factor": 1.0},
+    "capacity factor 2": {"moe_expert_capacity_factor": 2.0},
+    "capacity factor 4": {"moe_expert_capacity_factor": 4.0},
+    "`noise(std=0.01)`": {"initializer": "noise(std=0.01)"},
+    "`drop(ratio=0.5)`": {"initializer": "drop(ratio=0.5)"},
+    "`hybrid(copy, drop)`": {"initializer": "hybrid(copy, drop)"},
+    "`random`": {"initializer": "random"},
+}
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors; `layer` is that of the second layer."""
+
+    layer: float
+    logits: float
+
+
+def measure(dense: Path, upcycling: UpcyclingConfig) -> Errors:
+    """Upcycle on one rank and compare with the dense control."""
+    from tests.distributed import scenarios
+
+    ids = tokens(rows=2, length=128)
+    control = UpcyclingConfig(num_moe_experts=None)
+    inputs = torch.randn(256, 8, MODEL["hidden_size"], generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for chosen in (control, upcycling):
+        chunks = scenarios.upcycled(dense, ParallelFolding(), chosen)
+        logits = scenarios.logits(chunks, ids)
+        assert logits is not None
+        outputs.append((_feed_forward(chunks[0], inputs), logits[1]))
+    (dense_layer, dense_logits), (layer, found) = outputs
+    return Errors(_relative(layer, dense_layer), _relative(found, dense_logits))
+
+
+@torch.no_grad()
+def _feed_forward(model: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """Return the output of the second layer's feed-forward part, its norm included."""
+    layer = model.decoder.layers[1].eval()
+    return layer.mlp(layer.pre_mlp_layernorm(inputs))[0]
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def table() -> Iterator[tuple[str, ...]]:
+    """Yield granularity, top-k, order and scaling of each row of the main table."""
+    yield from (
+        (str(granularity), str(topk), order, scaling)
+        for (granularity, topk), order, scaling in itertools.product(
+            SHAPES, ("top-k first", "softmax first"), SCALINGS
+        )
+        if granularity > 1 or order == "softmax first" or scaling == "exact"
+    )
+
+
+def config_of(granularity: str, topk: str, order: str, scaling: str) -> UpcyclingConfig:
+    """Return the configuration of a row."""
+    return UpcyclingConfig(
+        num_moe_experts=EXPANSION_RATE * int(granularity),
+        granularity=int(granularity),
+        moe_router_topk=int(topk),
+        moe_router_pre_softmax=order == "softmax first",
+        weight_scaling=scaling,
+    )
+
+
+def _cell(error: float) -> str:
+    return "0" if error == 0 else f"{error:.1e}" if error < 1e-3 else f"{error:.3f}"
+
+
+def main() -> None:
+    ranks = RankPool(size=1)
+    with tempfile.TemporaryDirectory() as scratch:
+        dense = {name: write_dense(Path(scratch) / name, name, **MODEL) for name in FAMILIES}
+
+        def row(upcycling: UpcyclingConfig) -> list[str]:
+            cells = []
+            for name in FAMILIES:
+                (errors,) = ranks.run(measure, 1, dense=dense[name], upcycling=upcycling)
+                cells += [_cell(errors.layer), _cell(errors.logits)]
+            return cells
+
+        print(HEAD)
+        for place in table():
+            upcycling = config_of(*place)
+            cells = [*place[:3], f"`{place[3]}`", *row(upcycling)]
+            print(f"| {' | '.join(cells)} |", flush=True)
+        print(OTHER_HEAD)
+        for name, values in OTHERS.items():
+            print(f"| {' | '.join([name, *row(UpcyclingConfig(**values))])} |", flush=True)
+    ranks.stop()
+
+
+HEAD = f"""# What the model computes at step 0
+
+How far the upcycled model is from the dense one before its first training step, by granularity G,
+top-k T, order of softmax and top-k, and weight scaling. Measured by `python -m
+benchmarks.step0_error` (which wrote this page) on Megatron's model in fp32: `layer` is the relative
+error of a feed-forward layer's output, `logits` that of the whole model of 4 layers. Expansion rate
+{EXPANSION_RATE}, hidden size {MODEL["hidden_size"]}, virtual groups, router std 0.02.
+
+- `exact` multiplies up and down with √G (SwiGLU) or ∛G (squared ReLU). With top-k first it is
+  exact, to fp32's rounding, for both; it is the default there.
+- `paper` (arXiv 2410.07524 Eq. 2, as Megatron-Core has it) multiplies gate, up and down with ∛G.
+  A gate goes through SiLU, so on SwiGLU this changes the function.
+- With softmax first nothing is exact: the router's weights do not sum to 1, and no fixed scale
+  makes up for all tokens. The base is then E·G²/T. The default is `none` for G = 1 (the ST-type
+  router of arXiv 2412.09952) and `paper` for G > 1 (arXiv 2410.07524).
+
+| G | T | order | scaling | SwiGLU: layer | logits | squared ReLU: layer | logits |
+|---|---|---|---|---|---|---|---|"""
+
+OTHER_HEAD = """
+Other choices, each with E8T2 and top-k first where nothing else is said:
+
+| choice | SwiGLU: layer | logits | squared ReLU: layer | logits |
+|---|---|---|---|---|"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Several dense checkpoints as one: experts from each, everything else averaged."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_upcycle.branches import branch_name, open_branches, split_sources
+from nemo_upcycle.checkpoint import DenseCheckpoint
+from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.dtypes import TORCH_DTYPES
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.job import open_dense
+from nemo_upcycle.mapping import family_of
+from nemo_upcycle.plan import Shard, make_plan
+from tests.tiny import write_dense, write_llama
+
+UP = "model.layers.0.mlp.up_proj.weight"
+NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    directory = tmp_path_factory.mktemp("branches")
+    return [write_llama(directory / str(seed), seed=seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(sources: list[Path]) -> DenseCheckpoint:
+    return open_branches(",".join(map(str, sources)))
+
+
+def read(checkpoint: DenseCheckpoint, name: str) -> torch.Tensor:
+    info = checkpoint.tensors[name]
+    values = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+    raw = memoryview(values.view(-1).view(torch.uint8).numpy())
+    checkpoint.read_into(raw, name, (0, info.shape[0]), None)
+    return values
+
+
+def test_feed_forward_tensors_are_each_branchs(
+    checkpoint: DenseCheckpoint, sources: list[Path]
+) -> None:
+    for branch, source in enumerate(sources):
+        expected = load_file(source / "model.safetensors")[UP]
+        assert torch.equal(read(checkpoint, branch_name(branch, UP)), expected)
+
+
+@pytest.mark.parametrize("name", [UP, NORM, "model.layers.2.self_attn.k_proj.weight"])
+def test_everything_is_averaged(
+    checkpoint: DenseCheckpoint, sources: list[Path], name: str
+) -> None:
+    values = [load_file(source / "model.safetensors")[name] for source in sources]
+    assert torch.equal(read(checkpoint, name), torch.stack(values).sum(0) / 3)
+
+
+def test_bf16_is_averaged_in_fp32(tmp_path: Path) -> None:
+    """1 + 2⁻⁷ and 1 are neighbours in bf16; the average of 1, 1 + 2⁻⁷, 1 + 2⁻⁷ is the second."""
+    directories = []
+    for number, value in enumerate((1.0, 1 + 2**-7, 1 + 2**-7)):
+        directory = write_llama(tmp_path / str(number))
+        tensors = load_file(directory / "model.safetensors")
+        tensors = {name: t.to(torch.bfloat16) for name, t in tensors.items()}
+        tensors[NORM] = torch.full_like(tensors[NORM], value)
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        directories.append(str(directory))
+    assert float(read(open_branches(",".join(directories)), NORM)[0]) == 1 + 2**-7
+
+
+def test_experts_come_from_the_branches_in_turn(checkpoint: DenseCheckpoint) -> None:
+    family = family_of(checkpoint.config)
+    arch = family.architecture(checkpoint.config)
+    shards = [
+        Shard(
+            f"decoder.layers.0.mlp.experts.{expert}.linear_fc2.weight", (64, 48), (0, 0), (64, 48)
+        )
+        for expert in range(12)
+    ]
+    upcycling = UpcyclingConfig(num_moe_experts=12, granularity=2)
+    plan = make_plan(shards, checkpoint.tensors, family, arch, upcycling, 3)
+    found = {
+        target.shard: (block.tensor.partition(":")[0], block.columns)
+        for block, targets in plan.copies.items()
+        for target in targets
+    }
+    halves = [(0, 48), (48, 96)]
+    assert found == {e: (str(e // 2 % 3), halves[e % 2]) for e in range(12)}
+
+
+def test_bytes_are_those_of_all_branches(sources: list[Path]) -> None:
+    one = open_dense(str(sources[0]))
+    three = open_dense(";".join(map(str, sources)))
+    assert three.branches == 3
+    assert three.bytes == 3 * one.bytes
+
+
+def test_a_name_with_a_comma(tmp_path: Path) -> None:
+    directory = write_llama(tmp_path / "a, b")
+    assert split_sources(str(directory)) == [str(directory)]
+    assert split_sources("a; b,c") == ["a", "b", "c"]
+    with pytest.raises(UpcyclingError, match="single commas"):
+        split_sources("a,,b")
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("llama", {"intermediate_size": 128}, "ffn_hidden_size 96 and 128"),
+        ("llama", {"rope_theta": 5e5}, "rotary_base 10000.0 and 500000.0"),
+        ("mistral", {"sliding_window": None}, "model_type llama and mistral"),
+    ],
+)
+def test_other_architectures_are_refused(
+    sources: list[Path], tmp_path: Path, family: str, config: dict, message: str
+) -> None:
+    other = write_dense(tmp_path, family, **config)
+    with pytest.raises(UpcyclingError, match=message):
+        open_branches(f"{sources[0]},{other}")
