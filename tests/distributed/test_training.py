@@ -1,6 +1,7 @@
 """Whole recipes through NeMo and Lightning, on several ranks."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,22 @@ from nemo_upcycle.data.indexed import build_indexed_dataset
 from tests.distributed.grid import whole
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.third_party import install_flip
-from tests.workspace import make_workspace
+from tests.workspace import VOCAB_SIZE, make_workspace
 
 EP2 = {"expert_model_parallel_size": 2}
 FOLDED = {
     "tensor_model_parallel_size": 2,
     "pipeline_model_parallel_size": 2,
     "expert_model_parallel_size": 2,
+}
+
+
+WITHOUT_LEARNING = {
+    "optim.config.lr": 0.0,
+    "optim.config.min_lr": 0.0,
+    "optim.lr_scheduler.min_lr": 0.0,
+    "trainer.limit_val_batches": 0,
+    "log.ckpt": None,
 }
 
 
@@ -30,8 +40,9 @@ def train(
     overrides: dict[str, Any] | None = None,
     dense_by_rank: list[str] | None = None,
     accident: tuple[str, dict[str, Any]] | None = None,
+    factory: str = "upcycled_recipe",
 ) -> Any:
-    """Run the tiny recipe; return this rank's losses and shards, or the error's text.
+    """Run a tiny recipe; return this rank's losses and shards, or the error's text.
 
     An accident is the name of a callback of `accidents`, and its arguments.
     """
@@ -42,7 +53,7 @@ def train(
     from tests.distributed import accidents
     from tests.distributed.recorder import Recorder
 
-    recipe = llama_tiny.upcycled_recipe(dir=str(directory), **options)
+    recipe = getattr(llama_tiny, factory)(dir=str(directory), **options)
     for path, value in (overrides or {}).items():
         owner, _, attribute = path.rpartition(".")
         target = recipe
@@ -95,13 +106,7 @@ def test_optimizer_trains_on_from_the_upcycled_weights(
             "precision": "bf16-mixed",
             **folding,
         },
-        overrides={
-            "optim.config.lr": 0.0,
-            "optim.config.min_lr": 0.0,
-            "optim.lr_scheduler.min_lr": 0.0,
-            "trainer.limit_val_batches": 0,
-            "log.ckpt": None,
-        },
+        overrides=WITHOUT_LEARNING,
     )
     errors = [result for result in results if isinstance(result, str)]
     assert not errors
@@ -115,6 +120,37 @@ def test_optimizer_trains_on_from_the_upcycled_weights(
         parameters["embedding.word_embeddings.weight"],
         dense["model.embed_tokens.weight"].bfloat16().float(),
     )
+
+
+def test_the_dense_control_sees_the_same_tokens_in_the_same_order(
+    ranks: RankPool, workspace: Path
+) -> None:
+    """With learning rate 0 both compute the dense model: equal losses, batch by batch."""
+    losses = {}
+    for factory in ("upcycled_recipe", "dense_recipe"):
+        options: dict[str, Any] = {"name": f"same-{factory}", "max_steps": 4}
+        options["dense_checkpoint"] = str(workspace / "dense_hf")
+        ((losses[factory], _),) = ranks.run(
+            train,
+            1,
+            directory=workspace,
+            options=options,
+            overrides=WITHOUT_LEARNING,
+            factory=factory,
+        )
+    assert losses["upcycled_recipe"] == pytest.approx(losses["dense_recipe"], rel=1e-6)
+    assert len(set(losses["dense_recipe"])) == 4
+
+
+def test_the_scratch_control_starts_elsewhere(ranks: RankPool, workspace: Path) -> None:
+    ((losses, _),) = ranks.run(
+        train,
+        1,
+        directory=workspace,
+        options={"name": "scratch", "max_steps": 1, "from_scratch": True},
+        overrides=WITHOUT_LEARNING,
+    )
+    assert losses[0] == pytest.approx(math.log(VOCAB_SIZE), abs=1.0)
 
 
 @nemo_recipe
@@ -138,13 +174,7 @@ def test_a_recipe_takes_another_packages_initializer(
         package=install_flip(tmp_path),
         directory=workspace,
         options={"name": "flip", "max_steps": 1, "initializer": "flip(fraction=0.25)", **EP2},
-        overrides={
-            "optim.config.lr": 0.0,
-            "optim.config.min_lr": 0.0,
-            "optim.lr_scheduler.min_lr": 0.0,
-            "trainer.limit_val_batches": 0,
-            "log.ckpt": None,
-        },
+        overrides=WITHOUT_LEARNING,
     )
     assert not [result for result in results if isinstance(result, str)]
     parameters = whole([shard for _, shards in results for shard in shards])

@@ -64,14 +64,42 @@ def test_trainings_are_configured_as_written(tmp_path: Path, line: str) -> None:
     assert "Dry run for pretrain" in output
 
 
-@pytest.mark.parametrize("line", blocks("The real run"))
-def test_real_run_is_configured_as_written(tmp_path: Path, line: str) -> None:
-    arguments = words(line)
-    if "--dryrun" not in arguments:
-        arguments.append("--dryrun")
-    output = cli.run(tmp_path, *arguments)
+CONFIGURED = [*blocks("The real run"), *blocks("Ways of upcycling")]
+
+
+@pytest.mark.parametrize("line", [x for x in CONFIGURED if x.startswith("nemo llm pretrain")])
+def test_runs_are_configured_as_written(tmp_path: Path, line: str) -> None:
+    assert "--dryrun" in words(line)
+    output = cli.run(tmp_path, *words(line))
     assert "Dry run for pretrain" in output
-    assert "max_steps=23842" in output
+    assert "max_steps=100," in output if "llama_tiny" in line else "max_steps=23842" in output
+    assert "UpcyclingCallback" in output
+
+
+@pytest.mark.parametrize("line", [x for x in CONFIGURED if x.startswith("nemo-upcycle")])
+def test_plans_are_printed_as_written(tmp_path: Path, line: str) -> None:
+    output = cli.run(tmp_path, *words(line))
+    assert "job reads" in output
+    assert "step 0" in output
+
+
+def test_the_plan_is_the_one_shown(tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text().split("## The real run\n", 1)[1]
+    (shown,) = (b for b in re.findall(r"```\n(.*?)```", section, flags=re.DOTALL) if "stage" in b)
+    output = cli.run(tmp_path, "nemo-upcycle", "plan")
+    printed = [" ".join(line.split()) for line in output.splitlines()]
+    for line in shown.splitlines():
+        if line.strip(" ─"):
+            assert " ".join(line.split()) in printed, line
+
+
+def test_the_initializer_shown_works() -> None:
+    from nemo_upcycle.initializers import make_initializer
+
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (shown,) = (block for block in code if "@register" in block)
+    exec(shown, {})
+    make_initializer("flip(fraction=0.1)")
 
 
 @pytest.mark.slow
