@@ -22,7 +22,6 @@ from nemo_upcycle.branches import split_sources
 from nemo_upcycle.callback import UpcyclingCallback
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.data.gpt_dataset import GPTDataset
-from nemo_upcycle.initializers import make_initializer
 from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.model import (
     UpcycledGPTConfig,
@@ -143,8 +142,8 @@ def pretrain(
         The configuration of `fn`.
 
     Raises:
-        UpcyclingError: The mapping does not fit the ranks or the model, the experts are not as
-            wide as a shard of the dense feed-forward layer, or there is no such initialiser.
+        UpcyclingError: The mapping does not fit the ranks or the model, or the experts are not as
+            wide as a shard of the dense feed-forward layer.
     """
     cpu_only = on_cpu(accelerator)
     upcycling, folding, schedule = recipe.upcycling, recipe.folding, recipe.schedule
@@ -152,7 +151,6 @@ def pretrain(
     arch = recipe.architecture_of(dense_checkpoint)
     # On CPU the launcher decides how many ranks there are; the strategy checks them.
     layout.validate(arch, upcycling, folding, None if cpu_only else recipe.world_size)
-    make_initializer(upcycling.initializer)
     overrides = dict(model_overrides or {})
     layout.validate_expert_width(arch, upcycling, overrides.get("moe_ffn_hidden_size"))
     upcycles = bool(sources) and not from_scratch

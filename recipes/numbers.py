@@ -16,6 +16,7 @@ from nemo_upcycle.branches import split_sources
 from nemo_upcycle.checkpoint import is_checkpoint, open_checkpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.initializers import make_initializer
 from nemo_upcycle.mapping import Architecture, family_of
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -141,9 +142,11 @@ def with_arguments(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
             `expansion_rate`. A `num_moe_experts` of None is expansion_rate · granularity.
 
     Raises:
-        UpcyclingError: A value is out of range or contradicts another.
+        UpcyclingError: A value is out of range or contradicts another, or there is no such
+            initialiser.
     """
     upcycling = _fields_of(UpcyclingConfig, values)
+    make_initializer(upcycling.get("initializer", recipe.upcycling.initializer))
     if recipe.upcycling.num_moe_experts is not None:
         upcycling["num_moe_experts"] = _experts(recipe.upcycling, values)
     return replace(

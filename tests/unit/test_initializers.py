@@ -177,6 +177,20 @@ def test_random_is_megatrons_initialisation(dense: Path) -> None:
         assert float(parts["down"].std()) == pytest.approx(expected / (2 * LAYERS) ** 0.5, rel=0.02)
 
 
+@pytest.mark.parametrize("initializer", ["noise(fraction=1)", "random", "drop(ratio=1)"])
+def test_all_draws_are_independent(dense: Path, tensors: Weights, initializer: str) -> None:
+    """No two of layers, experts, parts and neurons have correlated draws."""
+    rows = []
+    for (layer, _), parts in initialized(dense, initializer).items():
+        for kind, values in neurons_of(tensors, layer).items():
+            drawn = parts[kind] - values if initializer.startswith("noise") else parts[kind]
+            rows.append(drawn[:20] / drawn.std())
+    correlations = torch.corrcoef(torch.cat(rows))
+    largest = float((correlations - torch.eye(len(correlations))).abs().max())
+    # Of 480 rows of 64 values: 115,000 pairs with a standard deviation of 1/8.
+    assert largest < 0.75
+
+
 def test_hybrid_gives_each_copy_its_own(dense: Path, tensors: Weights) -> None:
     experts = initialized(dense, "hybrid(copy, random(std=2.0))")
     for (layer, expert), parts in experts.items():
