@@ -46,17 +46,30 @@ INEXACT: dict[str, dict[str, Any]] = {
     "drop": {"initializer": "drop"},
     "random": {"initializer": "random"},
 }
-RANKS = [(1, ParallelFolding()), (4, FOLDED)]
+FOLDINGS_OF_EACH_KIND = [
+    "EP2",
+    "ETP2",
+    "TP2-EP2-ETP1",
+    "CP2-ETP2",
+    "PP2-first1",
+    "PP2-VPP2",
+    "EP2-ETP2",
+    "TP4-EP2-ETP2",
+    "TP2-DP2-EP4-ETP1",
+    "TP2-DP2-ETP4",
+    "PP4",
+    "PP2-ETP2",
+    "PP2-CP2-EP2",
+    "PP2-VPP2-TP2-EP2-ETP1",
+]
+"""The initialisers one by one run over all of them, in `test_weights.py`."""
 
 
-@pytest.mark.parametrize(("world_size", "folding"), RANKS, ids=["1", "4"])
 @pytest.mark.parametrize("name", EXACT)
-def test_exact_choices(
-    ranks: RankPool, dense: Path, name: str, world_size: int, folding: ParallelFolding
-) -> None:
+def test_exact_choices(ranks: RankPool, dense: Path, name: str) -> None:
     upcycling = UpcyclingConfig(**EXACT[name])
     assert upcycling.exactness().exact or name.startswith("softmax first")
-    assert difference(ranks, dense, world_size, folding, upcycling) <= TOLERANCE
+    assert difference(ranks, dense, 4, FOLDED, upcycling) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", INEXACT)
@@ -103,7 +116,7 @@ def everything(
     return whole(shard for result in results for shard in result)
 
 
-@pytest.mark.parametrize("name", [n for n, s in FOLDINGS.items() if s.dense == "4 layers"])
+@pytest.mark.parametrize("name", FOLDINGS_OF_EACH_KIND)
 def test_weights_are_bit_identical_on_any_folding(
     ranks: RankPool, dense: Path, one_rank: Any, name: str
 ) -> None:

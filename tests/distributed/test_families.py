@@ -10,19 +10,14 @@ from tests.distributed.pool import RankPool
 from tests.distributed.test_step0 import FOLDED, TOLERANCE, dense_logits, difference
 from tests.tiny import FAMILIES, tokens, write_dense
 
-RANKS = [(1, ParallelFolding()), (4, FOLDED)]
-
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dense(tmp_path_factory.mktemp("dense"), request.param)
 
 
-@pytest.mark.parametrize(("world_size", "folding"), RANKS, ids=["1", "4"])
-def test_logits_equal_transformers(
-    ranks: RankPool, dense: Path, world_size: int, folding: ParallelFolding
-) -> None:
-    assert difference(ranks, dense, world_size, folding) <= TOLERANCE
+def test_logits_equal_transformers(ranks: RankPool, dense: Path) -> None:
+    assert difference(ranks, dense, 4, FOLDED) <= TOLERANCE
 
 
 def test_the_dense_control_equals_transformers(ranks: RankPool, dense: Path) -> None:
