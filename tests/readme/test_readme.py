@@ -85,7 +85,8 @@ def test_plans_are_printed_as_written(tmp_path: Path, line: str) -> None:
 
 def test_the_plan_is_the_one_shown(tmp_path: Path) -> None:
     section = (ROOT / "README.md").read_text().split("## The real run\n", 1)[1]
-    (shown,) = (b for b in re.findall(r"```\n(.*?)```", section, flags=re.DOTALL) if "stage" in b)
+    code = re.findall(r"```\w*\n(.*?)```", section, flags=re.DOTALL)
+    (shown,) = (block for block in code if block.startswith(" stage"))
     output = cli.run(tmp_path, "nemo-upcycle", "plan")
     printed = [" ".join(line.split()) for line in output.splitlines()]
     for line in shown.splitlines():
@@ -93,9 +94,10 @@ def test_the_plan_is_the_one_shown(tmp_path: Path) -> None:
             assert " ".join(line.split()) in printed, line
 
 
-def test_the_initializer_shown_works() -> None:
-    from nemo_upcycle.initializers import make_initializer
+def test_the_initializer_shown_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_upcycle.initializers import make_initializer, registry
 
+    monkeypatch.setattr(registry, "_makers", dict(registry._makers))
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     (shown,) = (block for block in code if "@register" in block)
     exec(shown, {})
