@@ -19,8 +19,11 @@ from nemo_upcycle.dtypes import TORCH_DTYPES
 from nemo_upcycle.initializers import Initializer, Neurons, make_initializer
 from nemo_upcycle.mapping import Architecture, Family, Rows
 from nemo_upcycle.owned import OwnedShard
-from nemo_upcycle.plan import CHUNK_BYTES, Block, chunk_rows, expert_of, layer_of
+from nemo_upcycle.plan import expert_of, layer_of
 from nemo_upcycle.reading import thread_count
+
+BLOCK_BYTES = 2**20
+"""Neurons come to an initialiser in blocks: at most this of gate, of up and of down, in fp32."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def initialize_experts(
         return 0
     statistics = _Statistics(checkpoint, family, arch)
     work = _Work(make_initializer(upcycling.initializer), scales, arch, upcycling, statistics)
-    step = max(1, CHUNK_BYTES // (4 * arch.hidden_size))
+    step = max(1, BLOCK_BYTES // (4 * arch.hidden_size))
     blocks = [
         (expert, range(first, min(first + step, count)))
         for expert in experts
@@ -172,9 +175,9 @@ class _Statistics:
         tensors = self._checkpoint.tensors
         info = tensors[rows.tensor]
         stop = info.shape[0] if rows.stop is None else rows.stop
-        block = Block(rows.tensor, (rows.start, stop), None)
+        step = max(1, BLOCK_BYTES // (4 * info.width))
         sums, squares = [], []
-        for first in range(rows.start, stop, step := chunk_rows(block, tensors)):
+        for first in range(rows.start, stop, step):
             span = first, min(first + step, stop)
             dtype = TORCH_DTYPES[info.dtype]
             buffer = torch.empty((span[1] - span[0], info.width), dtype=dtype)

@@ -329,19 +329,22 @@ def peak_bytes(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: str) -> int
         dtype: The parameters' dtype, by safetensors' name.
 
     Returns:
-        Bytes of the buffers, each as large as the largest chunk, and of one chunk in the
-        parameters' dtype where it is not the checkpoint's and the chunk goes to several places.
+        Bytes of the buffers, each as large as the largest chunk, of what an average takes, and of
+        one chunk in the parameters' dtype where it is not the checkpoint's and the chunk goes to
+        several places. An initialiser works afterwards, on less at a time: see `initializing.py`.
     """
-    largest = converted = chunks = 0
+    largest = converted = averaged = chunks = 0
     for block, targets in plan.copies.items():
         rows, row_bytes = chunk_rows(block, tensors), _row_bytes(block, tensors)
         chunks += math.ceil((block.rows[1] - block.rows[0]) / rows)
         largest = max(largest, rows * row_bytes)
         source = tensors[block.tensor].dtype
+        values = rows * row_bytes // DTYPE_BYTES[source]
         if source != dtype and len(targets) > 1:
-            values = rows * row_bytes // DTYPE_BYTES[source]
             converted = max(converted, values * DTYPE_BYTES[dtype])
-    return min(BUFFERS, chunks) * largest + converted
+        if tensors[block.tensor].sources > 1:  # two chunks more, and two in fp32
+            averaged = max(averaged, 2 * rows * row_bytes + 2 * values * DTYPE_BYTES["F32"])
+    return min(BUFFERS, chunks) * (largest + averaged) + converted
 
 
 def _row_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:

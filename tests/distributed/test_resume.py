@@ -153,6 +153,7 @@ def test_the_dense_weights_may_be_gone(runs: Runs, resumable: Path) -> None:
         ({"moe_router_topk": 4}, "moe_router_topk=2; now moe_router_topk=4"),
         ({"moe_router_pre_softmax": True}, "moe_router_pre_softmax=False; now"),
         ({"seed": 7}, "seed=1234; now seed=7"),
+        ({"initializer": "drop"}, "initializer=copy; now initializer=drop"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -221,7 +221,7 @@ def test_values_do_not_depend_on_the_size_of_blocks(
     dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = initialized(dense, "drop")
-    monkeypatch.setattr("nemo_upcycle.initializing.CHUNK_BYTES", 4 * HIDDEN * 7)
+    monkeypatch.setattr("nemo_upcycle.initializing.BLOCK_BYTES", 4 * HIDDEN * 7)
     for place, expected in initialized(dense, "drop").items():
         for kind, values in expected.items():
             assert torch.equal(whole[place][kind], values)
