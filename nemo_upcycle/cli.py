@@ -183,6 +183,34 @@ def plan(
     _print_plan(job, recipe, rank, as_json=json)
 
 
+@app.command()
+@one_line_errors
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="NeMo 2 or Megatron-LM checkpoint of an upcycled model.")
+    ],
+    directory: Annotated[Path, typer.Argument(help="Directory to make.")],
+) -> None:
+    """Write a trained MoE as a Hugging Face directory, as `transformers` loads it.
+
+    Reads checkpoints saved under any mapping, tensor by tensor, without building a model.
+    Mixtral where that computes the same; Qwen2-MoE for softmax before top-k, biases, dense layers
+    or a shared expert; Qwen3-MoE for norms of queries and keys; an error where none does.
+
+    \b
+    Example:
+      nemo-upcycle export demo/e8t2/checkpoints/*-last demo/e8t2_hf
+    """
+    from nemo_upcycle.export import export
+
+    with _progress(directory.name) as progress:
+        plan = export(checkpoint, directory, progress)
+    typer.echo(
+        f"{directory}: {plan.family.class_name}, {len(plan.outputs)} tensors, "
+        f"{plan.bytes / 2**20:,.1f} MiB"
+    )
+
+
 def _print_plan(job: "JobPlan", recipe: str, rank: int | None, as_json: bool) -> None:
     import json
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -9,9 +10,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
 from nemo.collections.llm.fn.activation import squared_relu
 from nemo.collections.llm.gpt.model.base import GPTModel, default_layer_spec
 from nemo.collections.llm.gpt.model.llama import LlamaConfig, apply_rope_scaling
+from nemo.lightning import io
 
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.export import export
 from nemo_upcycle.layers import megatron_layer_freq
 from nemo_upcycle.mapping import Architecture
 
@@ -95,6 +98,16 @@ def _reduce_experts_over_their_own_group(model: MCoreGPTModel) -> None:
 
 class UpcycledGPTModel(GPTModel):
     """A dense model with experts, trained by NeMo. See `UpcycledGPTConfig`."""
+
+
+@io.model_exporter(UpcycledGPTModel, "hf")
+class HuggingFaceExporter(io.ModelConnector):
+    """What `llm.export_ckpt(…, target="hf")` calls; see `nemo_upcycle.export`."""
+
+    def apply(self, output_path: Path) -> Path:
+        """Write the checkpoint as a Hugging Face directory."""
+        export(str(self), output_path)
+        return output_path
 
 
 # The names in checkpoints' contexts from before there were other families than Llama.

@@ -1,15 +1,15 @@
 """The tokenizer of a dense checkpoint."""
 
+import atexit
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
 from nemo_upcycle.checkpoint.megatron import find_layout
+from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, copy_tokenizer, find_tokenizer
 from nemo_upcycle.errors import UpcyclingError
-
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-CONTEXT = ("tokenizer", "nemo_tokenizer")
-"""Where NeMo 2 keeps it in `context/`: as training and as importing a model save it."""
 
 if TYPE_CHECKING:
     from nemo.collections.common.tokenizers import AutoTokenizer
@@ -28,20 +28,26 @@ def checkpoint_tokenizer(source: str) -> "AutoTokenizer":
         UpcyclingError: There is no such directory, or no tokenizer in it.
     """
     directory = resolve_directory(source)
-    places = _places(directory)
-    found = [place for place in places if any((place / name).is_file() for name in FILES)]
-    if not found:
+    layout = None if (directory / "config.json").is_file() else find_layout(directory)
+    found = find_tokenizer(directory, layout.context if layout else None)
+    if found is None:
         raise UpcyclingError(
-            f"{directory} holds no tokenizer; expected one of {', '.join(FILES)}. "
+            f"{directory} holds no tokenizer; expected one of {', '.join(NEEDED)}. "
             "Put the model's tokenizer there, or name its directory: tokenizer=DIR."
         )
     from nemo.collections.common.tokenizers import AutoTokenizer
 
-    return AutoTokenizer(str(found[0]))
+    return AutoTokenizer(str(_alone(found)))
 
 
-def _places(directory: Path) -> list[Path]:
-    layout = None if (directory / "config.json").is_file() else find_layout(directory)
-    if layout is None or layout.context is None:
-        return [directory]
-    return [directory, *(layout.context / name for name in CONTEXT)]
+def _alone(directory: Path) -> Path:
+    """Return a directory with the tokenizer's files alone, which lives as long as the process.
+
+    NeMo copies the whole directory of a tokenizer into every checkpoint's context: beside weights,
+    these too.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="nemo-upcycle-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    (scratch / "tokenizer").mkdir()
+    copy_tokenizer(directory, scratch / "tokenizer")
+    return scratch / "tokenizer"

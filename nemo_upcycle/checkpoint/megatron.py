@@ -85,20 +85,25 @@ def _latest(directory: Path) -> Path:
 
 
 class MegatronCheckpoint(DenseCheckpoint):
-    """A dense checkpoint in Megatron-Core's distributed format, with Megatron's names.
+    """A checkpoint in Megatron-Core's distributed format, with Megatron's names.
 
-    Layers that are stacked in one tensor appear one by one, and the vocabulary without the rows
-    that pad it.
+    Layers and experts that are stacked in one tensor appear one by one, and the vocabulary without
+    the rows that pad it.
 
     Args:
         source: A NeMo 2 checkpoint or its `weights`; Megatron-LM's `iter_…` or the directory that
             these are in.
+        experts: Whether it may be an MoE's.
+
+    Attributes:
+        context: NeMo 2's directory of config and tokenizer, None for Megatron-LM.
 
     Raises:
-        UpcyclingError: It is unfinished, incomplete, damaged, of another format, or an MoE's.
+        UpcyclingError: It is unfinished, incomplete, damaged, of another format, or an MoE's and
+            may not be.
     """
 
-    def __init__(self, source: str | Path) -> None:
+    def __init__(self, source: str | Path, experts: bool = False) -> None:
         super().__init__()
         layout = find_layout(resolve_directory(source))
         if layout is None:
@@ -111,7 +116,8 @@ class MegatronCheckpoint(DenseCheckpoint):
             config = read_args(self.directory / "common.pt")
         else:
             config = read_model_yaml(layout.context / "model.yaml")
-        self._stored = read_metadata(self.directory)
+        self.context = layout.context
+        self._stored = read_metadata(self.directory, experts)
         self.config = self._with_vocabulary(config)
         self._pieces: dict[str, list[Piece]] = {}
 
@@ -132,18 +138,19 @@ class MegatronCheckpoint(DenseCheckpoint):
             self._pieces[name] = [self._piece(stored, *chunk) for chunk in stored.chunks]
         return self._pieces[name]
 
-    def _piece(self, stored: StoredTensor, chunk: Chunk, layer: int) -> Piece:
+    def _piece(self, stored: StoredTensor, chunk: Chunk, index: int) -> Piece:
         stacked = len(chunk.sizes) - len(stored.info.shape)
         spans = [
             (offset, offset + size)
             for offset, size in zip(chunk.offsets[stacked:], chunk.sizes[stacked:], strict=True)
         ]
         rows, columns = (*spans, (0, 1), (0, 1))[:2]
-        find = partial(self._find, chunk, layer, stored.info.dtype)
+        skipped = index * math.prod(chunk.sizes[stacked:])
+        find = partial(self._find, chunk, skipped, stored.info.dtype)
         return _LazyPiece(chunk.file, rows, columns, find)
 
-    def _find(self, chunk: Chunk, layer: int, dtype: str) -> int:
-        """Return the byte in its file where a layer of a chunk starts."""
+    def _find(self, chunk: Chunk, skipped: int, dtype: str) -> int:
+        """Return the byte in its file where an element of a chunk is."""
         where = f"{self.directory / chunk.file} from byte {chunk.start} on"
         try:
             descriptor = self._open(chunk.file)
@@ -156,8 +163,7 @@ class MegatronCheckpoint(DenseCheckpoint):
                 f"{list(chunk.sizes)} in {dtype}. The files are not of one checkpoint; copy it "
                 "again."
             )
-        layer_bytes = math.prod(chunk.sizes[1:]) * DTYPE_BYTES[dtype]
-        return chunk.start + found.start + layer * layer_bytes
+        return chunk.start + found.start + skipped * DTYPE_BYTES[dtype]
 
     def _with_vocabulary(self, config: dict[str, Any]) -> dict[str, Any]:
         """Take the stored rows where the size is not recorded: padding is then not known."""

@@ -4,6 +4,7 @@ The file is a pickle of `torch.distributed.checkpoint.metadata.Metadata`. It is 
 every tensor's parts must cover it exactly once and lie inside files of the directory.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,8 @@ _DTYPES = {
 _PREFIX = re.compile(r"^(module\.|model\.)+")
 _NO_WEIGHT = re.compile(r"^(chained_\d+\.)?optimizer\.|\._extra_state|^rng_state")
 _EXPERTS = re.compile(r"\.mlp\.(experts|shared_experts|router)\.")
-_STACKED = re.compile(r"^decoder\.layers\.(?!\d)")
+_STACKED = re.compile(r"^(decoder\.layers\.)(?!\d)")
+_STACKED_EXPERTS = re.compile(r"(\.mlp\.experts\.)experts\.")
 # Norms where they are modules of their own, and where Transformer Engine fuses them.
 _ALIASES = {
     ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
@@ -53,28 +55,30 @@ class Chunk:
 
 @dataclass
 class StoredTensor:
-    """A tensor of one layer (or of none).
+    """A tensor of one layer (or of none), of one expert (or of none).
 
     Attributes:
         info: Its shape and dtype.
-        chunks: Its parts, and which layer of each part it is (0 where layers are not stacked).
+        chunks: Its parts, and which matrix of each part it is (0 where none are stacked).
     """
 
     info: TensorInfo
     chunks: list[tuple[Chunk, int]] = field(default_factory=list)
 
 
-def read_metadata(directory: Path) -> dict[str, StoredTensor]:
-    """Return where the model's tensors lie, one a layer, by Megatron's names.
+def read_metadata(directory: Path, experts: bool = False) -> dict[str, StoredTensor]:
+    """Return where the model's tensors lie, one a layer and expert, by Megatron's names.
 
     Args:
         directory: Directory of `.metadata`.
+        experts: Whether it may be an MoE's.
 
     Returns:
-        The tensors of the model by name, layers filled in; nothing of the optimizer.
+        The tensors of the model by name, layers and experts filled in; nothing of the optimizer.
 
     Raises:
-        UpcyclingError: `.metadata` is damaged, the files are not what it says, or it is an MoE's.
+        UpcyclingError: `.metadata` is damaged, the files are not what it says, or it is an MoE's
+            and may not be.
     """
     path = directory / ".metadata"
     try:
@@ -84,11 +88,12 @@ def read_metadata(directory: Path) -> dict[str, StoredTensor]:
     try:
         entries = _weights(metadata.state["state_dict_metadata"])
         places = _places(metadata.state["storage_data"])
-        _check_dense(directory, entries)
+        if not experts:
+            _check_dense(directory, entries)
         tensors: dict[str, StoredTensor] = {}
         for key, entry in entries.items():
             chunks = _chunks(key, entry, places)
-            for name, tensor in _by_layer(key, entry, chunks).items():
+            for name, tensor in _unstacked(key, entry, chunks).items():
                 if tensors.setdefault(name, tensor) is not tensor:
                     raise ValueError(f"{name} is there twice")
         _check_files(directory, tensors)
@@ -181,26 +186,27 @@ def _overlap(one: Chunk, other: Chunk) -> bool:
     return all(a < b + size_b and b < a + size_a for a, size_a, b, size_b in places)
 
 
-def _by_layer(
+def _unstacked(
     key: str, entry: Mapping[str, Any], chunks: Sequence[Chunk]
 ) -> dict[str, StoredTensor]:
-    """Present a stored tensor as one a layer, if all layers are stacked in it."""
+    """Present a stored tensor as one a layer and expert, if these are stacked in it."""
     dtype = entry["properties"].state[0].path
     dtype = _DTYPES.get(dtype, dtype.removeprefix("torch."))
     key = _PREFIX.sub("", key)
     for name, fused in _ALIASES.items():
         key = key.replace(name, fused)
-    stacked = bool(_STACKED.match(key))
-    info = TensorInfo(tuple(entry["size"])[stacked:], dtype)
+    stacked = [pattern for pattern in (_STACKED, _STACKED_EXPERTS) if pattern.search(key)]
+    info = TensorInfo(tuple(entry["size"])[len(stacked) :], dtype)
     tensors: dict[str, StoredTensor] = {}
     for chunk in chunks:
         if math.prod(chunk.sizes) * DTYPE_BYTES.get(dtype, 1) > chunk.length:
             raise ValueError(f"{chunk.length} bytes of {key} are too few for {list(chunk.sizes)}")
-        for layer in range(chunk.sizes[0] if stacked else 1):
+        counts = chunk.sizes[: len(stacked)]
+        for index, place in enumerate(itertools.product(*map(range, counts))):
             name = key
-            if stacked:
-                name = _STACKED.sub(f"decoder.layers.{chunk.offsets[0] + layer}.", key)
-            tensors.setdefault(name, StoredTensor(info)).chunks.append((chunk, layer))
+            for pattern, number, offset in zip(stacked, place, chunk.offsets, strict=False):
+                name = pattern.sub(rf"\g<1>{offset + number}.", name)
+            tensors.setdefault(name, StoredTensor(info)).chunks.append((chunk, index))
     return tensors
 
 

@@ -1,6 +1,7 @@
 """Dense Llamas in Megatron's own names: NeMo 2 and Megatron-LM checkpoints."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
@@ -102,6 +103,46 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
             f"{arch.num_query_groups} query groups; expected the second to divide the first."
         )
     return arch
+
+
+def moe_architecture(config: Mapping[str, Any]) -> Architecture:
+    """Read the numbers of an upcycled model: a Llama but for what other families have.
+
+    Raises:
+        UpcyclingError: A number is missing, or the model is of none of these families.
+    """
+    window = config.get("window_size")
+    gated = config.get("gated_linear_unit", True)
+    norm = config.get("normalization", "RMSNorm")
+    as_llama = {
+        **config,
+        **{name: _LLAMA[name] for name in _OF_FAMILIES},
+        "num_moe_experts": None,
+        "activation_func": "silu",
+    }
+    return replace(
+        architecture(as_llama),
+        activation="swiglu" if gated else "squared_relu",
+        normalization="RMSNorm" if norm == "RMSNorm" else "LayerNorm1p",
+        add_qkv_bias=bool(config.get("add_qkv_bias")),
+        qk_layernorm=bool(config.get("qk_layernorm")),
+        rotary_percent=_number(config, "rotary_percent", 1.0),
+        seq_len_interpolation_factor=config.get("seq_len_interpolation_factor"),
+        sliding_window=None if window is None else window[0] + 1,
+    )
+
+
+_OF_FAMILIES = (
+    "normalization",
+    "gated_linear_unit",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "layernorm_zero_centered_gamma",
+    "rotary_percent",
+    "seq_len_interpolation_factor",
+    "window_size",
+)
+"""Fields of `_LLAMA` in which the families that can be upcycled differ."""
 
 
 def _check_llama(config: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -183,6 +184,48 @@ def upcycled_and_saved(
 ) -> None:
     """Upcycle and save a distributed checkpoint."""
     _save(upcycled(dense, folding, upcycling), directory)
+
+
+def trained_and_saved(
+    dense: Path,
+    folding: ParallelFolding,
+    upcycling: UpcyclingConfig,
+    directory: Path,
+    ids: torch.Tensor,
+) -> Logits | None:
+    """Upcycle, change all weights as training would, save as NeMo 2 does; return the logits."""
+    chunks = upcycled(dense, folding, upcycling)
+    with torch.no_grad():
+        for own in _owned(chunks):
+            wave = torch.arange(own.data.numel()).view(own.data.shape) + sum(own.shard.offset)
+            own.data.mul_(1 + 0.1 * torch.sin(wave + len(own.shard.name)))
+            if "router" in own.shard.name:  # whose rows are equal in virtual groups
+                own.data.add_(0.05 * torch.cos(wave))
+    _save_as_nemo(chunks, directory)
+    return logits(chunks, ids)
+
+
+def upcycled_and_saved_as_nemo(
+    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig, directory: Path
+) -> None:
+    """Upcycle and save as NeMo 2 does."""
+    _save_as_nemo(upcycled(dense, folding, upcycling), directory)
+
+
+def _save_as_nemo(chunks: Chunks, directory: Path) -> None:
+    _save(chunks, directory / "weights")
+    if torch.distributed.get_rank() == 0:
+        config = {
+            name: _listed(value)
+            for name, value in vars(get_model_config(chunks[0])).items()
+            if isinstance(value, bool | int | float | str | list | tuple | None)
+        }
+        (directory / "context").mkdir()
+        (directory / "context" / "model.yaml").write_text(yaml.safe_dump({"config": config}))
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def loaded(

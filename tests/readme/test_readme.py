@@ -76,7 +76,7 @@ def test_runs_are_configured_as_written(tmp_path: Path, line: str) -> None:
     assert "UpcyclingCallback" in output
 
 
-@pytest.mark.parametrize("line", [x for x in CONFIGURED if x.startswith("nemo-upcycle")])
+@pytest.mark.parametrize("line", [x for x in CONFIGURED if x.startswith("nemo-upcycle plan")])
 def test_plans_are_printed_as_written(tmp_path: Path, line: str) -> None:
     output = cli.run(tmp_path, *words(line))
     assert "job reads" in output

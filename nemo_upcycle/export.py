@@ -1,0 +1,325 @@
+"""Write a trained MoE as a Hugging Face directory, tensor by tensor, without building a model.
+
+The mapping is the upcycling's, read the other way: an operation says which rows of which tensors
+make up a parameter of Megatron's, and so where the parameter's rows go. At most one chunk of a
+tensor is in memory.
+"""
+
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.checkpoint import DTYPE_BYTES, MegatronCheckpoint, TensorInfo
+from nemo_upcycle.checkpoint.tokenizer_files import copy_tokenizer, find_tokenizer
+from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.layers import moe_layers
+from nemo_upcycle.mapping.megatron import moe_architecture
+from nemo_upcycle.mapping.moe import MoEFamily, MoEModel, moe_family_of
+from nemo_upcycle.plan import CHUNK_BYTES, expert_of, layer_of
+
+SHARD_BYTES = 5 * 10**9
+"""Bytes of an output file at most, as in transformers."""
+
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows `start` to `start + count` of a parameter of Megatron's."""
+
+    name: str
+    start: int
+    count: int
+
+
+@dataclass
+class Output:
+    """A tensor to write: parts of Megatron's parameters one after another, or zeros.
+
+    Attributes:
+        info: Its shape and dtype.
+        parts: By the first row that each fills.
+        doubled: Whether it is twice what Megatron has.
+    """
+
+    info: TensorInfo
+    parts: dict[int, Part] = field(default_factory=dict)
+    doubled: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return prod(self.info.shape) * DTYPE_BYTES[self.info.dtype]
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is to be written, known before anything is."""
+
+    checkpoint: MegatronCheckpoint
+    model: MoEModel
+    family: MoEFamily
+    outputs: Mapping[str, Output]
+
+    @cached_property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(output.bytes for output in self.outputs.values())
+
+
+def plan_export(source: str | Path) -> Export:
+    """Say how a trained MoE becomes a Hugging Face model; nothing is read but headers.
+
+    Args:
+        source: A NeMo 2 or Megatron-LM checkpoint of an upcycled model, saved under any mapping.
+
+    Raises:
+        UpcyclingError: It is not one, or no architecture of transformers computes it.
+    """
+    checkpoint = MegatronCheckpoint(source, experts=True)
+    model = _model(checkpoint.config)
+    family = moe_family_of(model)
+    return Export(checkpoint, model, family, dict(sorted(_outputs(checkpoint, model, family))))
+
+
+def _model(config: Mapping[str, Any]) -> MoEModel:
+    experts = config.get("num_moe_experts")
+    if not experts:
+        raise UpcyclingError(
+            "The checkpoint is of a dense model; expected an upcycled one. NeMo exports it: "
+            "nemo llm export path=… target=hf output_path=…"
+        )
+    arch = moe_architecture(config)
+    freq = config.get("moe_layer_freq") or 1
+    return MoEModel(
+        arch=arch,
+        num_experts=experts,
+        topk=config.get("moe_router_topk", 2),
+        pre_softmax=bool(config.get("moe_router_pre_softmax")),
+        expert_width=config.get("moe_ffn_hidden_size") or arch.ffn_hidden_size,
+        is_moe=moe_layers(freq, arch.num_layers),
+        has_shared_expert=bool(config.get("moe_shared_expert_intermediate_size")),
+    )
+
+
+def _outputs(
+    checkpoint: MegatronCheckpoint, model: MoEModel, family: MoEFamily
+) -> Iterator[tuple[str, Output]]:
+    outputs: dict[str, Output] = {}
+    unknown = []
+    for name, info in checkpoint.tensors.items():
+        operation = family.parameters.get(_pattern(name))
+        if operation is None:
+            unknown.append(name)
+            continue
+        numbers = {"layer": layer_of(name), "expert": expert_of(name)}
+        width = model.expert_width if numbers["expert"] is not None else model.arch.ffn_hidden_size
+        position = 0
+        for rows in operation.rows(model.arch, (0, width)):
+            count = info.shape[0] if rows.stop is None else rows.stop - rows.start
+            tensor = rows.tensor.format(**numbers)
+            output = outputs.setdefault(
+                tensor, Output(TensorInfo((0, *info.shape[1:]), info.dtype))
+            )
+            output.parts[rows.start] = Part(name, position, count)
+            end = max(output.info.shape[0], rows.start + count)
+            output.info = TensorInfo((end, *info.shape[1:]), info.dtype)
+            output.doubled = family.doubled is not None and tensor.endswith(family.doubled)
+            position += count
+        if position != info.shape[0]:
+            raise UpcyclingError(
+                f"{name} has {info.shape[0]} rows; its config makes {position} of it. "
+                "The checkpoint and its context do not belong together."
+            )
+    if unknown:
+        raise UpcyclingError(
+            f"{family.class_name} has nothing for {len(unknown)} tensors: {listing(unknown)}."
+        )
+    dtype = checkpoint.tensors["decoder.final_layernorm.weight"].dtype
+    for pattern, shape in family.zeros(model).items():
+        for layer in (layer for layer, moe in enumerate(model.is_moe) if moe):
+            outputs[pattern.format(layer=layer)] = Output(TensorInfo(shape, dtype))
+    _check_whole(outputs)
+    yield from outputs.items()
+
+
+def _check_whole(outputs: Mapping[str, Output]) -> None:
+    """Check that every row of every tensor comes from one place."""
+    wrong = []
+    for name, output in outputs.items():
+        position = 0
+        for start, part in sorted(output.parts.items()):
+            position = position + part.count if start == position else -1
+        if output.parts and position != output.info.shape[0]:
+            wrong.append(name)
+    if wrong:
+        raise UpcyclingError(
+            f"The checkpoint does not make up {len(wrong)} tensors: {listing(wrong)}. "
+            "The checkpoint and its context do not belong together."
+        )
+
+
+def _pattern(name: str) -> str:
+    name = re.sub(r"^decoder\.layers\.\d+\.", "decoder.layers.{layer}.", name)
+    return re.sub(r"\.mlp\.experts\.\d+\.", ".mlp.experts.{expert}.", name)
+
+
+# --- Writing -------------------------------------------------------------------------------------
+
+
+def export(
+    source: str | Path,
+    directory: Path,
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Export:
+    """Write a trained MoE as a directory that transformers loads.
+
+    Args:
+        source: A NeMo 2 or Megatron-LM checkpoint of an upcycled model, saved under any mapping.
+        directory: Where to; must not exist. It appears once all is written.
+        progress: Called with bytes written and bytes to write.
+        shard_bytes: Bytes of a file at most.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UpcyclingError: There is nothing to export, no architecture fits, or `directory` exists.
+    """
+    plan = plan_export(source)
+    if directory.exists():
+        raise UpcyclingError(f"{directory} exists; expected a directory to make. Name another.")
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write_tensors(plan, partial, progress or (lambda done, total: None), shard_bytes)
+    config = config_of(plan)
+    _copy_tokenizer(plan.checkpoint, partial, config)
+    _write_json(partial / "config.json", config)
+    partial.rename(directory)
+    return plan
+
+
+def config_of(plan: Export) -> dict[str, Any]:
+    """Return the `config.json` of what is exported."""
+    model, arch = plan.model, plan.model.arch
+    rope: dict[str, Any] | None = None
+    if arch.rope_scaling is not None:
+        rope = {"rope_type": "llama3", **arch.rope_scaling}
+    elif arch.seq_len_interpolation_factor is not None:
+        rope = {"rope_type": "linear", "factor": arch.seq_len_interpolation_factor}
+    return {
+        "architectures": [plan.family.class_name],
+        "model_type": plan.family.model_type,
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_key_value_heads": arch.num_query_groups,
+        "hidden_act": "silu",
+        "max_position_embeddings": arch.max_position_embeddings,
+        "initializer_range": arch.init_method_std,
+        "rms_norm_eps": arch.layernorm_epsilon,
+        "rope_theta": arch.rotary_base,
+        "rope_scaling": rope,
+        "tie_word_embeddings": arch.share_embeddings_and_output_weights,
+        "torch_dtype": _DTYPE_NAMES[plan.outputs["model.norm.weight"].info.dtype],
+        **plan.family.config(model),
+    }
+
+
+def _write_tensors(plan: Export, directory: Path, progress: Progress, shard_bytes: int) -> None:
+    files: list[dict[str, Output]] = [{}]
+    for name, output in plan.outputs.items():
+        if files[-1] and sum(o.bytes for o in files[-1].values()) + output.bytes > shard_bytes:
+            files.append({})
+        files[-1][name] = output
+    names = ["model.safetensors"]
+    if len(files) > 1:
+        names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    done = 0
+    for file, outputs in zip(names, files, strict=True):
+        for written in _write_file(plan, directory / file, outputs):
+            done += written
+            progress(done, plan.bytes)
+    if len(files) > 1:
+        places = {name: file for file, o in zip(names, files, strict=True) for name in o}
+        index = {"metadata": {"total_size": plan.bytes}, "weight_map": places}
+        _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _write_file(plan: Export, path: Path, outputs: Mapping[str, Output]) -> Iterator[int]:
+    """Write a safetensors file: length of the header, header, tensors; yield bytes written."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, output in outputs.items():
+        header[name] = {
+            "dtype": output.info.dtype,
+            "shape": list(output.info.shape),
+            "data_offsets": [position, position + output.bytes],
+        }
+        position += output.bytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        for output in outputs.values():
+            for chunk in _chunks(plan.checkpoint, output):
+                file.write(chunk)
+                yield len(chunk)
+
+
+def _chunks(checkpoint: MegatronCheckpoint, output: Output) -> Iterator[bytes | bytearray]:
+    if not output.parts:
+        yield bytes(output.bytes)
+        return
+    row_bytes = output.bytes // output.info.shape[0]
+    step = max(1, CHUNK_BYTES // row_bytes)
+    for _, part in sorted(output.parts.items()):
+        for first in range(0, part.count, step):
+            rows = part.start + first, part.start + min(first + step, part.count)
+            buffer = bytearray((rows[1] - rows[0]) * row_bytes)
+            checkpoint.read_into(memoryview(buffer), part.name, rows, None)
+            yield _doubled(buffer, output.info.dtype) if output.doubled else buffer
+
+
+def _doubled(raw: bytearray, dtype: str) -> bytes:
+    import torch
+
+    from nemo_upcycle.dtypes import TORCH_DTYPES
+
+    values = torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype]) * 2
+    return values.view(torch.uint8).numpy().tobytes()
+
+
+def _copy_tokenizer(
+    checkpoint: MegatronCheckpoint, directory: Path, config: dict[str, Any]
+) -> None:
+    """Copy the tokenizer's files and say its first and last token in the configs."""
+    tokenizer_directory = find_tokenizer(checkpoint.directory, checkpoint.context)
+    if tokenizer_directory is None:
+        return
+    copy_tokenizer(tokenizer_directory, directory)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    ids = {
+        name: value
+        for name in ("bos_token_id", "eos_token_id")
+        if (value := getattr(tokenizer, name)) is not None
+    }
+    config |= ids
+    _write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,232 @@
+"""Exported models compute in transformers what they compute in Megatron."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from nemo_upcycle.cli import app
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.export import export, plan_export
+from tests.distributed import scenarios
+from tests.distributed.grid import whole
+from tests.distributed.pool import RankPool, nemo_recipe
+from tests.distributed.test_step0 import FOLDED, TOLERANCE, error
+from tests.distributed.test_training import train
+from tests.tiny import LLAMA31_ROPE, tokens, write_dense
+from tests.workspace import make_workspace
+
+IDS = tokens(rows=2, length=48)
+G4 = {"num_moe_experts": 16, "granularity": 4, "moe_router_topk": 8}
+PARTLY = {"moe_layer_freq": (0, 1, 1, 0)}
+KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "plain": ("mixtral", "llama", {}, {}),
+    "granular": ("mixtral", "llama", {}, G4),
+    "Llama 3.1 RoPE": ("mixtral", "llama", {"rope_scaling": LLAMA31_ROPE}, {}),
+    "linear RoPE": ("mixtral", "llama, linear RoPE", {}, {}),
+    "window": ("mixtral", "mistral, window", {}, {}),
+    "tied": ("mixtral", "llama", {"tie_word_embeddings": True}, {}),
+    "head size": ("mixtral", "llama", {"head_dim": 16}, {}),
+    "softmax first": ("qwen2_moe", "llama", {}, {"moe_router_pre_softmax": True}),
+    "partly dense": ("qwen2_moe", "llama", {}, PARTLY),
+    "shared expert": ("qwen2_moe", "llama", {}, {"moe_shared_expert": True}),
+    "biases": ("qwen2_moe", "qwen2", {}, {}),
+    "everything": (
+        "qwen2_moe",
+        "qwen2, tied",
+        {},
+        {**G4, **PARTLY, "moe_shared_expert": True, "moe_router_pre_softmax": True},
+    ),
+    "q and k norm": ("qwen3_moe", "qwen3", {}, {}),
+    "q and k norm, softmax first, partly dense": (
+        "qwen3_moe",
+        "qwen3",
+        {},
+        {**G4, **PARTLY, "moe_router_pre_softmax": True},
+    ),
+}
+
+
+def trained(
+    ranks: RankPool, directory: Path, kind: str, folding: ParallelFolding, world_size: int
+) -> tuple[Path, list[scenarios.Logits | None]]:
+    _, family, config, upcycling = KINDS[kind]
+    dense = write_dense(directory / "dense", family, **config)
+    saved = directory / "saved"
+    outputs = ranks.run(
+        scenarios.trained_and_saved,
+        world_size,
+        dense=dense,
+        folding=folding,
+        upcycling=UpcyclingConfig(**upcycling),
+        directory=saved,
+        ids=IDS,
+    )
+    return saved, outputs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_megatrons(ranks: RankPool, tmp_path: Path, kind: str) -> None:
+    saved, outputs = trained(ranks, tmp_path, kind, FOLDED, 4)
+    exported = tmp_path / "exported"
+    export(saved, exported)
+    assert json.loads((exported / "config.json").read_text())["model_type"] == KINDS[kind][0]
+    assert error(outputs, exported, IDS) <= TOLERANCE
+
+
+def test_the_same_file_from_any_mapping(ranks: RankPool, tmp_path: Path) -> None:
+    files = []
+    for name, world_size, folding in (
+        ("1", 1, ParallelFolding()),
+        ("4", 4, FOLDED),
+        ("ETP", 2, ParallelFolding(expert_tensor_parallel_size=2)),
+    ):
+        dense = write_dense(tmp_path / "dense", "llama")
+        ranks.run(
+            scenarios.upcycled_and_saved_as_nemo,
+            world_size,
+            dense=dense,
+            folding=folding,
+            upcycling=UpcyclingConfig(initializer="noise"),
+            directory=tmp_path / name,
+        )
+        export(tmp_path / name, tmp_path / f"{name}-hf")
+        files.append((tmp_path / f"{name}-hf" / "model.safetensors").read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+def test_swapped_gate_and_up_are_seen(ranks: RankPool, tmp_path: Path) -> None:
+    saved, outputs = trained(ranks, tmp_path, "plain", ParallelFolding(), 1)
+    export(saved, tmp_path / "exported")
+    file = tmp_path / "exported" / "model.safetensors"
+    tensors = load_file(file)
+    swap = {"w1": "w3", "w3": "w1"}
+    swapped = {
+        ".".join(swap.get(word, word) for word in name.split(".")): values
+        for name, values in tensors.items()
+    }
+    save_file(swapped, file, {"format": "pt"})
+    assert error(outputs, tmp_path / "exported", IDS) > 100 * TOLERANCE
+
+
+def test_many_files(ranks: RankPool, tmp_path: Path) -> None:
+    saved, outputs = trained(ranks, tmp_path, "plain", ParallelFolding(), 1)
+    seen: list[tuple[int, int]] = []
+    exported = tmp_path / "exported"
+    plan = export(saved, exported, lambda *at: seen.append(at), shard_bytes=300_000)
+    files = list(exported.glob("model-*.safetensors"))
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
+    assert len(files) > 3
+    assert index["metadata"]["total_size"] == plan.bytes == seen[-1][0] == seen[-1][1]
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    assert error(outputs, exported, IDS) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "upcycling", "message"),
+    [
+        ("nemotron", {}, "squared ReLU"),
+        ("qwen3", {"moe_shared_expert": True}, "with a shared expert"),
+        ("mistral, window", {"moe_router_pre_softmax": True}, "a sliding window"),
+    ],
+)
+def test_what_no_architecture_computes_is_refused(
+    ranks: RankPool, tmp_path: Path, family: str, upcycling: dict[str, Any], message: str
+) -> None:
+    ranks.run(
+        scenarios.upcycled_and_saved_as_nemo,
+        1,
+        dense=write_dense(tmp_path / "dense", family),
+        folding=ParallelFolding(),
+        upcycling=UpcyclingConfig(**upcycling),
+        directory=tmp_path / "saved",
+    )
+    with pytest.raises(UpcyclingError, match=message):
+        export(tmp_path / "saved", tmp_path / "exported")
+    assert not list(tmp_path.glob("exported*"))
+
+
+def test_errors_leave_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    saved, _ = trained(ranks, tmp_path, "plain", ParallelFolding(), 1)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UpcyclingError, match="exists"):
+        export(saved, tmp_path / "there")
+    model = saved / "context" / "model.yaml"
+    model.write_text(
+        model.read_text().replace("moe_ffn_hidden_size: 96", "moe_ffn_hidden_size: 48")
+    )
+    with pytest.raises(UpcyclingError, match="do not belong together"):
+        plan_export(saved)
+    model.write_text(model.read_text().replace("num_moe_experts: 8", "num_moe_experts: null"))
+    with pytest.raises(UpcyclingError, match="of a dense model"):
+        plan_export(saved)
+
+
+def test_what_a_killed_export_left_is_replaced(ranks: RankPool, tmp_path: Path) -> None:
+    saved, _ = trained(ranks, tmp_path, "plain", ParallelFolding(), 1)
+    (tmp_path / "exported.partial").mkdir()
+    (tmp_path / "exported.partial" / "model.safetensors").write_bytes(b"half")
+    export(saved, tmp_path / "exported")
+    assert not (tmp_path / "exported.partial").exists()
+    assert torch.isfinite(
+        load_file(tmp_path / "exported" / "model.safetensors")["lm_head.weight"]
+    ).all()
+
+
+@nemo_recipe
+def exported_by_nemo(checkpoint: Path, directory: Path) -> None:
+    """Export as `llm.export_ckpt` does."""
+    from nemo.collections import llm
+
+    llm.export_ckpt(checkpoint, "hf", directory, overwrite=True)
+
+
+@pytest.mark.parametrize("way", ["command", "NeMo"])
+def test_a_checkpoint_of_a_real_run(
+    ranks: RankPool, run: tuple[Path, Any], tmp_path: Path, way: str
+) -> None:
+    """Trained by NeMo on 2 ranks, with its tokenizer."""
+    (checkpoint,), results = run
+    assert not list(checkpoint.glob("context/*/*.safetensors")), "NeMo copied the dense weights"
+    exported = tmp_path / "exported"
+    if way == "command":
+        result = CliRunner().invoke(app, ["export", str(checkpoint), str(exported)])
+        assert result.exit_code == 0, result.output
+        assert "MixtralForCausalLM" in result.output
+    else:
+        ranks.run(exported_by_nemo, 1, checkpoint=checkpoint, directory=exported)
+    parameters = whole(shard for _, shards in results for shard in shards)
+    tensors = load_file(exported / "model.safetensors")
+    for expert in range(8):
+        name = f"decoder.layers.1.mlp.experts.{expert}.linear_"
+        prefix = f"model.layers.1.block_sparse_moe.experts.{expert}."
+        gate, up = parameters[name + "fc1.weight"].chunk(2)
+        assert torch.equal(tensors[prefix + "w1.weight"], gate)
+        assert torch.equal(tensors[prefix + "w3.weight"], up)
+        assert torch.equal(tensors[prefix + "w2.weight"], parameters[name + "fc2.weight"])
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    inputs = tokenizer("def main():", return_tensors="pt")["input_ids"]
+    generated = model.generate(inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert generated.shape[1] == inputs.shape[1] + 5
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.fixture(scope="module")
+def run(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Any]:
+    """The last checkpoint of a run, and what its ranks ended with."""
+    workspace = make_workspace(tmp_path_factory.mktemp("workspace"))
+    results = ranks.run(
+        train,
+        2,
+        directory=workspace,
+        options={"name": "run", "max_steps": 2, "expert_model_parallel_size": 2},
+        overrides={"trainer.limit_val_batches": 0},
+    )
+    return list((workspace / "run" / "checkpoints").glob("*-last")), results
