@@ -119,18 +119,15 @@ class BranchedCheckpoint(DenseCheckpoint):
 
         from nemo_upcycle.dtypes import TORCH_DTYPES
 
-        total = None
+        mean_dtype = TORCH_DTYPES[self.tensors[own].dtype]
+        count = len(buffer) // mean_dtype.itemsize
+        total = torch.zeros(count)
         for source in self._branches:
-            dtype = source.tensors[own].dtype
-            mine = self.tensors[own].dtype
-            raw = bytearray(
-                len(buffer) * TORCH_DTYPES[dtype].itemsize // TORCH_DTYPES[mine].itemsize
-            )
+            dtype = TORCH_DTYPES[source.tensors[own].dtype]
+            raw = bytearray(count * dtype.itemsize)
             source.read_into(memoryview(raw), own, rows, columns)
-            values = torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype]).float()
-            total = values if total is None else total.add_(values)
-        assert total is not None
-        mean = (total / len(self._branches)).to(TORCH_DTYPES[self.tensors[own].dtype])
+            total += torch.frombuffer(raw, dtype=dtype).float()
+        mean = (total / len(self._branches)).to(mean_dtype)
         buffer[:] = mean.view(torch.uint8).numpy().data
 
     def close(self) -> None:

@@ -6,7 +6,6 @@ tensor is in memory.
 """
 
 import json
-import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.layers import moe_layers
 from nemo_upcycle.mapping.megatron import moe_architecture
 from nemo_upcycle.mapping.moe import MoEFamily, MoEModel, moe_family_of
-from nemo_upcycle.plan import CHUNK_BYTES, expert_of, layer_of
+from nemo_upcycle.plan import CHUNK_BYTES, expert_of, layer_of, pattern_of
 
 SHARD_BYTES = 5 * 10**9
 """Bytes of an output file at most, as in transformers."""
@@ -116,7 +115,7 @@ def _outputs(
     outputs: dict[str, Output] = {}
     unknown = []
     for name, info in checkpoint.tensors.items():
-        operation = family.parameters.get(_pattern(name))
+        operation = family.parameters.get(pattern_of(name))
         if operation is None:
             unknown.append(name)
             continue
@@ -165,11 +164,6 @@ def _check_whole(outputs: Mapping[str, Output]) -> None:
             f"The checkpoint does not make up {len(wrong)} tensors: {listing(wrong)}. "
             "The checkpoint and its context do not belong together."
         )
-
-
-def _pattern(name: str) -> str:
-    name = re.sub(r"^decoder\.layers\.\d+\.", "decoder.layers.{layer}.", name)
-    return re.sub(r"\.mlp\.experts\.\d+\.", ".mlp.experts.{expert}.", name)
 
 
 # --- Writing -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from nemo_upcycle.branches import branch_name
 from nemo_upcycle.checkpoint import DTYPE_BYTES, Span, TensorInfo
+from nemo_upcycle.checkpoint.megatron import VOCABULARY
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.mapping import Architecture, Family, Operation, Rows
@@ -25,7 +26,6 @@ BUFFERS = 4
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 _SHARED_EXPERT = ".mlp.shared_experts."
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class _Builder:
             neurons = self.upcycling.neurons(expert, self.arch.ffn_hidden_size)
         segments = self._segments(operation.rows(self.arch, neurons), shard, layer, expert)
         total = sum(stop - start for _, start, stop in segments)
-        padded = shard.name in _VOCABULARY and shard.global_shape[0] > total
+        padded = shard.name in VOCABULARY and shard.global_shape[0] > total
         if shard.global_shape[0] != total and not padded:
             raise self._mismatch(shard, "rows", shard.global_shape[0], total)
         columns = self._columns(shard, segments[0][0], operation, neurons)
@@ -288,9 +288,16 @@ def dense_name(name: str) -> str:
     Experts are made of the layer's feed-forward network. Its norm is a parameter of its own
     only where an MoE follows; in a dense layer it is fused into linear_fc1.
     """
-    name = _LAYER.sub("decoder.layers.{layer}.", name)
-    name = _EXPERT.sub(".mlp.", name).replace(_SHARED_EXPERT, ".mlp.")
+    name = (
+        pattern_of(name).replace(".mlp.experts.{expert}.", ".mlp.").replace(_SHARED_EXPERT, ".mlp.")
+    )
     return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+
+
+def pattern_of(name: str) -> str:
+    """Return a parameter's name with `{layer}` and `{expert}` left open."""
+    name = _LAYER.sub("decoder.layers.{layer}.", name)
+    return _EXPERT.sub(".mlp.experts.{expert}.", name)
 
 
 def expert_of(name: str) -> int | None:

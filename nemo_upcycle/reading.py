@@ -98,7 +98,8 @@ def copy_blocks(
     """
     chunks = [chunk for block in blocks for chunk in _chunks(block, checkpoint)]
     largest = max((chunk_bytes(chunk, checkpoint) for chunk in chunks), default=0)
-    count = min(BUFFERS if shared else thread_count(), len(chunks))
+    cores = thread_count()
+    count = min(BUFFERS if shared else cores, len(chunks))
     free = deque(_Buffer(largest, device) for _ in range(count))
 
     def read(chunk: Chunk, buffer: _Buffer) -> torch.Tensor:
@@ -113,7 +114,7 @@ def copy_blocks(
 
     error: UpcyclingError | None = None
     running: deque[tuple[Chunk, _Buffer, Future[torch.Tensor]]] = deque()
-    threads = ThreadPoolExecutor(thread_count()) if thread_count() > 1 else _ThisThread()
+    threads = ThreadPoolExecutor(cores) if cores > 1 else _ThisThread()
     with threads:
         waiting = iter(chunks)
         while True:

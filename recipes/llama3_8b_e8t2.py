@@ -11,9 +11,6 @@ from nemo_upcycle_recipes.numbers import LLAMA3_8B_DENSE, LLAMA3_8B_E8T2, with_a
 NAME = LLAMA3_8B_E8T2.name
 DENSE = "meta-llama/Meta-Llama-3-8B"
 
-# Core attention costs little to recompute and saves the most.
-_RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-
 
 @run.cli.factory(target=llm.pretrain, name=NAME)
 @factory.takes_numbers_of(LLAMA3_8B_E8T2)
@@ -72,8 +69,9 @@ def pretrain_recipe(
         from_scratch=from_scratch,
         read_once=read_once,
         model_overrides={
-            **_RECOMPUTE,
-            # Stated by the paper for the early steps, when routing is uneven.
+            # Core attention costs little to recompute and saves the most; the MoE layers are
+            # stated by the paper for the early steps, when routing is uneven.
+            "recompute_granularity": "selective",
             "recompute_modules": ["core_attn", "moe"],
             "moe_grouped_gemm": True,
             "moe_permute_fusion": True,
@@ -129,6 +127,9 @@ def dense_recipe(
         data_paths=data_paths,
         max_steps=max_steps,
         read_once=read_once,
-        model_overrides=_RECOMPUTE,
+        model_overrides={
+            "recompute_granularity": "selective",
+            "recompute_modules": ["core_attn"],
+        },
         fn=fn,
     )
