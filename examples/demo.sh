@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole path on a laptop: real text → tokenizer → dense Llama → 8-expert MoE → comparison.
+# The whole path on a laptop: real text → tokenizer → dense Llama → 8-expert MoE → comparison →
+# Hugging Face → lm-eval.
 #
 #   examples/demo.sh        writes to demo/ in the current directory
 #
@@ -69,7 +70,26 @@ step "8 comparison: loss of both over tokens" "demo/comparison.png" \
   nemo-upcycle compare --dense demo/tb_logs/dense_continued --moe demo/tb_logs/e8t2 \
   --tokens-per-step 4096 --out demo
 
+step "9 out: write the MoE as a Hugging Face checkpoint" "demo/e8t2_hf/config.json" \
+  nemo-upcycle export demo/e8t2/checkpoints/*-step=99-*-last demo/e8t2_hf
+
+step "10 sample: let it go on from a line" "demo/sample.txt" \
+  nemo-upcycle generate demo/e8t2_hf "def __init__(self" --out demo/sample.txt
+
+step "11 task: which line comes next, in text held out" "demo/task/next_line.yaml" \
+  nemo-upcycle data choices demo/data/documentation.jsonl demo/data/sources.jsonl --out demo/task
+
+step "12 score: lm-eval on the MoE on 2 ranks, and on the dense model trained on" "demo/evaluation/scores.md" \
+  nemo-upcycle evaluate demo/e8t2/checkpoints/*-step=99-*-last --ep 2 \
+  --dense demo/dense_continued/checkpoints/*-step=99-*-last \
+  --tasks next_line --include-path demo/task --limit 200 --out demo/evaluation
+
 echo
 cat demo/comparison.md
+echo
+echo "The MoE goes on from a line:"
+sed 's/^/   /' demo/sample.txt
+echo
+cat demo/evaluation/scores.md
 echo
 echo "Picture: demo/comparison.png   ($((SECONDS - STARTED)) s)"

@@ -69,6 +69,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from nemo import lightning as nl
 from nemo.lightning import io
 from torch.overrides import TorchFunctionMode
 
@@ -315,6 +316,17 @@ class CpuMegatronStrategy(MegatronStrategy):
         # NeMo seeds Megatron's RNG tracker only where there is a GPU.
         seed = int(os.environ.get("PL_GLOBAL_SEED", "1234"))
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def trainer(**strategy: Any) -> nl.Trainer:
+    """Make a trainer of one rank on CPU.
+
+    Args:
+        strategy: Arguments of NeMo's Megatron strategy.
+    """
+    return nl.Trainer(
+        devices=1, accelerator=GlooAccelerator(), strategy=CpuMegatronStrategy(**strategy)
+    )
 
 
 # --- Patches ---------------------------------------------------------------------------------

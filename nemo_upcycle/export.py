@@ -18,10 +18,9 @@ from typing import Any
 from nemo_upcycle.checkpoint import DTYPE_BYTES, MegatronCheckpoint, TensorInfo
 from nemo_upcycle.checkpoint.tokenizer_files import copy_tokenizer, find_tokenizer
 from nemo_upcycle.errors import UpcyclingError, listing
-from nemo_upcycle.layers import moe_layers
-from nemo_upcycle.mapping.megatron import moe_architecture
 from nemo_upcycle.mapping.moe import MoEFamily, MoEModel, moe_family_of
 from nemo_upcycle.plan import CHUNK_BYTES, expert_of, layer_of, pattern_of
+from nemo_upcycle.trained import open_trained
 
 SHARD_BYTES = 5 * 10**9
 """Bytes of an output file at most, as in transformers."""
@@ -73,6 +72,13 @@ class Export:
         """Size of all tensors."""
         return sum(output.bytes for output in self.outputs.values())
 
+    @property
+    def capacity_factor(self) -> float | None:
+        """The capacity factor where Megatron may drop tokens, as transformers never does."""
+        factor = self.checkpoint.config.get("moe_expert_capacity_factor")
+        can_drop = factor is not None and factor * self.model.topk < self.model.num_experts
+        return factor if can_drop else None
+
 
 def plan_export(source: str | Path) -> Export:
     """Say how a trained MoE becomes a Hugging Face model; nothing is read but headers.
@@ -83,30 +89,17 @@ def plan_export(source: str | Path) -> Export:
     Raises:
         UpcyclingError: It is not one, or no architecture of transformers computes it.
     """
-    checkpoint = MegatronCheckpoint(source, experts=True)
-    model = _model(checkpoint.config)
-    family = moe_family_of(model)
-    return Export(checkpoint, model, family, dict(sorted(_outputs(checkpoint, model, family))))
-
-
-def _model(config: Mapping[str, Any]) -> MoEModel:
-    experts = config.get("num_moe_experts")
-    if not experts:
+    trained = open_trained(source)
+    checkpoint, model = trained.checkpoint, trained.model
+    if not isinstance(checkpoint, MegatronCheckpoint):
+        raise UpcyclingError(f"{source} is a Hugging Face directory already.")
+    if not any(model.is_moe):
         raise UpcyclingError(
             "The checkpoint is of a dense model; expected an upcycled one. NeMo exports it: "
             "nemo llm export path=… target=hf output_path=…"
         )
-    arch = moe_architecture(config)
-    freq = config.get("moe_layer_freq") or 1
-    return MoEModel(
-        arch=arch,
-        num_experts=experts,
-        topk=config.get("moe_router_topk", 2),
-        pre_softmax=bool(config.get("moe_router_pre_softmax")),
-        expert_width=config.get("moe_ffn_hidden_size") or arch.ffn_hidden_size,
-        is_moe=moe_layers(freq, arch.num_layers),
-        has_shared_expert=bool(config.get("moe_shared_expert_intermediate_size")),
-    )
+    family = moe_family_of(model)
+    return Export(checkpoint, model, family, dict(sorted(_outputs(checkpoint, model, family))))
 
 
 def _outputs(
@@ -143,9 +136,8 @@ def _outputs(
             f"{family.class_name} has nothing for {len(unknown)} tensors: {listing(unknown)}."
         )
     dtype = checkpoint.tensors["decoder.final_layernorm.weight"].dtype
-    for pattern, shape in family.zeros(model).items():
-        for layer in (layer for layer, moe in enumerate(model.is_moe) if moe):
-            outputs[pattern.format(layer=layer)] = Output(TensorInfo(shape, dtype))
+    for name, shape in family.zeros(model).items():
+        outputs[name] = Output(TensorInfo(shape, dtype))
     _check_whole(outputs)
     yield from outputs.items()
 
@@ -233,10 +225,13 @@ def config_of(plan: Export) -> dict[str, Any]:
 
 def _write_tensors(plan: Export, directory: Path, progress: Progress, shard_bytes: int) -> None:
     files: list[dict[str, Output]] = [{}]
+    size = 0
     for name, output in plan.outputs.items():
-        if files[-1] and sum(o.bytes for o in files[-1].values()) + output.bytes > shard_bytes:
+        if files[-1] and size + output.bytes > shard_bytes:
             files.append({})
+            size = 0
         files[-1][name] = output
+        size += output.bytes
     names = ["model.safetensors"]
     if len(files) > 1:
         names = [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]

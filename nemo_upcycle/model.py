@@ -5,18 +5,26 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
 from nemo.collections.llm.fn.activation import squared_relu
 from nemo.collections.llm.gpt.model.base import GPTModel, default_layer_spec
 from nemo.collections.llm.gpt.model.llama import LlamaConfig, apply_rope_scaling
-from nemo.lightning import io
+from nemo.lightning import io, teardown
 
+from nemo_upcycle import cpu
+from nemo_upcycle.checkpoint.tokenizer_files import find_tokenizer
 from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.dtypes import TORCH_DTYPES
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.export import export
 from nemo_upcycle.layers import megatron_layer_freq
+from nemo_upcycle.load import restore
 from nemo_upcycle.mapping import Architecture
+from nemo_upcycle.mapping.moe import MoEModel
+from nemo_upcycle.tokenizer import checkpoint_tokenizer
+from nemo_upcycle.trained import open_trained
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
@@ -97,7 +105,23 @@ def _reduce_experts_over_their_own_group(model: MCoreGPTModel) -> None:
 
 
 class UpcycledGPTModel(GPTModel):
-    """A dense model with experts, trained by NeMo. See `UpcycledGPTConfig`."""
+    """A dense model with experts, trained by NeMo.
+
+    Args:
+        config: What it is; None where its checkpoint says it, as for `llm.import_ckpt`.
+        optim: NeMo's optimizer module.
+        tokenizer: NeMo's tokenizer.
+        model_transform: As in NeMo's GPTModel.
+    """
+
+    def __init__(
+        self,
+        config: UpcycledGPTConfig | None = None,
+        optim: Any = None,
+        tokenizer: Any = None,
+        model_transform: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
+    ) -> None:
+        super().__init__(config, optim, tokenizer, model_transform)
 
 
 @io.model_exporter(UpcycledGPTModel, "hf")
@@ -107,6 +131,35 @@ class HuggingFaceExporter(io.ModelConnector):
     def apply(self, output_path: Path) -> Path:
         """Write the checkpoint as a Hugging Face directory."""
         export(str(self), output_path)
+        return output_path
+
+
+@io.model_importer(UpcycledGPTModel, "hf")
+class HuggingFaceImporter(io.ModelConnector):
+    """What `llm.import_ckpt(model, "hf://DIR")` calls: reads what is exported.
+
+    Of the model that is given the class alone counts; what it is, its directory says.
+    """
+
+    def init(self) -> UpcycledGPTModel:
+        """Make the model that the directory is of; it has no weights yet."""
+        trained = open_trained(str(self))
+        config = trained_config(trained.model, TORCH_DTYPES[trained.dtype])
+        has_tokenizer = find_tokenizer(Path(str(self)), None) is not None
+        return UpcycledGPTModel(
+            config, tokenizer=checkpoint_tokenizer(str(self)) if has_tokenizer else None
+        )
+
+    def apply(self, output_path: Path) -> Path:
+        """Write the directory as a NeMo 2 checkpoint."""
+        trained, model = open_trained(str(self)), self.init()
+        trainer = None
+        if not torch.cuda.is_available():
+            trainer = cpu.trainer(ckpt_save_optimizer=False, always_save_context=True)
+        trainer = self.nemo_setup(model, trainer)
+        restore([model.module], trained)
+        self.nemo_save(output_path, trainer)
+        teardown(trainer, model)
         return output_path
 
 
@@ -159,6 +212,48 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
         "seq_len_interpolation_factor": (arch.seq_len_interpolation_factor, None),
     }
     return found | {name: value for name, (value, usual) in unusual.items() if value != usual}
+
+
+def trained_config(model: MoEModel, dtype: torch.dtype, **fields: Any) -> UpcycledGPTConfig:
+    """Return the config of a trained model, for this machine: a GPU if there is one.
+
+    Args:
+        model: What it is. No token is dropped, as transformers drops none.
+        dtype: The parameters'.
+        fields: Others, such as how it is spread.
+    """
+    arch, length = model.arch, model.arch.max_position_embeddings
+    on_cpu = cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
+    return UpcycledGPTConfig(
+        **architecture_fields(arch),
+        **window_fields(arch, length),
+        **_trained_moe_fields(model),
+        **({} if torch.cuda.is_available() else on_cpu),
+        **fields,
+        seq_length=length,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        make_vocab_size_divisible_by=1,
+        perform_initialization=False,
+    )
+
+
+def _trained_moe_fields(model: MoEModel) -> dict[str, Any]:
+    arch = model.arch
+    if not any(model.is_moe):
+        return {"num_moe_experts": None}
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.topk,
+        "moe_router_pre_softmax": model.pre_softmax,
+        "moe_ffn_hidden_size": model.expert_width,
+        "moe_layer_freq": 1 if all(model.is_moe) else [int(moe) for moe in model.is_moe],
+        "moe_shared_expert_intermediate_size": (
+            arch.ffn_hidden_size if model.has_shared_expert else None
+        ),
+    }
 
 
 def is_llama(arch: Architecture) -> bool:

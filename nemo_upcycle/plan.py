@@ -190,7 +190,7 @@ class _Builder:
         if shard.global_shape[0] != total and not padded:
             raise self._mismatch(shard, "rows", shard.global_shape[0], total)
         columns = self._columns(shard, segments[0][0], operation, neurons)
-        for block, rows in _cut(shard.rows, columns, segments):
+        for block, rows in cut(shard.rows, columns, segments):
             self.copies.setdefault(block, []).append(Target(index, rows))
         padding = max(shard.rows[0], total), shard.rows[1]
         if padding[0] < padding[1]:
@@ -359,7 +359,7 @@ def _row_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
     return columns * DTYPE_BYTES[tensors[block.tensor].dtype]
 
 
-def _cut(
+def cut(
     rows: Span, columns: Span | None, segments: list[tuple[str, int, int]]
 ) -> Iterator[tuple[Block, Span]]:
     """Yield the parts of the segments that lie in a shard, with the shard's rows they fill."""

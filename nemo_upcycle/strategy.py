@@ -49,4 +49,7 @@ class MegatronStrategy(nl.MegatronStrategy):
             UpcyclingError: They contradict each other.
         """
         names = [field.name for field in fields(ParallelFolding)]
-        return ParallelFolding(**{name: getattr(self, name) for name in names})
+        values = {name: getattr(self, name) for name in names}
+        if values["expert_tensor_parallel_size"] is None:  # Megatron takes TP then
+            values["expert_tensor_parallel_size"] = self.tensor_model_parallel_size
+        return ParallelFolding(**values)

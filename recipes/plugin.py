@@ -3,11 +3,11 @@
 import nemo_run as run
 import typer
 from nemo_run.cli.api import Entrypoint
-from nemo_upcycle_recipes import executors, llama3_8b_e8t2, llama_tiny
+from nemo_upcycle_recipes import executors, llama3_8b_e8t2, llama_tiny, upcycled_gpt
 
 from nemo_upcycle.cli import app
 
-__all__ = ["executors", "llama3_8b_e8t2", "llama_tiny"]
+__all__ = ["executors", "llama3_8b_e8t2", "llama_tiny", "upcycled_gpt"]
 
 
 class Commands(Entrypoint):

@@ -24,7 +24,7 @@ class MoEModel:
 
     Attributes:
         arch: The dense model's numbers.
-        num_experts: Experts in an MoE layer.
+        num_experts: Experts in an MoE layer; 0 where no layer is one.
         topk: Experts a token.
         pre_softmax: Softmax before top-k, whose weights then do not sum to 1.
         expert_width: Neurons of an expert.
@@ -50,7 +50,7 @@ class MoEFamily:
         class_name: That of its model.
         parameters: Operation by Megatron parameter, `{layer}` and `{expert}` where they repeat.
         config: What its `config.json` says beside what all say.
-        zeros: Tensors of an MoE layer that Megatron has nothing for, and that must be 0.
+        layer_zeros: Tensors of an MoE layer that Megatron has nothing for, and that must be 0.
         doubled: Ending of tensors that are twice Megatron's.
     """
 
@@ -58,8 +58,16 @@ class MoEFamily:
     class_name: str
     parameters: Mapping[str, Operation]
     config: Callable[[MoEModel], dict[str, Any]]
-    zeros: Callable[[MoEModel], Mapping[str, tuple[int, ...]]] = field(default=lambda model: {})
+    layer_zeros: Callable[[MoEModel], Mapping[str, tuple[int, int]]] = field(
+        default=lambda model: {}
+    )
     doubled: str | None = None
+
+    def zeros(self, model: MoEModel) -> dict[str, tuple[int, int]]:
+        """Return what Megatron has nothing for and must be 0: names and shapes."""
+        layers = [layer for layer, moe in enumerate(model.is_moe) if moe]
+        found = self.layer_zeros(model)
+        return {name.format(layer=n): shape for name, shape in found.items() for n in layers}
 
 
 def _experts(prefix: str, router: str, gate: str, up: str, down: str) -> dict[str, Operation]:
@@ -116,12 +124,12 @@ QWEN3_MOE = MoEFamily(
 )
 
 
-def _inert(model: MoEModel) -> dict[str, tuple[int, ...]]:
+def _inert(model: MoEModel) -> dict[str, tuple[int, int]]:
     """The gate of the shared expert is at 0, which lets half of its output through; where there
     is none, one of a single neuron with weights of 0 adds nothing.
     """
     hidden = model.arch.hidden_size
-    zeros: dict[str, tuple[int, ...]] = {MLP + "shared_expert_gate.weight": (1, hidden)}
+    zeros: dict[str, tuple[int, int]] = {MLP + "shared_expert_gate.weight": (1, hidden)}
     if not model.has_shared_expert:
         zeros |= {
             MLP + "shared_expert.gate_proj.weight": (1, hidden),
@@ -149,7 +157,7 @@ QWEN2_MOE = MoEFamily(
             model.arch.ffn_hidden_size if model.has_shared_expert else 1
         ),
     },
-    zeros=_inert,
+    layer_zeros=_inert,
     doubled="shared_expert.down_proj.weight",
 )
 

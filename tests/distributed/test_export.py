@@ -152,6 +152,25 @@ def test_what_no_architecture_computes_is_refused(
     assert not list(tmp_path.glob("exported*"))
 
 
+def test_routers_that_transformers_has_not_are_refused(ranks: RankPool, tmp_path: Path) -> None:
+    saved, _ = trained(ranks, tmp_path, "plain", ParallelFolding(), 1)
+    assert plan_export(saved).capacity_factor is None
+    model = saved / "context" / "model.yaml"
+    text = model.read_text()
+    for name, usual, value in (
+        ("moe_router_score_function", "softmax", "sigmoid"),
+        ("moe_router_topk_scaling_factor", "null", "2.5"),
+    ):
+        assert f"{name}: {usual}" in text
+        model.write_text(text.replace(f"{name}: {usual}", f"{name}: {value}"))
+        with pytest.raises(UpcyclingError, match=name):
+            plan_export(saved)
+    for factor, said in (("1.0", 1.0), ("4.0", None)):
+        field = "moe_expert_capacity_factor: "
+        model.write_text(text.replace(f"{field}null", field + factor))
+        assert plan_export(saved).capacity_factor == said
+
+
 def test_errors_leave_nothing(ranks: RankPool, tmp_path: Path) -> None:
     saved, _ = trained(ranks, tmp_path, "plain", ParallelFolding(), 1)
     (tmp_path / "there").mkdir()

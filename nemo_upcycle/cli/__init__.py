@@ -1,0 +1,96 @@
+"""The commands of `nemo-upcycle`, which are those of `nemo upcycle` without NeMo's imports.
+
+Everything heavy is imported inside the functions: `--help` and the light commands answer at once.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_upcycle.cli import data, evaluation
+from nemo_upcycle.cli.plan import plan
+from nemo_upcycle.cli.tools import Directory, one_line_errors, progress
+
+app = typer.Typer(
+    name="nemo-upcycle",
+    help="Upcycle dense LLM checkpoints into Mixture-of-Experts models.\n\n"
+    "The training itself is NeMo's: `nemo llm pretrain --factory llama_tiny_e8t2`. "
+    "`nemo-upcycle` and `nemo upcycle` are the same commands; the first starts faster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(data.app, name="data")
+app.command()(plan)
+
+
+def main() -> None:
+    """Run `nemo-upcycle`."""
+    app()
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from nemo_upcycle import __version__
+
+    typer.echo(__version__)
+
+
+@app.command()
+@one_line_errors
+def compare(
+    dense: Annotated[Path, typer.Option(help="TensorBoard logs of the dense run.")],
+    moe: Annotated[Path, typer.Option(help="TensorBoard logs of the upcycled run.")],
+    out: Directory,
+    tokens_per_step: Annotated[
+        int, typer.Option(help="Sequence length · global batch size of both runs.")
+    ],
+) -> None:
+    """Compare the losses of two runs: a table, and a picture over tokens."""
+    from rich.console import Console
+
+    from nemo_upcycle.training.curves import compare_runs, render
+
+    comparison = compare_runs(dense, moe, out, tokens_per_step=tokens_per_step)
+    Console().print(render(comparison))
+    typer.echo(f"{comparison.markdown}\n{comparison.picture}")
+
+
+@app.command()
+@one_line_errors
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="NeMo 2 or Megatron-LM checkpoint of an upcycled model.")
+    ],
+    directory: Annotated[Path, typer.Argument(help="Directory to make.")],
+) -> None:
+    """Write a trained MoE as a Hugging Face directory, as `transformers` loads it.
+
+    Reads checkpoints saved under any mapping, tensor by tensor, without building a model.
+    Mixtral where that computes the same; Qwen2-MoE for softmax before top-k, biases, dense layers
+    or a shared expert; Qwen3-MoE for norms of queries and keys; an error where none does.
+
+    \b
+    Example:
+      nemo-upcycle export demo/e8t2/checkpoints/*-last demo/e8t2_hf
+    """
+    from nemo_upcycle.export import export
+
+    with progress(directory.name) as show:
+        plan = export(checkpoint, directory, show)
+    typer.echo(
+        f"{directory}: {plan.family.class_name}, {len(plan.outputs)} tensors, "
+        f"{plan.bytes / 2**20:,.1f} MiB"
+    )
+    if plan.capacity_factor is not None:
+        typer.echo(
+            f"It was trained with capacity factor {plan.capacity_factor:g}, which may drop tokens; "
+            "transformers drops none."
+        )
+
+
+app.command()(evaluation.evaluate)
+app.command()(evaluation.verify)
+app.command()(evaluation.generate)

@@ -1,0 +1,5 @@
+"""`python -m nemo_upcycle.cli`: what the launcher starts on each rank."""
+
+from nemo_upcycle.cli import main
+
+main()

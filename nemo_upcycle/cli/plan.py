@@ -1,0 +1,85 @@
+"""`nemo-upcycle plan`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nemo_upcycle.cli.tools import one_line_errors
+
+if TYPE_CHECKING:
+    from nemo_upcycle.job import JobPlan
+
+
+@one_line_errors
+def plan(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Arguments of the recipe, as its factory or `nemo llm pretrain` takes them.",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="The recipe.")] = "llama3_8b_e8t2",
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory of the dense checkpoint, or of its config.json alone; without it the "
+            "recipe's own model.",
+            show_default=False,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Show this rank's part.", show_default=False)
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(help="Ranks; without it num_nodes · num_gpus_per_node.", show_default=False),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Show what each rank would own, read and write; nothing is read but headers.
+
+    Needs no GPU, no process group and no weights, whatever the number of ranks.
+
+    \b
+    Examples:
+      nemo-upcycle plan
+      nemo-upcycle plan num_nodes=16 tensor_model_parallel_size=4
+      nemo-upcycle plan --dense /models/Meta-Llama-3-8B --rank 77
+      nemo-upcycle plan --recipe llama_tiny_e8t2 --world-size 4
+      nemo-upcycle plan --json | jq .job.bytes_to_read
+    """
+    from nemo_upcycle_recipes.numbers import override, recipe_named
+
+    from nemo_upcycle.job import dense_of_config, open_dense, plan_job
+
+    chosen = override(recipe_named(recipe), settings or [])
+    if world_size is not None:
+        chosen = chosen.on_ranks(world_size)
+    job = plan_job(
+        open_dense(dense)
+        if dense
+        else dense_of_config(chosen.config, chosen.dense, "the recipe's own config, no weights"),
+        chosen.upcycling,
+        chosen.folding,
+        chosen.num_nodes,
+        chosen.num_gpus_per_node,
+        chosen.precision,
+    )
+    _print_plan(job, recipe, rank, as_json=json)
+
+
+def _print_plan(job: "JobPlan", recipe: str, rank: int | None, as_json: bool) -> None:
+    import json
+
+    from rich.console import Console
+
+    from nemo_upcycle.plan_report import render, render_rank, to_json
+
+    if as_json:
+        typer.echo(json.dumps(to_json(job, recipe, rank)))
+    else:
+        Console(highlight=False).print(
+            render(job, recipe) if rank is None else render_rank(job, recipe, rank)
+        )

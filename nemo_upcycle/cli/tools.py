@@ -1,0 +1,61 @@
+"""What all commands share: errors of one line, progress."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+
+from nemo_upcycle.errors import UpcyclingError
+
+P = ParamSpec("P")
+Directory = Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")]
+Progress = Callable[[int, int], None]
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Make a command end with one line and exit code 1 on bad input, under `nemo` too."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except UpcyclingError as error:
+            typer.secho(f"Error: {error}", err=True, fg=typer.colors.RED)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Progress]:
+    """Show a bar on a terminal, a line now and then in a log."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(label)
+        return
+    with Bar(console=console) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _lines(label: str) -> Progress:
+    started = last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > SECONDS_BETWEEN_LINES and done:
+            last = now
+            left = (now - started) * (total - done) / done
+            typer.echo(f"{label}: {done / total:.0%}, {left:.0f} s left", err=True)
+
+    return show

@@ -1,0 +1,150 @@
+"""Run lm-eval on a checkpoint and keep what it says."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.evaluation.opening import is_first_rank
+from nemo_upcycle.evaluation.scores import Results
+from nemo_upcycle.evaluation.tasks import Request
+
+
+@dataclass(frozen=True)
+class Options:
+    """How tasks are run.
+
+    Attributes:
+        folding: How a model is spread over the ranks.
+        batch_size: Rows at a time, over all ranks.
+        limit: Questions of each task at most; None for all.
+        dtype: The model's; None takes the checkpoint's.
+        max_length: Tokens of a row at most; None takes the model's.
+        tokenizer: Directory of the tokenizer; None takes the checkpoint's.
+        log_samples: Whether to keep every question with its log-likelihoods.
+    """
+
+    folding: ParallelFolding = field(default_factory=ParallelFolding)
+    batch_size: int = 8
+    limit: int | None = None
+    dtype: str | None = None
+    max_length: int | None = None
+    tokenizer: str | None = None
+    log_samples: bool = False
+
+
+def evaluate(source: str | Path, tasks: Mapping[Request, Any], options: Options) -> Results:
+    """Evaluate a checkpoint; every rank must call it.
+
+    Args:
+        source: The checkpoint: NeMo 2, Megatron-LM or Hugging Face.
+        tasks: From `load_tasks`.
+        options: How.
+
+    Returns:
+        lm-eval's results, on rank 0; empty elsewhere.
+
+    Raises:
+        UpcyclingError: The checkpoint cannot be read, or not be spread so.
+    """
+    from lm_eval import simple_evaluate
+
+    from nemo_upcycle.evaluation.lm import NemoUpcycleLM
+
+    folding = options.folding
+    lm = NemoUpcycleLM(
+        str(source),
+        folding.tensor_model_parallel_size,
+        folding.pipeline_model_parallel_size,
+        folding.expert_model_parallel_size,
+        folding.expert_tensor_parallel_size,
+        options.dtype,
+        options.tokenizer,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+    )
+    found = {}
+    for request, manager in tasks.items():
+        results = simple_evaluate(
+            model=lm,
+            tasks=list(request.tasks),
+            num_fewshot=request.num_fewshot,
+            limit=options.limit,
+            task_manager=manager,
+            log_samples=options.log_samples,
+            bootstrap_iters=100_000 if is_first_rank() else 0,
+        )
+        if results is not None and is_first_rank():
+            results["config"]["batch_size"] = options.batch_size
+            found[request] = results
+    return found
+
+
+def read_results(path: Path, wanted: Sequence[Request]) -> Results:
+    """Read lm-eval's results of an earlier run, where they are of the same tasks and examples.
+
+    Raises:
+        UpcyclingError: The file holds none.
+    """
+    try:
+        saved = json.loads(path.read_text())
+        shots = {task: saved["n-shot"].get(task) for task in saved["results"]}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UpcyclingError(
+            f"{path} cannot be read ({error!r}); expected lm-eval's JSON of an earlier run."
+        ) from error
+    found = {
+        request: saved
+        for request in wanted
+        if any(
+            task in shots and request.num_fewshot in (None, shots[task]) for task in request.tasks
+        )
+    }
+    if not found:
+        raise UpcyclingError(
+            f"{path} has results of {', '.join(shots)}; expected the tasks that are run now, with "
+            "as many examples."
+        )
+    return found
+
+
+def write_results(out: Path, name: str, results: Results) -> list[Path]:
+    """Write lm-eval's results of a model: `NAME.json`, or `NAME-5-shot.json` where runs differ.
+
+    Args:
+        out: Directory; made where it is not.
+        name: What to call the model.
+        results: Its results.
+
+    Returns:
+        The files.
+    """
+    from lm_eval.utils import handle_non_serializable
+
+    paths = []
+    for request, found in results.items():
+        several = len(results) > 1 and request.num_fewshot is not None
+        path = out / f"{name}{f'-{request.num_fewshot}-shot' if several else ''}.json"
+        text = json.dumps(found, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        write_text(path, text)
+        paths.append(path)
+    return paths
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all; its directory is made where it is not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.rename(path)
+
+
+def end() -> None:
+    """Leave the process group, where there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

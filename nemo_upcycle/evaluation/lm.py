@@ -1,0 +1,72 @@
+"""The model for lm-eval: importing this module registers `nemo_upcycle`.
+
+`python -m nemo_upcycle.evaluation.lm run --model nemo_upcycle --model_args pretrained=DIR …` is
+lm-eval's own command line with it; `nemo-upcycle evaluate` says the same in fewer words.
+"""
+
+from typing import Any
+
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.evaluation.opening import open_model, open_tokenizer
+
+
+@register_model("nemo_upcycle")
+class NemoUpcycleLM(HFLM):
+    """Any checkpoint on any number of ranks: lm-eval's own model class, over `open_model`.
+
+    Requests, their order and how they are truncated are lm-eval's. All ranks handle all requests;
+    what they share is each batch.
+
+    Args:
+        pretrained: The checkpoint: NeMo 2, Megatron-LM or Hugging Face.
+        tensor_model_parallel_size: TP.
+        pipeline_model_parallel_size: PP.
+        expert_model_parallel_size: EP.
+        expert_tensor_parallel_size: Expert-TP.
+        dtype: `float32`, `bfloat16` or `float16`; None takes the checkpoint's.
+        tokenizer: Directory of the tokenizer; None takes the checkpoint's.
+        options: Others of lm-eval's: batch_size, max_length, add_bos_token, prefix_token_id, …
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        expert_model_parallel_size: int = 1,
+        expert_tensor_parallel_size: int = 1,
+        dtype: str | None = None,
+        tokenizer: str | None = None,
+        **options: Any,
+    ) -> None:
+        folding = ParallelFolding(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            expert_model_parallel_size=expert_model_parallel_size,
+            expert_tensor_parallel_size=expert_tensor_parallel_size,
+        )
+        self.source = str(pretrained)
+        options.pop("device", None)  # each rank has its own
+        super().__init__(
+            pretrained=open_model(pretrained, folding, None if dtype == "auto" else dtype),
+            backend="causal",
+            tokenizer=open_tokenizer(tokenizer or pretrained),
+            **options,
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what lm-eval notes of the model."""
+        return {
+            "model_source": self.source,
+            "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "model_dtype": str(self.model.dtype),
+        }
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

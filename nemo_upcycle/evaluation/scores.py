@@ -1,0 +1,150 @@
+"""Scores side by side: of an MoE, of the dense model, and the paper's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from nemo_upcycle.evaluation.tasks import PAPER, PaperRow, Request
+
+Results = Mapping[Request, Mapping[str, Any]]
+"""lm-eval's results of a model, by what was run."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of the table: a metric of a task.
+
+    Attributes:
+        task: lm-eval's name, indented as in its own table.
+        num_fewshot: Examples before each question.
+        metric: lm-eval's name.
+        values: A value and its standard error, one a model; None where a model has none.
+    """
+
+    task: str
+    num_fewshot: str
+    metric: str
+    values: tuple[tuple[float, float | None] | None, ...]
+
+
+def scores(models: Sequence[Results]) -> list[Score]:
+    """Return the scores of several models, the rows of the first: groups, and tasks in none.
+
+    Args:
+        models: Results of each model.
+    """
+    rows = []
+    for request, results in models[0].items():
+        others = [model.get(request, {}).get("results", {}) for model in models[1:]]
+        for task in _top_level(results):
+            metrics = results["results"][task]
+            shots = results.get("n-shot", {}).get(task, request.num_fewshot)
+            for key in metrics:
+                name, _, kind = key.partition(",")
+                if not kind or name.endswith("_stderr"):
+                    continue
+                found = [_value(each.get(task, {}), key) for each in (results["results"], *others)]
+                if found[0] is not None:
+                    rows.append(Score(task, _shots(shots), name, tuple(found)))
+    return rows
+
+
+def _top_level(results: Mapping[str, Any]) -> list[str]:
+    inside = {task for tasks in results.get("group_subtasks", {}).values() for task in tasks}
+    return [task for task in results["results"] if task not in inside]
+
+
+def _shots(found: Any) -> str:
+    return "" if found is None or found == {} else str(found)
+
+
+def _value(metrics: Mapping[str, Any], key: str) -> tuple[float, float | None] | None:
+    value = metrics.get(key)
+    if not isinstance(value, int | float):
+        return None
+    name, _, kind = key.partition(",")
+    error = metrics.get(f"{name}_stderr,{kind}")
+    return float(value), float(error) if isinstance(error, int | float) else None
+
+
+def paper_score(results: Results, row: PaperRow) -> float | None:
+    """Return what a model has of a column of the paper's table, in %; None if it was not run."""
+    for request, found in results.items():
+        metrics = found.get("results", {}).get(row.task)
+        if metrics and row.task in request.tasks and request.num_fewshot == row.num_fewshot:
+            for key, value in metrics.items():
+                if key.partition(",")[0] == row.metric:
+                    return 100 * float(value)
+    return None
+
+
+def markdown(names: Sequence[str], models: Sequence[Results], paper: bool) -> str:
+    """Write the table, and the paper's beside it.
+
+    Args:
+        names: What to call each model.
+        models: Results of each.
+        paper: Whether to add the paper's table.
+    """
+    blocks = [_lines(_cells(names, models))]
+    if paper:
+        blocks.append(_lines(_paper_cells(names, models)))
+    return "\n\n".join(blocks) + "\n"
+
+
+def render(names: Sequence[str], models: Sequence[Results], paper: bool) -> list[Table]:
+    """Return the same tables for a terminal."""
+    found = [("Scores", _cells(names, models))]
+    if paper:
+        found.append(("Table 3 of arXiv 2412.09952, in %", _paper_cells(names, models)))
+    return [_table(title, cells) for title, cells in found]
+
+
+def _cells(names: Sequence[str], models: Sequence[Results]) -> list[list[str]]:
+    header = ["task", "shots", "metric", *names]
+    if len(models) == 2:
+        header.append("difference")
+    cells = [header]
+    for score in scores(models):
+        row = [score.task, score.num_fewshot, score.metric, *map(_text, score.values)]
+        if len(models) == 2:
+            first, second = score.values
+            row.append(f"{first[0] - second[0]:+.4f}" if first and second else "")
+        cells.append(row)
+    return cells
+
+
+def _text(value: tuple[float, float | None] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value[0]:.4f}" + (f" ± {value[1]:.4f}" if value[1] is not None else "")
+
+
+def _paper_cells(names: Sequence[str], models: Sequence[Results]) -> list[list[str]]:
+    cells = [["", "metric", *names, "Llama 3 8B (paper)", "E8T2 (paper)"]]
+    columns: list[list[float | None]] = [[paper_score(m, row) for row in PAPER] for m in models]
+    columns += [[row.dense for row in PAPER], [row.moe for row in PAPER]]
+    for index, row in enumerate(PAPER):
+        cells.append([row.name, row.metric, *(_percent(column[index]) for column in columns)])
+    means = [sum(c) / len(c) if None not in c else None for c in columns]  # type: ignore[arg-type]
+    return [*cells, ["average", "", *map(_percent, means)]]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _lines(cells: list[list[str]]) -> str:
+    rule = ["---"] * len(cells[0])
+    return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]])
+
+
+def _table(title: str, cells: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in cells[0]:
+        table.add_column(name, justify="left" if name in ("task", "metric", "") else "right")
+    for row in cells[1:]:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,166 @@
+"""lm-eval's tasks, loaded before any model is, so that what is missing is said at once."""
+
+import os
+import socket
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from nemo_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+HUB_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A column of Table 3 of arXiv 2412.09952.
+
+    Attributes:
+        name: Its heading.
+        task: lm-eval's task.
+        metric: The paper's choice: normalised where lm-eval has it.
+        num_fewshot: Examples before the question.
+        dense: Llama 3 8B's score, in %.
+        moe: E8T2's.
+    """
+
+    name: str
+    task: str
+    metric: str
+    num_fewshot: int
+    dense: float
+    moe: float
+
+
+PAPER = (
+    PaperRow("MMLU, 5-shot", "mmlu", "acc", 5, 65.20, 64.00),
+    PaperRow("MMLU, 0-shot", "mmlu", "acc", 0, 62.10, 64.10),
+    # 44.01 is what lm-eval gives Llama 3 8B for mc2; mc1 is near 27.
+    PaperRow("TruthfulQA", "truthfulqa_mc2", "acc", 0, 44.01, 44.22),
+    PaperRow("PIQA", "piqa", "acc_norm", 0, 80.47, 78.62),
+    PaperRow("SciQ", "sciq", "acc_norm", 0, 93.90, 97.00),
+    PaperRow("LogiQA", "logiqa", "acc_norm", 0, 29.80, 30.11),
+    PaperRow("BoolQ", "boolq", "acc", 0, 81.16, 88.23),
+    PaperRow("OBQA", "openbookqa", "acc_norm", 0, 45.00, 44.80),
+)
+"""Source: arXiv 2412.09952, Table 3."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Tasks that are run with the same number of examples.
+
+    Attributes:
+        tasks: Names of lm-eval's, tasks, groups or tags.
+        num_fewshot: Examples before each question; None takes each task's own.
+    """
+
+    tasks: tuple[str, ...]
+    num_fewshot: int | None
+
+
+def requests(tasks: Sequence[str], num_fewshot: int | None, paper: bool) -> list[Request]:
+    """Return what to run: the tasks that are named, and those of the paper's table.
+
+    Raises:
+        UpcyclingError: Nothing is.
+    """
+    found = [Request(tuple(tasks), num_fewshot)] if tasks else []
+    if paper:
+        for shots in sorted({row.num_fewshot for row in PAPER}):
+            names = tuple(row.task for row in PAPER if row.num_fewshot == shots)
+            found.append(Request(names, shots))
+    if not found:
+        raise UpcyclingError(
+            "No task is named; give --tasks piqa,sciq, say, or --paper for the paper's table. "
+            "`lm_eval ls tasks` lists them."
+        )
+    return found
+
+
+def load_tasks(
+    wanted: Sequence[Request], include_path: Path | None = None
+) -> "dict[Request, TaskManager]":
+    """Load tasks with their data sets.
+
+    Args:
+        wanted: What to run.
+        include_path: Directory of tasks of one's own.
+
+    Returns:
+        For each request lm-eval's task manager, which gives these tasks without loading again.
+
+    Raises:
+        UpcyclingError: A task is not known, or its data set is not here and cannot be reached.
+    """
+    if include_path is not None and not include_path.is_dir():
+        raise UpcyclingError(
+            f"{include_path} is no directory; expected one with lm-eval's task YAML files."
+        )
+    _stay_offline_without_a_hub()
+    names = [name for request in wanted for name in request.tasks]
+    index = _index(names, include_path)
+    unknown = [name for name in names if not index.match_tasks([name])]
+    if unknown:
+        raise UpcyclingError(
+            f"lm-eval has no task {', '.join(unknown)}. `lm_eval ls tasks` lists its own; "
+            "--include-path DIR adds the YAML files of a directory."
+        )
+    loaded = {}
+    for request in wanted:
+        manager = loaded[request] = copy(index)
+        try:
+            tasks = index.load(list(request.tasks))
+        except (OSError, ValueError) as error:  # datasets' errors are of these
+            raise _missing(index, request, error) from error
+        manager.load = lambda _, tasks=tasks: tasks
+    return loaded
+
+
+def _index(names: Sequence[str], include_path: Path | None) -> Any:
+    """Look up the tasks of a directory, and lm-eval's own thousands if one is not among them."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if all(own.match_tasks([name]) for name in names):
+            return own
+    return TaskManager(include_path=include_path)
+
+
+def _missing(manager: Any, request: Request, error: Exception) -> UpcyclingError:
+    names = list(request.tasks)
+    data = sorted(
+        {
+            str(entry.cfg["dataset_path"])
+            for name, entry in manager.task_index.items()
+            if name in names and entry.cfg and entry.cfg.get("dataset_path")
+        }
+    )
+    named = f" (of {', '.join(data)})" if data else ""
+    return UpcyclingError(
+        f"A data set of {', '.join(names)}{named} is not on this machine: {error}. On a machine "
+        f'that reaches the Hugging Face hub run: HF_HOME=DIR python -c "from lm_eval.tasks import '
+        f'TaskManager; TaskManager().load({names})". Copy DIR here and set HF_HOME=DIR; or give a '
+        "local task with --include-path."
+    )
+
+
+def _stay_offline_without_a_hub() -> None:
+    """Ask nothing of a hub that cannot be reached: it would be tried for 23 s, for each data set.
+
+    Must run before `datasets` is imported.
+    """
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HF_HUB_OFFLINE")):
+        return
+    hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((hub.hostname or "", hub.port or 443), HUB_TIMEOUT_S).close()
+    except OSError:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

@@ -1,0 +1,20 @@
+"""The model whose checkpoint says what it is: for `nemo llm import model=upcycled_gpt …`."""
+
+import lightning.pytorch as pl
+import nemo_run as run
+
+from nemo_upcycle.model import UpcycledGPTModel
+
+NAME = "upcycled_gpt"
+
+
+@run.cli.factory(name=NAME)
+def model() -> run.Config[pl.LightningModule]:
+    """An upcycled model without a config of its own.
+
+    Examples:
+        CLI usage:
+            $ nemo llm import model=upcycled_gpt source=hf:///models/e8t2_hf \
+                output_path=/models/e8t2_nemo --yes
+    """
+    return run.Config(UpcycledGPTModel)

@@ -1,0 +1,271 @@
+"""lm-eval on a NeMo checkpoint: the same on any ranks as on its export under transformers."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.data.choices import write_choices
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.export import export
+from tests.distributed import scenarios
+from tests.distributed.pool import RankPool, nemo_recipe
+from tests.distributed.test_step0 import FOLDED
+from tests.tiny import tokens
+from tests.workspace import make_workspace
+
+pytest.importorskip("lm_eval")
+
+TASK = "next_line"
+LOGLIKELIHOOD_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Models:
+    """Checkpoints of one model, and a task.
+
+    Attributes:
+        dense: Hugging Face directory with the tokenizer.
+        step0: The MoE right after upcycling, saved by 2 ranks.
+        trained: With all weights changed, saved by 4 ranks.
+        exported: The latter as a Hugging Face directory.
+        task: Directory of the task.
+    """
+
+    dense: Path
+    step0: Path
+    trained: Path
+    exported: Path
+    task: Path
+
+
+@pytest.fixture(scope="module")
+def models(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    root = make_workspace(tmp_path_factory.mktemp("evaluation"))
+    dense, upcycling = root / "dense_hf", UpcyclingConfig(num_moe_experts=4)
+    ranks.run(
+        scenarios.upcycled_and_saved_as_nemo,
+        2,
+        dense=dense,
+        folding=ParallelFolding(expert_model_parallel_size=2),
+        upcycling=upcycling,
+        directory=root / "step0",
+    )
+    ranks.run(
+        scenarios.trained_and_saved,
+        4,
+        dense=dense,
+        folding=FOLDED,
+        upcycling=upcycling,
+        directory=root / "trained",
+        ids=tokens(rows=1, length=16),
+    )
+    export(root / "trained", root / "exported")
+    corpora = [root / "data" / f"{name}.jsonl" for name in ("documentation", "sources")]
+    write_choices(corpora, root / "task", TASK, items=500, held_out=1.0)
+    return Models(dense, root / "step0", root / "trained", root / "exported", root / "task")
+
+
+@nemo_recipe
+def scores(
+    source: Path, tokenizer: Path, task: Path, folding: ParallelFolding, limit: int
+) -> dict[str, Any] | None:
+    """Evaluate as the command does; return lm-eval's results on rank 0."""
+    from nemo_upcycle.evaluation.harness import Options, evaluate
+    from nemo_upcycle.evaluation.tasks import load_tasks, requests
+
+    loaded = load_tasks(requests([TASK], None, False), task)
+    options = Options(folding, 32, limit, tokenizer=str(tokenizer), log_samples=True)
+    return next(iter(evaluate(source, loaded, options).values()), None)
+
+
+def loglikelihoods(results: dict[str, Any]) -> torch.Tensor:
+    samples = sorted(results["samples"][TASK], key=lambda sample: sample["doc_id"])
+    return torch.tensor([[answer[0] for answer in s["filtered_resps"]] for s in samples])
+
+
+def run(
+    ranks: RankPool, models: Models, source: Path, world_size: int, folding: Any, limit: int
+) -> dict[str, Any]:
+    first, *others = ranks.run(
+        scores,
+        world_size,
+        source=source,
+        tokenizer=models.dense,
+        task=models.task,
+        folding=folding,
+        limit=limit,
+    )
+    assert not any(others)
+    return first
+
+
+def check_equal(first: dict[str, Any], others: Sequence[dict[str, Any]], limit: int) -> None:
+    expected = loglikelihoods(first)
+    assert expected.shape == (limit, 4)
+    assert expected.std() > 1, "all choices are alike"
+    for other in others:
+        difference = (loglikelihoods(other) - expected).abs().max()
+        assert difference <= LOGLIKELIHOOD_TOLERANCE
+        for metric in ("acc,none", "acc_norm,none"):
+            assert other["results"][TASK][metric] == first["results"][TASK][metric]
+
+
+ONE = ParallelFolding()
+LIMITS = [40, pytest.param(500, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_any_ranks_and_the_export_agree(ranks: RankPool, models: Models, limit: int) -> None:
+    found = [
+        run(ranks, models, source, world_size, folding, limit)
+        for source, world_size, folding in (
+            (models.exported, 1, ONE),
+            (models.trained, 1, ONE),
+            (models.trained, 4, FOLDED),
+            (models.trained, 4, ParallelFolding(expert_model_parallel_size=2)),
+            (models.exported, 2, ParallelFolding(pipeline_model_parallel_size=2)),
+        )
+    ]
+    check_equal(found[0], found[1:], limit)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_at_step_0_scores_are_the_dense_models(ranks: RankPool, models: Models, limit: int) -> None:
+    dense = run(ranks, models, models.dense, 1, ONE, limit)
+    moe = run(ranks, models, models.step0, 4, FOLDED, limit)
+    spread = run(ranks, models, models.dense, 2, ParallelFolding(tensor_model_parallel_size=2), 40)
+    check_equal(dense, [moe], limit)
+    trained = run(ranks, models, models.trained, 1, ONE, limit)
+    assert (loglikelihoods(trained) - loglikelihoods(dense)).abs().max() > 1
+    assert (loglikelihoods(spread) - loglikelihoods(dense)[:40]).abs().max() <= 1e-4
+
+
+LONG = "def parse(self, text): return [int(word) for word in text.split()]\n" * 40
+REQUESTS: dict[str, list[tuple[Any, ...]]] = {
+    "loglikelihood": [
+        ("import os", "\nimport sys"),
+        ("", "def main"),
+        (LONG, " and then some"),  # truncated on the left
+        ("x = ", "[1, 2, 3]\n" * 20),  # a continuation as long as the model's rows
+    ],
+    "loglikelihood_rolling": [("short",), (LONG,)],
+    "generate_until": [
+        ("def", {"until": ["\n\n"], "max_gen_toks": 24}),
+        ("class Parser(Base):\n    def __init__", {"until": ["\n\n"], "max_gen_toks": 24}),
+        (LONG, {"until": ["zzz"], "max_gen_toks": 8}),  # truncated on the left
+        ("a, b = ", {"until": ["e"], "max_gen_toks": 24}),
+        ("import", {"until": [], "max_gen_toks": 9, "do_sample": False}),
+    ],
+}
+
+
+@nemo_recipe
+def answers(source: Path, tokenizer: Path, folding: ParallelFolding) -> dict[str, list[Any]]:
+    """Answer each kind of request."""
+    from lm_eval.api.instance import Instance
+
+    from nemo_upcycle.evaluation.lm import NemoUpcycleLM
+
+    lm = NemoUpcycleLM(
+        str(source),
+        folding.tensor_model_parallel_size,
+        folding.pipeline_model_parallel_size,
+        folding.expert_model_parallel_size,
+        tokenizer=str(tokenizer),
+        batch_size=4,
+    )
+    return {
+        kind: getattr(lm, kind)([Instance(kind, {}, args, i) for i, args in enumerate(asked)])
+        for kind, asked in REQUESTS.items()
+    }
+
+
+def test_all_kinds_of_requests(ranks: RankPool, models: Models) -> None:
+    """Against lm-eval's own model class over transformers, which says what truncation is."""
+    options = {"tokenizer": models.dense}
+    (expected,) = ranks.run(answers, 1, source=models.exported, folding=ONE, **options)
+    assert len(set(expected["generate_until"])) > 3
+    for found in [
+        *ranks.run(answers, 1, source=models.trained, folding=ONE, **options),
+        *ranks.run(answers, 4, source=models.trained, folding=FOLDED, **options),
+    ]:
+        assert found["generate_until"] == expected["generate_until"]
+        for one, other in zip(found["loglikelihood"], expected["loglikelihood"], strict=True):
+            assert one == (pytest.approx(other[0], abs=1e-3), other[1])
+        assert found["loglikelihood_rolling"] == pytest.approx(
+            expected["loglikelihood_rolling"], abs=1e-2
+        )
+
+
+@nemo_recipe
+def refusal(**arguments: Any) -> str:
+    """Return what is said of a mapping that does not fit."""
+    from nemo_upcycle.evaluation.opening import open_model
+
+    try:
+        open_model(**arguments)
+    except UpcyclingError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("folding", "dtype", "message"),
+    [
+        (ParallelFolding(tensor_model_parallel_size=2), None, "1 ranks do not divide"),
+        (ONE, "int8", "expected one of: float32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    ranks: RankPool, models: Models, folding: ParallelFolding, dtype: str | None, message: str
+) -> None:
+    (said,) = ranks.run(refusal, 1, source=models.trained, folding=folding, dtype=dtype)
+    assert message in said
+
+
+@nemo_recipe
+def logits(source: Path, dtype: str, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a checkpoint."""
+    from nemo_upcycle.evaluation.opening import open_model
+
+    return open_model(source, FOLDED, dtype)(ids).logits
+
+
+def test_bf16(ranks: RankPool, models: Models) -> None:
+    """Two implementations round differently: both are as far from fp32."""
+    from transformers import AutoModelForCausalLM
+
+    ids = tokens(rows=2, length=96, vocab_size=512)
+    found = ranks.run(logits, 4, source=models.trained, dtype="bfloat16", ids=ids)
+    assert all(torch.equal(each, found[0]) for each in found)
+    exact, rounded = (
+        AutoModelForCausalLM.from_pretrained(models.exported, dtype=dtype)(ids).logits.float()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for one, other in ((found[0], rounded), (found[0], exact)):
+        assert (one - other).norm() / other.norm() <= 2e-2
+
+
+def test_results_are_lm_evals(ranks: RankPool, models: Models, tmp_path: Path) -> None:
+    from nemo_upcycle.evaluation.harness import read_results, write_results
+    from nemo_upcycle.evaluation.scores import markdown
+    from nemo_upcycle.evaluation.tasks import requests
+
+    (request,) = requests([TASK], None, False)
+    results = {request: run(ranks, models, models.trained, 1, ONE, 8)}
+    (path,) = write_results(tmp_path, "results", results)
+    saved = json.loads(path.read_text())
+    assert saved["results"][TASK]["acc,none"] == results[request]["results"][TASK]["acc,none"]
+    assert saved["config"]["model_source"] == str(models.trained)
+    again = read_results(path, [request])
+    table = markdown(["checkpoint", "dense"], [results, again], paper=False)
+    assert f"| {TASK} | 0 | acc |" in table
+    assert "+0.0000" in table
+    with pytest.raises(UpcyclingError, match="expected the tasks"):
+        read_results(path, requests(["piqa"], None, False))

@@ -1,0 +1,99 @@
+"""What is exported can be read back: as a NeMo 2 checkpoint, and by any ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_upcycle.checkpoint import MegatronCheckpoint
+from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.export import export
+from nemo_upcycle.trained import open_trained
+from tests.distributed.pool import RankPool, nemo_recipe
+from tests.distributed.test_export import KINDS, trained
+
+WEIGHTS = "model.safetensors"
+
+
+@nemo_recipe
+def import_ckpt(source: Path, output: Path) -> None:
+    """Import as a user does."""
+    from nemo.collections import llm
+
+    from nemo_upcycle.model import UpcycledGPTModel
+
+    llm.import_ckpt(UpcycledGPTModel(), f"hf://{source}", output)
+
+
+def exported(ranks: RankPool, directory: Path, kind: str) -> Path:
+    saved, _ = trained(ranks, directory, kind, ParallelFolding(), 1)
+    export(saved, directory / "hf")
+    return directory / "hf"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_is_the_same(ranks: RankPool, tmp_path: Path, kind: str) -> None:
+    first = exported(ranks, tmp_path, kind)
+    ranks.run(import_ckpt, 1, source=first, output=tmp_path / "nemo")
+    export(tmp_path / "nemo", tmp_path / "again")
+    for name in (WEIGHTS, "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes(), name
+
+
+def test_bf16_stays_bf16(ranks: RankPool, tmp_path: Path) -> None:
+    first = exported(ranks, tmp_path, "shared expert")
+    tensors = {name: values.bfloat16() for name, values in load_file(first / WEIGHTS).items()}
+    save_file(tensors, first / WEIGHTS, {"format": "pt"})
+    ranks.run(import_ckpt, 1, source=first, output=tmp_path / "nemo")
+    stored = MegatronCheckpoint(tmp_path / "nemo", experts=True).tensors
+    assert {info.dtype for info in stored.values()} == {"BF16"}
+    export(tmp_path / "nemo", tmp_path / "again")
+    again = load_file(tmp_path / "again" / WEIGHTS)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+def change(directory: Path, **values: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_what_megatron_does_not_compute_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    first = exported(ranks, tmp_path, "softmax first")
+    tensors = load_file(first / WEIGHTS)
+    gate = "model.layers.1.mlp.shared_expert_gate.weight"
+    save_file(tensors | {gate: tensors[gate] + 1}, first / WEIGHTS, {"format": "pt"})
+    with pytest.raises(UpcyclingError, match="no gate of the shared expert"):
+        open_trained(first)
+    save_file(tensors, first / WEIGHTS, {"format": "pt"})
+    for name, value, message in (
+        ("shared_expert_intermediate_size", 7, "expected the dense layer's width"),
+        ("use_sliding_window", True, "use_sliding_window"),
+        ("model_type", "deepseek_v3", "families that can be read"),
+    ):
+        original = json.loads((first / "config.json").read_text())[name]
+        change(first, **{name: value})
+        with pytest.raises(UpcyclingError, match=message):
+            open_trained(first)
+        change(first, **{name: original})
+
+
+@pytest.mark.parametrize("damage", ["missing", "left over", "of another shape"])
+def test_a_damaged_directory_is_refused(ranks: RankPool, tmp_path: Path, damage: str) -> None:
+    first = exported(ranks, tmp_path, "plain")
+    tensors = load_file(first / WEIGHTS)
+    name = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "left over":
+        tensors["model.layers.2.block_sparse_moe.experts.8.w2.weight"] = tensors[name].clone()
+    else:
+        tensors[name] = tensors[name][:, 1:].contiguous()
+    save_file(tensors, first / WEIGHTS, {"format": "pt"})
+    with pytest.raises(AssertionError, match=r"experts\.[38]\."):
+        ranks.run(import_ckpt, 1, source=first, output=tmp_path / "nemo")
+    assert not (tmp_path / "nemo").exists()
