@@ -3,6 +3,7 @@
 Everything heavy is imported inside the functions: `--help` and the light commands answer at once.
 """
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,8 @@ app.command()(plan)
 
 def main() -> None:
     """Run `nemo-upcycle`."""
+    # torch says it at each import where another package has brought pynvml.
+    warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
     app()
 
 

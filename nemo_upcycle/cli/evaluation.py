@@ -346,7 +346,7 @@ def _show_parity(found: "Parity", why: list[str], title: str, as_json: bool) -> 
     from dataclasses import asdict
 
     if as_json:
-        values = asdict(found) | {"relative": found.relative, "exact": found.exact, "why": why}
+        values = asdict(found) | {"exact": found.exact, "why": why}
         typer.echo(json.dumps(values))
         return
     verdict = "exact: the two compute the same but for rounding"
@@ -357,7 +357,7 @@ def _show_parity(found: "Parity", why: list[str], title: str, as_json: bool) -> 
         f"  loss         {found.dense_loss:.6f} dense, {found.moe_loss:.6f} MoE\n"
         f"  KL           {found.kl:.3g} nats a token, from the dense model to the MoE\n"
         f"  top-1        {found.top1:.2%} of the predictions are the same\n"
-        f"  logits       differ by {found.difference:.3g} at most, {found.relative:.3g} of the "
-        f"largest ({found.tolerance:g} is rounding)\n"
+        f"  logits       differ by {found.difference:.3g} at most; a token's by "
+        f"{found.relative:.3g} of their norm (up to {found.tolerance:.1g} is rounding)\n"
         f"  {verdict}"
     )

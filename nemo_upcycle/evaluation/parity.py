@@ -14,8 +14,12 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.drift import EXACT, Drift
 from nemo_upcycle.mapping.moe import MoEModel
 
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Logit difference, relative to the largest logit, up to which two models are the same.
+TOLERANCES = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 8 * torch.finfo(torch.bfloat16).eps,
+    torch.float16: 8 * torch.finfo(torch.float16).eps,
+}
+"""Distance of a token's logits, relative to their norm, up to which two models are the same.
 
 The MoE adds up several experts' outputs where the dense model has one: that rounds differently.
 """
@@ -35,8 +39,8 @@ class Parity:
         kl: Mean KL(dense‖MoE), nats a token.
         top1: Share of tokens for which both predict the same.
         difference: Largest difference of two logits.
-        largest: Largest logit of the dense model.
-        tolerance: What of `largest` the difference may be in an exact model.
+        relative: Largest distance of a token's logits, |MoE − dense| / |dense|.
+        tolerance: What that may be in an exact model.
     """
 
     tokens: int
@@ -45,13 +49,8 @@ class Parity:
     kl: float
     top1: float
     difference: float
-    largest: float
+    relative: float
     tolerance: float
-
-    @property
-    def relative(self) -> float:
-        """The largest difference, relative to the largest logit."""
-        return self.difference / max(self.largest, 1e-30)
 
     @property
     def exact(self) -> bool:
@@ -130,7 +129,7 @@ def compare(
         UpcyclingError: The vocabularies differ.
     """
     sums = torch.zeros(4, dtype=torch.float64)
-    difference = largest = 0.0
+    difference = relative = 0.0
     for index, batch in enumerate(ids.split(batch_size)):
         labels = batch[:, 1:]
         one, other = (
@@ -143,13 +142,14 @@ def compare(
             )
         sums += torch.stack(list(_sums(one, other, labels)))
         difference = max(difference, float((one - other).abs().max()))
-        largest = max(largest, float(one.abs().max()))
+        distances = (one - other).norm(dim=-1) / one.norm(dim=-1).clamp(min=1e-30)
+        relative = max(relative, float(distances.max()))
         if progress:
             progress(index * batch_size + len(batch), len(ids))
     count = ids[:, 1:].numel()
     tolerance = max(TOLERANCES.get(model.dtype, 1e-5) for model in (dense, moe))
     dense_loss, moe_loss, kl, same = (float(value) / count for value in sums)
-    return Parity(count, dense_loss, moe_loss, kl, same, difference, largest, tolerance)
+    return Parity(count, dense_loss, moe_loss, kl, same, difference, relative, tolerance)
 
 
 def _sums(one: torch.Tensor, other: torch.Tensor, labels: torch.Tensor) -> Iterable[torch.Tensor]:

@@ -133,7 +133,8 @@ def _paper_cells(names: Sequence[str], models: Sequence[Results]) -> list[list[s
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    # A mean of .885 is .89 in the paper.
+    return "" if value is None else f"{value + 1e-9:.2f}"
 
 
 def _lines(cells: list[list[str]]) -> str:

@@ -71,7 +71,8 @@ def _qwen(config: Mapping[str, Any], kind: str) -> MoEModel:
         )
     return MoEModel(
         arch=arch,
-        num_experts=config["num_experts"],
+        # transformers 5 writes the second for Qwen3-MoE.
+        num_experts=config.get("num_experts") or config["num_local_experts"],
         topk=config["num_experts_per_tok"],
         pre_softmax=not config.get("norm_topk_prob", False),
         expert_width=config["moe_intermediate_size"],

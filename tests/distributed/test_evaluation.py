@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.data.choices import write_choices
 from nemo_upcycle.errors import UpcyclingError
@@ -16,6 +18,7 @@ from nemo_upcycle.export import export
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.test_step0 import FOLDED
+from tests.end_to_end import cli
 from tests.tiny import tokens
 from tests.workspace import make_workspace
 
@@ -269,3 +272,103 @@ def test_results_are_lm_evals(ranks: RankPool, models: Models, tmp_path: Path) -
     assert "+0.0000" in table
     with pytest.raises(UpcyclingError, match="expected the tasks"):
         read_results(path, requests(["piqa"], None, False))
+
+
+def test_the_commands(models: Models, tmp_path: Path) -> None:
+    """As a user types them: ranks are started, only what counts is said."""
+    tokenizer = ["--tokenizer", str(models.dense)]
+    said = cli.run(
+        tmp_path,
+        *("nemo-upcycle", "evaluate", str(models.step0), "--tasks", TASK, "--ep", "2"),
+        *("--include-path", str(models.task), "--dense", str(models.dense), "--limit", "10"),
+        *tokenizer,
+    )
+    assert "Traceback" not in said
+    results, dense = (
+        json.loads((tmp_path / "evaluation" / f"{name}.json").read_text())
+        for name in ("results", "dense")
+    )
+    assert results["results"][TASK] == dense["results"][TASK]
+    assert results["n-samples"][TASK]["effective"] == 10
+    assert (tmp_path / "evaluation" / "scores.md").read_text().count("+0.0000") == 2
+    said = cli.run(
+        tmp_path,
+        *("nemo-upcycle", "verify", str(models.dense), str(models.step0), "--tokens", "512"),
+        *tokenizer,
+    )
+    assert "exact: the two compute the same but for rounding" in said
+    assert "Warning" not in said
+    said = cli.run(
+        tmp_path,
+        *("nemo-upcycle", "generate", str(models.exported), "def main", "--max-new-tokens", "5"),
+        *(*tokenizer, "--out", "sample.txt"),
+    )
+    assert said == (tmp_path / "sample.txt").read_text()
+    assert said.startswith("def main")
+
+
+def test_what_is_missing_is_named(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    said = cli.run(tmp_path, "nemo-upcycle", "evaluate", str(models.step0), "--tasks", "piqa")
+    (line,) = said.strip().splitlines()
+    assert line.startswith("Error: A data set of piqa (of baber/piqa) is not on this machine")
+    assert "TaskManager().load(['piqa'])" in line
+    assert not (tmp_path / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["CHECKPOINT"], "No task is named"),
+        (["CHECKPOINT", "--tasks", "no_such_task"], "lm-eval has no task no_such_task"),
+        (["CHECKPOINT", "--tasks", TASK, "--include-path", "nowhere"], "nowhere is no directory"),
+        (["nowhere", "--tasks", TASK], "nowhere"),
+        (["CHECKPOINT", "--tasks", TASK, "--tp", "2", "--ranks", "3"], "3 ranks do not divide"),
+        (["CHECKPOINT", "--tasks", TASK, "--tp", "0"], "expected 1 or more"),
+    ],
+)
+def test_bad_arguments(models: Models, arguments: list[str], message: str) -> None:
+    words = [str(models.step0) if word == "CHECKPOINT" else word for word in arguments]
+    result = CliRunner().invoke(app, ["evaluate", *words])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_lm_evals_own_command_line_knows_the_model(models: Models, tmp_path: Path) -> None:
+    said = cli.run(
+        tmp_path,
+        *("python", "-m", "nemo_upcycle.evaluation.lm", "run", "--model", "nemo_upcycle"),
+        *("--model_args", f"pretrained={models.step0},tokenizer={models.dense}"),
+        *("--tasks", TASK, "--include_path", str(models.task), "--limit", "5"),
+    )
+    assert f"|{TASK}|" in said.replace(" ", "")
+    assert "acc_norm" in said
+
+
+def test_table_3_has_the_papers_tasks_and_averages() -> None:
+    """The averages are the paper's own."""
+    from nemo_upcycle.evaluation.scores import markdown, paper_score
+    from nemo_upcycle.evaluation.tasks import PAPER, requests
+
+    wanted = requests([], None, paper=True)
+    assert {(task, r.num_fewshot) for r in wanted for task in r.tasks} == {
+        (row.task, row.num_fewshot) for row in PAPER
+    }
+    results = {
+        request: {
+            "results": {
+                row.task: {f"{row.metric},none": row.moe / 100, f"{row.metric}_stderr,none": 0.01}
+                for row in PAPER
+                if row.num_fewshot == request.num_fewshot
+            }
+        }
+        for request in wanted
+    }
+    assert all(paper_score(results, row) == pytest.approx(row.moe) for row in PAPER)
+    lines = markdown(["checkpoint"], [results], paper=True).splitlines()
+    assert "| MMLU, 5-shot | acc | 64.00 | 65.20 | 64.00 |" in lines
+    assert "| average |  | 63.89 | 62.71 | 63.89 |" in lines

@@ -62,6 +62,18 @@ def change(directory: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def test_a_config_of_transformers_5(ranks: RankPool, tmp_path: Path) -> None:
+    first = exported(ranks, tmp_path, "q and k norm")
+    expected = open_trained(first).model
+    config = json.loads((first / "config.json").read_text())
+    config["num_local_experts"] = config.pop("num_experts")
+    config["dtype"] = config.pop("torch_dtype")
+    theta, _ = config.pop("rope_theta"), config.pop("rope_scaling")
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    (first / "config.json").write_text(json.dumps(config))
+    assert open_trained(first).model == expected
+
+
 def test_what_megatron_does_not_compute_is_refused(ranks: RankPool, tmp_path: Path) -> None:
     first = exported(ranks, tmp_path, "softmax first")
     tensors = load_file(first / WEIGHTS)

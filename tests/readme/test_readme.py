@@ -3,9 +3,12 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from nemo_upcycle.cli import app
 from tests.end_to_end import cli
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +24,7 @@ def blocks(heading: str) -> list[str]:
 
 STEPS = [line for line in blocks("Step by step") if not line.startswith("CPU2=")]
 LIGHT = [line for line in STEPS if line.startswith("nemo-upcycle data")]
+AFTERWARDS = blocks("Out of NeMo, and measured")
 TRAININGS = [line for line in STEPS if line.startswith("nemo llm pretrain")]
 
 
@@ -32,7 +36,7 @@ def test_steps_are_those_of_the_demo() -> None:
     demo = (ROOT / "examples" / "demo.sh").read_text().replace("\\\n", " ")
     commands = re.findall(r'^step "[^"]*" "[^"]*" +(.*)$', demo, flags=re.MULTILINE)
     assert [words(line) for line in commands] == [words(line) for line in STEPS]
-    assert len(STEPS) == 8
+    assert len(STEPS) == 12
 
 
 def test_tree_names_files_that_exist() -> None:
@@ -55,6 +59,17 @@ def test_data_steps_run_as_written(tmp_path: Path) -> None:
     for file in ("documentation.idx", "documentation.bin", "sources.idx", "sources.bin"):
         assert (tmp_path / "demo" / "data" / file).stat().st_size > 0
     assert (tmp_path / "demo" / "tokenizer" / "tokenizer.json").exists()
+    assert (tmp_path / "demo" / "task" / "next_line.yaml").exists()
+
+
+@pytest.mark.parametrize("line", [x for x in (*STEPS, *AFTERWARDS) if "nemo-upcycle" in x])
+def test_options_exist(line: str) -> None:
+    _, *arguments = words(line)
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[arguments.pop(0)]
+    known = {name for parameter in command.params for name in parameter.opts}
+    assert {word for word in arguments if word.startswith("-")} <= known
 
 
 @pytest.mark.parametrize("line", TRAININGS)
@@ -104,6 +119,13 @@ def test_the_initializer_shown_works(monkeypatch: pytest.MonkeyPatch) -> None:
     make_initializer("flip(fraction=0.1)")
 
 
+def _in_shell(directory: Path, line: str) -> str:
+    script = directory / "line.sh"
+    script.write_text(f"#!/usr/bin/env bash\nset -e\n{line}\n")
+    script.chmod(0o755)
+    return cli.run_script(directory, str(script), timeout=300)
+
+
 @pytest.mark.slow
 def test_demo_runs_and_a_second_run_reuses_it(tmp_path: Path) -> None:
     demo = str(ROOT / "examples" / "demo.sh")
@@ -114,5 +136,14 @@ def test_demo_runs_and_a_second_run_reuses_it(tmp_path: Path) -> None:
     (first,) = (line for line in table.splitlines() if "step 0" in line)
     dense, moe = (float(cell) for cell in first.split("|")[2:4])
     assert abs(dense - moe) < 1e-5
+    assert len((tmp_path / "demo" / "sample.txt").read_text()) > 40
+    scores = (tmp_path / "demo" / "evaluation" / "scores.md").read_text()
+    rows = [line.split("|") for line in scores.splitlines() if "next_line" in line]
+    assert [row[3].strip() for row in rows] == ["acc", "acc_norm"]
+    assert all(0 < float(cell.split("±")[0]) < 1 for row in rows for cell in row[4:6])
+    said = [_in_shell(tmp_path, line) for line in AFTERWARDS]
+    assert "MixtralForCausalLM" in said[0]
+    assert "not exact: attention, norms" in said[3]
+    assert said[4].count("acc") > 1
     again = cli.run_script(tmp_path, demo)
-    assert again.count("done before, reused") == 8
+    assert again.count("done before, reused") == 12
