@@ -21,7 +21,7 @@ from nemo_upcycle.plan import Block, Plan, Target, check_tensors, make_plan
 from nemo_upcycle.probe import check_tied
 from nemo_upcycle.reading import Chunk, chunk_bytes, copy_blocks
 from nemo_upcycle.sharing import Sharers, sharing
-from nemo_upcycle.trained import Trained, check_all_restored, plan_restore
+from nemo_upcycle.trained import Trained, plan_restore
 
 Progress = Callable[[int, int], None]
 """Called with the bytes filled in and the bytes to fill in, in the checkpoint's dtypes."""
@@ -102,27 +102,26 @@ def upcycle(
 
 def restore(
     modules: Sequence[torch.nn.Module], trained: Trained, progress: Progress | None = None
-) -> None:
-    """Fill this rank's part of the model from a trained one; all ranks must call it.
+) -> frozenset[str]:
+    """Fill this rank's part of the model from a trained one.
 
     Args:
         modules: The rank's Megatron-Core GPT models, one a virtual pipeline stage.
         trained: The trained model, in any format, saved under any mapping.
         progress: Called as the model is filled.
 
+    Returns:
+        Names of the tensors used, of which all ranks together have all: `check_all_restored`.
+
     Raises:
         UpcyclingError: The checkpoint is damaged or does not fit the model.
     """
     owned = [shard for module in modules for shard in owned_shards(module)]
     plan = plan_restore([own.shard for own in owned], trained)
-    used: list[frozenset[str]] = [plan.tensors]
-    if torch.distributed.is_initialized():
-        used = [plan.tensors] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(used, plan.tensors)
-    check_all_restored(trained, frozenset().union(*used))
     with torch.no_grad():
         _copy(plan, owned, trained.checkpoint, progress or _no_progress, read_once=False)
     trained.checkpoint.close()
+    return plan.tensors
 
 
 def check_all_used(checkpoint: DenseCheckpoint, reports: Iterable[LoadReport]) -> None:

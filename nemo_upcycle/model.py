@@ -24,7 +24,7 @@ from nemo_upcycle.load import restore
 from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.mapping.moe import MoEModel
 from nemo_upcycle.tokenizer import checkpoint_tokenizer
-from nemo_upcycle.trained import open_trained
+from nemo_upcycle.trained import check_all_restored, open_trained
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
@@ -157,7 +157,7 @@ class HuggingFaceImporter(io.ModelConnector):
         if not torch.cuda.is_available():
             trainer = cpu.trainer(ckpt_save_optimizer=False, always_save_context=True)
         trainer = self.nemo_setup(model, trainer)
-        restore([model.module], trained)
+        check_all_restored(trained, restore([model.module], trained))
         self.nemo_save(output_path, trainer)
         teardown(trainer, model)
         return output_path

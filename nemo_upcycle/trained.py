@@ -21,9 +21,10 @@ from nemo_upcycle.checkpoint import (
 )
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
 from nemo_upcycle.checkpoint.megatron import VOCABULARY
+from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.layers import moe_layers
-from nemo_upcycle.mapping.family import Operation, Rename
+from nemo_upcycle.mapping.family import Architecture, Operation, Rename
 from nemo_upcycle.mapping.megatron import moe_architecture
 from nemo_upcycle.mapping.moe import MoEFamily, MoEModel
 from nemo_upcycle.mapping.moe_config import MOE_FAMILIES, moe_model
@@ -114,7 +115,7 @@ def open_trained(source: str | Path) -> Trained:
     if (directory / "config.json").is_file():
         return _open_huggingface(directory)
     checkpoint = MegatronCheckpoint(directory, experts=True)
-    return Trained(checkpoint, _megatron_model(checkpoint.config), None)
+    return Trained(checkpoint, megatron_model(checkpoint.config), None)
 
 
 _ROUTER: dict[str, Any] = {
@@ -129,7 +130,35 @@ _ROUTER: dict[str, Any] = {
 """Fields of Megatron's that change what a router computes, as upcycling leaves them."""
 
 
-def _megatron_model(config: Mapping[str, Any]) -> MoEModel:
+def upcycled_model(arch: Architecture, upcycling: UpcyclingConfig) -> MoEModel:
+    """Return what a dense model becomes.
+
+    Args:
+        arch: The dense model's numbers.
+        upcycling: What its feed-forward layers become.
+    """
+    experts = upcycling.num_moe_experts
+    return MoEModel(
+        arch=arch,
+        num_experts=experts or 0,
+        topk=upcycling.moe_router_topk if experts else 0,
+        pre_softmax=upcycling.moe_router_pre_softmax,
+        expert_width=arch.ffn_hidden_size // upcycling.granularity,
+        is_moe=(
+            moe_layers(upcycling.moe_layer_freq, arch.num_layers)
+            if experts
+            else (False,) * arch.num_layers
+        ),
+        has_shared_expert=upcycling.moe_shared_expert,
+    )
+
+
+def megatron_model(config: Mapping[str, Any]) -> MoEModel:
+    """Return what a config with Megatron's names describes.
+
+    Raises:
+        UpcyclingError: A number is missing, or it is no model that upcycling makes.
+    """
     other = {
         name: config[name] for name, usual in _ROUTER.items() if config.get(name, usual) != usual
     }

@@ -75,6 +75,9 @@ def evaluate(
     log_samples: Annotated[
         bool, typer.Option("--log-samples", help="Keep every question and its log-likelihoods.")
     ] = False,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask in the tokenizer's chat template.")
+    ] = False,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of a row; without it the model's.")
     ] = None,
@@ -112,7 +115,16 @@ def evaluate(
     from nemo_upcycle.evaluation import harness
     from nemo_upcycle.evaluation.opening import is_first_rank
 
-    options = harness.Options(folding, batch_size, limit, dtype, max_length, tokenizer, log_samples)
+    options = harness.Options(
+        folding,
+        batch_size,
+        limit,
+        dtype,
+        max_length,
+        tokenizer,
+        log_samples,
+        apply_chat_template,
+    )
     models = {"results": harness.evaluate(checkpoint, loaded, options)}
     if dense is not None and dense_is_json:
         models["dense"] = harness.read_results(dense, wanted)

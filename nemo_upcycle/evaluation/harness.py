@@ -27,6 +27,7 @@ class Options:
         max_length: Tokens of a row at most; None takes the model's.
         tokenizer: Directory of the tokenizer; None takes the checkpoint's.
         log_samples: Whether to keep every question with its log-likelihoods.
+        apply_chat_template: Whether to ask in the tokenizer's chat template.
     """
 
     folding: ParallelFolding = field(default_factory=ParallelFolding)
@@ -36,6 +37,7 @@ class Options:
     max_length: int | None = None
     tokenizer: str | None = None
     log_samples: bool = False
+    apply_chat_template: bool = False
 
 
 def evaluate(source: str | Path, tasks: Mapping[Request, Any], options: Options) -> Results:
@@ -77,6 +79,7 @@ def evaluate(source: str | Path, tasks: Mapping[Request, Any], options: Options)
             limit=options.limit,
             task_manager=manager,
             log_samples=options.log_samples,
+            apply_chat_template=options.apply_chat_template,
             bootstrap_iters=100_000 if is_first_rank() else 0,
         )
         if results is not None and is_first_rank():

@@ -1,6 +1,7 @@
 """Open any checkpoint as a model that computes logits, on as many ranks as there are."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,8 @@ from nemo_upcycle.layout import validate
 from nemo_upcycle.mapping import FAMILIES, family_of
 from nemo_upcycle.mapping.moe import MoEModel
 from nemo_upcycle.model import trained_config, upcycling_of
-from nemo_upcycle.trained import open_trained
+from nemo_upcycle.ranks import Ranks
+from nemo_upcycle.trained import check_all_restored, open_trained, upcycled_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,9 +65,7 @@ def open_model(
     chosen = None if dtype is None else DTYPES[dtype]
     if is_huggingface and str(read_config(directory).get("model_type")) in FAMILIES:
         return _dense(directory, folding, chosen)
-    trained = open_trained(directory)
-    dtype_of = chosen or TORCH_DTYPES[trained.dtype]
-    return _build(trained.model, folding, dtype_of, partial(load.restore, trained=trained))
+    return _trained(directory, folding, chosen)
 
 
 def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -122,28 +122,40 @@ def _start(folding: ParallelFolding) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
 
 
+def _trained(
+    directory: Path, folding: ParallelFolding, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    trained = open_trained(directory)
+    fill = partial(load.restore, trained=trained)
+    model, used = _build(trained.model, folding, dtype or TORCH_DTYPES[trained.dtype], fill)
+    check_all_restored(trained, frozenset().union(*used))
+    return model
+
+
 def _dense(directory: Path, folding: ParallelFolding, dtype: torch.dtype | None) -> PreTrainedModel:
     checkpoint, dense = HuggingFaceCheckpoint(directory), UpcyclingConfig(num_moe_experts=None)
     family = family_of(checkpoint.config)
     arch = family.architecture(checkpoint.config)
-    model = MoEModel(
-        arch=arch,
-        num_experts=0,
-        topk=0,
-        pre_softmax=False,
-        expert_width=arch.ffn_hidden_size,
-        is_moe=(False,) * arch.num_layers,
-        has_shared_expert=False,
-    )
+    model = upcycled_model(arch, dense)
     first = next(iter(family.shapes(arch)))
     dtype = dtype or TORCH_DTYPES[checkpoint.tensors[first].dtype]
     fill = partial(load.upcycle, checkpoint=checkpoint, upcycling=dense)
-    return _build(model, folding, dtype, fill)
+    filled, reports = _build(model, folding, dtype, fill)
+    load.check_all_used(checkpoint, reports)
+    return filled
 
 
 def _build(
-    model: MoEModel, folding: ParallelFolding, dtype: torch.dtype, fill: Any
-) -> MegatronForCausalLM:
+    model: MoEModel,
+    folding: ParallelFolding,
+    dtype: torch.dtype,
+    fill: Callable[[list[torch.nn.Module]], Any],
+) -> tuple[MegatronForCausalLM, list[Any]]:
+    """Build this rank's part and fill it; return the model, and what `fill` returned on all ranks.
+
+    Raises:
+        UpcyclingError: On all ranks, if any has failed.
+    """
     if not any(model.is_moe):  # beside an MoE whose mapping it shares
         folding = replace(folding, expert_model_parallel_size=1, expert_tensor_parallel_size=1)
     config = trained_config(
@@ -154,5 +166,10 @@ def _build(
     chunk = config.configure_model(tokenizer=None)
     if torch.cuda.is_available():
         chunk.cuda()
-    fill([chunk])
-    return MegatronForCausalLM([chunk], model.arch).eval()
+    ranks, filled, error = Ranks(), None, None
+    try:
+        filled = fill([chunk])
+    except UpcyclingError as failed:
+        error = failed
+    ranks.raise_on_all(error)
+    return MegatronForCausalLM([chunk], model.arch).eval(), ranks.gather(filled)

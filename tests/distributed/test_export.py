@@ -23,6 +23,7 @@ from tests.tiny import LLAMA31_ROPE, tokens, write_dense
 from tests.workspace import make_workspace
 
 IDS = tokens(rows=2, length=48)
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 G4 = {"num_moe_experts": 16, "granularity": 4, "moe_router_topk": 8}
 PARTLY = {"moe_layer_freq": (0, 1, 1, 0)}
 KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
@@ -235,12 +236,15 @@ def test_a_checkpoint_of_a_real_run(
     generated = model.generate(inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert generated.shape[1] == inputs.shape[1] + 5
     assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert tokenizer.chat_template == CHAT_TEMPLATE
 
 
 @pytest.fixture(scope="module")
 def run(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Any]:
     """The last checkpoint of a run, and what its ranks ended with."""
     workspace = make_workspace(tmp_path_factory.mktemp("workspace"))
+    (workspace / "dense_hf" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     results = ranks.run(
         train,
         2,

@@ -91,6 +91,7 @@ def test_an_exact_upcycling_is_exact(
         ({**G4, "router_initializer": "random"}, "virtual_groups"),
         ({**G4, "moe_router_topk": 6}, "do not make up whole copies"),
         ({"initializer": "noise"}, "from the dense layer: trained, or changed by an init"),
+        ({"initializer": "noise(std=0.001)"}, "from the dense layer: trained, or changed by"),
     ],
 )
 def test_another_upcycling_says_why(

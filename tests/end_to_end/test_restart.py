@@ -69,6 +69,7 @@ def losses(directory: Path) -> Curve:
     return read_curve(directory / "demo" / "tb_logs" / "e8t2")
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_and_equals_the_uninterrupted_one(
     uninterrupted: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -1,0 +1,76 @@
+"""`nemo` commands from a process that has imported NeMo already: each is a fork of it.
+
+Importing NeMo takes 10 to 16 s, most of what a light command takes. What the command does from
+there on is the same; `cli.run(…, cold=True)` starts it as a user does.
+"""
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import sys
+import tempfile
+from functools import cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+class Zygote:
+    """A process that forks one command at a time."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, environment)).start()
+        theirs.close()
+        atexit.register(self._connection.close)  # at which the process ends
+
+    def run(self, directory: Path, words: tuple[str, ...]) -> str:
+        """Run `nemo WORDS…` in a directory; return what it printed."""
+        with tempfile.TemporaryDirectory() as scratch:
+            output = Path(scratch) / "output"
+            self._connection.send((directory, words, output))
+            self._connection.recv()
+            return output.read_text()
+
+
+@cache
+def zygote() -> Zygote:
+    """Return the one process of this test session."""
+    from tests.end_to_end.cli import environment
+
+    return Zygote(environment())
+
+
+def _serve(connection: Connection, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    import torch
+
+    torch.set_num_threads(1)  # threads of OpenMP would not survive the fork
+    import nemo_run.__main__
+    from nemo_upcycle_recipes import plugin
+
+    assert nemo_run.__main__ and plugin
+    context: Any = multiprocessing.get_context("fork")
+    with contextlib.suppress(EOFError):
+        while True:
+            process = context.Process(target=_command, args=connection.recv())
+            process.start()
+            process.join()
+            connection.send(process.exitcode)
+
+
+def _command(directory: Path, words: tuple[str, ...], output: Path) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+    os.chdir(directory)
+    sys.argv = ["nemo", *words]
+    from nemo_run.cli.api import create_cli
+
+    create_cli()()
