@@ -113,7 +113,7 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
             self._ranks = Ranks(self.timeout_s)
             error = None
             try:
-                self._check_start(trainer, self._config(pl_module.config))
+                self._check_start(trainer, self.upcycling(pl_module.config))
             except Exception as exception:
                 # Whatever it is, the other ranks must hear of it before this one stops.
                 error = exception
@@ -132,7 +132,7 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
             _print(f"[upcycle] resuming from {trainer.ckpt_path}: not upcycling again")
             return
         with _said_on_every_rank():
-            self._upcycle(trainer, self._config(pl_module.config))
+            self._upcycle(trainer, self.upcycling(pl_module.config))
 
     def _upcycle(self, trainer: pl.Trainer, upcycling: UpcyclingConfig) -> None:
         assert self._ranks is not None and self._checkpoint is not None
@@ -182,7 +182,8 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
         saved = common.get("callbacks", {}).get(self.state_key)
         return Origin(**saved) if saved else None
 
-    def _config(self, config: Any) -> UpcyclingConfig:
+    def upcycling(self, config: Any) -> UpcyclingConfig:
+        """Return what the model's config and this callback say the dense model becomes."""
         std = self.router_init_std
         return upcycling_of(
             config,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nemo_upcycle.cli import data, evaluation
-from nemo_upcycle.cli.plan import plan
+from nemo_upcycle.cli.plan import groups, plan
 from nemo_upcycle.cli.tools import Directory, one_line_errors, progress
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.command()(plan)
+app.command()(groups)
 
 
 def main() -> None:

@@ -1,38 +1,19 @@
 """`nemo-upcycle evaluate`, `verify` and `generate`: commands that run a model."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nemo_upcycle.cli.ranks import EP, ETP, PP, TP, Ranks, check_there, folding_of, on_ranks
 from nemo_upcycle.cli.tools import one_line_errors, progress
 from nemo_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
-    from nemo_upcycle.config import ParallelFolding
     from nemo_upcycle.evaluation.parity import Parity
 
 Checkpoint = Annotated[
     Path, typer.Argument(help="NeMo 2, Megatron-LM or Hugging Face checkpoint.", show_default=False)
-]
-_MAPPING = "How the model is spread"
-TP = Annotated[int, typer.Option("--tp", "--tensor-model-parallel-size", rich_help_panel=_MAPPING)]
-PP = Annotated[
-    int, typer.Option("--pp", "--pipeline-model-parallel-size", rich_help_panel=_MAPPING)
-]
-EP = Annotated[int, typer.Option("--ep", "--expert-model-parallel-size", rich_help_panel=_MAPPING)]
-ETP = Annotated[
-    int, typer.Option("--etp", "--expert-tensor-parallel-size", rich_help_panel=_MAPPING)
-]
-Ranks = Annotated[
-    int | None,
-    typer.Option(
-        help="Ranks to start on this machine; without it as few as the mapping needs. Under "
-        "torchrun or srun none are started.",
-        rich_help_panel=_MAPPING,
-        show_default=False,
-    ),
 ]
 Dtype = Annotated[
     str | None,
@@ -105,11 +86,11 @@ def evaluate(
     from nemo_upcycle.evaluation.tasks import load_tasks, requests
 
     wanted = requests([name for name in tasks.split(",") if name], num_fewshot, paper)
-    folding = _folding(tp, pp, ep, etp)
+    folding = folding_of(tp, pp, ep, etp)
     dense_is_json = dense is not None and dense.suffix == ".json"
-    _check_there(checkpoint, None if dense_is_json else dense)
+    check_there(checkpoint, None if dense_is_json else dense)
     _need_lm_eval()
-    _on_ranks(folding, ranks)
+    on_ranks(folding, ranks)
     loaded = load_tasks(wanted, include_path)
 
     from nemo_upcycle.evaluation import harness
@@ -172,9 +153,9 @@ def verify(
       nemo-upcycle verify demo/dense_hf demo/e8t2/checkpoints/*-last
       nemo-upcycle verify /models/Meta-Llama-3-8B e8t2_hf --text book.txt --dtype bfloat16 --tp 8
     """
-    folding = _folding(tp, pp, ep, etp)
-    _check_there(dense, moe)
-    _on_ranks(folding, ranks)
+    folding = folding_of(tp, pp, ep, etp)
+    check_there(dense, moe)
+    on_ranks(folding, ranks)
 
     from nemo_upcycle.evaluation import harness, parity
     from nemo_upcycle.evaluation.opening import is_first_rank, open_model, open_tokenizer
@@ -218,9 +199,9 @@ def generate(
     Example:
       nemo-upcycle generate demo/e8t2_hf "def main():"
     """
-    folding = _folding(tp, pp, ep, etp)
-    _check_there(checkpoint)
-    _on_ranks(folding, ranks)
+    folding = folding_of(tp, pp, ep, etp)
+    check_there(checkpoint)
+    on_ranks(folding, ranks)
 
     import torch
 
@@ -250,64 +231,11 @@ def generate(
     harness.end()
 
 
-# --- Steps of all three --------------------------------------------------------------------------
-
-
-def _folding(tp: int, pp: int, ep: int, etp: int) -> "ParallelFolding":
-    from nemo_upcycle.config import ParallelFolding
-
-    return ParallelFolding(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
-    )
-
-
-def _check_there(*sources: Path | None) -> None:
-    """Check what can be checked before ranks are started and NeMo is imported."""
-    from nemo_upcycle.checkpoint import is_checkpoint
-    from nemo_upcycle.checkpoint.huggingface import resolve_directory
-
-    for source in sources:
-        if source is not None and not is_checkpoint(resolve_directory(source)):
-            raise UpcyclingError(
-                f"{source} is no checkpoint; expected a directory with config.json and "
-                "*.safetensors, or one that NeMo 2 or Megatron-LM has saved."
-            )
-
-
 def _need_lm_eval() -> None:
     from importlib.util import find_spec
 
     if find_spec("lm_eval") is None:
         raise UpcyclingError("lm-eval is not installed: pip install 'nemo-upcycle[eval]'.")
-
-
-def _on_ranks(folding: "ParallelFolding", ranks: int | None) -> None:
-    """Go on as one of several ranks, or start them, wait and exit as they do."""
-    import logging
-    import os
-    import warnings
-
-    from nemo_upcycle.launch import fewest_ranks, launch, launched
-
-    # What NeMo, Megatron and lm-eval say of themselves is of no use here.
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    count = ranks or fewest_ranks(folding)
-    if not launched():
-        folding.validate(count)
-    if count > 1 and not launched():
-        command = next(n for n, word in enumerate(sys.argv) if word in _COMMANDS)
-        raise typer.Exit(launch(sys.argv[command:], count))
-    if int(os.environ.get("RANK", "0")):
-        os.environ["TQDM_DISABLE"] = "1"
-    elif not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "30")
-
-
-_COMMANDS = ("evaluate", "verify", "generate")
 
 
 def _show_scores(out: Path, models: dict[str, Any], paper: bool) -> None:

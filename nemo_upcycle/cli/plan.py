@@ -1,5 +1,6 @@
-"""`nemo-upcycle plan`."""
+"""`nemo-upcycle plan` and `groups`: a job before it exists."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,18 +10,25 @@ from nemo_upcycle.cli.tools import one_line_errors
 if TYPE_CHECKING:
     from nemo_upcycle.job import JobPlan
 
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Arguments of the recipe, as its factory or `nemo llm pretrain` takes them.",
+        show_default=False,
+    ),
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help="The recipe.")]
+WorldSize = Annotated[
+    int | None,
+    typer.Option(help="Ranks; without it num_nodes · num_gpus_per_node.", show_default=False),
+]
+
 
 @one_line_errors
 def plan(
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="KEY=VALUE",
-            help="Arguments of the recipe, as its factory or `nemo llm pretrain` takes them.",
-            show_default=False,
-        ),
-    ] = None,
-    recipe: Annotated[str, typer.Option(help="The recipe.")] = "llama3_8b_e8t2",
+    settings: Settings = None,
+    recipe: RecipeName = "llama3_8b_e8t2",
     dense: Annotated[
         str | None,
         typer.Option(
@@ -32,10 +40,7 @@ def plan(
     rank: Annotated[
         int | None, typer.Option(help="Show this rank's part.", show_default=False)
     ] = None,
-    world_size: Annotated[
-        int | None,
-        typer.Option(help="Ranks; without it num_nodes · num_gpus_per_node.", show_default=False),
-    ] = None,
+    world_size: WorldSize = None,
     json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
     """Show what each rank would own, read and write; nothing is read but headers.
@@ -83,3 +88,36 @@ def _print_plan(job: "JobPlan", recipe: str, rank: int | None, as_json: bool) ->
         Console(highlight=False).print(
             render(job, recipe) if rank is None else render_rank(job, recipe, rank)
         )
+
+
+@one_line_errors
+def groups(
+    settings: Settings = None,
+    recipe: RecipeName = "llama3_8b_e8t2",
+    world_size: WorldSize = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Picture to write (.png, .svg, .pdf).")
+    ] = None,
+) -> None:
+    """Show which ranks work together, and which groups stay inside a node.
+
+    Attention is spread over TP×CP×DP×PP, experts over ETP×EP×EDP×PP: parallel folding.
+
+    \b
+    Examples:
+      nemo-upcycle groups
+      nemo-upcycle groups expert_model_parallel_size=4 --world-size 128 --out groups.png
+    """
+    from nemo_upcycle_recipes.numbers import override, recipe_named
+    from rich.console import Console
+
+    from nemo_upcycle.groups_report import draw, render
+
+    chosen = override(recipe_named(recipe), settings or [])
+    if world_size is not None:
+        chosen = chosen.on_ranks(world_size)
+    sizes = chosen.folding, chosen.world_size, chosen.num_gpus_per_node
+    Console(highlight=False).print(render(*sizes))
+    if out is not None:
+        draw(*sizes, out)
+        typer.echo(out)

@@ -1,6 +1,7 @@
 """lm-eval on a NeMo checkpoint: the same on any ranks as on its export under transformers."""
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -327,9 +328,14 @@ def test_what_is_missing_is_named(
         (["CHECKPOINT", "--tasks", TASK, "--tp", "0"], "expected 1 or more"),
     ],
 )
-def test_bad_arguments(models: Models, arguments: list[str], message: str) -> None:
+def test_bad_arguments(
+    models: Models, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "TQDM_MININTERVAL"):
+        monkeypatch.setenv(name, "1")  # what the command sets, undone afterwards
     words = [str(models.step0) if word == "CHECKPOINT" else word for word in arguments]
     result = CliRunner().invoke(app, ["evaluate", *words])
+    logging.disable(logging.NOTSET)
     assert result.exit_code == 1
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
@@ -345,6 +351,16 @@ def test_lm_evals_own_command_line_knows_the_model(models: Models, tmp_path: Pat
     )
     assert f"|{TASK}|" in said.replace(" ", "")
     assert "acc_norm" in said
+
+
+def test_the_entry_point_is_the_registered_class() -> None:
+    """lm-eval after 0.4.13 reads it; earlier ones know the class once it is imported."""
+    from importlib.metadata import entry_points
+
+    from lm_eval.api.registry import get_model
+
+    (found,) = entry_points(group="lm_eval.models", name="nemo_upcycle")
+    assert get_model("nemo_upcycle") is found.load()
 
 
 def test_table_3_has_the_papers_tasks_and_averages() -> None:

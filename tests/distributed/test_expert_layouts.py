@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.export import export
 from tests.distributed import scenarios, te_layout
-from tests.distributed.grid import whole
+from tests.distributed.grid import differing, whole
 from tests.distributed.pool import RankPool
 
 UPCYCLING = UpcyclingConfig()
@@ -34,6 +35,14 @@ def upcycled_experts(dense: Path, folding: ParallelFolding, layout: str) -> Any:
     chunks = scenarios.upcycled(dense, folding, UPCYCLING, **overrides)
     names = [name for chunk in chunks for name, _ in chunk.named_parameters()]
     return names, [(o.shard, o.data.clone()) for chunk in chunks for o in owned_shards(chunk)]
+
+
+def save_experts(dense: Path, folding: ParallelFolding, layout: str, directory: Path) -> None:
+    """Upcycle a model whose experts are of the layout and save it as NeMo 2 does."""
+    spec = {"sequential": None, "legacy": _legacy_spec, "te": _te_spec}[layout]
+    overrides: dict[str, Any] = {"transformer_layer_spec": spec} if spec else {}
+    chunks = scenarios.upcycled(dense, folding, UpcyclingConfig(initializer="noise"), **overrides)
+    scenarios._save_as_nemo(chunks, directory)
 
 
 def _legacy_spec(config: Any, vp_stage: int | None = None) -> Any:
@@ -116,3 +125,44 @@ def test_transformer_engine_grouped_experts(
     world_size, spread = folding
     results = te_ranks.run(upcycled_experts, world_size, dense=dense, folding=spread, layout="te")
     check(results, "mlp.experts.linear_fc1.weight0", one_rank)
+
+
+@pytest.mark.parametrize("layout", ["legacy", "te"])
+def test_exports_of_all_layouts_are_the_same(
+    ranks: RankPool, te_ranks: RankPool, dense: Path, tmp_path: Path, layout: str
+) -> None:
+    """Also back: what was exported fills grouped experts."""
+    sequential = {"dense": dense, "folding": ParallelFolding(), "layout": "sequential"}
+    ranks.run(save_experts, 1, **sequential, directory=tmp_path / "sequential")
+    pool = te_ranks if layout == "te" else ranks
+    for name, (world_size, folding) in FOLDINGS.items():
+        options = {"dense": dense, "folding": folding, "layout": layout}
+        pool.run(save_experts, world_size, **options, directory=tmp_path / name)
+    for name in ("sequential", *FOLDINGS):
+        export(tmp_path / name, tmp_path / f"{name}-hf")
+    files = [tmp_path / f"{name}-hf" / "model.safetensors" for name in ("sequential", *FOLDINGS)]
+    assert len({file.read_bytes() for file in files}) == 1
+    expected = ranks.run(restored, 1, source=files[0].parent, layout="sequential", **EP1)
+    for source in (files[0].parent, tmp_path / "EP2"):
+        found = pool.run(restored, 2, source=source, layout=layout, **EP2)
+        assert not differing(
+            whole(shard for shards in found for shard in shards),
+            whole(shard for shards in expected for shard in shards),
+        )
+
+
+EP1: dict[str, Any] = {"folding": ParallelFolding()}
+EP2: dict[str, Any] = {"folding": ParallelFolding(expert_model_parallel_size=2)}
+
+
+def restored(source: Path, folding: ParallelFolding, layout: str) -> Any:
+    """Build a model whose experts are of the layout, fill it from a trained one."""
+    from nemo_upcycle import load
+    from nemo_upcycle.trained import open_trained
+
+    trained = open_trained(source)
+    spec = {"sequential": None, "legacy": _legacy_spec, "te": _te_spec}[layout]
+    overrides: dict[str, Any] = {"transformer_layer_spec": spec} if spec else {}
+    chunks = scenarios.build_from(trained.model.arch, folding, UPCYCLING, **overrides)
+    load.restore(chunks, trained)
+    return scenarios.shards(chunks)

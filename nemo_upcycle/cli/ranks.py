@@ -1,0 +1,79 @@
+"""What commands that run a model share: how it is spread, and the ranks to run it on."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nemo_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from nemo_upcycle.config import ParallelFolding
+
+COMMANDS = ("evaluate", "verify", "generate")
+_MAPPING = "How the model is spread"
+TP = Annotated[int, typer.Option("--tp", "--tensor-model-parallel-size", rich_help_panel=_MAPPING)]
+PP = Annotated[
+    int, typer.Option("--pp", "--pipeline-model-parallel-size", rich_help_panel=_MAPPING)
+]
+EP = Annotated[int, typer.Option("--ep", "--expert-model-parallel-size", rich_help_panel=_MAPPING)]
+ETP = Annotated[
+    int, typer.Option("--etp", "--expert-tensor-parallel-size", rich_help_panel=_MAPPING)
+]
+Ranks = Annotated[
+    int | None,
+    typer.Option(
+        help="Ranks to start on this machine; without it as few as the mapping needs. Under "
+        "torchrun or srun none are started.",
+        rich_help_panel=_MAPPING,
+        show_default=False,
+    ),
+]
+
+
+def folding_of(tp: int, pp: int, ep: int, etp: int) -> "ParallelFolding":
+    """Return the mapping that the options say."""
+    from nemo_upcycle.config import ParallelFolding
+
+    return ParallelFolding(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+    )
+
+
+def check_there(*sources: Path | None) -> None:
+    """Check what can be checked before ranks are started and NeMo is imported."""
+    from nemo_upcycle.checkpoint import is_checkpoint
+    from nemo_upcycle.checkpoint.huggingface import resolve_directory
+
+    for source in sources:
+        if source is not None and not is_checkpoint(resolve_directory(source)):
+            raise UpcyclingError(
+                f"{source} is no checkpoint; expected a directory with config.json and "
+                "*.safetensors, or one that NeMo 2 or Megatron-LM has saved."
+            )
+
+
+def on_ranks(folding: "ParallelFolding", ranks: int | None) -> None:
+    """Go on as one of several ranks, or start them, wait and exit as they do."""
+    from nemo_upcycle.launch import fewest_ranks, launch, launched
+
+    # What NeMo, Megatron and lm-eval say of themselves is of no use here.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    count = ranks or fewest_ranks(folding)
+    if not launched():
+        folding.validate(count)
+    if count > 1 and not launched():
+        command = next(n for n, word in enumerate(sys.argv) if word in COMMANDS)
+        raise typer.Exit(launch(sys.argv[command:], count))
+    if int(os.environ.get("RANK", "0")):
+        os.environ["TQDM_DISABLE"] = "1"
+    elif not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")

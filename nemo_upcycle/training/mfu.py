@@ -1,0 +1,89 @@
+"""Model-FLOPs utilisation, logged with every step."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from nemo.lightning import io
+
+from nemo_upcycle.flops import Flops, flops
+from nemo_upcycle.trained import megatron_model
+
+PEAK_TFLOPS = {"H100": 989.5, "H200": 989.5, "A100": 312.0, "B200": 2250.0, "GB200": 2500.0}
+"""Dense bf16 of NVIDIA's data sheets, SXM, by a part of the device's name."""
+
+
+def peak_tflops() -> float | None:
+    """Return this device's peak in bf16, None where it is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    # The longest first: GB200 is no B200.
+    found = (key for key in sorted(PEAK_TFLOPS, key=len, reverse=True) if key in name)
+    return next((PEAK_TFLOPS[key] for key in found), None)
+
+
+class MFUCallback(pl.Callback, io.IOMixin):
+    """Log TFLOP/s per GPU and model-FLOPs utilisation.
+
+    `tflops_per_gpu` and `mfu` count attention as causal; `mfu_full_attention` is arXiv 2412.09952's
+    convention, larger. NeMo's own callback takes Mixtral's vocabulary for every MoE.
+
+    Args:
+        peak_tflops: What a GPU can do in the precision of the training; None looks the device up.
+            Without a GPU that is known, utilisation is not logged.
+    """
+
+    def __init__(self, peak_tflops: float | None = None) -> None:
+        self.peak_tflops = peak_tflops
+        self._flops: Flops | None = None
+        self._ended: float | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the operations of a sequence."""
+        config = pl_module.config
+        self._flops = flops(megatron_model(vars(config)), config.seq_length)
+        self._peak = self.peak_tflops or peak_tflops()
+        self._ended = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        """Log what the step that ends here has done; the first has none before it to count from."""
+        now, started = time.perf_counter(), self._ended
+        self._ended = now
+        if started is None or self._flops is None:
+            return
+        values = utilisation(
+            self._flops,
+            sequences=trainer.datamodule.global_batch_size,
+            seconds=now - started,
+            gpus=trainer.world_size,
+            peak_tflops=self._peak,
+        )
+        for name, value in values.items():
+            pl_module.log(name, value, batch_size=1)
+
+
+def utilisation(
+    counted: Flops, sequences: int, seconds: float, gpus: int, peak_tflops: float | None
+) -> dict[str, float]:
+    """Return what is logged of a step.
+
+    Args:
+        counted: Operations of a sequence.
+        sequences: Global batch size.
+        seconds: Of the step.
+        gpus: GPUs of the job.
+        peak_tflops: Of a GPU; None leaves utilisation out.
+
+    Returns:
+        TFLOP/s per GPU, and fractions of the peak.
+    """
+    scale = sequences / (seconds * gpus) / 1e12
+    found = {"tflops_per_gpu": counted.training * scale}
+    if peak_tflops is not None:
+        found["mfu"] = counted.training * scale / peak_tflops
+        found["mfu_full_attention"] = counted.training_full_attention * scale / peak_tflops
+    return found
