@@ -127,7 +127,7 @@ def test_transformer_engine_grouped_experts(
     check(results, "mlp.experts.linear_fc1.weight0", one_rank)
 
 
-@pytest.mark.parametrize("layout", ["legacy", "te"])
+@pytest.mark.parametrize("layout", [pytest.param("legacy", marks=pytest.mark.slow), "te"])
 def test_exports_of_all_layouts_are_the_same(
     ranks: RankPool, te_ranks: RankPool, dense: Path, tmp_path: Path, layout: str
 ) -> None:

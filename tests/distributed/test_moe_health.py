@@ -101,7 +101,9 @@ def one(ranks: RankPool, workspace: Path, name: str, **options: Any) -> Any:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["plain", pytest.param("granular, partly dense", marks=pytest.mark.slow)]
+)
 def test_any_mapping_says_the_same(ranks: RankPool, workspace: Path, kind: str) -> None:
     expected = one(ranks, workspace, f"{kind}-1", **KINDS[kind])
     assert len(expected) == STEPS
