@@ -27,17 +27,29 @@ def checkpoint_tokenizer(source: str) -> "AutoTokenizer":
     Raises:
         UpcyclingError: There is no such directory, or no tokenizer in it.
     """
-    directory = resolve_directory(source)
-    layout = None if (directory / "config.json").is_file() else find_layout(directory)
-    found = find_tokenizer(directory, layout.context if layout else None)
+    found = tokenizer_directory(source)
     if found is None:
         raise UpcyclingError(
-            f"{directory} holds no tokenizer; expected one of {', '.join(NEEDED)}. "
+            f"{resolve_directory(source)} holds no tokenizer; expected one of {', '.join(NEEDED)}. "
             "Put the model's tokenizer there, or name its directory: tokenizer=DIR."
         )
     from nemo.collections.common.tokenizers import AutoTokenizer
 
     return AutoTokenizer(str(_alone(found)))
+
+
+def tokenizer_directory(source: str | Path) -> Path | None:
+    """Return where the tokenizer of a checkpoint is, None if it has none.
+
+    Args:
+        source: What `checkpoint_tokenizer` takes, or a trained checkpoint.
+
+    Raises:
+        UpcyclingError: There is no such checkpoint.
+    """
+    directory = resolve_directory(source)
+    layout = None if (directory / "config.json").is_file() else find_layout(directory)
+    return find_tokenizer(directory, layout.context if layout else None)
 
 
 def _alone(directory: Path) -> Path:

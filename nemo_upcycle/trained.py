@@ -56,11 +56,6 @@ class Trained:
     family: MoEFamily | None
 
     @property
-    def context(self) -> Path | None:
-        """NeMo 2's directory of config and tokenizer."""
-        return getattr(self.checkpoint, "context", None)
-
-    @property
     def dtype(self) -> str:
         """The dtype of its embeddings, by safetensors' name."""
         return self.checkpoint.tensors[next(self.segments(VOCABULARY[0]))[0]].dtype

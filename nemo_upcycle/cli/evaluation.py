@@ -160,7 +160,7 @@ def verify(
     from nemo_upcycle.evaluation import harness, parity
     from nemo_upcycle.evaluation.opening import is_first_rank, open_model, open_tokenizer
 
-    chosen = open_tokenizer(tokenizer or _first_with_tokenizer(moe, dense))
+    chosen = open_tokenizer(*([tokenizer] if tokenizer else [moe, dense]))
     models = [open_model(source, folding, dtype) for source in (dense, moe)]
     length = min(model.config.max_position_embeddings for model in models)
     words = parity.default_text() if text is None else parity.read_text(text)
@@ -253,18 +253,6 @@ def _show_scores(out: Path, models: dict[str, Any], paper: bool) -> None:
         console.print(table)
     for file in (out / "scores.md", *files):
         typer.echo(file)
-
-
-def _first_with_tokenizer(*sources: Path) -> Path:
-    from nemo_upcycle.evaluation.opening import open_tokenizer
-
-    for source in sources[:-1]:
-        try:
-            open_tokenizer(source)
-            return source
-        except UpcyclingError:
-            continue
-    return sources[-1]
 
 
 def _why(dense: Path, moe: Path) -> list[str]:

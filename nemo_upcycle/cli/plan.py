@@ -8,6 +8,8 @@ import typer
 from nemo_upcycle.cli.tools import one_line_errors
 
 if TYPE_CHECKING:
+    from nemo_upcycle_recipes.numbers import Recipe
+
     from nemo_upcycle.job import JobPlan
 
 Settings = Annotated[
@@ -55,13 +57,9 @@ def plan(
       nemo-upcycle plan --recipe llama_tiny_e8t2 --world-size 4
       nemo-upcycle plan --json | jq .job.bytes_to_read
     """
-    from nemo_upcycle_recipes.numbers import override, recipe_named
-
     from nemo_upcycle.job import dense_of_config, open_dense, plan_job
 
-    chosen = override(recipe_named(recipe), settings or [])
-    if world_size is not None:
-        chosen = chosen.on_ranks(world_size)
+    chosen = _recipe(recipe, settings, world_size)
     job = plan_job(
         open_dense(dense)
         if dense
@@ -73,6 +71,14 @@ def plan(
         chosen.precision,
     )
     _print_plan(job, recipe, rank, as_json=json)
+
+
+def _recipe(name: str, settings: list[str] | None, world_size: int | None) -> "Recipe":
+    """Return the recipe with what the command says."""
+    from nemo_upcycle_recipes.numbers import override, recipe_named
+
+    chosen = override(recipe_named(name), settings or [])
+    return chosen if world_size is None else chosen.on_ranks(world_size)
 
 
 def _print_plan(job: "JobPlan", recipe: str, rank: int | None, as_json: bool) -> None:
@@ -108,14 +114,11 @@ def groups(
       nemo-upcycle groups
       nemo-upcycle groups expert_model_parallel_size=4 --world-size 128 --out groups.png
     """
-    from nemo_upcycle_recipes.numbers import override, recipe_named
     from rich.console import Console
 
     from nemo_upcycle.groups_report import draw, render
 
-    chosen = override(recipe_named(recipe), settings or [])
-    if world_size is not None:
-        chosen = chosen.on_ranks(world_size)
+    chosen = _recipe(recipe, settings, world_size)
     sizes = chosen.folding, chosen.world_size, chosen.num_gpus_per_node
     Console(highlight=False).print(render(*sizes))
     if out is not None:

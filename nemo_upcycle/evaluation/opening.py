@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from nemo_upcycle import cpu, load
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.checkpoint.huggingface import read_config, resolve_directory
-from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, find_tokenizer
+from nemo_upcycle.checkpoint.tokenizer_files import NEEDED
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.dtypes import TORCH_DTYPES
 from nemo_upcycle.errors import UpcyclingError
@@ -25,6 +25,7 @@ from nemo_upcycle.mapping import FAMILIES, family_of
 from nemo_upcycle.mapping.moe import MoEModel
 from nemo_upcycle.model import trained_config, upcycling_of
 from nemo_upcycle.ranks import Ranks
+from nemo_upcycle.tokenizer import tokenizer_directory
 from nemo_upcycle.trained import check_all_restored, open_trained, upcycled_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,19 +69,16 @@ def open_model(
     return _trained(directory, folding, chosen)
 
 
-def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint; nothing is executed.
+def open_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the first checkpoint that has one; nothing is executed.
 
     Raises:
         UpcyclingError: There is none.
     """
-    directory = resolve_directory(source)
-    root = directory.parent if directory.resolve().name == "weights" else directory
-    context = root / "context"
-    found = find_tokenizer(directory, context if context.is_dir() else None)
+    found = next(filter(None, map(tokenizer_directory, sources)), None)
     if found is None:
         raise UpcyclingError(
-            f"{source} holds no tokenizer; expected one of {', '.join(NEEDED)}. "
+            f"{sources[-1]} holds no tokenizer; expected one of {', '.join(NEEDED)}. "
             "Name its directory: --tokenizer DIR."
         )
     return AutoTokenizer.from_pretrained(found, trust_remote_code=False)
