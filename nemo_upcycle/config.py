@@ -6,6 +6,7 @@ numbers, and none of them needs NeMo or torch for it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nemo_upcycle.errors import UpcyclingError
 
@@ -14,6 +15,19 @@ ACCOUNTED_LAYERS = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 )
+
+RECOMPUTE: dict[str, dict[str, object]] = {
+    "none": {},
+    "moe_act": {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+"""What the backward pass computes again instead of keeping it, as Megatron's fields say it; the
+least first. `moe_act`: the experts' activation function; `moe`: the MoE layers."""
 
 
 @dataclass(frozen=True)
@@ -351,6 +365,28 @@ class ParallelFolding:
     account_for_embedding_in_pipeline_split: bool = False
     account_for_loss_in_pipeline_split: bool = False
 
+    NAMES: ClassVar[dict[str, str]] = {
+        "tp": "tensor_model_parallel_size",
+        "cp": "context_parallel_size",
+        "pp": "pipeline_model_parallel_size",
+        "vpp": "virtual_pipeline_model_parallel_size",
+        "ep": "expert_model_parallel_size",
+        "etp": "expert_tensor_parallel_size",
+    }
+    """What the papers call the sizes, and Megatron."""
+
+    @classmethod
+    def of(cls, **sizes: int | None) -> "ParallelFolding":
+        """Return a folding by the papers' names: `ParallelFolding.of(tp=2, ep=8, pp=4, vpp=8)`.
+
+        Raises:
+            UpcyclingError: There is no such name, or see the class.
+        """
+        unknown = sorted(set(sizes) - set(cls.NAMES))
+        if unknown:
+            raise UpcyclingError(f"There is no {unknown[0]}; expected {', '.join(cls.NAMES)}.")
+        return cls(**{cls.NAMES[name]: size for name, size in sizes.items()})  # type: ignore[arg-type]
+
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value is not None and not isinstance(value, bool) and value < 1:
@@ -376,6 +412,12 @@ class ParallelFolding:
                 f"Both {uneven[0]} and {accounted[0]} are set; Megatron takes one kind of uneven "
                 "stages. Drop one."
             )
+
+    def __str__(self) -> str:
+        """Say it in the papers' words: TP2 CP2 PP4 VPP8 · ETP1 EP8."""
+        sizes = {name.upper(): getattr(self, field) for name, field in self.NAMES.items()}
+        attention = [f"{name}{sizes[name]}" for name in ("TP", "CP", "PP", "VPP") if sizes[name]]
+        return f"{' '.join(attention)} · ETP{sizes['ETP']} EP{sizes['EP']}"
 
     @property
     def sequence_parallel(self) -> bool:

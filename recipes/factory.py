@@ -8,20 +8,24 @@ from typing import Any, TypeVar, Union, get_args
 
 import nemo_run as run
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
+from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
+from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.utils.exp_manager import TimingCallback
-from nemo_upcycle_recipes.numbers import Recipe, Schedule, arguments, defaults
+from nemo_upcycle_recipes.arguments import arguments, defaults
+from nemo_upcycle_recipes.recipe import Recipe, Schedule
 
 from nemo_upcycle import cpu, layout
 from nemo_upcycle.branches import split_sources
 from nemo_upcycle.callback import UpcyclingCallback
-from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.data.gpt_dataset import GPTDataset
+from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.model import (
     UpcycledGPTConfig,
@@ -34,7 +38,10 @@ from nemo_upcycle.model import (
 from nemo_upcycle.strategy import MegatronStrategy
 from nemo_upcycle.tokenizer import checkpoint_tokenizer
 from nemo_upcycle.training.auto_resume import AutoResume
+from nemo_upcycle.training.mfu import MFUCallback
 from nemo_upcycle.training.model_checkpoint import ModelCheckpoint
+from nemo_upcycle.training.moe_health import MoEHealthCallback
+from nemo_upcycle.training.preemption import PreemptionCallback
 
 F = TypeVar("F", bound=Callable[..., run.Partial])
 
@@ -115,6 +122,8 @@ def pretrain(
     accelerator: str = "gpu",
     from_scratch: bool = False,
     read_once: bool = False,
+    performance_mode: bool = False,
+    wandb_project: str | None = None,
     model_overrides: dict[str, Any] | None = None,
     callbacks: list[run.Config] | None = None,
     fn: Callable = llm.pretrain,
@@ -134,6 +143,8 @@ def pretrain(
         accelerator: `gpu`, `cpu`, or `auto` for the GPU where there is one.
         from_scratch: Take the dense checkpoint's config and tokenizer, and random weights.
         read_once: Read each slice of the dense checkpoint once a job and broadcast it.
+        performance_mode: Hide collectives behind computation, collect garbage by hand.
+        wandb_project: Project of Weights & Biases to log to, beside TensorBoard.
         model_overrides: Fields of the model's config.
         callbacks: Further callbacks.
         fn: The function that the run calls.
@@ -156,11 +167,16 @@ def pretrain(
     upcycles = bool(sources) and not from_scratch
     if upcycles:
         _warn(upcycling, arch, len(sources))
+    overrides |= RECOMPUTE[recipe.recompute]
     if cpu_only:
         overrides |= cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
+    elif upcycling.num_moe_experts is not None:
+        overrides |= {"moe_grouped_gemm": True, "moe_permute_fusion": True}
     source = tokenizer or (sources[0] if sources else None)
     tokenizer_config = run.Config(checkpoint_tokenizer, source=source) if source else None
-    all_callbacks = [run.Config(TimingCallback), *(callbacks or [])]
+    all_callbacks = [*_observers(upcycling, schedule), *(callbacks or [])]
+    if performance_mode:
+        all_callbacks += _performance(folding, cpu_only)
     if upcycles:
         all_callbacks.append(_upcycling_callback(dense_checkpoint, upcycling, read_once))
     return run.Partial(
@@ -173,10 +189,33 @@ def pretrain(
             callbacks=all_callbacks,
         ),
         data=data(schedule, data_paths, tokenizer_config, cpu_only),
-        log=log(dir, name, schedule),
+        log=log(dir, name, schedule, wandb_project),
         optim=optim(schedule, recipe.precision),
         resume=run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
     )
+
+
+def _observers(upcycling: UpcyclingConfig, schedule: Schedule) -> list[run.Config]:
+    """Configure what watches every run."""
+    found = [run.Config(TimingCallback), run.Config(MFUCallback), run.Config(PreemptionCallback)]
+    if upcycling.num_moe_experts is not None:
+        interval = schedule.moe_health_interval
+        found.append(run.Config(MoEHealthCallback, every_n_steps=interval))
+    return found
+
+
+def _performance(folding: ParallelFolding, cpu_only: bool) -> list[run.Config]:
+    """Configure what makes a run faster, and is not for every machine."""
+    if cpu_only:
+        raise UpcyclingError("performance_mode needs GPUs; leave it out, or use accelerator=gpu.")
+    return [
+        # Ranks that collect garbage at different times wait for each other.
+        run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100),
+        run.Config(
+            MegatronCommOverlapCallback,
+            tp_comm_overlap=folding.tensor_model_parallel_size > 1,
+        ),
+    ]
 
 
 def _warn(upcycling: UpcyclingConfig, arch: Architecture, dense_checkpoints: int) -> None:
@@ -300,8 +339,14 @@ def optim(schedule: Schedule, precision: str) -> run.Config:
     )
 
 
-def log(dir: str | None, name: str, schedule: Schedule) -> run.Config:
+def log(
+    dir: str | None, name: str, schedule: Schedule, wandb_project: str | None = None
+) -> run.Config:
     """Configure logs and checkpoints under `dir/name`."""
+    wandb = None
+    if wandb_project is not None:
+        # With an id a resumed run goes on in the same page.
+        wandb = run.Config(WandbLogger, project=wandb_project, name=name, id=name, resume="allow")
     return run.Config(
         nl.NeMoLogger,
         log_dir=dir,
@@ -309,6 +354,7 @@ def log(dir: str | None, name: str, schedule: Schedule) -> run.Config:
         # A run's directory must not change between its starts, or it would not resume.
         use_datetime_version=False,
         tensorboard=run.Config(TensorBoardLogger, save_dir="tb_logs", name=name),
+        wandb=wandb,
         ckpt=run.Config(
             ModelCheckpoint,
             every_n_train_steps=schedule.checkpoint_interval,

@@ -6,7 +6,9 @@ from typing import Any, Optional
 import nemo_run as run
 from nemo.collections import llm
 from nemo_upcycle_recipes import factory
-from nemo_upcycle_recipes.numbers import LLAMA_TINY, LLAMA_TINY_E8T2, Recipe, with_arguments
+from nemo_upcycle_recipes.arguments import with_arguments
+from nemo_upcycle_recipes.numbers import LLAMA_TINY, LLAMA_TINY_E8T2
+from nemo_upcycle_recipes.recipe import Recipe
 
 DIR = "demo"
 

@@ -3,11 +3,31 @@
 import nemo_run as run
 import typer
 from nemo_run.cli.api import Entrypoint
-from nemo_upcycle_recipes import executors, llama3_8b_e8t2, llama_tiny, upcycled_gpt
+from nemo_upcycle_recipes import (
+    executors,
+    llama3_8b_e8t2,
+    llama31_70b_e8t2,
+    llama32_1b_e8t2,
+    llama32_3b_e8t2,
+    llama_tiny,
+    mistral_7b_e8t2,
+    qwen25_7b_e8t2,
+    upcycled_gpt,
+)
 
 from nemo_upcycle.cli import app
 
-__all__ = ["executors", "llama3_8b_e8t2", "llama_tiny", "upcycled_gpt"]
+__all__ = [
+    "executors",
+    "llama3_8b_e8t2",
+    "llama31_70b_e8t2",
+    "llama32_1b_e8t2",
+    "llama32_3b_e8t2",
+    "llama_tiny",
+    "mistral_7b_e8t2",
+    "qwen25_7b_e8t2",
+    "upcycled_gpt",
+]
 
 
 class Commands(Entrypoint):

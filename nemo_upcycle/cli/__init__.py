@@ -12,6 +12,7 @@ import typer
 from nemo_upcycle.cli import data, evaluation
 from nemo_upcycle.cli.plan import groups, plan
 from nemo_upcycle.cli.tools import Directory, one_line_errors, progress
+from nemo_upcycle.cli.tune import tune
 
 app = typer.Typer(
     name="nemo-upcycle",
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.command()(plan)
 app.command()(groups)
+app.command()(tune)
 
 
 def main() -> None:

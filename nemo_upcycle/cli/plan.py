@@ -8,7 +8,7 @@ import typer
 from nemo_upcycle.cli.tools import one_line_errors
 
 if TYPE_CHECKING:
-    from nemo_upcycle_recipes.numbers import Recipe
+    from nemo_upcycle_recipes.recipe import Recipe
 
     from nemo_upcycle.job import JobPlan
 
@@ -75,7 +75,8 @@ def plan(
 
 def _recipe(name: str, settings: list[str] | None, world_size: int | None) -> "Recipe":
     """Return the recipe with what the command says."""
-    from nemo_upcycle_recipes.numbers import override, recipe_named
+    from nemo_upcycle_recipes.arguments import override
+    from nemo_upcycle_recipes.numbers import recipe_named
 
     chosen = override(recipe_named(name), settings or [])
     return chosen if world_size is None else chosen.on_ranks(world_size)

@@ -8,20 +8,13 @@ import torch
 from nemo.lightning import io
 
 from nemo_upcycle.flops import Flops, flops
+from nemo_upcycle.planner.hardware import device_peak_tflops
 from nemo_upcycle.trained import megatron_model
-
-PEAK_TFLOPS = {"H100": 989.5, "H200": 989.5, "A100": 312.0, "B200": 2250.0, "GB200": 2500.0}
-"""Dense bf16 of NVIDIA's data sheets, SXM, by a part of the device's name."""
 
 
 def peak_tflops() -> float | None:
     """Return this device's peak in bf16, None where it is not known."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    # The longest first: GB200 is no B200.
-    found = (key for key in sorted(PEAK_TFLOPS, key=len, reverse=True) if key in name)
-    return next((PEAK_TFLOPS[key] for key in found), None)
+    return device_peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 class MFUCallback(pl.Callback, io.IOMixin):

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from nemo_upcycle_recipes.numbers import RECIPES, arguments, override
+from nemo_upcycle_recipes.arguments import arguments, override
+from nemo_upcycle_recipes.numbers import RECIPES
 from typer.testing import CliRunner
 
 from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo

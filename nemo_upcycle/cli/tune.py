@@ -1,0 +1,171 @@
+"""`nemo-upcycle tune`: which mapping to train on, and what it will take."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nemo_upcycle.cli.plan import RecipeName, Settings
+from nemo_upcycle.cli.tools import one_line_errors, progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nemo_upcycle_recipes.recipe import Recipe
+
+    from nemo_upcycle.planner.hardware import Hardware
+    from nemo_upcycle.planner.scaling import Point
+    from nemo_upcycle.planner.search import Prediction
+    from nemo_upcycle.planner.workload import Mapping
+
+
+@one_line_errors
+def tune(
+    settings: Settings = None,
+    recipe: RecipeName = "llama3_8b_e8t2",
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            help="GPUs; without it as many as the recipe says.", min=1, show_default=False
+        ),
+    ] = None,
+    hardware: Annotated[
+        str,
+        typer.Option(help="h100, h200, a100, b200, gb200, or a YAML file of your own."),
+    ] = "h100",
+    top: Annotated[int, typer.Option(help="Mappings to show.", min=1)] = 5,
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    scaling: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw how step time, MFU, memory and loading grow from 8 to 4,096 GPUs "
+            "(.png, .svg, .pdf), and print the table.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Find the fastest mapping that fits: all foldings of so many GPUs, predicted and ranked.
+
+    Tensor, context, pipeline, virtual pipeline, expert and expert-tensor parallelism, microbatch
+    and recompute. What KEY=VALUE says of them is kept. Needs no GPU and no weights.
+
+    Hardware of your own is a YAML file; `base` says what it is like:
+
+    \b
+      base: h100
+      name: our cluster
+      network_bandwidth: 25   # GB/s of a GPU, each way
+
+    \b
+    Examples:
+      nemo-upcycle tune --gpus 128
+      nemo-upcycle tune --recipe llama31_70b_e8t2 --gpus 512 --hardware h200
+      nemo-upcycle tune --gpus 64 global_batch_size=256 tensor_model_parallel_size=2
+      nemo-upcycle tune --hardware our.yaml --scaling scaling.png
+    """
+    import json as json_module
+
+    from nemo_upcycle_recipes.arguments import override
+    from nemo_upcycle_recipes.expectations import workload
+    from nemo_upcycle_recipes.numbers import recipe_named
+    from rich.console import Console
+
+    from nemo_upcycle.planner.hardware import hardware as read_hardware
+    from nemo_upcycle.planner.report import point_json, render, scaling_table, to_json
+    from nemo_upcycle.planner.tuning import tune
+
+    kind = read_hardware(hardware)
+    chosen = override(recipe_named(recipe), settings or [])
+    world_size = chosen.world_size if gpus is None else gpus
+    allowed = _as_said(chosen, settings or [])
+    trained = workload(chosen)
+    found = tune(trained, world_size, kind, allowed, own=_own(chosen, world_size, kind))
+    points = _scaling(chosen, kind, allowed, scaling) if scaling else []
+    if json:
+        both = to_json(found, top) | ({"scaling": list(map(point_json, points))} if points else {})
+        typer.echo(json_module.dumps(both))
+        return
+    console = Console(highlight=False)
+    title = f"{recipe} on {world_size} {kind.name}, {trained.global_batch_size} sequences a step"
+    command = _command(recipe, found.best[0], settings or [], kind)
+    console.print(render(found, title, command, top))
+    if scaling:
+        console.print(scaling_table(points))
+        typer.echo(scaling)
+
+
+def _as_said(recipe: "Recipe", settings: list[str]) -> "Callable[[Mapping], bool]":
+    """Allow the mappings that keep what was said on the command line."""
+    from nemo_upcycle_recipes.arguments import plain_name
+
+    names = {plain_name(setting.partition("=")[0]) for setting in settings}
+    folding = {name: value for name, value in vars(recipe.folding).items() if name in names}
+    batch = recipe.schedule.micro_batch_size if "micro_batch_size" in names else None
+    recompute = recipe.recompute if "recompute" in names else None
+
+    def allowed(mapping: "Mapping") -> bool:
+        return (
+            all(getattr(mapping.folding, name) == value for name, value in folding.items())
+            and batch in (None, mapping.micro_batch_size)
+            and recompute in (None, mapping.recompute)
+        )
+
+    return allowed
+
+
+def _own(recipe: "Recipe", world_size: int, hardware: "Hardware") -> "Prediction | None":
+    """Predict the recipe's own mapping, if so many GPUs can have it."""
+    from nemo_upcycle_recipes.expectations import mapping, workload
+
+    from nemo_upcycle.errors import UpcyclingError
+    from nemo_upcycle.planner.search import predict
+    from nemo_upcycle.planner.workload import Mapping
+
+    own = mapping(recipe)
+    on = Mapping(own.folding, world_size, own.micro_batch_size, own.recompute)
+    try:
+        return predict(workload(recipe), on, hardware)
+    except UpcyclingError:
+        return None
+
+
+def _scaling(
+    recipe: "Recipe", hardware: "Hardware", allowed: "Callable[[Mapping], bool]", path: Path
+) -> "list[Point]":
+    from nemo_upcycle_recipes.expectations import workload
+
+    from nemo_upcycle.job import dense_of_config
+    from nemo_upcycle.planner.picture import draw_scaling
+    from nemo_upcycle.planner.scaling import GPUS, scaling
+
+    dense = dense_of_config(recipe.config, recipe.dense, "")
+    points = []
+    with progress("scaling") as show:
+        for point in scaling(workload(recipe), dense, hardware, GPUS, allowed):
+            points.append(point)
+            show(len(points), len(GPUS))
+    batch = recipe.schedule.global_batch_size
+    title = f"{recipe.name} on {hardware.name}, {batch} sequences a step"
+    draw_scaling(points, title, path)
+    return points
+
+
+def _command(recipe: str, best: "Prediction", settings: list[str], hardware: "Hardware") -> str:
+    """Return what trains on a mapping."""
+    from nemo_upcycle_recipes.arguments import plain_name
+
+    mapping = best.mapping
+    per_node = min(hardware.gpus_per_node, mapping.world_size)
+    values = {
+        "num_nodes": -(-mapping.world_size // per_node),
+        "num_gpus_per_node": per_node,
+        **{n: value for n, value in vars(mapping.folding).items() if value not in (None, False)},
+        "micro_batch_size": mapping.micro_batch_size,
+        "recompute": f"'{mapping.recompute}'",
+    }
+    said = dict(setting.split("=", 1) for setting in settings)
+    values = {plain_name(name): value for name, value in said.items()} | values
+    if mapping.folding.virtual_pipeline_model_parallel_size is None:
+        values["virtual_pipeline_model_parallel_size"] = None
+    arguments = ", ".join(f"{name}={value}" for name, value in values.items())
+    return f'nemo llm pretrain --factory "{recipe}({arguments})"'

@@ -1,0 +1,189 @@
+"""Memory of a GPU in training: what Megatron's DDP, distributed optimizer and pipeline keep.
+
+Parameters, gradients and optimizer state are counted as Megatron lays them out. Activations are
+what Transformer Engine's layers with fused attention save for the backward pass, by formula
+(arXiv 2205.05198 §4, for grouped queries, gated layers and experts).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nemo_upcycle.mapping import dimensions
+from nemo_upcycle.planner.workload import Mapping, Workload
+
+UNEVEN_ROUTING = 1.5
+"""Tokens of the fullest expert over the mean that memory must have room for, where all are kept."""
+
+RESERVED = 5 * 2**30
+"""Bytes of CUDA's context, NCCL's buffers and what the allocator cannot use."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a GPU.
+
+    Attributes:
+        parameters: In the training's precision.
+        gradients: fp32.
+        optimizer: Adam's two moments, and fp32 parameters of bf16 ones.
+        activations: Of all microbatches in flight.
+        working: What lives only for a while: a layer that is computed again, logits, under FSDP
+            a layer's parameters and gradients.
+        reserved: What no tensor uses.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: float
+    working: float
+    reserved: int = RESERVED
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(vars(self).values())
+
+
+def memory(workload: Workload, mapping: Mapping) -> Memory:
+    """Return the memory of the fullest GPU.
+
+    Args:
+        workload: What is trained.
+        mapping: How; its microbatches must divide the batch.
+    """
+    stages = range(mapping.folding.pipeline_model_parallel_size)
+    # Of the stages between, the first has the most in flight.
+    candidates = {0, min(1, stages[-1]), stages[-1]}
+    return max((of_stage(workload, mapping, stage) for stage in candidates), key=lambda m: m.total)
+
+
+def of_stage(workload: Workload, mapping: Mapping, stage: int) -> Memory:
+    """Return the memory of a GPU of a pipeline stage."""
+    state = model_state(workload, mapping, stage)
+    kept, computed = _layer_bytes(workload, mapping)
+    activations = kept.of(*_layers_in_flight(workload, mapping, stage))
+    working = max(computed.moe, computed.dense)
+    if stage == mapping.folding.pipeline_model_parallel_size - 1:
+        working = max(working, _logits(workload, mapping))
+    if mapping.fsdp:
+        working += _gathered(workload, mapping)
+    return Memory(state.parameters, state.gradients, state.optimizer, activations, working)
+
+
+class ModelState(NamedTuple):
+    """Bytes of a GPU's parameters, gradients and optimizer state."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+
+def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
+    """Return what Megatron's DDP buffers and distributed optimizer take, at most.
+
+    Adam keeps two fp32 moments of each parameter, and an fp32 copy of bf16 ones.
+    """
+    parameters = gradients = optimizer = 0
+    per_parameter = 12 if workload.precision == "bf16-mixed" else 8
+    for buffer in workload.buffers(mapping.folding, stage):
+        ranks = mapping.expert_gradient_ranks if buffer.is_expert else mapping.gradient_ranks
+        padded = buffer.padded(ranks)
+        held = padded // ranks if mapping.fsdp else padded
+        parameters += held * workload.element_bytes
+        gradients += held * 4
+        optimizer += min(padded // ranks, buffer.elements) * per_parameter
+    return ModelState(parameters, gradients, optimizer)
+
+
+class LayerBytes(NamedTuple):
+    """Bytes that a microbatch keeps of a layer with experts, and of one without."""
+
+    moe: float
+    dense: float
+
+    def of(self, moe_layers: float, dense_layers: float) -> float:
+        """Return the bytes of so many."""
+        return self.moe * moe_layers + self.dense * dense_layers
+
+
+def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, LayerBytes]:
+    """Return what a layer keeps, and what computing it again takes for a while."""
+    arch, sizes, each = workload.arch, dimensions(workload.arch), workload.element_bytes
+    tokens = _tokens(workload, mapping)
+    # Norm's input and output, both split over TP: sequence parallelism.
+    norm = 2 * arch.hidden_size * each * tokens
+    # q, k, v before and after the rotary embedding, the output, and fp32 log-sum-exps.
+    attention = (2 * sizes["qkv"] + sizes["queries"]) * each + 4 * arch.num_attention_heads
+    attended = norm + attention * tokens
+    neurons = (arch.fc1_rows + 1) * each
+    dense = norm + arch.ffn_hidden_size * neurons * tokens
+    routed, activated = _expert_bytes(workload, mapping, tokens)
+    moe = norm + routed + (dense - norm if workload.upcycling.moe_shared_expert else 0)
+    match mapping.recompute:
+        case "full":
+            kept = arch.hidden_size * each * tokens
+            layer = LayerBytes(attended + moe if workload.is_moe else 0, attended + dense)
+            return LayerBytes(kept, kept), layer
+        case "moe":
+            return LayerBytes(attended + norm, attended + dense), LayerBytes(moe - norm, 0)
+        case "moe_act":
+            return LayerBytes(attended + moe - activated, attended + dense), LayerBytes(
+                activated, 0
+            )
+    # Gradients of the widest activations live beside them.
+    widest = routed if workload.is_moe else arch.ffn_hidden_size * neurons * tokens
+    return LayerBytes(attended + moe, attended + dense), LayerBytes(widest, 0)
+
+
+def _expert_bytes(workload: Workload, mapping: Mapping, tokens: float) -> tuple[float, float]:
+    """Return the bytes of a rank's experts, and of these the activation function's output."""
+    if not workload.is_moe:
+        return 0, 0
+    arch, folding, each = workload.arch, mapping.folding, workload.element_bytes
+    capacity = workload.upcycling.moe_expert_capacity_factor
+    uneven = min(UNEVEN_ROUTING, capacity or UNEVEN_ROUTING)
+    assignments = tokens * workload.model.topk * uneven
+    # Every expert-tensor-parallel rank has all of their tokens, and a part of the neurons.
+    inputs = arch.hidden_size * each * folding.expert_tensor_parallel_size
+    activated = workload.model.expert_width * each * assignments
+    router = 8 * workload.model.num_experts * tokens
+    return inputs * assignments + (arch.fc1_rows + 1) * activated + router, activated
+
+
+def _tokens(workload: Workload, mapping: Mapping) -> float:
+    """Return the tokens of a microbatch that a GPU has between the layers."""
+    folding = mapping.folding
+    split = folding.tensor_model_parallel_size * folding.context_parallel_size
+    return workload.seq_length * mapping.micro_batch_size / split
+
+
+def _layers_in_flight(workload: Workload, mapping: Mapping, stage: int) -> tuple[float, float]:
+    """Return the layers, with experts and without, whose activations are kept at the fullest.
+
+    A stage runs this many microbatches forward before its first backward pass, in Megatron's
+    1F1B and interleaved schedules.
+    """
+    stages = mapping.folding.pipeline_model_parallel_size
+    virtual = mapping.folding.virtual_pipeline_model_parallel_size or 1
+    microbatches = mapping.microbatches(workload.global_batch_size)
+    ahead = stages - stage
+    if virtual > 1:
+        ahead += stages - stage - 1 + (virtual - 1) * stages
+    flying = min(ahead, microbatches * virtual) / virtual
+    moe, dense = workload.stages(mapping.folding)[stage]
+    return moe * flying, dense * flying
+
+
+def _logits(workload: Workload, mapping: Mapping) -> float:
+    """Return the bytes of the logits, and of their fp32 softmax."""
+    return _tokens(workload, mapping) * workload.arch.vocab_size * (workload.element_bytes + 4)
+
+
+def _gathered(workload: Workload, mapping: Mapping) -> float:
+    """Return the bytes of two layers' parameters, the next one prefetched, and one's gradients."""
+    buffers = workload.buffers(mapping.folding, 0)
+    layer = sum(buffer.elements for buffer in buffers) / max(
+        1, sum(workload.stages(mapping.folding)[0])
+    )
+    return layer * (2 * workload.element_bytes + 4)

@@ -1,0 +1,117 @@
+"""How a job grows, as a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.planner.report import WHERE
+from nemo_upcycle.planner.scaling import Point
+from nemo_upcycle.planner.search import HEADROOM, Prediction
+from nemo_upcycle.planner.tuning import COMPONENTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GIB = 2**30
+Found = Mapping[int, Prediction]
+"""Best mappings by their place on the axis."""
+
+
+def draw_scaling(points: Sequence[Point], title: str, path: Path) -> None:
+    """Write a picture: step time, MFU, memory, and the time to load and upcycle over GPUs.
+
+    Args:
+        points: Jobs of several sizes.
+        title: What is trained.
+        path: The file to write (.png, .svg, .pdf).
+
+    Raises:
+        UpcyclingError: matplotlib is not installed, or no job fits.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UpcyclingError("The picture needs matplotlib: pip install matplotlib.") from None
+    found = {place: point.best for place, point in enumerate(points) if point.best is not None}
+    if not found:
+        raise UpcyclingError("Nothing fits on any of these numbers of GPUs; nothing to draw.")
+    figure = Figure(figsize=(15, 9.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2)
+    (step, use), (loading, memory) = panels
+    _step_times(step, found)
+    _utilisation(use, found)
+    _memory(memory, found)
+    seconds = {n: point.loading.seconds for n, point in enumerate(points) if point.loading}
+    loading.plot(list(seconds), list(seconds.values()), marker="o")
+    loading.set_ylim(bottom=0)
+    loading.set_title("read the dense checkpoint and fill the MoE, s")
+    for axes in panels.flat:
+        axes.set_xticks(range(len(points)), [str(point.gpus) for point in points])
+        axes.set_xlim(-0.6, len(points) - 0.4)
+        axes.set_xlabel("GPUs")
+        axes.grid(axis="y", alpha=0.3)
+        for place in set(range(len(points))) - set(found):
+            axes.axvspan(place - 0.4, place + 0.4, color="0.93")
+            axes.text(place, 0.5, "does not fit", rotation=90, ha="center", va="center",
+                      color="0.4", transform=axes.get_xaxis_transform())  # fmt: skip
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _step_times(axes: "Axes", found: Found) -> None:
+    places, best = list(found), list(found.values())
+    total, gpus = [one.time.total for one in best], [one.mapping.world_size for one in best]
+    axes.plot(places, total, marker="o", label="predicted")
+    ideal = [total[0] * gpus[0] / number for number in gpus]
+    axes.plot(places, ideal, linestyle="--", color="0.6", label=f"as on {gpus[0]}, divided")
+    for place, value in zip(places, total, strict=True):
+        axes.annotate(f"{value:.2g}", (place, value), xytext=(6, 4), textcoords="offset points")
+    axes.set_yscale("log")
+    axes.set_title("a step, s; the global batch stays the same")
+    axes.legend()
+
+
+def _utilisation(axes: "Axes", found: Found) -> None:
+    """Stack what a step's time is spent on, and draw MFU over it."""
+    shares = {
+        words: [100 * getattr(one.time, name) / one.time.total for one in found.values()]
+        for name, words in COMPONENTS.items()
+    }
+    _stack(axes, found, shares)
+    used = [100 * one.mfu for one in found.values()]
+    axes.plot(list(found), used, marker="o", color="black", label="MFU, causal attention")
+    for place, value in zip(found, used, strict=True):
+        axes.annotate(f"{value:.0f}", (place, value), xytext=(0, 6), ha="center",
+                      textcoords="offset points")  # fmt: skip
+    axes.set_ylim(0, 100)
+    axes.set_title("what the time is spent on, and MFU, %")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _memory(axes: "Axes", found: Found) -> None:
+    gib = {
+        words: [getattr(one.memory, name) / GIB for one in found.values()]
+        for name, words in WHERE.items()
+    }
+    _stack(axes, found, gib)
+    limit = next(iter(found.values())).hardware.memory_gib * HEADROOM
+    axes.axhline(limit, color="black", linestyle="--", label=f"{HEADROOM:.0%} of a GPU")
+    for place, one in found.items():
+        axes.text(place, limit * 0.03, f"{one.mapping.folding}\n{one.mapping.recompute}",
+                  fontsize=7, rotation=90, ha="center", va="bottom")  # fmt: skip
+    axes.set_title("memory of the fullest GPU, GiB; its mapping and recompute")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _stack(axes: "Axes", found: Found, parts: Mapping[str, list[float]]) -> None:
+    from matplotlib import colormaps
+
+    bottom = [0.0] * len(found)
+    for number, (name, values) in enumerate(parts.items()):
+        colour = colormaps["Set3"](number)
+        axes.bar(list(found), values, 0.7, bottom=bottom, label=name, color=colour)
+        bottom = [low + value for low, value in zip(bottom, values, strict=True)]

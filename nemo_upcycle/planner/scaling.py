@@ -1,0 +1,100 @@
+"""How a job grows: its best mapping, and the time to load and upcycle, by the number of GPUs."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.job import Dense, plan_job
+from nemo_upcycle.planner.hardware import Hardware
+from nemo_upcycle.planner.search import Prediction, least_memory, search
+from nemo_upcycle.planner.workload import Mapping, Workload
+
+GPUS = tuple(2**power for power in range(3, 13))
+
+FILL_BANDWIDTH = 10e9
+"""Bytes of parameters that a rank fills a second from a file that its node has in memory: measured
+13.7 GiB/s for one rank, 8 GiB/s each for two (benchmarks/results/2026-11-25-upcycle-load.md)."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Reading a dense checkpoint and filling the MoE, without starting processes.
+
+    Attributes:
+        bytes_of_node: That the node with the most reads from its file system.
+        bytes_of_job: That all nodes read.
+        seconds: That it takes.
+    """
+
+    bytes_of_node: int
+    bytes_of_job: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A job of one size.
+
+    Attributes:
+        gpus: How many.
+        best: The fastest mapping that fits; None: none does.
+        least: Where none fits, the one that takes the least memory; None: the model or the batch
+            cannot be spread over so many.
+        loading: Under the best mapping.
+    """
+
+    gpus: int
+    best: Prediction | None
+    least: Prediction | None
+    loading: Loading | None
+
+
+def scaling(
+    workload: Workload,
+    dense: Dense,
+    hardware: Hardware,
+    gpus: Iterable[int] = GPUS,
+    allowed: Callable[[Mapping], bool] = lambda mapping: True,
+) -> Iterator[Point]:
+    """Yield the best mapping for each number of GPUs; the global batch stays the same.
+
+    Args:
+        workload: What is trained.
+        dense: What it is upcycled from.
+        hardware: On what.
+        gpus: Numbers of GPUs; those that do not fill nodes are left out.
+        allowed: Which mappings to look at.
+    """
+    for number in gpus:
+        if number % hardware.gpus_per_node:
+            continue
+        found = search(workload, number, hardware, allowed)
+        if found:
+            yield Point(number, found[0], None, loading(found[0], dense))
+        else:
+            yield Point(number, None, least_memory(workload, number, hardware), None)
+
+
+def loading(prediction: Prediction, dense: Dense) -> Loading:
+    """Return what it takes to load and upcycle under a mapping.
+
+    Args:
+        prediction: The mapping.
+        dense: The dense checkpoint.
+
+    Raises:
+        UpcyclingError: The GPUs do not fill nodes.
+    """
+    hardware, mapping = prediction.hardware, prediction.mapping
+    nodes, left = divmod(mapping.world_size, hardware.gpus_per_node)
+    if left:
+        raise UpcyclingError(
+            f"{mapping.world_size} GPUs do not fill nodes of {hardware.gpus_per_node}."
+        )
+    plan = partial(plan_job, dense, prediction.workload.upcycling, mapping.folding)
+    job = plan(nodes, hardware.gpus_per_node, prediction.workload.precision)
+    each, every = max(job.bytes_of_nodes), sum(job.bytes_of_nodes)
+    reading = max(each / hardware.storage_bandwidth, every / hardware.storage_total) / 1e9
+    filling = max(owner.bytes_to_write for owner in job.owners) / FILL_BANDWIDTH
+    return Loading(each, every, reading + filling)

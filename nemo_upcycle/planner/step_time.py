@@ -1,0 +1,402 @@
+"""Time of a training step on a mapping: an analytical model of what each GPU does.
+
+A microbatch's time on a pipeline stage is the sum of its matrix products, fused attention, what the
+memory's bandwidth bounds, and the collectives that nothing hides. Microbatches pass the slowest
+stage one after another; the pipeline's filling and emptying, gradients and optimizer come once.
+
+Source: arXiv 2104.04473 §2 (interleaved schedule), arXiv 2504.14960 §3 (what each group moves).
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from operator import add
+from statistics import NormalDist
+
+from nemo_upcycle.mapping import dimensions
+from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
+from nemo_upcycle.planner.hardware import Hardware
+from nemo_upcycle.planner.workload import Buffer, Mapping, Workload
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, by what they are spent on.
+
+    Attributes:
+        matrices: Matrix products, those of recompute too.
+        attention: Fused attention.
+        memory_bound: Norms, activations, permutation, residuals.
+        host: Waiting for the host.
+        tensor_parallel: All-gathers and reduce-scatters around attention and dense layers.
+        expert_parallel: All-to-alls, and the collectives of expert-TP.
+        context_parallel: Keys and values, as far as attention does not hide them.
+        pipeline: Bubble, uneven stages, sending between stages.
+        data_parallel: Gradients and parameters, as far as a microbatch does not hide them; under
+            FSDP gathering parameters in every layer.
+        optimizer: Adam.
+    """
+
+    matrices: float = 0.0
+    attention: float = 0.0
+    memory_bound: float = 0.0
+    host: float = 0.0
+    tensor_parallel: float = 0.0
+    expert_parallel: float = 0.0
+    context_parallel: float = 0.0
+    pipeline: float = 0.0
+    data_parallel: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(vars(self).values())
+
+    def __add__(self, other: "StepTime") -> "StepTime":
+        return StepTime(*map(add, vars(self).values(), vars(other).values()))
+
+    def __mul__(self, factor: float) -> "StepTime":
+        return StepTime(*(value * factor for value in vars(self).values()))
+
+
+def step_time(
+    workload: Workload,
+    mapping: Mapping,
+    hardware: Hardware,
+    efficiency: Efficiency = CALIBRATED,
+) -> StepTime:
+    """Return the time of a step.
+
+    Args:
+        workload: What is trained.
+        mapping: How; its microbatches must divide the batch.
+        hardware: On what.
+        efficiency: How much of it a training gets.
+    """
+    return _Step(workload, mapping, hardware, efficiency).time()
+
+
+def mfu(workload: Workload, mapping: Mapping, hardware: Hardware, seconds: float) -> float:
+    """Return model-FLOPs utilisation, with attention causal.
+
+    Args:
+        workload: What is trained.
+        mapping: How.
+        hardware: On what.
+        seconds: Of a step.
+    """
+    work = workload.flops.training * workload.global_batch_size
+    return work / (seconds * mapping.world_size * hardware.peak_tflops * 1e12)
+
+
+class _Step:
+    """A step on one mapping; what repeats is computed once."""
+
+    def __init__(
+        self, workload: Workload, mapping: Mapping, hardware: Hardware, efficiency: Efficiency
+    ) -> None:
+        self.workload = workload
+        self.mapping = mapping
+        self.hardware = hardware
+        self.efficiency = efficiency
+        folding = mapping.folding
+        self.tp = folding.tensor_model_parallel_size
+        self.cp = folding.context_parallel_size
+        self.pp = folding.pipeline_model_parallel_size
+        self.ep = folding.expert_model_parallel_size
+        self.etp = folding.expert_tensor_parallel_size
+
+    def time(self) -> StepTime:
+        mapping, workload = self.mapping, self.workload
+        microbatches = mapping.microbatches(workload.global_batch_size)
+        stages = {kind: (self.stage(*kind), count) for kind, count in self.stages.items()}
+        mean = sum((time * (count / self.pp) for time, count in stages.values()), StepTime())
+        slowest = max(time.total for time, _ in stages.values())
+        virtual = mapping.folding.virtual_pipeline_model_parallel_size or 1
+        bubble = (self.pp - 1) / virtual * mean.total
+        uneven = microbatches * (slowest - mean.total)
+        once = self.gradients(mean.total) + self.optimizer()
+        return mean * microbatches + StepTime(pipeline=bubble + uneven) + once
+
+    @property
+    def stages(self) -> Counter[tuple[int, int, bool]]:
+        """How many stages have so many MoE layers, dense layers, and the output layer."""
+        layers = self.workload.stages(self.mapping.folding)
+        return Counter((moe, dense, n == self.pp - 1) for n, (moe, dense) in enumerate(layers))
+
+    def stage(self, moe_layers: int, dense_layers: int, has_output: bool) -> StepTime:
+        """Return what a stage does with a microbatch, forward and backward."""
+        found = self.moe_layer * moe_layers
+        if dense_layers:
+            found += self.dense_layer * dense_layers
+        if has_output:
+            found += self.output
+        if self.pp > 1:
+            found += self.sending
+        return found
+
+    # --- Layers ----------------------------------------------------------------------------------
+
+    @cached_property
+    def tokens(self) -> float:
+        """Tokens of a microbatch that a GPU has between the layers."""
+        sequences = self.mapping.micro_batch_size
+        return self.workload.seq_length * sequences / (self.tp * self.cp)
+
+    @cached_property
+    def moe_layer(self) -> StepTime:
+        if not self.workload.is_moe:
+            return StepTime()
+        experts = self.experts
+        if self.workload.upcycling.moe_shared_expert:
+            experts += self.feed_forward
+        return self._both_ways(self.around_attention, experts, self.mapping.recompute)
+
+    @cached_property
+    def dense_layer(self) -> StepTime:
+        recompute = "full" if self.mapping.recompute == "full" else "none"
+        feed_forward = self.feed_forward + self.gather_sequence
+        return self._both_ways(self.around_attention, feed_forward, recompute)
+
+    def _both_ways(self, first: StepTime, second: StepTime, recompute: str) -> StepTime:
+        """Return forward and backward of a layer, with what is computed again."""
+        forward = first + second + self.core_attention(1.0)
+        # Every product has two gradients; a collective's backward is its like.
+        backward = StepTime(
+            *(
+                value * (1 if name.endswith("_parallel") or name == "host" else 2)
+                for name, value in vars(first + second).items()
+            )
+        )
+        found = forward + backward + self.core_attention(2.5) + self.fsdp_gather(forward)
+        match recompute:
+            case "full":
+                return found + forward
+            case "moe":
+                return found + second
+            case "moe_act":
+                return found + StepTime(memory_bound=second.memory_bound / 3)
+        return found
+
+    @cached_property
+    def around_attention(self) -> StepTime:
+        """Projections, norms, rotary embedding and residuals, forward."""
+        arch, sizes = self.workload.arch, dimensions(self.workload.arch)
+        tokens, hidden = self.tokens * self.tp, arch.hidden_size
+        products = self.product(tokens, sizes["qkv"] // self.tp, hidden)
+        products += self.product(tokens, hidden, sizes["queries"] // self.tp)
+        # Two norms, two residuals, the rotary embedding: what is read and written.
+        elements = (2 * 2 + 2 * 3) * hidden + 2 * (sizes["queries"] + sizes["keys"])
+        return (
+            StepTime(
+                matrices=products,
+                memory_bound=self.moved(elements * self.tokens),
+                host=self.efficiency.layer_overhead,
+            )
+            + self.gather_sequence
+        )
+
+    def core_attention(self, factor: float) -> StepTime:
+        """Return fused attention, `factor` times its forward products; KV go around meanwhile."""
+        arch, each = self.workload.arch, self.workload.element_bytes
+        sequences = self.mapping.micro_batch_size / (self.tp * self.cp)
+        work = self.workload.flops.causal_attention / arch.num_layers * sequences * factor
+        seconds = work / (self.peak * self.efficiency.attention)
+        if self.cp == 1:
+            return StepTime(attention=seconds)
+        keys = 2 * dimensions(arch)["keys"] * each * self.tokens * (self.cp - 1)
+        moved = self.collective(keys * (1 if factor == 1 else 2), self.tp, self.cp)
+        exposed = max(0.0, moved - seconds) + self.efficiency.latency * (self.cp - 1)
+        return StepTime(attention=seconds, context_parallel=exposed)
+
+    @cached_property
+    def feed_forward(self) -> StepTime:
+        """A dense feed-forward layer, forward, without its collectives."""
+        arch = self.workload.arch
+        tokens, width = self.tokens * self.tp, arch.ffn_hidden_size // self.tp
+        products = self.product(tokens, arch.fc1_rows * width, arch.hidden_size)
+        products += self.product(tokens, arch.hidden_size, width)
+        moved = self.moved((arch.fc1_rows + 1) * arch.ffn_hidden_size * self.tokens)
+        return StepTime(matrices=products, memory_bound=moved)
+
+    @cached_property
+    def experts(self) -> StepTime:
+        """Routing, sending tokens, and the experts of the fullest rank, forward."""
+        workload, arch = self.workload, self.workload.arch
+        hidden, width = arch.hidden_size, workload.model.expert_width // self.etp
+        local = workload.model.num_experts // self.ep
+        assignments = self.tokens * workload.model.topk * self.fullest
+        received = assignments * self.etp
+        each = received / local
+        products = local * self.product(each, arch.fc1_rows * width, hidden)
+        products += local * self.product(each, hidden, width)
+        sorted_by_expert = 2 if local > 1 and self.ep * self.etp > 1 else 1
+        # Permuted and back, sorted by expert and back, activated.
+        elements = 4 * hidden * assignments
+        elements += 4 * hidden * received * (sorted_by_expert - 1)
+        elements += (arch.fc1_rows + 1) * width * received
+        return StepTime(
+            matrices=products,
+            memory_bound=self.moved(elements),
+            host=self.efficiency.layer_overhead,
+            expert_parallel=2 * self.dispatch(assignments * hidden * workload.element_bytes),
+        )
+
+    @cached_property
+    def fullest(self) -> float:
+        """Tokens of the expert-parallel rank with the most, over the mean."""
+        upcycling, workload = self.workload.upcycling, self.workload
+        capacity = upcycling.moe_expert_capacity_factor
+        if capacity is not None and upcycling.moe_pad_expert_input_to_capacity:
+            return capacity
+        local = workload.model.num_experts // self.ep
+        # Blom's expected largest of normal values.
+        largest = NormalDist().inv_cdf((self.ep - 0.375) / (self.ep + 0.25))
+        uneven = max(0.0, largest) * self.efficiency.expert_load_cv / local**0.5
+        return 1 + uneven if capacity is None else min(capacity, 1 + uneven)
+
+    @cached_property
+    def output(self) -> StepTime:
+        """The output layer and the loss, forward and backward."""
+        arch = self.workload.arch
+        tokens = self.tokens * self.tp
+        product = self.product(tokens, arch.vocab_size // self.tp, arch.hidden_size)
+        return (
+            StepTime(
+                matrices=3 * product, memory_bound=self.moved(12 * arch.vocab_size * self.tokens)
+            )
+            + self.gather_sequence
+        )
+
+    # --- Collectives -----------------------------------------------------------------------------
+
+    @cached_property
+    def gather_sequence(self) -> StepTime:
+        """All-gather before and reduce-scatter after a tensor-parallel block."""
+        if self.tp == 1:
+            return StepTime()
+        hidden = self.workload.arch.hidden_size * self.workload.element_bytes
+        sent = hidden * self.tokens * (self.tp - 1)
+        return StepTime(tensor_parallel=2 * self.collective(sent, 1, self.tp))
+
+    def dispatch(self, sent: float) -> float:
+        """Return the time to send tokens to their experts; back takes as long.
+
+        Args:
+            sent: Bytes of a GPU's tokens, once for each of their experts.
+        """
+        seconds = 0.0
+        if self.ep > 1:
+            near = self.near(self.etp, self.ep)
+            far = sent * (self.ep - near) / self.ep / self.network
+            seconds += max(far, sent * (near - 1) / self.ep / self.nvlink) + self.efficiency.latency
+        if self.etp > 1:
+            seconds += self.collective(sent * (self.etp - 1), 1, self.etp)
+        return seconds
+
+    @cached_property
+    def sending(self) -> StepTime:
+        """A stage's activations to the next and gradients back; interleaved, they hide."""
+        if self.mapping.folding.virtual_pipeline_model_parallel_size:
+            return StepTime()
+        size = self.workload.arch.hidden_size * self.workload.element_bytes * self.tokens
+        stride = self.mapping.world_size // self.pp
+        return StepTime(pipeline=2 * self.collective(size, stride, 2))
+
+    def gradients(self, microbatch: float) -> StepTime:
+        """Return what of the gradients' and parameters' way a microbatch does not hide."""
+        if self.mapping.fsdp:
+            return StepTime()
+        reduced = gathered = 0.0
+        for buffer in self.buffers:
+            ranks, stride = self.replicas(buffer)
+            share = buffer.elements * (ranks - 1) / ranks
+            reduced += self.collective(4 * share, stride, ranks)
+            gathered += self.collective(self.workload.element_bytes * share, stride, ranks)
+        forward = microbatch / 3
+        exposed = max(0.0, reduced - 2 * forward) + max(0.0, gathered - forward)
+        return StepTime(data_parallel=exposed)
+
+    def fsdp_gather(self, forward: StepTime) -> StepTime:
+        """Return what of a layer's gathers and scatters under FSDP its computation does not hide.
+
+        Parameters are gathered twice, fp32 gradients scattered. Between nodes each GPU gets all of
+        them over its own link, as published speeds say: a ring over all links would be eight times
+        as fast.
+        """
+        if not self.mapping.fsdp:
+            return StepTime()
+        moved, each = 0.0, self.workload.element_bytes
+        network = self.hardware.network_bandwidth * GIGA * self.efficiency.fsdp_bandwidth
+        for buffer in self.buffers:
+            ranks, stride = self.replicas(buffer)
+            share = buffer.elements / self.workload.arch.num_layers * (ranks - 1) / ranks
+            crosses = stride * ranks > self.hardware.nvlink_domain
+            moved += (2 * each + 4) * share / (network if crosses else self.nvlink)
+        hidden = self.efficiency.fsdp_overlap * 3 * forward.total
+        return StepTime(data_parallel=max(0.0, moved - hidden))
+
+    def optimizer(self) -> StepTime:
+        """Return Adam's pass over this rank's part of the state."""
+        held = sum(buffer.elements / self.replicas(buffer)[0] for buffer in self.buffers)
+        # Gradient, three fp32 values read and written, the parameter.
+        return StepTime(optimizer=self.moved(held * 30 / self.workload.element_bytes))
+
+    @cached_property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """Parameters of the first stage, which has the embedding."""
+        return self.workload.buffers(self.mapping.folding, 0)
+
+    def replicas(self, buffer: Buffer) -> tuple[int, int]:
+        """Return how many ranks hold a buffer's parameters, and their distance."""
+        if buffer.is_expert:
+            return self.mapping.expert_gradient_ranks, self.etp * self.ep
+        return self.mapping.gradient_ranks, self.tp
+
+    # --- Hardware --------------------------------------------------------------------------------
+
+    @cached_property
+    def peak(self) -> float:
+        return self.hardware.peak_tflops * 1e12
+
+    @cached_property
+    def nvlink(self) -> float:
+        return self.hardware.nvlink_bandwidth * GIGA * self.efficiency.nvlink
+
+    @cached_property
+    def network(self) -> float:
+        return self.hardware.network_bandwidth * GIGA * self.efficiency.network
+
+    def product(self, m: float, n: float, k: float) -> float:
+        """Return the time of a matrix product of m×k by k×n; small ones fill the GPU badly."""
+        if not m:
+            return 0.0
+        filled = 1 + self.efficiency.tile * (1 / m + 1 / n + 1 / k)
+        return 2 * m * n * k * filled / (self.peak * self.efficiency.gemm)
+
+    def moved(self, elements: float) -> float:
+        """Return the time to read or write so many elements in memory."""
+        bandwidth = self.hardware.memory_bandwidth * GIGA * self.efficiency.memory
+        return elements * self.workload.element_bytes / bandwidth
+
+    def near(self, stride: int, ranks: int) -> int:
+        """Return how many of a group's ranks one NVLink domain holds."""
+        return max(1, min(ranks, self.hardware.nvlink_domain // stride))
+
+    def collective(self, sent: float, stride: int, ranks: int) -> float:
+        """Return the time of a ring: all-gather, reduce-scatter or sending to a neighbour.
+
+        Args:
+            sent: Bytes that each GPU sends.
+            stride: Distance of the group's ranks.
+            ranks: Ranks of the group.
+        """
+        if ranks == 1:
+            return 0.0
+        near = self.near(stride, ranks)
+        # A ring enters each domain over as many network links as it has ranks there.
+        bandwidth = self.nvlink if near == ranks else min(self.nvlink, near * self.network)
+        return sent / bandwidth + self.efficiency.latency

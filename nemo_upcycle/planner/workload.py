@@ -1,0 +1,161 @@
+"""What is planned: a model with its batch, and one way to spread it."""
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from math import lcm, prod
+
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.flops import Flops, flops
+from nemo_upcycle.layout import Coordinates, shards_at, stage_layers
+from nemo_upcycle.mapping import Architecture
+from nemo_upcycle.mapping.moe import MoEModel
+from nemo_upcycle.trained import upcycled_model
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """What is trained.
+
+    Attributes:
+        arch: The dense model's numbers.
+        upcycling: What its feed-forward layers become.
+        seq_length: Tokens of a sequence.
+        global_batch_size: Sequences of a step.
+        precision: `bf16-mixed` or `32`.
+    """
+
+    arch: Architecture
+    upcycling: UpcyclingConfig
+    seq_length: int
+    global_batch_size: int
+    precision: str = "bf16-mixed"
+
+    @cached_property
+    def model(self) -> MoEModel:
+        """What the dense model becomes."""
+        return upcycled_model(self.arch, self.upcycling)
+
+    @cached_property
+    def flops(self) -> Flops:
+        """Operations of a sequence."""
+        return flops(self.model, self.seq_length)
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether there are experts."""
+        return self.upcycling.num_moe_experts is not None
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a parameter and of an activation."""
+        return 2 if self.precision == "bf16-mixed" else 4
+
+    @cache  # noqa: B019 - a workload lives as long as its plan
+    def stages(self, folding: ParallelFolding) -> list[tuple[int, int]]:
+        """Return each pipeline stage's layers: MoE ones, dense ones."""
+        found = []
+        for chunks in stage_layers(self.arch.num_layers, folding):
+            layers = [self.model.is_moe[layer] for chunk in chunks for layer in chunk]
+            found.append((sum(layers), len(layers) - sum(layers)))
+        return found
+
+    def buffers(self, folding: ParallelFolding, stage: int) -> "tuple[Buffer, ...]":
+        """Return what a rank of a stage owns: one buffer a virtual stage, of experts and others."""
+        # Context parallelism cuts no parameter.
+        return self._buffers(replace(folding, context_parallel_size=1), stage)
+
+    @cache  # noqa: B019
+    def _buffers(self, folding: ParallelFolding, stage: int) -> "tuple[Buffer, ...]":
+        place = Coordinates(tp=0, cp=0, dp=0, pp=stage, etp=0, ep=0, edp=0)
+        chunk_of = {
+            layer: number
+            for number, layers in enumerate(stage_layers(self.arch.num_layers, folding)[stage])
+            for layer in layers
+        }
+        last = max(chunk_of.values(), default=0)
+        sizes: dict[tuple[int, bool], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        for shard in shards_at(self.arch, self.upcycling, folding, place):
+            parts = shard.name.split(".")
+            # Before the first layer and after the last.
+            chunk = 0 if parts[0] == "embedding" and stage == 0 else last
+            if parts[1] == "layers":
+                chunk = chunk_of[int(parts[2])]
+            sizes[chunk, "experts" in parts][shard.name] += prod(shard.shape)
+        return tuple(
+            Buffer(is_expert, sum(found.values()), sum(_pad(size, 64) for size in found.values()))
+            for (_, is_expert), found in sorted(sizes.items())
+        )
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Parameters that Megatron's DDP keeps in one piece, and their gradients in another.
+
+    Attributes:
+        is_expert: Whether they are experts'.
+        elements: Elements of the parameters.
+        aligned: The same, each parameter padded to 64.
+    """
+
+    is_expert: bool
+    elements: int
+    aligned: int
+
+    def padded(self, ranks: int) -> int:
+        """Return the buffer's elements, which its shards divide.
+
+        Args:
+            ranks: Ranks that share the optimizer's state.
+        """
+        return _pad(self.aligned, lcm(ranks, 128))
+
+
+def _pad(number: int, to: int) -> int:
+    return -(-number // to) * to
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One way to train it.
+
+    Attributes:
+        folding: How the model is spread.
+        world_size: GPUs.
+        micro_batch_size: Sequences of a microbatch.
+        recompute: What is computed again instead of kept: a key of `config.RECOMPUTE`.
+        fsdp: Parameters and gradients are sharded over data-parallel ranks too (ZeRO-3), and
+            gathered layer by layer. Not offered by the recipes: for comparison.
+    """
+
+    folding: ParallelFolding
+    world_size: int
+    micro_batch_size: int = 1
+    recompute: str = "none"
+    fsdp: bool = False
+
+    def __str__(self) -> str:
+        """Say it in the papers' words: TP2 CP1 PP4 · ETP1 EP8 · microbatch 1 · no recompute."""
+        recompute = "no recompute" if self.recompute == "none" else f"recompute {self.recompute}"
+        sharding = "FSDP · " if self.fsdp else ""
+        return f"{sharding}{self.folding} · microbatch {self.micro_batch_size} · {recompute}"
+
+    @property
+    def data_parallel(self) -> int:
+        """DP."""
+        return self.folding.data_parallel_size(self.world_size)
+
+    @property
+    def gradient_ranks(self) -> int:
+        """Ranks that share the gradients of all but experts: DP·CP."""
+        return self.data_parallel * self.folding.context_parallel_size
+
+    @property
+    def expert_gradient_ranks(self) -> int:
+        """Ranks that share the gradients of experts: EDP."""
+        return self.folding.expert_data_parallel_size(self.world_size)
+
+    def microbatches(self, global_batch_size: int) -> int:
+        """Return the microbatches of a step; 0 where the batch does not divide."""
+        each = self.data_parallel * self.micro_batch_size
+        return 0 if global_batch_size % each else global_batch_size // each

@@ -1,0 +1,136 @@
+"""The arguments of a recipe's factory, by the names that the command line takes too."""
+
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from typing import Any, get_args
+
+from nemo_upcycle_recipes.recipe import OF_RECIPE, OF_SCHEDULE, Recipe, Schedule
+
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.errors import UpcyclingError
+
+_PREFIXES = ("trainer.strategy.", "trainer.plugins.", "trainer.", "model.config.", "data.")
+_ALIASES = {"trainer.devices": "num_gpus_per_node"}
+
+
+def arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return the arguments of a recipe's factory that decide its plan, with their types."""
+    moe = recipe.upcycling.num_moe_experts is not None
+    kinds = (UpcyclingConfig, ParallelFolding) if moe else (ParallelFolding,)
+    found = {field.name: field.type for kind in kinds for field in fields(kind)}
+    for kind, names in ((Recipe, OF_RECIPE), (Schedule, OF_SCHEDULE)):
+        found |= {field.name: field.type for field in fields(kind) if field.name in names}
+    if moe:
+        return {"expansion_rate": int | None} | found
+    return {name: kind for name, kind in found.items() if not name.startswith("expert_")}
+
+
+def defaults(recipe: Recipe) -> dict[str, Any]:
+    """Return what these arguments are where they are not given."""
+    parts = (recipe, recipe.folding, recipe.upcycling, recipe.schedule)
+    values = {name: value for part in parts for name, value in vars(part).items()}
+    chosen = {"expansion_rate": None, "num_moe_experts": None}
+    return {name: (values | chosen)[name] for name in arguments(recipe)}
+
+
+def with_arguments(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with other numbers.
+
+    Args:
+        recipe: The recipe.
+        values: By name: fields of `UpcyclingConfig`, `ParallelFolding`, `Schedule` and `Recipe`,
+            and `expansion_rate`. A `num_moe_experts` of None is expansion_rate · granularity.
+
+    Raises:
+        UpcyclingError: A value is out of range or contradicts another, or there is no such
+            initialiser.
+    """
+    upcycling = _fields_of(UpcyclingConfig, values)
+    _check_initializer(upcycling.get("initializer", recipe.upcycling.initializer))
+    if recipe.upcycling.num_moe_experts is not None:
+        upcycling["num_moe_experts"] = _experts(recipe.upcycling, values)
+    return replace(
+        recipe,
+        upcycling=replace(recipe.upcycling, **upcycling),
+        folding=replace(recipe.folding, **_fields_of(ParallelFolding, values)),
+        schedule=replace(
+            recipe.schedule, **{name: values[name] for name in OF_SCHEDULE if name in values}
+        ),
+        **{name: values[name] for name in OF_RECIPE if name in values},
+    )
+
+
+def _check_initializer(text: str) -> None:
+    if text != "copy":  # numpy, which a plan does without, takes as long as all the rest of it
+        from nemo_upcycle.initializers import make_initializer
+
+        make_initializer(text)
+
+
+def _experts(upcycling: UpcyclingConfig, values: Mapping[str, Any]) -> int:
+    """Return E·G, of what is said of the three."""
+    experts, rate = values.get("num_moe_experts"), values.get("expansion_rate")
+    granularity = values.get("granularity", upcycling.granularity)
+    if experts is None:
+        return (upcycling.expansion_rate if rate is None else rate) * granularity
+    if rate is not None and rate * granularity != experts:
+        raise UpcyclingError(
+            f"num_moe_experts is {experts}, but expansion_rate={rate} and granularity="
+            f"{granularity} make {rate * granularity} experts. Leave one of them out."
+        )
+    return experts
+
+
+def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """Return the recipe with other arguments.
+
+    Args:
+        recipe: The recipe.
+        settings: `KEY=VALUE`, with the names of the factory's arguments or of `nemo llm pretrain`
+            (`trainer.strategy.tensor_model_parallel_size`).
+
+    Raises:
+        UpcyclingError: A key is not known, or its value is not of its type.
+    """
+    known, values = arguments(recipe), {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        name = plain_name(key)
+        if not equals or name not in known:
+            raise UpcyclingError(
+                f"{setting!r} is not an argument of {recipe.name}; expected KEY=VALUE with one "
+                f"of: {', '.join(known)}."
+            )
+        values[name] = _parse(key, text, known[name])
+    return with_arguments(recipe, values)
+
+
+def plain_name(key: str) -> str:
+    """Return an argument's name without the place where `nemo llm pretrain` has it."""
+    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
+    return _ALIASES.get(key, key.removeprefix(prefix))
+
+
+def _fields_of(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _parse(key: str, text: str, kind: Any) -> Any:
+    """Return a value of the type that was declared, out of what was typed."""
+    if kind is str:
+        return text.strip("'\"")
+    try:
+        value = ast.literal_eval(text[:1].upper() + text[1:] if text.isalpha() else text)
+    except (ValueError, SyntaxError):
+        value = text
+    expected = get_args(kind) or (kind,)
+    if type(value) is int and float in expected:
+        return float(value)
+    if type(value) not in expected and str in expected:
+        return text.strip("'\"")
+    if type(value) not in expected:
+        names = " or ".join("None" if k is type(None) else k.__name__ for k in expected)
+        raise UpcyclingError(f"{key}={text}: expected {names}.")
+    return value

@@ -1,0 +1,10 @@
+"""Llama 3.2 1B upcycled into 8 experts, top-2."""
+
+from nemo_upcycle_recipes.numbers import LLAMA32_1B_E8T2
+from nemo_upcycle_recipes.upcycled import pretrain_recipe_of
+
+NAME = LLAMA32_1B_E8T2.name
+
+pretrain_recipe = pretrain_recipe_of(
+    LLAMA32_1B_E8T2, "Upcycle Llama 3.2 1B into 8 experts, top-2, and train it on 100B tokens."
+)

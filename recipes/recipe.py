@@ -1,0 +1,137 @@
+"""What a recipe is, as plain data: dense model, upcycling, folding, schedule."""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.branches import split_sources
+from nemo_upcycle.checkpoint import is_checkpoint, open_checkpoint
+from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.mapping import Architecture, family_of
+
+CONFIGS = Path(__file__).parent / "configs"
+OF_RECIPE = ("num_nodes", "num_gpus_per_node", "precision", "recompute")
+OF_SCHEDULE = ("seq_length", "global_batch_size", "micro_batch_size")
+"""Fields that a recipe's factory takes by name."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a recipe trains. Lengths in tokens, batch sizes in sequences."""
+
+    seq_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    train_tokens: int
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    val_check_interval: int
+    checkpoint_interval: int
+    moe_health_interval: int = 50
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in a global batch."""
+        return self.seq_length * self.global_batch_size
+
+    @property
+    def max_steps(self) -> int:
+        """Steps that see all tokens."""
+        return -(-self.train_tokens // self.tokens_per_step)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run.
+
+    Attributes:
+        name: What `--factory` takes.
+        dense: Name of the dense model's Hugging Face config in `configs/`.
+        upcycling: What its feed-forward layers become.
+        folding: How the model is spread.
+        schedule: How it trains.
+        num_nodes: Nodes.
+        num_gpus_per_node: GPUs a node.
+        precision: `bf16-mixed` or `32`.
+        recompute: What the backward pass computes again: a key of `config.RECOMPUTE`.
+        checkpoint: The dense checkpoint's name on the hub.
+    """
+
+    name: str
+    dense: str
+    upcycling: UpcyclingConfig
+    folding: ParallelFolding
+    schedule: Schedule
+    num_nodes: int = 1
+    num_gpus_per_node: int = 1
+    precision: str = "bf16-mixed"
+    recompute: str = "none"
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.recompute not in RECOMPUTE:
+            raise UpcyclingError(
+                f"recompute is {self.recompute!r}; expected one of: {', '.join(RECOMPUTE)}."
+            )
+        if self.recompute.startswith("moe") and self.upcycling.num_moe_experts is None:
+            raise UpcyclingError(
+                f"recompute is {self.recompute!r}, but the model has no experts "
+                "(num_moe_experts is None); use 'none' or 'full'."
+            )
+        for name in OF_SCHEDULE:
+            if getattr(self.schedule, name) < 1:
+                raise UpcyclingError(
+                    f"{name} is {getattr(self.schedule, name)}; expected 1 or more."
+                )
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The dense model's Hugging Face config, from the package."""
+        return json.loads((CONFIGS / f"{self.dense}.json").read_text())
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The dense model's numbers, from the config that the package ships."""
+        return architecture(self.config)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self.num_nodes * self.num_gpus_per_node
+
+    def on_ranks(self, world_size: int) -> "Recipe":
+        """Return the recipe on so many ranks: on its one node, or on nodes as full as its own.
+
+        Raises:
+            UpcyclingError: They do not fill the nodes.
+        """
+        if world_size < 1:
+            raise UpcyclingError(f"The world size is {world_size}; expected 1 or more.")
+        if self.num_nodes == 1 or world_size < self.num_gpus_per_node:
+            return replace(self, num_nodes=1, num_gpus_per_node=world_size)
+        if world_size % self.num_gpus_per_node:
+            raise UpcyclingError(
+                f"{world_size} ranks do not fill nodes of num_gpus_per_node="
+                f"{self.num_gpus_per_node}; use a multiple, or say num_gpus_per_node."
+            )
+        return replace(self, num_nodes=world_size // self.num_gpus_per_node)
+
+    def architecture_of(self, dense_checkpoint: str | None) -> Architecture:
+        """Return the numbers of a dense checkpoint, of the recipe's own model if it is not here.
+
+        A recipe can be printed and planned without its checkpoint at hand.
+        """
+        if dense_checkpoint is not None:
+            first = split_sources(dense_checkpoint)[0]
+            if is_checkpoint(Path(first)):
+                return architecture(open_checkpoint(first).config)
+        return self.architecture
+
+
+def architecture(config: dict[str, Any]) -> Architecture:
+    """Return the numbers of a parsed Hugging Face config."""
+    return family_of(config).architecture(config)

@@ -1,0 +1,93 @@
+"""The factory of every full-size recipe: one function, many numbers."""
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import nemo_run as run
+from nemo.collections import llm
+from nemo_upcycle_recipes import expectations, factory
+from nemo_upcycle_recipes.arguments import with_arguments
+from nemo_upcycle_recipes.recipe import Recipe
+
+from nemo_upcycle.planner.hardware import hardware
+
+
+def pretrain_recipe_of(recipe: Recipe, title: str) -> Callable[..., run.Partial]:
+    """Return a recipe's factory, which `nemo llm pretrain --factory` finds by the recipe's name.
+
+    Args:
+        recipe: Its numbers.
+        title: What it does: a sentence.
+    """
+
+    def pretrain_recipe(
+        dir: Optional[str] = None,
+        name: str = recipe.name,
+        dense_checkpoint: Optional[str] = recipe.checkpoint,
+        tokenizer: Optional[str] = None,
+        data_paths: Optional[str] = None,
+        max_steps: Optional[int] = None,
+        from_scratch: bool = False,
+        read_once: bool = False,
+        performance_mode: bool = False,
+        wandb_project: Optional[str] = None,
+        fn: Callable = llm.pretrain,
+        **numbers: Any,
+    ) -> run.Partial:
+        return factory.pretrain(
+            with_arguments(recipe, numbers),
+            dir=dir,
+            name=name,
+            dense_checkpoint=dense_checkpoint,
+            tokenizer=tokenizer,
+            data_paths=data_paths,
+            max_steps=max_steps,
+            from_scratch=from_scratch,
+            read_once=read_once,
+            performance_mode=performance_mode,
+            wandb_project=wandb_project,
+            fn=fn,
+        )
+
+    pretrain_recipe.__doc__ = _doc(recipe, title)
+    numbered = factory.takes_numbers_of(recipe)(pretrain_recipe)
+    return run.cli.factory(target=llm.pretrain, name=recipe.name)(numbered)
+
+
+def _doc(recipe: Recipe, title: str) -> str:
+    expected = expectations.expected(recipe, hardware("h100"))
+    return f"""{title}
+
+    {recipe.folding}. {expectations.summary(expected)}
+
+    Args:
+        dir: Directory of the runs.
+        name: The run's name.
+        dense_checkpoint: Directory, or a name in the local hub cache; several, separated by
+            semicolons, give experts from each.
+        tokenizer: Its directory; None takes the dense checkpoint's.
+        data_paths: Megatron prefixes, weights before each where blended, separated by spaces;
+            None is NeMo's mock data.
+        max_steps: Steps; None is 100B tokens.
+        from_scratch: The control: the same model from random weights.
+        read_once: Read each slice of the dense checkpoint once a job and broadcast it.
+        performance_mode: Hide tensor-parallel collectives behind products (Transformer Engine's
+            user buffers), larger gradient buckets, garbage collection by hand.
+        wandb_project: Log to this project of Weights & Biases too.
+        fn: The function that the run calls.
+        numbers: What the dense model becomes, how it is spread and trained: fields of
+            `UpcyclingConfig` and `ParallelFolding`, seq_length, global_batch_size,
+            micro_batch_size, num_nodes, num_gpus_per_node, precision, recompute (none, moe_act,
+            moe, full), and expansion_rate.
+
+    Returns:
+        The configuration.
+
+    Examples:
+        CLI usage:
+            $ nemo llm pretrain --factory {recipe.name} --dryrun
+            $ nemo llm pretrain --factory "{recipe.name}(num_nodes=4)" optim.config.lr=2e-5
+
+        Python API usage:
+            >>> recipe = pretrain_recipe(dense_checkpoint="/models/dense")
+    """
