@@ -5,8 +5,8 @@ numbers, and none of them needs NeMo or torch for it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from nemo_upcycle.errors import UpcyclingError
 
@@ -376,16 +376,23 @@ class ParallelFolding:
     """What the papers call the sizes, and Megatron."""
 
     @classmethod
-    def of(cls, **sizes: int | None) -> "ParallelFolding":
+    def of(cls, **sizes: Any) -> "ParallelFolding":
         """Return a folding by the papers' names: `ParallelFolding.of(tp=2, ep=8, pp=4, vpp=8)`.
+
+        Args:
+            sizes: By a key of `NAMES`, or by a field's own name.
 
         Raises:
             UpcyclingError: There is no such name, or see the class.
         """
-        unknown = sorted(set(sizes) - set(cls.NAMES))
+        known = {field.name for field in fields(cls)}
+        values = {cls.NAMES.get(name, name): size for name, size in sizes.items()}
+        unknown = sorted(set(values) - known)
         if unknown:
-            raise UpcyclingError(f"There is no {unknown[0]}; expected {', '.join(cls.NAMES)}.")
-        return cls(**{cls.NAMES[name]: size for name, size in sizes.items()})  # type: ignore[arg-type]
+            raise UpcyclingError(
+                f"There is no {unknown[0]}; expected one of: {', '.join([*cls.NAMES, *known])}."
+            )
+        return cls(**values)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -426,6 +433,15 @@ class ParallelFolding:
         Megatron-Core's MoE with TP needs it.
         """
         return self.tensor_model_parallel_size > 1
+
+    @property
+    def strategy_arguments(self) -> dict[str, Any]:
+        """What NeMo's MegatronStrategy and Megatron's config are told.
+
+        All of it: NeMo takes TP for an expert_tensor_parallel_size that is left unset, which would
+        split every expert.
+        """
+        return {**vars(self), "sequence_parallel": self.sequence_parallel}
 
     def data_parallel_size(self, world_size: int) -> int:
         """Return DP = W/(TP·CP·PP).

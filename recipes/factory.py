@@ -249,10 +249,7 @@ def trainer(
     folding, precision = recipe.folding, recipe.precision
     strategy = run.Config(
         cpu.CpuMegatronStrategy if cpu_only else MegatronStrategy,
-        # All of them: NeMo takes TP for an expert_tensor_parallel_size that is left unset, which
-        # would split every expert.
-        **vars(folding),
-        sequence_parallel=folding.sequence_parallel,
+        **folding.strategy_arguments,
         pipeline_dtype=torch.bfloat16 if precision == "bf16-mixed" else torch.float32,
         gradient_as_bucket_view=True,
         ckpt_async_save=not cpu_only,

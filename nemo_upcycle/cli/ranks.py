@@ -39,12 +39,7 @@ def folding_of(tp: int, pp: int, ep: int, etp: int) -> "ParallelFolding":
     """Return the mapping that the options say."""
     from nemo_upcycle.config import ParallelFolding
 
-    return ParallelFolding(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
-    )
+    return ParallelFolding.of(tp=tp, pp=pp, ep=ep, etp=etp)
 
 
 def check_there(*sources: Path | None) -> None:

@@ -42,11 +42,11 @@ class NemoUpcycleLM(HFLM):
         tokenizer: str | None = None,
         **options: Any,
     ) -> None:
-        folding = ParallelFolding(
-            tensor_model_parallel_size=tensor_model_parallel_size,
-            pipeline_model_parallel_size=pipeline_model_parallel_size,
-            expert_model_parallel_size=expert_model_parallel_size,
-            expert_tensor_parallel_size=expert_tensor_parallel_size,
+        folding = ParallelFolding.of(
+            tp=tensor_model_parallel_size,
+            pp=pipeline_model_parallel_size,
+            ep=expert_model_parallel_size,
+            etp=expert_tensor_parallel_size,
         )
         self.source = str(pretrained)
         options.pop("device", None)  # each rank has its own

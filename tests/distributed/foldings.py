@@ -23,28 +23,9 @@ class Spread:
     dense: str = "4 layers"
 
 
-def spread(
-    world_size: int,
-    tp: int = 1,
-    cp: int = 1,
-    pp: int = 1,
-    vpp: int | None = None,
-    ep: int = 1,
-    etp: int = 1,
-    dense: str = "4 layers",
-    **uneven: Any,
-) -> Spread:
+def spread(world_size: int, dense: str = "4 layers", **sizes: Any) -> Spread:
     """Name a mapping shortly. DP and expert-DP are what is left of the ranks."""
-    folding = ParallelFolding(
-        tensor_model_parallel_size=tp,
-        context_parallel_size=cp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
-        **uneven,
-    )
-    return Spread(world_size, folding, dense)
+    return Spread(world_size, ParallelFolding.of(**sizes), dense)
 
 
 FIRST1 = {"num_layers_in_first_pipeline_stage": 1}
