@@ -1,6 +1,6 @@
 """Fit the planner's efficiencies to published runs, and leave runs out in turn.
 
-    python benchmarks/planner.py > benchmarks/results/DATE-planner.md
+    python -m benchmarks.planner > benchmarks/results/DATE-planner.md
 
 Each efficiency is held near what is known of the hardware, so that twelve runs can decide five
 numbers. Where a paper leaves a run's mapping open, the fastest that its words allow is compared.
@@ -12,9 +12,9 @@ from datetime import date
 import numpy as np
 from scipy.optimize import least_squares
 
+from benchmarks.published import RUNS, Published
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import hardware
-from nemo_upcycle.planner.published import RUNS, Published
 from nemo_upcycle.planner.search import Prediction, search
 from nemo_upcycle.planner.step_time import mfu, step_time
 
@@ -85,7 +85,7 @@ def main() -> None:
     rows = [(run, found) for run, found in every if run.mfu is not None]
     fitted = fit(rows)
     print(f"# Planner against published runs, {date.today()}\n")
-    print("By `python benchmarks/planner.py`; MFU of H100, attention over the whole square. *Left")
+    print("By `python -m benchmarks.planner`; MFU of H100, attention over the whole square. *Left")
     print("out*: predicted with efficiencies fitted to the other runs alone; *group left out*: to")
     print("the runs of the other models.\n")
     print("Efficiencies: " + ", ".join(f"{n} {getattr(fitted, n):.3f}" for n in PRIOR), end="; ")

@@ -43,4 +43,4 @@ class Efficiency:
 CALIBRATED = Efficiency(
     gemm=0.653, nvlink=0.946, network=0.628, expert_load_cv=0.192, fsdp_bandwidth=0.999
 )
-"""Fitted to `published.RUNS`; see benchmarks/results/."""
+"""Fitted to `benchmarks/published.py`; see benchmarks/results/2026-11-25-planner.md."""

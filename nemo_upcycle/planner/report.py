@@ -60,8 +60,8 @@ def render(tuning: Tuning, title: str, command: str, top: int) -> RenderableType
 
 def _caveat(hardware: str) -> str:
     known = (
-        "Held against 12 published runs on H100, predictions were off by 4% in the middle and 10% "
-        "at worst (13% under FSDP)"
+        "Predicted from runs of other models, MFU of 12 published runs on H100 was off by 6% in "
+        "the middle and 9% at worst (14% under FSDP)"
     )
     if hardware != "H100":
         known += f"; nothing was measured on {hardware}"

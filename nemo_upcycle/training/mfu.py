@@ -43,7 +43,10 @@ class MFUCallback(pl.Callback, io.IOMixin):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Log what the step that ends here has done; the first has none before it to count from."""
+        """Log what the step that ends here has done, from the end of the one before it.
+
+        What comes after a validation or a checkpoint is not logged: they are no training.
+        """
         now, started = time.perf_counter(), self._ended
         self._ended = now
         if started is None or self._flops is None:
@@ -57,6 +60,14 @@ class MFUCallback(pl.Callback, io.IOMixin):
         )
         for name, value in values.items():
             pl_module.log(name, value, batch_size=1)
+
+    def on_validation_start(self, *_: Any) -> None:
+        """Forget when the last step ended."""
+        self._ended = None
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        """Forget when the last step ended."""
+        self._ended = None
 
 
 def utilisation(

@@ -87,10 +87,11 @@ def test_utilisation_of_the_papers_speed() -> None:
     """462.8 TFLOP/s per GPU in its convention are 46.8% of an H100 (arXiv 2412.09952, Table 2)."""
     from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
 
-    from nemo_upcycle.training.mfu import PEAK_TFLOPS, utilisation
+    from nemo_upcycle.planner.hardware import device_peak_tflops
+    from nemo_upcycle.training.mfu import utilisation
 
     counted = flops(upcycled_model(LLAMA3_8B_E8T2.architecture, LLAMA3_8B_E8T2.upcycling), 8192)
     seconds = 512 * counted.training_full_attention / (128 * 462.8e12)
-    found = utilisation(counted, 512, seconds, 128, PEAK_TFLOPS["H100"])
+    found = utilisation(counted, 512, seconds, 128, device_peak_tflops("NVIDIA H100 80GB HBM3"))
     assert found["mfu_full_attention"] == pytest.approx(0.468, abs=5e-4)
     assert found["mfu"] == pytest.approx(0.468 * 6.987 / 7.515, abs=5e-4)

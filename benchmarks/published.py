@@ -3,29 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, LLAMA31_70B_E8T2
+
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.planner.search import unfolded
 from nemo_upcycle.planner.workload import Mapping, Workload
 
-LLAMA3_8B = Architecture(
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    kv_channels=128,
-    vocab_size=128256,
-    max_position_embeddings=8192,
-    layernorm_epsilon=1e-5,
-    rotary_base=500000.0,
-    rope_scaling=None,
-    share_embeddings_and_output_weights=False,
-    init_method_std=0.02,
-)
-LLAMA3_70B = replace(
-    LLAMA3_8B, num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64
-)
+LLAMA3_8B = LLAMA3_8B_E8T2.architecture
+LLAMA3_70B = LLAMA31_70B_E8T2.architecture  # 3 and 3.1 differ in RoPE scaling alone
 MIXTRAL_22B = replace(
     LLAMA3_8B,
     num_layers=56,
@@ -33,8 +18,6 @@ MIXTRAL_22B = replace(
     ffn_hidden_size=16384,
     num_attention_heads=48,
     vocab_size=32768,
-    max_position_embeddings=65536,
-    rotary_base=1000000.0,
 )
 
 
