@@ -168,6 +168,11 @@ def pretrain(
     if upcycles:
         _warn(upcycling, arch, len(sources))
     overrides |= RECOMPUTE[recipe.recompute]
+    if cpu_only and recipe.recompute == "moe_act":
+        raise UpcyclingError(
+            "recompute is 'moe_act', which needs grouped GEMM, and that a GPU; on CPU use 'none', "
+            "'moe' or 'full'."
+        )
     if cpu_only:
         overrides |= cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
     elif upcycling.num_moe_experts is not None:

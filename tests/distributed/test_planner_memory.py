@@ -1,4 +1,7 @@
-"""Predicted bytes of parameters, gradients and optimizer state are those of real models."""
+"""Predicted bytes of parameters, gradients and optimizer state are those of real models.
+
+And as many microbatches are in flight as Megatron's schedules say.
+"""
 
 from typing import Any
 
@@ -7,7 +10,7 @@ import pytest
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.layout import coordinates
 from nemo_upcycle.mapping import Architecture, family_of
-from nemo_upcycle.planner.memory import ModelState, model_state
+from nemo_upcycle.planner.memory import ModelState, model_state, of_stage
 from nemo_upcycle.planner.workload import Mapping, Workload
 from tests.distributed.foldings import spread
 from tests.distributed.pool import RankPool
@@ -137,3 +140,34 @@ def test_padding_is_megatrons(ranks: RankPool, spread_: Any) -> None:
     for parameters, gradients, _ in ranks.run(state_bytes, spread_.world_size, **options):
         assert (said.parameters, said.gradients) == (parameters, gradients)
     assert said.parameters > 4 * sum(b.elements for b in workload.buffers(spread_.folding, 0))
+
+
+def flying(folding: ParallelFolding, microbatches: int) -> float:
+    """Return the microbatches that are kept before this rank's first backward, by Megatron."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+    stages = folding.pipeline_model_parallel_size
+    virtual = folding.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=virtual
+    )
+    total, _, warm_up, _ = get_pp_rank_microbatches(microbatches, virtual or 1, stages)
+    parallel_state.destroy_model_parallel()
+    # Then forward and backward take turns: one more is kept.
+    return min(total, warm_up + 1) / (virtual or 1)
+
+
+@pytest.mark.parametrize("microbatches", [4, 8, 32])
+@pytest.mark.parametrize("vpp", [None, 2, 4])
+def test_as_many_microbatches_fly_as_megatron_lets(
+    ranks: RankPool, vpp: int | None, microbatches: int
+) -> None:
+    arch = architecture(num_hidden_layers=16)
+    folding = ParallelFolding.of(pp=4, vpp=vpp)
+    said = ranks.run(flying, 4, folding=folding, microbatches=microbatches)
+    workload = Workload(arch, E8T2, 32, microbatches)
+    mapping = Mapping(folding, 4, recompute="full")
+    layer = 32 * arch.hidden_size * 2  # its input, bf16
+    for stage, count in enumerate(said):
+        assert of_stage(workload, mapping, stage).activations == count * 4 * layer

@@ -1,5 +1,7 @@
 """The commands that a user meets first."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -61,7 +63,31 @@ def test_nemo_llm_help_lists_pretrain(tmp_path: Path) -> None:
     [
         (
             "llama3_8b_e8t2",
-            ["num_moe_experts=8", "max_steps=23842", "expert_tensor_parallel_size=1", "lr=3e-05"],
+            [
+                # What arXiv 2412.09952 states.
+                *("num_moe_experts=8", "moe_router_topk=2", "moe_router_pre_softmax=False"),
+                *("moe_expert_capacity_factor=4.0", "num_nodes=64", "devices=8"),
+                *("max_steps=23842", "lr=3e-05", "min_lr=3e-07", "warmup_steps=100"),
+                *("tensor_model_parallel_size=2", "pipeline_model_parallel_size=4"),
+                *("virtual_pipeline_model_parallel_size=8", "expert_model_parallel_size=8"),
+                *("expert_tensor_parallel_size=1", "use_distributed_optimizer=True"),
+                *("precision='bf16-mixed'", "recompute_modules=['moe']", "moe_grouped_gemm=True"),
+                *("MFUCallback", "MoEHealthCallback", "PreemptionCallback"),
+            ],
+        ),
+        *(
+            (name, [f"num_layers={layers}", "num_moe_experts=8", f"num_nodes={nodes}"])
+            for name, layers, nodes in [
+                ("llama32_1b_e8t2", 16, 1),
+                ("llama32_3b_e8t2", 28, 2),
+                ("mistral_7b_e8t2", 32, 16),
+                ("qwen25_7b_e8t2", 28, 16),
+                ("llama31_70b_e8t2", 80, 64),
+            ]
+        ),
+        (
+            "llama3_8b_e8t2(performance_mode=True, wandb_project='moe', recompute='none')",
+            ["MegatronCommOverlapCallback", "GarbageCollectionCallback", "WandbLogger"],
         ),
         (
             "llama3_8b_e8t2(num_nodes=16, moe_expert_capacity_factor=None)",
@@ -91,6 +117,17 @@ def test_dryrun_prints_the_recipe(tmp_path: Path, factory: str, words: list[str]
     )
     for word in [*words, "log_every_n_steps=7", "micro_batch_size=3"]:
         assert word in output
+
+
+def test_what_tune_says_can_be_run(tmp_path: Path) -> None:
+    said = cli.run(tmp_path, "nemo-upcycle", "tune", "--gpus", "64", "seq_length=4096")
+    command = said.split("Train on it:")[1].strip()
+    output = cli.run(tmp_path, *shlex.split(command.replace("\n", "")), "--dryrun")
+    sizes = re.findall(r"(\w+_parallel_size)=(\w+)", command)
+    assert len(sizes) >= 6
+    for name, size in sizes:
+        assert f"{name}={size}" in output
+    assert "seq_length=4096" in output
 
 
 def test_bad_recipe_argument_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -167,3 +167,13 @@ def test_the_dense_control_has_the_same_data_and_schedule() -> None:
     assert dense.optim == moe.optim
     assert dense.trainer.max_steps == moe.trainer.max_steps
     assert dense.trainer.callbacks[-1].dense_checkpoint == "meta-llama/Meta-Llama-3-8B"
+
+
+def test_recompute_on_cpu() -> None:
+    """Megatron recomputes the activation function of grouped experts alone, which need a GPU."""
+    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+
+    config = upcycled_recipe(accelerator="cpu", recompute="moe").model.config
+    assert config.recompute_modules == ["moe"]
+    with pytest.raises(UpcyclingError, match="moe_act', which needs grouped GEMM"):
+        upcycled_recipe(accelerator="cpu", recompute="moe_act")
