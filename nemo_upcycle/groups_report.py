@@ -60,7 +60,7 @@ def draw(folding: ParallelFolding, world_size: int, gpus_per_node: int, path: Pa
 
     Args:
         folding: How the model is spread.
-        world_size: Ranks of the job; of more than 16 nodes the first 16 are drawn.
+        world_size: Ranks of the job; of more than 16 nodes the first of each stage are drawn.
         gpus_per_node: Ranks of a node.
         path: The file to write.
 
@@ -72,17 +72,34 @@ def draw(folding: ParallelFolding, world_size: int, gpus_per_node: int, path: Pa
         from matplotlib.figure import Figure
     except ImportError:
         raise UpcyclingError("The picture needs matplotlib: pip install matplotlib.") from None
-    shown = min(world_size, DRAWN_NODES * gpus_per_node)
-    nodes = -(-shown // gpus_per_node)
-    figure = Figure(figsize=(2.2 * gpus_per_node, 1.8 + 0.75 * nodes), layout="tight")
+    nodes = drawn_nodes(folding, world_size, gpus_per_node)
+    figure = Figure(figsize=(2.2 * gpus_per_node, 1.8 + 0.75 * len(nodes)), layout="tight")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
-    for axes, names in zip(panels, (ATTENTION, EXPERTS), strict=True):
-        _panel(axes, folding, world_size, gpus_per_node, shown, names)
-    more = f", the first {nodes} nodes" if shown < world_size else ""
-    figure.suptitle(f"{world_size} ranks on nodes of {gpus_per_node}{more}")
+    for axes, names in zip(figure.subplots(1, 2), (ATTENTION, EXPERTS), strict=True):
+        _panel(axes, folding, world_size, gpus_per_node, nodes, names)
+    every = -(-world_size // gpus_per_node)
+    more = f", the first {len(nodes)} of {every} nodes by stage" if len(nodes) < every else ""
+    figure.suptitle(f"{folding}: {world_size} ranks on nodes of {gpus_per_node}{more}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def drawn_nodes(folding: ParallelFolding, world_size: int, gpus_per_node: int) -> list[int]:
+    """Return the nodes that a picture has room for: all, or the first ones of each stage.
+
+    Args:
+        folding: How the model is spread.
+        world_size: Ranks of the job.
+        gpus_per_node: Ranks of a node.
+    """
+    nodes = range(-(-world_size // gpus_per_node))
+    if len(nodes) <= DRAWN_NODES:
+        return list(nodes)
+    stages = folding.pipeline_model_parallel_size
+    ranks_of_stage, each = world_size // stages, max(1, DRAWN_NODES // stages)
+    firsts = [stage * ranks_of_stage // gpus_per_node for stage in range(stages)]
+    chosen = {node for first in firsts for node in nodes[first : first + each]}
+    return sorted(chosen)[:DRAWN_NODES]
 
 
 def _panel(
@@ -90,7 +107,7 @@ def _panel(
     folding: ParallelFolding,
     world_size: int,
     gpus_per_node: int,
-    shown: int,
+    nodes: list[int],
     names: tuple[str, ...],
 ) -> None:
     from matplotlib import colormaps
@@ -98,40 +115,40 @@ def _panel(
 
     colours = colormaps["tab20"]
     held: dict[tuple[int, ...], int] = {}
-    for rank in range(shown):
-        place = coordinates(folding, world_size, rank)
-        values = {name: getattr(place, name) for name in names}
-        own = tuple(value for name, value in values.items() if name not in ("dp", "edp", "cp"))
-        colour = colours(held.setdefault(own, len(held)) % 20)
-        node, gpu = divmod(rank, gpus_per_node)
-        axes.add_patch(Rectangle((gpu, node), 1, 1, facecolor=colour, edgecolor="white"))
-        text = "\n".join(f"{name.upper()} {value}" for name, value in values.items())
-        axes.text(gpu + 0.5, node + 0.5, text, ha="center", va="center", fontsize=6)
+    cells: dict[int, tuple[int, int]] = {}
+    for row, node in enumerate(nodes):
+        for gpu in range(min(gpus_per_node, world_size - node * gpus_per_node)):
+            rank = node * gpus_per_node + gpu
+            cells[rank] = gpu, row
+            place = coordinates(folding, world_size, rank)
+            values = {name: getattr(place, name) for name in names}
+            own = tuple(value for name, value in values.items() if name not in ("dp", "edp", "cp"))
+            colour = colours(held.setdefault(own, len(held)) % 20)
+            axes.add_patch(Rectangle((gpu, row), 1, 1, facecolor=colour, edgecolor="white"))
+            text = "\n".join(f"{name.upper()} {value}" for name, value in values.items())
+            axes.text(gpu + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6)
     inner = rank_groups(folding, world_size)["ETP·EP" if names is EXPERTS else "TP"]
     for group in inner.ranks:
-        _frame(axes, [rank for rank in group if rank < shown], gpus_per_node)
+        _frame(axes, [cells[rank] for rank in group if rank in cells])
     axes.set_xlim(0, gpus_per_node)
-    axes.set_ylim(-(-shown // gpus_per_node), 0)
-    axes.set_xticks(
-        [gpu + 0.5 for gpu in range(gpus_per_node)], [str(gpu) for gpu in range(gpus_per_node)]
-    )
-    rows = range(-(-shown // gpus_per_node))
-    axes.set_yticks([node + 0.5 for node in rows], [f"node {node}" for node in rows])
+    axes.set_ylim(len(nodes), 0)
+    gpus = range(gpus_per_node)
+    axes.set_xticks([gpu + 0.5 for gpu in gpus], [str(gpu) for gpu in gpus])
+    axes.set_yticks([row + 0.5 for row in range(len(nodes))], [f"node {node}" for node in nodes])
     axes.set_title("MoE layers" if names is EXPERTS else "attention and dense layers")
 
 
-def _frame(axes: "Axes", ranks: list[int], gpus_per_node: int) -> None:
-    """Frame neighbours of a group on a node."""
+def _frame(axes: "Axes", cells: list[tuple[int, int]]) -> None:
+    """Frame a group's neighbours on a node."""
     from matplotlib.patches import Rectangle
 
-    runs: list[list[int]] = []
-    for rank in ranks:
-        same = runs and rank == runs[-1][-1] + 1 and rank % gpus_per_node
-        if same:
-            runs[-1].append(rank)
+    runs: list[list[tuple[int, int]]] = []
+    for gpu, row in cells:
+        if runs and (gpu - 1, row) == runs[-1][-1]:
+            runs[-1].append((gpu, row))
         else:
-            runs.append([rank])
+            runs.append([(gpu, row)])
     for run in runs:
-        node, gpu = divmod(run[0], gpus_per_node)
-        place, width = (gpu + 0.03, node + 0.05), len(run) - 0.06
+        gpu, row = run[0]
+        place, width = (gpu + 0.03, row + 0.05), len(run) - 0.06
         axes.add_patch(Rectangle(place, width, 0.9, fill=False, edgecolor="black", linewidth=1.5))

@@ -11,6 +11,7 @@ from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.groups import KINDS, PURPOSES, rank_groups
+from nemo_upcycle.groups_report import drawn_nodes
 from tests.distributed.foldings import FOLDINGS, spread
 
 MAPPINGS = {
@@ -84,6 +85,23 @@ def test_the_command_shows_and_draws_them(tmp_path: Path) -> None:
         "inside a node",
     ]
     assert picture.stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    ("world_size", "nodes"),
+    [
+        (64, list(range(8))),
+        (128, list(range(16))),
+        (512, [*range(4), *range(16, 20), *range(32, 36), *range(48, 52)]),
+        (100, list(range(13))),
+    ],
+)
+def test_a_large_picture_shows_every_stage(world_size: int, nodes: list[int]) -> None:
+    assert drawn_nodes(LLAMA3_8B_E8T2.folding, world_size, 8) == nodes
+
+
+def test_more_stages_than_there_is_room_for() -> None:
+    assert drawn_nodes(ParallelFolding.of(pp=32), 512, 8) == list(range(0, 32, 2))
 
 
 def test_a_world_that_does_not_divide_is_refused() -> None:
