@@ -3,13 +3,16 @@
 import importlib
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from nemo_upcycle_recipes.expectations import expected
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
 
+from nemo_upcycle.config import RECOMPUTE
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.job import dense_of_config, plan_job
 from nemo_upcycle.planner.hardware import hardware
 
 MODULES = {name: name for name in RECIPES if name.endswith("e8t2") and "tiny" not in name}
@@ -178,3 +181,28 @@ def test_bad_recompute_is_refused() -> None:
         recipe(recompute="everything")
     with pytest.raises(UpcyclingError, match="has no experts"):
         replace(RECIPES["llama3_8b_dense"], recompute="moe")
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "tiny" not in name])
+def test_the_readmes_table_is_what_the_planner_says(name: str) -> None:
+    numbers, h100 = RECIPES[name], hardware("h100")
+    first = expected(numbers, h100)
+    names = [n for n in RECOMPUTE if numbers.upcycling.num_moe_experts or "moe" not in n]
+    options = [expected(replace(numbers, recompute=name), h100) for name in names]
+    then = next(option for option in options if option.fits)
+    dense = dense_of_config(numbers.config, "", "")
+    nodes = numbers.num_nodes, numbers.num_gpus_per_node
+    job = plan_job(dense, numbers.upcycling, numbers.folding, *nodes)
+    sizes = [f"{p.memory.total / 2**30:.0f} GiB, {p.time.total:.2g} s" for p in (first, then)]
+    row = [
+        f"`{name}`",
+        str(numbers.world_size),
+        str(numbers.folding),
+        f"{job.parameters / 1e9:.1f}B",
+        sizes[0],
+        f"{then.mapping.recompute}: {sizes[1]}, {then.mfu:.0%} MFU",
+    ]
+    assert f"| {' | '.join(row)} |" in README
