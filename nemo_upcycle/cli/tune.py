@@ -87,7 +87,7 @@ def tune(
         return
     console = Console(highlight=False)
     title = f"{recipe} on {world_size} {kind.name}, {trained.global_batch_size} sequences a step"
-    command = _command(recipe, found.best[0], settings or [], kind)
+    command = _command(chosen, found.best[0], settings or [], kind)
     console.print(render(found, title, command, top))
     if scaling:
         console.print(scaling_table(points))
@@ -98,7 +98,12 @@ def _as_said(recipe: "Recipe", settings: list[str]) -> "Callable[[Mapping], bool
     """Allow the mappings that keep what was said on the command line."""
     from nemo_upcycle_recipes.arguments import plain_name
 
+    from nemo_upcycle.config import ACCOUNTED_LAYERS, UNEVEN_STAGES
+    from nemo_upcycle.errors import UpcyclingError
+
     names = {plain_name(setting.partition("=")[0]) for setting in settings}
+    if uneven := sorted(names & {*ACCOUNTED_LAYERS, *UNEVEN_STAGES}):
+        raise UpcyclingError(f"tune looks at even pipeline stages alone; leave {uneven[0]} out.")
     folding = {name: value for name, value in vars(recipe.folding).items() if name in names}
     batch = recipe.schedule.micro_batch_size if "micro_batch_size" in names else None
     recompute = recipe.recompute if "recompute" in names else None
@@ -150,22 +155,28 @@ def _scaling(
     return points
 
 
-def _command(recipe: str, best: "Prediction", settings: list[str], hardware: "Hardware") -> str:
+def _command(
+    recipe: "Recipe", best: "Prediction", settings: list[str], hardware: "Hardware"
+) -> str:
     """Return what trains on a mapping."""
-    from nemo_upcycle_recipes.arguments import plain_name
+    from nemo_upcycle_recipes.arguments import defaults, plain_name
 
     mapping = best.mapping
     per_node = min(hardware.gpus_per_node, mapping.world_size)
-    values = {
-        "num_nodes": -(-mapping.world_size // per_node),
-        "num_gpus_per_node": per_node,
-        **{n: value for n, value in vars(mapping.folding).items() if value not in (None, False)},
-        "micro_batch_size": mapping.micro_batch_size,
-        "recompute": f"'{mapping.recompute}'",
-    }
-    said = dict(setting.split("=", 1) for setting in settings)
-    values = {plain_name(name): value for name, value in said.items()} | values
-    if mapping.folding.virtual_pipeline_model_parallel_size is None:
-        values["virtual_pipeline_model_parallel_size"] = None
-    arguments = ", ".join(f"{name}={value}" for name, value in values.items())
-    return f'nemo llm pretrain --factory "{recipe}({arguments})"'
+    said = {plain_name(setting.partition("=")[0]) for setting in settings}
+    values = {name: value for name, value in defaults(recipe).items() if name in said}
+    if said & {"num_moe_experts", "expansion_rate"}:
+        values |= {"num_moe_experts": recipe.upcycling.num_moe_experts}
+        values.pop("expansion_rate", None)
+    values |= {"num_nodes": -(-mapping.world_size // per_node), "num_gpus_per_node": per_node}
+    sizes = vars(mapping.folding).items()
+    values |= {name: size for name, size in sizes if name.endswith("_parallel_size")}
+    values |= {"micro_batch_size": mapping.micro_batch_size, "recompute": mapping.recompute}
+    known = defaults(recipe)
+    arguments = [f"{name}={_typed(value)}" for name, value in values.items() if name in known]
+    return f'nemo llm pretrain --factory "{recipe.name}({", ".join(arguments)})"'
+
+
+def _typed(value: object) -> str:
+    """Write a value as NeMo-Run's command line reads it; it cuts at commas, also in quotes."""
+    return "'" + value.replace(",", ";") + "'" if isinstance(value, str) else str(value)

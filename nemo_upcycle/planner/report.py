@@ -92,10 +92,15 @@ def _row(name: str, one: Prediction) -> list[str]:
         str(mapping.micro_batch_size),
         mapping.recompute,
         f"{one.memory.total / GIB:.0f}" + ("" if one.fits else "!"),
-        f"{one.time.total:.2f}",
+        seconds(one.time.total),
         f"{100 * one.mfu:.1f}",
         f"{100 * one.mfu_full_attention:.1f}",
     ]
+
+
+def seconds(value: float) -> str:
+    """Show a time of a step."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _ep(one: Prediction) -> int:
@@ -146,7 +151,7 @@ def scaling_table(points: Iterable[Point]) -> Table:
             str(best.mapping.folding),
             best.mapping.recompute,
             f"{best.memory.total / GIB:.1f}",
-            f"{best.time.total:.2f}",
+            seconds(best.time.total),
             f"{best.mfu:.1%}",
             f"{point.loading.seconds:.1f}",
         )

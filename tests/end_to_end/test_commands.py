@@ -119,15 +119,29 @@ def test_dryrun_prints_the_recipe(tmp_path: Path, factory: str, words: list[str]
         assert word in output
 
 
-def test_what_tune_says_can_be_run(tmp_path: Path) -> None:
-    said = cli.run(tmp_path, "nemo-upcycle", "tune", "--gpus", "64", "seq_length=4096")
-    command = said.split("Train on it:")[1].strip()
-    output = cli.run(tmp_path, *shlex.split(command.replace("\n", "")), "--dryrun")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["seq_length=4096"], ["seq_length=4096", "num_nodes=8"]),
+        (
+            ["granularity=2", "moe_router_topk=4", "moe_layer_freq=skip_first=2;skip_last=1"],
+            ["num_moe_experts=16", "moe_router_topk=4", "moe_ffn_hidden_size=7168"],
+        ),
+        (
+            ["expansion_rate=4", "moe_expert_capacity_factor=none", "initializer=drop(ratio=0.3)"],
+            ["num_moe_experts=4", "moe_expert_capacity_factor=None", "drop(ratio=0.3)"],
+        ),
+        (["--recipe", "llama3_8b_dense"], ["LlamaModel", "num_nodes=8"]),
+    ],
+)
+def test_what_tune_says_can_be_run(tmp_path: Path, settings: list[str], words: list[str]) -> None:
+    said = cli.run(tmp_path, "nemo-upcycle", "tune", "--gpus", "64", *settings)
+    command = " ".join(said.split("Train on it:")[1].split())
+    output = cli.run(tmp_path, *shlex.split(command), "--dryrun")
     sizes = re.findall(r"(\w+_parallel_size)=(\w+)", command)
-    assert len(sizes) >= 6
-    for name, size in sizes:
-        assert f"{name}={size}" in output
-    assert "seq_length=4096" in output
+    assert len(sizes) >= 4
+    for word in [*(f"{name}={size}" for name, size in sizes), *words]:
+        assert word in output
 
 
 def test_bad_recipe_argument_is_refused_before_anything_starts(tmp_path: Path) -> None:

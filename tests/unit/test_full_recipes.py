@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nemo_upcycle_recipes.expectations import expected
+from nemo_upcycle_recipes.expectations import expected, workload
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
 
-from nemo_upcycle.config import RECOMPUTE
+from nemo_upcycle.config import RECOMPUTE, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.job import dense_of_config, plan_job
 from nemo_upcycle.planner.hardware import hardware
+from nemo_upcycle.planner.tuning import tune
 
 MODULES = {name: name for name in RECIPES if name.endswith("e8t2") and "tiny" not in name}
 
@@ -181,6 +182,37 @@ def test_bad_recompute_is_refused() -> None:
         recipe(recompute="everything")
     with pytest.raises(UpcyclingError, match="has no experts"):
         replace(RECIPES["llama3_8b_dense"], recompute="moe")
+
+
+def megatrons_config(built: Any) -> Any:
+    """Make Megatron's config, which checks itself, without the kernels that this machine lacks."""
+    import fiddle
+
+    from nemo_upcycle import cpu
+
+    config, strategy = built.model.config, built.trainer.strategy
+    lacking = {name for name in cpu.MODEL_OVERRIDES if name != "moe_grouped_gemm"}
+    values = {name: cpu.MODEL_OVERRIDES[name] for name in lacking}
+    values |= {name: getattr(strategy, name) for name in ParallelFolding().strategy_arguments}
+    values |= {"pipeline_dtype": strategy.pipeline_dtype, "bf16": True}
+    for name, value in values.items():
+        setattr(config, name, value)
+    return fiddle.build(config)
+
+
+@pytest.mark.parametrize("recompute", ["none", "moe_act", "moe", "full"])
+@pytest.mark.parametrize("name", MODULES)
+def test_megatron_takes_every_recipe(name: str, recompute: str) -> None:
+    config = megatrons_config(recipe(name, recompute=recompute, performance_mode=True))
+    assert config.moe_grouped_gemm
+    assert config.expert_model_parallel_size == RECIPES[name].folding.expert_model_parallel_size
+
+
+def test_megatron_takes_what_the_planner_finds() -> None:
+    h100 = hardware("h100")
+    for one in tune(workload(LLAMA3_8B_E8T2), 128, h100).best[::25]:
+        sizes = vars(one.mapping.folding) | {"num_nodes": 16, "recompute": one.mapping.recompute}
+        megatrons_config(recipe(**sizes, micro_batch_size=one.mapping.micro_batch_size))
 
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
