@@ -1,12 +1,11 @@
 """Published training speeds, to calibrate the planner on and to hold it against."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, LLAMA31_70B_E8T2
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.planner.search import unfolded
+from nemo_upcycle.planner.search import Allowed, unfolded
 from nemo_upcycle.planner.workload import Mapping, Workload
 
 LLAMA3_8B = LLAMA3_8B_E8T2.architecture
@@ -40,11 +39,11 @@ class Published:
     label: str
     workload: Workload
     world_size: int
-    allowed: Callable[[Mapping], bool]
+    allowed: Allowed
     mfu: float | None
 
 
-def _sizes(**said: int) -> Callable[[Mapping], bool]:
+def _sizes(**said: int) -> Allowed:
     """Allow the mappings whose folding has these sizes, by the papers' short names."""
 
     def allowed(mapping: Mapping) -> bool:
@@ -81,7 +80,7 @@ def _without_pipeline(mapping: Mapping) -> bool:
     return not mapping.fsdp and no_context and no_pipeline and unfolded(mapping)
 
 
-def _fsdp(ep: int) -> Callable[[Mapping], bool]:
+def _fsdp(ep: int) -> Allowed:
     return lambda mapping: (
         mapping.fsdp
         and mapping.micro_batch_size == 1

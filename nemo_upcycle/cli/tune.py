@@ -9,13 +9,11 @@ from nemo_upcycle.cli.plan import RecipeName, Settings
 from nemo_upcycle.cli.tools import one_line_errors, progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from nemo_upcycle_recipes.recipe import Recipe
 
     from nemo_upcycle.planner.hardware import Hardware
     from nemo_upcycle.planner.scaling import Point
-    from nemo_upcycle.planner.search import Prediction
+    from nemo_upcycle.planner.search import Allowed, Prediction
     from nemo_upcycle.planner.workload import Mapping
 
 
@@ -94,7 +92,7 @@ def tune(
         typer.echo(scaling)
 
 
-def _as_said(recipe: "Recipe", settings: list[str]) -> "Callable[[Mapping], bool]":
+def _as_said(recipe: "Recipe", settings: list[str]) -> "Allowed":
     """Allow the mappings that keep what was said on the command line."""
     from nemo_upcycle_recipes.arguments import plain_name
 
@@ -135,7 +133,7 @@ def _own(recipe: "Recipe", world_size: int, hardware: "Hardware") -> "Prediction
 
 
 def _scaling(
-    recipe: "Recipe", hardware: "Hardware", allowed: "Callable[[Mapping], bool]", path: Path
+    recipe: "Recipe", hardware: "Hardware", allowed: "Allowed", path: Path
 ) -> "list[Point]":
     from nemo_upcycle_recipes.expectations import workload
 

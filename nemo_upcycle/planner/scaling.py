@@ -1,14 +1,14 @@
 """How a job grows: its best mapping, and the time to load and upcycle, by the number of GPUs."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.job import Dense, plan_job
 from nemo_upcycle.planner.hardware import Hardware
-from nemo_upcycle.planner.search import Prediction, least_memory, search
-from nemo_upcycle.planner.workload import Mapping, Workload
+from nemo_upcycle.planner.search import Allowed, Prediction, everything, least_memory, search
+from nemo_upcycle.planner.workload import Workload
 
 GPUS = tuple(2**power for power in range(3, 13))
 
@@ -55,7 +55,7 @@ def scaling(
     dense: Dense,
     hardware: Hardware,
     gpus: Iterable[int] = GPUS,
-    allowed: Callable[[Mapping], bool] = lambda mapping: True,
+    allowed: Allowed = everything,
 ) -> Iterator[Point]:
     """Yield the best mapping for each number of GPUs; the global batch stays the same.
 
@@ -73,7 +73,7 @@ def scaling(
         if found:
             yield Point(number, found[0], None, loading(found[0], dense))
         else:
-            yield Point(number, None, least_memory(workload, number, hardware), None)
+            yield Point(number, None, least_memory(workload, number, hardware, allowed), None)
 
 
 def loading(prediction: Prediction, dense: Dense) -> Loading:

@@ -1,7 +1,7 @@
 """Find the fastest mappings that fit: all foldings of a number of GPUs, predicted and ranked."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
@@ -20,6 +20,14 @@ MICRO_BATCH_SIZES = (1, 2, 4)
 HEADROOM = 0.94
 """Part of a GPU's memory that a mapping may fill. With it no published run that did not fit fits,
 and all that ran do."""
+
+
+Allowed = Callable[[Mapping], bool]
+
+
+def everything(mapping: Mapping) -> bool:
+    """Allow any mapping."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Prediction:
     @property
     def fits(self) -> bool:
         """Whether a GPU has the memory."""
-        return _fits(self.memory, self.hardware)
+        return self.memory.total <= room(self.hardware)
 
     @cached_property
     def mfu(self) -> float:
@@ -62,8 +70,9 @@ class Prediction:
         return self.workload.seq_length * self.workload.global_batch_size / self.time.total
 
 
-def _fits(used: Memory, hardware: Hardware) -> bool:
-    return used.total <= HEADROOM * hardware.memory_gib * 2**30
+def room(hardware: Hardware) -> float:
+    """Return the bytes of a GPU that a mapping may fill."""
+    return HEADROOM * hardware.memory_gib * 2**30
 
 
 def predict(
@@ -113,7 +122,7 @@ def search(
     workload: Workload,
     world_size: int,
     hardware: Hardware,
-    allowed: Callable[[Mapping], bool] = lambda mapping: True,
+    allowed: Allowed = everything,
     efficiency: Efficiency = CALIBRATED,
     fsdp: bool = False,
 ) -> list[Prediction]:
@@ -128,12 +137,10 @@ def search(
         fsdp: Look at FSDP instead: data parallelism, with expert parallelism or without.
     """
     found = []
-    for mappings in mappings_of(workload, world_size, hardware, fsdp):
-        for mapping in mappings:  # the least recompute first
-            if not allowed(mapping):
-                continue
+    for mappings in mappings_of(workload, world_size, hardware, allowed, fsdp):
+        for mapping in mappings:
             used = memory(workload, mapping)
-            if _fits(used, hardware):
+            if used.total <= room(hardware):
                 time = step_time(workload, mapping, hardware, efficiency)
                 found.append(Prediction(workload, mapping, hardware, used, time))
                 break
@@ -141,16 +148,12 @@ def search(
 
 
 def least_memory(
-    workload: Workload,
-    world_size: int,
-    hardware: Hardware,
-    allowed: Callable[[Mapping], bool] = lambda mapping: True,
+    workload: Workload, world_size: int, hardware: Hardware, allowed: Allowed = everything
 ) -> Prediction | None:
     """Return the mapping that takes the least memory, whether it fits or not."""
     every = [
-        (memory(workload, mapping), mapping)
-        for mappings in mappings_of(workload, world_size, hardware)
-        for mapping in list(filter(allowed, mappings))[-1:]
+        (memory(workload, mappings[-1]), mappings[-1])
+        for mappings in mappings_of(workload, world_size, hardware, allowed)
     ]
     if not every:
         return None
@@ -159,24 +162,56 @@ def least_memory(
 
 
 def mappings_of(
-    workload: Workload, world_size: int, hardware: Hardware, fsdp: bool = False
-) -> Iterator[Iterator[Mapping]]:
-    """Yield all mappings of a model on so many GPUs; those that differ in recompute together."""
+    workload: Workload,
+    world_size: int,
+    hardware: Hardware,
+    allowed: Allowed = everything,
+    fsdp: bool = False,
+) -> Iterator[list[Mapping]]:
+    """Yield all mappings of a model on so many GPUs.
+
+    Args:
+        workload: What is trained.
+        world_size: GPUs.
+        hardware: Their kind.
+        allowed: Which mappings to look at.
+        fsdp: FSDP's instead of Megatron's.
+
+    Yields:
+        Mappings that differ in recompute alone, the least first.
+    """
+    names = RECOMPUTE if workload.is_moe else ("none", "full")
     for folding in foldings(workload, world_size, hardware):
-        sizes = vars(folding) | {"expert_model_parallel_size": 1}
-        if fsdp and ParallelFolding(**sizes) != ParallelFolding():
+        if fsdp and replace(folding, expert_model_parallel_size=1) != ParallelFolding():
             continue
-        # Splitting larger microbatches over CP gives the same pieces, and more to exchange.
-        for micro_batch_size in MICRO_BATCH_SIZES if folding.context_parallel_size == 1 else (1,):
-            first = Mapping(folding, world_size, micro_batch_size)
-            microbatches = first.microbatches(workload.global_batch_size)
-            virtual = folding.virtual_pipeline_model_parallel_size
-            stages = folding.pipeline_model_parallel_size
-            # Megatron interleaves groups of as many microbatches as there are stages.
-            if not microbatches or (virtual and microbatches % stages):
+        for micro_batch_size in MICRO_BATCH_SIZES:
+            first = Mapping(folding, world_size, micro_batch_size, fsdp=fsdp)
+            if not _divides(first, workload) or _in_vain(first, allowed):
                 continue
-            names = RECOMPUTE if workload.is_moe else ("none", "full")
-            yield (Mapping(folding, world_size, micro_batch_size, name, fsdp) for name in names)
+            mappings = (replace(first, recompute=name) for name in names)
+            if found := list(filter(allowed, mappings)):
+                yield found
+
+
+def _divides(mapping: Mapping, workload: Workload) -> bool:
+    microbatches = mapping.microbatches(workload.global_batch_size)
+    virtual = mapping.folding.virtual_pipeline_model_parallel_size
+    # Megatron interleaves groups of as many microbatches as there are stages.
+    left = microbatches % mapping.folding.pipeline_model_parallel_size if virtual else 0
+    return microbatches > 0 and left == 0
+
+
+def _in_vain(mapping: Mapping, allowed: Allowed) -> bool:
+    """Say whether half the context parallelism and half the microbatch are allowed too.
+
+    They make the same pieces, with less to exchange.
+    """
+    cp = mapping.folding.context_parallel_size
+    if cp == 1 or mapping.micro_batch_size == 1:
+        return False
+    folding = replace(mapping.folding, context_parallel_size=cp // 2)
+    half = replace(mapping, folding=folding, micro_batch_size=mapping.micro_batch_size // 2)
+    return any(allowed(replace(half, recompute=name)) for name in RECOMPUTE)
 
 
 def foldings(workload: Workload, world_size: int, hardware: Hardware) -> Iterator[ParallelFolding]:

@@ -1,6 +1,5 @@
 """Answer which mapping to train on: the fastest that fit, what they are compared with, and why."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemo_upcycle.errors import UpcyclingError
@@ -8,16 +7,17 @@ from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.memory import memory
 from nemo_upcycle.planner.search import (
     HEADROOM,
+    Allowed,
     Prediction,
+    everything,
     least_memory,
     mappings_of,
+    room,
     search,
     unfolded,
 )
 from nemo_upcycle.planner.step_time import step_time
-from nemo_upcycle.planner.workload import Mapping, Workload
-
-Allowed = Callable[[Mapping], bool]
+from nemo_upcycle.planner.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def tune(
     workload: Workload,
     world_size: int,
     hardware: Hardware,
-    allowed: Allowed = lambda mapping: True,
+    allowed: Allowed = everything,
     own: Prediction | None = None,
 ) -> Tuning:
     """Find the fastest mappings that fit, and what to compare them with.
@@ -63,9 +63,7 @@ def tune(
     found = search(workload, world_size, hardware, allowed)
     if not found:
         raise _nothing_fits(workload, world_size, hardware, allowed)
-    tried = sum(
-        any(map(allowed, mappings)) for mappings in mappings_of(workload, world_size, hardware)
-    )
+    tried = sum(1 for _ in mappings_of(workload, world_size, hardware, allowed))
     return Tuning(
         best=tuple(_distinct(found)),
         fitting=len(found),
@@ -109,15 +107,11 @@ def _compared(
 def _faster(
     workload: Workload, world_size: int, hardware: Hardware, allowed: Allowed, best: Prediction
 ) -> Prediction | None:
-    """Return the fastest mapping if it does not fit, among those that keep everything."""
+    """Return the fastest of those that nearly fit, if it is faster than the best."""
     fastest = None
-    for mappings in mappings_of(workload, world_size, hardware):
-        mapping = next(mappings)  # without recompute
-        if not allowed(mapping):
-            continue
+    for mapping, *_ in mappings_of(workload, world_size, hardware, allowed):
         used = memory(workload, mapping)
-        room = HEADROOM * hardware.memory_gib * 2**30
-        if not room < used.total <= 1.5 * room:
+        if not 1 < used.total / room(hardware) <= 1.5:
             continue
         time = step_time(workload, mapping, hardware)
         if time.total < (fastest or best).time.total:
