@@ -25,7 +25,7 @@ from nemo.lightning import io
 from nemo_upcycle_recipes import executors  # noqa: F401 - registers
 from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
 
-from nemo_upcycle.data.indexed import build_indexed_dataset
+from nemo_upcycle.data.preparation import Preparation, prepare
 from nemo_upcycle.data.sample import write_stdlib_sample
 from nemo_upcycle.data.tokenizer import train_tokenizer
 from nemo_upcycle.training.moe_health import MoEHealthCallback
@@ -96,7 +96,7 @@ def workspace(directory: Path) -> None:
     corpora = write_stdlib_sample(directory / "data").values()
     train_tokenizer(list(corpora), directory / "tokenizer", 2048)
     for corpus in corpora:
-        build_indexed_dataset(corpus, directory / "tokenizer", corpus.with_suffix(""))
+        prepare(Preparation((str(corpus),), directory / "tokenizer", corpus.with_suffix("")))
 
 
 def measure(steps: int) -> None:

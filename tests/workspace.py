@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from nemo_upcycle.data.indexed import build_indexed_dataset
+from nemo_upcycle.data.preparation import Preparation, prepare
 from nemo_upcycle.data.tokenizer import train_tokenizer
 from tests.tiny import write_llama
 
@@ -22,7 +22,7 @@ def make_workspace(directory: Path) -> Path:
     corpora = [directory / "data" / f"{name}.jsonl" for name in sources]
     train_tokenizer(corpora, directory / "tokenizer", VOCAB_SIZE)
     for corpus in corpora:
-        build_indexed_dataset(corpus, directory / "tokenizer", corpus.with_suffix(""))
+        prepare(Preparation((str(corpus),), directory / "tokenizer", corpus.with_suffix("")))
     write_llama(directory / "dense_hf", vocab_size=VOCAB_SIZE, max_position_embeddings=256)
     for file in (directory / "tokenizer").iterdir():
         (directory / "dense_hf" / file.name).write_bytes(file.read_bytes())

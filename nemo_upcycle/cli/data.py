@@ -1,11 +1,15 @@
 """`nemo-upcycle data`: text, tokenizer, Megatron's files, tasks."""
 
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nemo_upcycle.cli.tools import Directory, one_line_errors, progress
+from nemo_upcycle.cli.tools import Directory, Progress, one_line_errors, progress
+from nemo_upcycle.errors import UpcyclingError
 
 app = typer.Typer(help="Text, tokenizer and Megatron .bin/.idx files.", no_args_is_help=True)
 
@@ -40,17 +44,105 @@ def tokenizer(
 @app.command("tokenize")
 @one_line_errors
 def tokenize(
-    files: Annotated[list[Path], typer.Argument(help="JSONL files with a `text` field.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="JSONL (.gz, .zst) or Parquet files, directories of them, or "
+            "hf://NAME?config=…&split=… of the hub.",
+            show_default=False,
+        ),
+    ],
     tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer.")],
     out: Directory,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Put all sources into one dataset of this name; without it each makes its own.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes; without it one a core.", min=1, show_default=False),
+    ] = None,
+    text_key: Annotated[str, typer.Option(help="The field with the text.")] = "text",
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE: only records with it; may be repeated.", show_default=False),
+    ] = None,
+    max_malformed: Annotated[
+        float, typer.Option(help="Share of the lines that may be malformed.", min=0, max=1)
+    ] = 0.01,
 ) -> None:
-    """Write Megatron .bin/.idx files, one pair a JSONL file, named after it."""
-    from nemo_upcycle.data.indexed import build_indexed_dataset
+    """Write Megatron .bin/.idx files, with an end-of-document token after each document.
 
-    for file in files:
-        with progress(file.name) as show:
-            stats = build_indexed_dataset(file, tokenizer, out / file.stem, progress=show)
-        typer.echo(f"{stats.prefix}: {stats.documents} documents, {stats.tokens} tokens")
+    In parallel, part by part: killed, the same command goes on, and a part that is complete is
+    never done again. NAME.manifest.json says what went in and the checksums of what came out,
+    NAME.malformed.jsonl where each malformed line is.
+
+    \b
+    Examples:
+      nemo-upcycle data tokenize web.jsonl.zst --tokenizer tokenizer --out data
+      nemo-upcycle data tokenize crawl/ --name web --text-key raw_content \\
+        --where bucket=head --tokenizer tokenizer --out data
+      nemo-upcycle data tokenize "hf://wikimedia/wikipedia?config=20231101.en" \\
+        --name wikipedia --tokenizer tokenizer --out data
+    """
+    from nemo_upcycle.data.documents import Selection
+    from nemo_upcycle.data.preparation import Preparation, prepare
+
+    selection = Selection(text_key, dict(map(_field, where or [])))
+    groups = {name: tuple(sources)} if name else {_name(each): (each,) for each in sources}
+    for dataset, of_dataset in groups.items():
+        preparation = Preparation(of_dataset, tokenizer, out / dataset, selection, max_malformed)
+        with progress(dataset) as show:
+            manifest = prepare(preparation, workers or os.cpu_count() or 1, _speed(show))
+        typer.echo(f"{out / dataset}: {manifest.documents} documents, {manifest.tokens} tokens")
+        if manifest.malformed:
+            typer.echo(
+                f"{manifest.malformed} malformed lines were left out; where they are: "
+                f"{out / dataset}.malformed.jsonl",
+                err=True,
+            )
+
+
+def _field(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UpcyclingError(f"--where {text}: expected KEY=VALUE")
+    return key, value
+
+
+def _name(source: str) -> str:
+    """Return a dataset's name: a file's without its kind, a directory's, a hub's last part."""
+    name = Path(source.partition("?")[0]).name
+    for kind in (".gz", ".zst", ".jsonl", ".json", ".ndjson", ".parquet"):
+        name = name.removesuffix(kind)
+    return name
+
+
+def _speed(show: Progress) -> Callable[[int, int, int], None]:
+    started = time.monotonic()
+
+    def told(done: int, total: int, tokens: int) -> None:
+        seconds = max(1e-3, time.monotonic() - started)
+        show(done, total, f"{tokens / seconds:,.0f} tokens/s")
+
+    return told
+
+
+@app.command()
+@one_line_errors
+def check(
+    prefixes: Annotated[list[Path], typer.Argument(help="Datasets, without .bin and .idx.")],
+) -> None:
+    """Compare datasets with the checksums in their manifests."""
+    from nemo_upcycle.data.manifest import check_files
+
+    for prefix in prefixes:
+        with progress(prefix.name) as show:
+            manifest = check_files(prefix, show)
+        typer.echo(f"{prefix}: as written, {manifest.documents} documents")
 
 
 @app.command()

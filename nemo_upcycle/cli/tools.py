@@ -13,7 +13,8 @@ from nemo_upcycle.errors import UpcyclingError
 
 P = ParamSpec("P")
 Directory = Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")]
-Progress = Callable[[int, int], None]
+Progress = Callable[..., None]
+"""Told what is done, what there is in all, and a word about it if there is one."""
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -44,18 +45,23 @@ def progress(label: str) -> Iterator[Progress]:
         return
     with Bar(console=console) as bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def show(done: int, total: int, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=f"{label} {note}".strip())
+
+        yield show
 
 
 def _lines(label: str) -> Progress:
     started = last = time.monotonic()
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int, note: str = "") -> None:
         nonlocal last
         now = time.monotonic()
         if now - last > SECONDS_BETWEEN_LINES and done:
             last = now
             left = (now - started) * (total - done) / done
-            typer.echo(f"{label}: {done / total:.0%}, {left:.0f} s left", err=True)
+            words = [f"{done / total:.0%}", *filter(None, [note]), f"{left:.0f} s left"]
+            typer.echo(f"{label}: {', '.join(words)}", err=True)
 
     return show

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_upcycle.data.indexed import build_indexed_dataset
+from nemo_upcycle.data.preparation import Preparation, prepare
 from tests.distributed.grid import whole
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.third_party import install_flip
@@ -306,7 +306,7 @@ def test_a_corpus_too_small_to_split_is_an_error(
     """Megatron itself loops for ever over a split without documents."""
     corpus = tmp_path / "small.jsonl"
     corpus.write_text(json.dumps({"text": "a few words"}) + "\n")
-    build_indexed_dataset(corpus, workspace / "tokenizer", tmp_path / "small")
+    prepare(Preparation((str(corpus),), workspace / "tokenizer", tmp_path / "small"))
     (result,) = ranks.run(
         train,
         1,

@@ -1,0 +1,228 @@
+"""Tokenise a part of a corpus: its tokens, its documents' lengths, and what was found in it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_upcycle.data.documents import Document, Part, Selection, read_part
+from nemo_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A batch keeps all cores of the tokenizer busy and still fits easily in memory.
+BATCH_DOCUMENTS = 512
+BATCH_CHARACTERS = 4_000_000
+
+Advance = Callable[[int, int], None]
+"""Told how many more bytes were read, and tokens written."""
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A line or row that is no document.
+
+    Attributes:
+        line: Its number in the part, from 0.
+        byte: Its first in the file; None for a row.
+        error: Why it is none.
+    """
+
+    line: int
+    byte: int | None
+    error: str
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """What a part came to.
+
+    Attributes:
+        part: The part.
+        documents: Documents written.
+        tokens: Their tokens, an end-of-document token for each included.
+        empty: Documents without a token, left out as Megatron's own tool does.
+        left_out: Records that were not asked for.
+        malformed: What is no document.
+        sha256: Of the tokens' bytes.
+    """
+
+    part: Part
+    documents: int
+    tokens: int
+    empty: int
+    left_out: int
+    malformed: tuple[Malformed, ...]
+    sha256: str
+
+    @property
+    def lines(self) -> int:
+        """Lines or rows of the part."""
+        return self.documents + self.empty + self.left_out + len(self.malformed)
+
+
+@dataclass(frozen=True)
+class PartFiles:
+    """Where a part is written. The record comes last: where it is, the part is complete."""
+
+    directory: Path
+    number: int
+
+    @property
+    def tokens(self) -> Path:
+        """Tokens, one document after another."""
+        return self.directory / f"{self.number:06}.bin"
+
+    @property
+    def lengths(self) -> Path:
+        """Tokens of each document, int32."""
+        return self.directory / f"{self.number:06}.lengths"
+
+    @property
+    def record(self) -> Path:
+        """`PartRecord` as JSON."""
+        return self.directory / f"{self.number:06}.json"
+
+    def read_record(self) -> PartRecord | None:
+        """Return the record, None where the part is not complete."""
+        if not self.record.is_file():
+            return None
+        values = json.loads(self.record.read_text())
+        values["part"] = Part(**values["part"])
+        values["malformed"] = tuple(Malformed(**each) for each in values["malformed"])
+        return PartRecord(**values)
+
+
+def tokenize_part(
+    part: Part,
+    files: PartFiles,
+    selection: Selection,
+    tokenizer: "PreTrainedTokenizerBase",
+    advance: Advance,
+) -> PartRecord:
+    """Tokenise a part and write its files.
+
+    Each document is its text's tokens without special tokens, then the tokenizer's eos.
+
+    Raises:
+        UpcyclingError: The source cannot be read to its end.
+    """
+    lengths: list[int] = []
+    sha256, empty = hashlib.sha256(), 0
+    found = _Found()
+    dtype = token_dtype(tokenizer)
+    # Of this process alone: another may still be at work on the same part, with the same result.
+    new = files.tokens.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with new.open("wb") as out:
+            for texts, read in _batches(found.texts(read_part(part, selection))):
+                count = len(lengths)
+                for tokens in _tokens(tokenizer, texts):
+                    if not tokens:
+                        empty += 1
+                        continue
+                    document = np.array([*tokens, tokenizer.eos_token_id], dtype).tobytes()
+                    sha256.update(document)
+                    out.write(document)
+                    lengths.append(len(tokens) + 1)
+                advance(read, sum(lengths[count:]))
+        os.replace(new, files.tokens)
+    finally:
+        new.unlink(missing_ok=True)
+    _write(files.lengths, np.array(lengths, np.int32).tobytes())
+    record = PartRecord(
+        part,
+        documents=len(lengths),
+        tokens=sum(lengths),
+        empty=empty,
+        left_out=found.left_out,
+        malformed=tuple(found.malformed),
+        sha256=sha256.hexdigest(),
+    )
+    _write(files.record, json.dumps(asdict(record)).encode())
+    return record
+
+
+class _Found:
+    """Passes texts on and keeps account of the rest."""
+
+    def __init__(self) -> None:
+        self.malformed: list[Malformed] = []
+        self.left_out = 0
+
+    def texts(self, documents: Iterable[Document]) -> Iterator[tuple[str, int]]:
+        for line, document in enumerate(documents):
+            if document.text is not None:
+                yield document.text, document.done
+            elif document.error is not None:
+                self.malformed.append(Malformed(line, document.byte, document.error))
+            else:
+                self.left_out += 1
+
+
+def _batches(texts: Iterable[tuple[str, int]]) -> Iterator[tuple[list[str], int]]:
+    """Group texts; beside each group the bytes read since the one before."""
+    batch: list[str] = []
+    characters = end = before = 0
+    for text, end in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch, end - before
+            batch, characters, before = [], 0, end
+    if batch:
+        yield batch, end - before
+
+
+def _tokens(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterable[list[int]]:
+    if tokenizer.is_fast:
+        # What the call below comes to, without the masks and offsets that nobody asks for.
+        fast: Any = tokenizer.backend_tokenizer
+        return (each.ids for each in fast.encode_batch_fast(texts, add_special_tokens=False))
+    # verbose: a document longer than the model's context is no reason for a warning here.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _write(path: Path, content: bytes) -> None:
+    new = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    new.write_bytes(content)
+    os.replace(new, path)
+
+
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer from disk and make sure that it can end a document.
+
+    Raises:
+        UpcyclingError: There is none, or it has no eos token.
+    """
+    import transformers
+
+    auto_tokenizer: Any = transformers.AutoTokenizer  # has no type annotations
+    if not directory.is_dir():  # otherwise taken for the name of a model on the hub
+        raise UpcyclingError(f"no tokenizer directory at {directory}")
+    tokenizer: PreTrainedTokenizerBase = auto_tokenizer.from_pretrained(
+        str(directory), use_fast=True, local_files_only=True
+    )
+    if tokenizer.eos_token_id is None:
+        raise UpcyclingError(
+            f"the tokenizer in {directory} has no eos token, and every document needs one at its "
+            'end; set "eos_token" in its tokenizer_config.json'
+        )
+    if tokenizer.is_fast:
+        fast: Any = tokenizer.backend_tokenizer
+        fast.no_truncation()
+        fast.no_padding()
+    return tokenizer
+
+
+def token_dtype(tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """Return the type that Megatron has for this vocabulary: uint16, or int32 for large ones."""
+    # The largest id and not the number of tokens: added tokens may leave gaps.
+    largest = max(tokenizer.get_vocab().values()) + 1
+    return np.uint16 if largest < 65500 else np.int32

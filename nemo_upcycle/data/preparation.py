@@ -1,0 +1,313 @@
+"""From documents to Megatron's indexed dataset: in parallel, and again after a kill.
+
+The sources are cut into parts, which processes tokenise one by one into a directory beside the
+dataset; a part that is complete is never done again. Then the parts are put together in their
+order, so that the files are the same however often the work was interrupted, and by however many
+processes it was done.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from nemo_upcycle.data.documents import HUB, Part, Selection, files_of, parts_of
+from nemo_upcycle.data.manifest import COPY_BYTES, Manifest, read_manifest, sha256_of
+from nemo_upcycle.data.parts import (
+    PartFiles,
+    PartRecord,
+    load_tokenizer,
+    token_dtype,
+    tokenize_part,
+)
+from nemo_upcycle.data.workers import tokenize_parts
+from nemo_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+PART_BYTES = 64 * 2**20
+
+Progress = Callable[[int, int, int], None]
+"""Told bytes read, bytes in all, and tokens written in this run."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is made of what.
+
+    Attributes:
+        sources: Files, directories, or `hf://NAME?config=…&split=…`.
+        tokenizer: Its directory.
+        prefix: Path of the dataset without `.bin` and `.idx`.
+        selection: What of a record is a document.
+        max_malformed: Share of the lines that may be malformed.
+        part_bytes: About how large parts are.
+    """
+
+    sources: tuple[str, ...]
+    tokenizer: Path
+    prefix: Path
+    selection: Selection = field(default_factory=Selection)
+    max_malformed: float = 0.01
+    part_bytes: int = PART_BYTES
+
+    def file(self, suffix: str) -> Path:
+        """Return one of the dataset's files."""
+        return self.prefix.with_name(self.prefix.name + suffix)
+
+    @property
+    def work(self) -> Path:
+        """The directory of the parts."""
+        return self.prefix.with_name(f".{self.prefix.name}.parts")
+
+
+def prepare(
+    preparation: Preparation, workers: int = 1, progress: Progress | None = None
+) -> Manifest:
+    """Make a dataset, or go on making it.
+
+    The `.idx` appears after the `.bin`, the manifest last: where it is, the dataset is complete.
+
+    Args:
+        preparation: What is made of what.
+        workers: Processes; 1 works in this one, with the tokenizer's own threads.
+        progress: Told how far it is.
+
+    Returns:
+        What went in and what came out; at once where it is there already.
+
+    Raises:
+        UpcyclingError: A source or the tokenizer is missing or cannot be read, more lines are
+            malformed than may be, there is no document, another process is at work, or parts of
+            another job are in the way. Nothing is left but complete parts.
+    """
+    names = files_of(preparation.sources)
+    tokenizer = load_tokenizer(preparation.tokenizer)
+    job = _job(preparation, names)
+    if (there := read_manifest(preparation.prefix)) is not None and there.job == job:
+        _remove_parts(preparation)
+        return there
+    parts = [part for name in names for part in parts_of(name, preparation.part_bytes)]
+    with _work_directory(preparation, job):
+        records = _records(preparation, parts, tokenizer, workers, progress)
+        _check(preparation, records)
+        manifest = _put_together(preparation, job, records, token_dtype(tokenizer))
+    _remove_parts(preparation)
+    return manifest
+
+
+# --- Parts ---------------------------------------------------------------------------------------
+
+
+def _job(preparation: Preparation, names: Sequence[str]) -> dict[str, Any]:
+    """Return what decides the dataset."""
+    tokenizer = hashlib.sha256()
+    for path in sorted(preparation.tokenizer.iterdir()):
+        # A dense checkpoint's directory is a tokenizer's too.
+        if path.is_file() and path.suffix in (".json", ".model", ".txt", ".jinja"):
+            tokenizer.update(path.name.encode() + b"\0" + path.read_bytes())
+    return {
+        "format": FORMAT,
+        "sources": [_identity(name) for name in names],
+        "tokenizer": tokenizer.hexdigest(),
+        "text_key": preparation.selection.text_key,
+        "where": dict(preparation.selection.where),
+        "part_bytes": preparation.part_bytes,
+    }
+
+
+def _identity(source: str) -> dict[str, Any]:
+    """Return what says that a source is still the same."""
+    if source.startswith(HUB):
+        return {"source": source}
+    found = Path(source).stat()
+    return {"source": source, "bytes": found.st_size, "modified_ns": found.st_mtime_ns}
+
+
+@contextmanager
+def _work_directory(preparation: Preparation, job: dict[str, Any]) -> Iterator[None]:
+    """Hold the directory of the parts for this process; remove it if nothing is in it."""
+    work = preparation.work
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "job.json").open("a+") as file:
+        _lock(file, work)
+        file.seek(0)
+        before = file.read()
+        if before and json.loads(before) != job:
+            raise UpcyclingError(
+                f"{work} holds parts of another job: other sources, sizes, tokenizer or options. "
+                "Give the same as before, another name, or remove it to start anew."
+            )
+        if not before:
+            json.dump(job, file)
+            file.flush()
+        try:
+            yield
+        except UpcyclingError:
+            if {path.name for path in work.glob("*")} == {"job.json"}:
+                shutil.rmtree(work)
+            raise
+
+
+def _lock(file: IO[str], work: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UpcyclingError(f"Another process is at work in {work}; wait for it.") from None
+
+
+def _remove_parts(preparation: Preparation) -> None:
+    shutil.rmtree(preparation.work, ignore_errors=True)
+
+
+def _records(
+    preparation: Preparation,
+    parts: Sequence[Part],
+    tokenizer: "PreTrainedTokenizerBase",
+    workers: int,
+    progress: Progress | None,
+) -> list[PartRecord]:
+    """Return the records of all parts; those that are not there are made."""
+    files = [PartFiles(preparation.work, number) for number in range(len(parts))]
+    tasks = [task for task in zip(parts, files, strict=True) if not task[1].read_record()]
+    total = sum(part.bytes for part in parts)
+    read, written = total - sum(part.bytes for part, _ in tasks), 0
+
+    def advance(more_bytes: int, more_tokens: int) -> None:
+        nonlocal read, written
+        read, written = read + more_bytes, written + more_tokens
+        if progress is not None:
+            progress(min(read, total), total, written)
+
+    if workers == 1 or len(tasks) == 1:
+        for task in tasks:
+            tokenize_part(*task, preparation.selection, tokenizer, advance)
+    else:
+        tokenize_parts(tasks, preparation.selection, preparation.tokenizer, workers, advance)
+    return [record for each in files if (record := each.read_record())]
+
+
+def _check(preparation: Preparation, records: Sequence[PartRecord]) -> None:
+    malformed = sum(len(record.malformed) for record in records)
+    lines = sum(record.lines for record in records)
+    if malformed > preparation.max_malformed * lines:
+        first = next(_located(records))
+        kept = f" What was read is kept in {preparation.work}, to go on from with another share."
+        if not any(record.documents for record in records):
+            _remove_parts(preparation)
+            kept = ""
+        raise UpcyclingError(
+            f"{first['file']}:{first['line']}: {first['error']} ({malformed} of {lines} lines are "
+            f"malformed, and at most {preparation.max_malformed:.2%} may be: --max-malformed)."
+            f"{kept}"
+        )
+    if not any(record.documents for record in records):
+        _remove_parts(preparation)
+        names = ", ".join(preparation.sources)
+        raise UpcyclingError(f"{names}: no document with text in it")
+
+
+# --- The dataset ---------------------------------------------------------------------------------
+
+
+def _put_together(
+    preparation: Preparation, job: dict[str, Any], records: Sequence[PartRecord], dtype: Any
+) -> Manifest:
+    """Write the dataset's files, each complete or not at all, the manifest last."""
+    new = {suffix: preparation.work / f"new{suffix}" for suffix in (".bin", ".idx")}
+    _write_dataset(preparation, records, dtype, new)
+    located = "".join(json.dumps(each) + "\n" for each in _located(records))
+    if located:
+        new[".malformed.jsonl"] = preparation.work / "new.malformed.jsonl"
+        new[".malformed.jsonl"].write_text(located)
+    manifest = Manifest(
+        documents=sum(record.documents for record in records),
+        tokens=sum(record.tokens for record in records),
+        empty=sum(record.empty for record in records),
+        left_out=sum(record.left_out for record in records),
+        malformed=sum(len(record.malformed) for record in records),
+        dtype=np.dtype(dtype).name,
+        job=job,
+        sources=_of_sources(records),
+        files={
+            preparation.file(suffix).name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for suffix, path in new.items()
+        },
+    )
+    # Never an index or a manifest beside tokens that are not its own, not even for a moment.
+    for suffix in (".manifest.json", ".idx", ".malformed.jsonl"):
+        preparation.file(suffix).unlink(missing_ok=True)
+    for suffix, path in new.items():
+        os.replace(path, preparation.file(suffix))
+    written = preparation.work / "new.manifest.json"
+    written.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    os.replace(written, preparation.file(".manifest.json"))
+    return manifest
+
+
+def _write_dataset(
+    preparation: Preparation, records: Sequence[PartRecord], dtype: Any, new: dict[str, Path]
+) -> None:
+    """Put the parts together with Megatron's own builder."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(new[".bin"]), dtype=dtype)
+    try:
+        for number, record in enumerate(records):
+            files = PartFiles(preparation.work, number)
+            sha256 = hashlib.sha256()
+            with files.tokens.open("rb") as tokens:
+                while chunk := tokens.read(COPY_BYTES):
+                    sha256.update(chunk)
+                    builder.data_file.write(chunk)
+            if sha256.hexdigest() != record.sha256:
+                files.record.unlink()
+                raise UpcyclingError(
+                    f"{files.tokens} is not what was written: it was damaged. Run the same command "
+                    "again: this part is made anew."
+                )
+            builder.sequence_lengths.extend(np.fromfile(files.lengths, np.int32).tolist())
+    finally:
+        builder.data_file.close()
+    builder.document_indices = list(range(len(builder.sequence_lengths) + 1))
+    builder.finalize(str(new[".idx"]))
+
+
+def _located(records: Sequence[PartRecord]) -> Iterator[dict[str, Any]]:
+    """Yield what is malformed: file, line or row from 1, first byte of a line, why."""
+    for source, group in groupby(records, key=lambda record: record.part.source):
+        before = 1
+        for record in group:
+            for each in record.malformed:
+                place = {"file": source, "line": before + each.line}
+                byte = {} if each.byte is None else {"byte": each.byte}
+                yield {**place, **byte, "error": each.error}
+            before += record.lines
+
+
+def _of_sources(records: Sequence[PartRecord]) -> list[dict[str, Any]]:
+    found = []
+    for source, group in groupby(records, key=lambda record: record.part.source):
+        of_source = list(group)
+        found.append(
+            {
+                "source": source,
+                "documents": sum(record.documents for record in of_source),
+                "tokens": sum(record.tokens for record in of_source),
+                "empty": sum(record.empty for record in of_source),
+                "left_out": sum(record.left_out for record in of_source),
+                "malformed": sum(len(record.malformed) for record in of_source),
+            }
+        )
+    return found

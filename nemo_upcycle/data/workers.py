@@ -1,0 +1,82 @@
+"""Processes that tokenise parts, each with a tokenizer of its own."""
+
+import multiprocessing
+import os
+import queue
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.data.documents import Part, Selection
+from nemo_upcycle.data.parts import Advance, PartFiles, load_tokenizer, tokenize_part
+
+SECONDS_BETWEEN_LOOKS = 0.2
+
+_state: dict[str, Any] = {}
+"""What a worker has: its tokenizer, the queue that it tells its progress, who started it."""
+
+
+def tokenize_parts(
+    tasks: Sequence[tuple[Part, PartFiles]],
+    selection: Selection,
+    tokenizer: Path,
+    workers: int,
+    advance: Advance,
+) -> None:
+    """Tokenise parts in processes.
+
+    Args:
+        tasks: Parts, and where they are written.
+        selection: What of a record is a document.
+        tokenizer: Its directory.
+        workers: Processes.
+        advance: Told of all that they do, in this process.
+
+    Raises:
+        UpcyclingError: A source cannot be read to its end; what other processes have begun is
+            brought to its end.
+    """
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    with ProcessPoolExecutor(
+        min(workers, len(tasks)), context, _begin, (tokenizer, told, os.getpid())
+    ) as pool:
+        futures = {pool.submit(_work, part, files, selection) for part, files in tasks}
+        try:
+            while futures:
+                done, futures = wait(futures, SECONDS_BETWEEN_LOOKS, "FIRST_COMPLETED")
+                _pass_on(told, advance)
+                _raise_first(done)
+        finally:
+            for future in futures:
+                future.cancel()
+    _pass_on(told, advance)
+
+
+def _begin(tokenizer: Path, told: Any, parent: int) -> None:
+    # There are as many processes as cores already.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _state.update(tokenizer=load_tokenizer(tokenizer), told=told, parent=parent)
+
+
+def _work(part: Part, files: PartFiles, selection: Selection) -> None:
+    def advance(more_bytes: int, more_tokens: int) -> None:
+        if os.getppid() != _state["parent"]:  # it was killed, and nobody waits for this
+            os._exit(1)
+        _state["told"].put((more_bytes, more_tokens))
+
+    tokenize_part(part, files, selection, _state["tokenizer"], advance)
+
+
+def _pass_on(told: Any, advance: Advance) -> None:
+    while True:
+        try:
+            advance(*told.get_nowait())
+        except queue.Empty:
+            return
+
+
+def _raise_first(done: set[Future[None]]) -> None:
+    for future in done:
+        future.result()

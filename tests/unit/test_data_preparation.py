@@ -1,0 +1,556 @@
+"""From documents to Megatron's dataset: the same whatever the format, the processes, the kills."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.data import parts
+from nemo_upcycle.data.documents import Selection, files_of, parts_of, read_part
+from nemo_upcycle.data.manifest import Manifest, check_files, read_manifest
+from nemo_upcycle.data.preparation import Preparation, prepare
+from nemo_upcycle.data.tokenizer import train_tokenizer
+from nemo_upcycle.errors import UpcyclingError
+
+TEXTS = ["Every expert starts as the dense layer.", "日本語 ü", "", "def f():\n    return 1\n", "x"]
+EOS = 1
+
+
+def lines(texts: Sequence[str], key: str = "text") -> bytes:
+    return "".join(json.dumps({key: text}) + "\n" for text in texts).encode()
+
+
+def write(path: Path, texts: Sequence[str]) -> Path:
+    path.write_bytes(lines(texts))
+    return path
+
+
+def many(count: int, seed: int = 0) -> list[str]:
+    """Return documents of very different lengths."""
+    rng = random.Random(seed)
+    words = [*["router", "expert", "dense", "token"], "日本", "\n"]
+    return [" ".join(rng.choices(words, k=rng.choice([0, 1, 5, 40, 400]))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([write(root / "corpus.jsonl", TEXTS)], root / "tokenizer", 280)
+    return root / "tokenizer"
+
+
+def prepared(
+    source: Path | str, tokenizer: Path, prefix: Path, workers: int = 1, **options: Any
+) -> Manifest:
+    sources = (str(source),)
+    return prepare(Preparation(sources, tokenizer, prefix, **options), workers)
+
+
+def expected_documents(tokenizer: Path, texts: Sequence[str]) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(str(tokenizer))
+    return [[*loaded.encode(text), EOS] for text in texts if text]
+
+
+def load(prefix: Path) -> Any:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    return IndexedDataset(str(prefix))
+
+
+def documents_in(prefix: Path) -> list[list[int]]:
+    dataset = load(prefix)
+    return [dataset[number].tolist() for number in range(len(dataset))]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+# --- The dataset ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2, 512])
+def test_megatron_reads_the_documents_back(
+    tokenizer: Path, tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    monkeypatch.setattr(parts, "BATCH_DOCUMENTS", batch)
+    prefix = tmp_path / "new" / "data.v1"
+    manifest = prepared(write(tmp_path / "a.jsonl", TEXTS), tokenizer, prefix)
+    documents = expected_documents(tokenizer, TEXTS)
+    dataset = load(prefix)
+    assert documents_in(prefix) == documents
+    assert dataset.document_indices.tolist() == list(range(len(documents) + 1))
+    assert dataset[0].dtype == np.uint16
+    assert (manifest.documents, manifest.tokens) == (4, sum(map(len, documents)))
+    assert (manifest.empty, manifest.malformed, manifest.dtype) == (1, 0, "uint16")
+    names = ["data.v1.bin", "data.v1.idx", "data.v1.manifest.json"]
+    assert sorted(contents(prefix.parent)) == names
+    assert sorted(path.name for path in prefix.parent.iterdir()) == names
+
+
+def test_files_are_those_of_megatrons_builder(tokenizer: Path, tmp_path: Path) -> None:
+    """Byte for byte, from many parts and two processes."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    texts = many(500)
+    prepared(write(tmp_path / "a.jsonl", texts), tokenizer, tmp_path / "ours", 2, part_bytes=30_000)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), DType.optimal_dtype(280))
+    for document in expected_documents(tokenizer, texts):
+        builder.add_item(torch.tensor(document))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        ours, theirs = (tmp_path / f"{name}.{suffix}" for name in ("ours", "theirs"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_large_ids_get_a_wider_type(tokenizer: Path, tmp_path: Path) -> None:
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(str(tokenizer))
+    loaded.add_tokens([f"<extra_{i}>" for i in range(65_500 - len(loaded))])
+    loaded.save_pretrained(str(tmp_path / "large"))
+    source = write(tmp_path / "a.jsonl", ["dense <extra_65000>"])
+    assert prepared(source, tmp_path / "large", tmp_path / "data").dtype == "int32"
+    dataset = load(tmp_path / "data")
+    assert dataset[0].dtype == np.int32
+    assert loaded.convert_tokens_to_ids("<extra_65000>") in dataset[0].tolist()
+
+
+def test_a_tokenizers_own_truncation_cuts_nothing(tokenizer: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(str(tokenizer), model_max_length=8)
+    loaded.backend_tokenizer.enable_truncation(8)
+    loaded.backend_tokenizer.enable_padding(length=8)
+    loaded.save_pretrained(str(tmp_path / "short"))
+    text = "expert " * 100
+    manifest = prepared(write(tmp_path / "a.jsonl", [text]), tmp_path / "short", tmp_path / "data")
+    assert manifest.tokens == len(expected_documents(tokenizer, [text])[0])
+
+
+# --- Formats -------------------------------------------------------------------------------------
+
+
+def compressed(tmp_path: Path, texts: Sequence[str]) -> Path:
+    path = tmp_path / "a.jsonl.gz"
+    half = len(texts) // 2  # two members, as `cat` makes of two files
+    path.write_bytes(gzip.compress(lines(texts[:half])) + gzip.compress(lines(texts[half:])))
+    return path
+
+
+def zstandard(tmp_path: Path, texts: Sequence[str]) -> Path:
+    import pyarrow
+
+    path, half = tmp_path / "a.jsonl.zst", len(texts) // 2
+    frames = (pyarrow.compress(lines(some), "zstd", asbytes=True) for some in
+              (texts[:half], texts[half:]))  # fmt: skip
+    path.write_bytes(b"".join(frames))
+    return path
+
+
+def parquet(tmp_path: Path, texts: Sequence[str]) -> Path:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    table = pyarrow.table({"id": list(range(len(texts))), "text": list(texts)})
+    write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    return tmp_path / "a.parquet"
+
+
+def directory(tmp_path: Path, texts: Sequence[str]) -> Path:
+    (tmp_path / "corpus" / "deep").mkdir(parents=True)
+    half = len(texts) // 2
+    write(tmp_path / "corpus" / "a.jsonl", texts[:half])
+    write(tmp_path / "corpus" / "deep" / "b.json", texts[half:])
+    (tmp_path / "corpus" / "README.md").write_text("no documents")
+    return tmp_path / "corpus"
+
+
+def hub(tmp_path: Path, texts: Sequence[str]) -> str:
+    """A data set's directory, as the hub has it."""
+    (tmp_path / "set").mkdir()
+    parquet(tmp_path / "set", texts)
+    return f"hf://{tmp_path / 'set'}"
+
+
+@pytest.mark.parametrize("make", [compressed, zstandard, parquet, directory, hub])
+def test_formats_give_the_same_dataset(
+    tokenizer: Path, tmp_path: Path, make: Callable[[Path, Sequence[str]], Path | str]
+) -> None:
+    texts = many(60)
+    manifest = prepared(make(tmp_path, texts), tokenizer, tmp_path / "data", part_bytes=4_000)
+    assert documents_in(tmp_path / "data") == expected_documents(tokenizer, texts)
+    assert manifest.documents + manifest.empty == 60
+
+
+@pytest.mark.parametrize("part_bytes", [1, 7, 100, 10_000])
+def test_every_line_is_in_one_part(tmp_path: Path, part_bytes: int) -> None:
+    texts = [text[:50] for text in many(40)]
+    source = write(tmp_path / "a.jsonl", texts)
+    found = [
+        document.text
+        for part in parts_of(str(source), part_bytes)
+        for document in read_part(part, Selection())
+    ]
+    assert found == texts
+
+
+def test_a_last_line_without_an_end_counts(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(lines(["a", "b"]).rstrip())
+    found = [d.text for p in parts_of(str(source), 5) for d in read_part(p, Selection())]
+    assert found == ["a", "b"]
+
+
+def test_only_what_was_asked_for(tokenizer: Path, tmp_path: Path) -> None:
+    """RedPajama-V2's fields: only the bucket of lowest perplexity."""
+    records = [
+        {"raw_content": f"text {n}", "bucket": ["head", "middle", "tail"][n % 3], "language": "en"}
+        for n in range(9)
+    ]
+    source = tmp_path / "en_all.json.gz"
+    source.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in records).encode()))
+    selection = Selection("raw_content", {"bucket": "head", "language": "en"})
+    manifest = prepared(source, tokenizer, tmp_path / "data", selection=selection)
+    assert (manifest.documents, manifest.left_out) == (3, 6)
+    kept = ["text 0", "text 3", "text 6"]
+    assert documents_in(tmp_path / "data") == expected_documents(tokenizer, kept)
+
+
+# --- Malformed lines -----------------------------------------------------------------------------
+
+MALFORMED = {
+    b'{"text": \n': "not a line of JSON",
+    b"\xff\xfe\n": "not a line of JSON in UTF-8",
+    b"[1]\n": "expected an object, found list",
+    b'{"body": "x"}\n': 'expected a string under "text"',
+    b'{"text": 3}\n': 'expected a string under "text"',
+    b'{"text": "\\ud800"}\n': "not valid Unicode",
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
+def test_malformed_lines_are_located(tokenizer: Path, tmp_path: Path, kind: str) -> None:
+    good = [json.dumps({"text": f"document {n}"}).encode() + b"\n" for n in range(60)]
+    content, at = list(good), {}
+    for number, line in enumerate(MALFORMED):
+        content.insert(number * 10 + 3, line)
+        content.insert(number * 10 + 1, b"\n")  # an empty line counts
+    whole = b"".join(content)
+    for line in MALFORMED:
+        at[content.index(line) + 1] = whole.index(line)
+    source = tmp_path / f"a.{kind}"
+    source.write_bytes(gzip.compress(whole) if kind.endswith("gz") else whole)
+    manifest = prepared(source, tokenizer, tmp_path / "data", part_bytes=200, max_malformed=0.1)
+    assert (manifest.documents, manifest.malformed) == (60, len(MALFORMED))
+    found = [json.loads(x) for x in (tmp_path / "data.malformed.jsonl").read_text().splitlines()]
+    assert [(each["line"], each["byte"]) for each in found] == list(at.items())
+    assert all(each["file"] == str(source) for each in found)
+    for each, message in zip(found, MALFORMED.values(), strict=True):
+        assert message in each["error"]
+
+
+def test_malformed_rows_are_located(tokenizer: Path, tmp_path: Path) -> None:
+    texts: list[Any] = [f"document {n}" for n in range(20)]
+    texts[4] = texts[17] = None
+    source = parquet(tmp_path, texts)
+    prepared(source, tokenizer, tmp_path / "data", part_bytes=1, max_malformed=0.2)
+    found = [json.loads(x) for x in (tmp_path / "data.malformed.jsonl").read_text().splitlines()]
+    assert [each["line"] for each in found] == [5, 18]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": \n{"txt": "a"}\n', r"bad\.jsonl:1: .*2 of 2 lines .* at most 1\.00%"),
+        (b'{"text": ""}\n\n', "no document with text"),
+        (b"", "no document with text"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind_and_old_data_alone(
+    tokenizer: Path, tmp_path: Path, content: bytes, message: str
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(content)
+    out = tmp_path / "out"
+    with pytest.raises(UpcyclingError, match=message):
+        prepared(bad, tokenizer, out / "data")
+    assert not list(out.iterdir())
+    prepared(write(tmp_path / "a.jsonl", TEXTS), tokenizer, out / "data")
+    before = contents(out)
+    with pytest.raises(UpcyclingError, match=message):
+        prepared(bad, tokenizer, out / "data")
+    assert contents(out) == before
+    assert len(list(out.iterdir())) == len(before)
+
+
+def test_a_larger_share_of_malformed_lines_goes_on_from_what_was_read(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.jsonl", ["a", "b"])
+    source.write_bytes(source.read_bytes() + b"{\n")
+    with pytest.raises(UpcyclingError, match=r"a\.jsonl:3: .*1 of 3 .* kept in .*data\.parts"):
+        prepared(source, tokenizer, tmp_path / "data")
+    assert not (tmp_path / "data.idx").exists()
+    monkeypatch.setattr("nemo_upcycle.data.preparation.tokenize_part", None)
+    manifest = prepared(source, tokenizer, tmp_path / "data", max_malformed=0.5)
+    assert (manifest.documents, manifest.malformed) == (2, 1)
+
+
+def truncated(tmp_path: Path) -> Path:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(lines(many(50)))[:-20])
+    return path
+
+
+def no_parquet(tmp_path: Path) -> Path:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    return tmp_path / "a.parquet"
+
+
+def no_column(tmp_path: Path) -> Path:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.table({"content": ["a"]}), tmp_path / "a.parquet")
+    return tmp_path / "a.parquet"
+
+
+def no_kind(tmp_path: Path) -> Path:
+    (tmp_path / "a.csv").write_text("text\n")
+    return tmp_path / "a.csv"
+
+
+def nothing_in_it(tmp_path: Path) -> Path:
+    (tmp_path / "nothing").mkdir()
+    return tmp_path / "nothing"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (truncated, r"a\.jsonl\.gz: cannot be read to its end"),
+        (no_parquet, r"a\.parquet: not a Parquet file"),
+        (no_column, 'no column "text"; it has content'),
+        (no_kind, r"a\.csv: expected one of \.jsonl"),
+        (nothing_in_it, "no documents in .*nothing"),
+        (lambda tmp_path: tmp_path / "missing.jsonl", r"no file .*missing\.jsonl"),
+        (lambda tmp_path: "hf:///no/such/set", "cannot be opened"),
+        (lambda tmp_path: "hf://json?speed=1", "no option 'speed'"),
+    ],
+)
+def test_what_cannot_be_read_is_one_error(
+    tokenizer: Path, tmp_path: Path, make: Callable[[Path], Path | str], message: str
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UpcyclingError, match=message):
+        prepared(make(tmp_path), tokenizer, out / "data")
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_a_directory_is_read_by_name(tmp_path: Path) -> None:
+    corpus = directory(tmp_path, TEXTS)
+    names = [Path(name).name for name in files_of([str(corpus)])]
+    assert names == ["a.jsonl", "b.json"]
+
+
+def test_missing_tokenizers_are_named(tokenizer: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = write(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(UpcyclingError, match=r"no tokenizer directory at .*gpt2"):
+        prepared(source, tmp_path / "gpt2", tmp_path / "data")
+    loaded = AutoTokenizer.from_pretrained(str(tokenizer))
+    loaded.eos_token = None
+    loaded.save_pretrained(str(tmp_path / "without"))
+    with pytest.raises(UpcyclingError, match="no eos token"):
+        prepared(source, tmp_path / "without", tmp_path / "data")
+
+
+# --- Going on ------------------------------------------------------------------------------------
+
+
+def test_progress_ends_at_the_size_and_the_tokens(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "BATCH_CHARACTERS", 30)
+    source = write(tmp_path / "a.jsonl", TEXTS * 3)
+    calls: list[tuple[int, int, int]] = []
+    preparation = Preparation((str(source),), tokenizer, tmp_path / "data")
+    manifest = prepare(preparation, 1, lambda *call: calls.append(call))
+    size = source.stat().st_size
+    assert len(calls) > 3
+    assert calls == sorted(set(calls))
+    assert calls[-1] == (size, size, manifest.tokens)
+
+
+def test_what_is_done_is_not_done_again(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.jsonl", TEXTS)
+    first = prepared(source, tokenizer, tmp_path / "data")
+    monkeypatch.setattr("nemo_upcycle.data.preparation.tokenize_part", None)
+    again = prepared(source, tokenizer, tmp_path / "data")
+    assert again == first == read_manifest(tmp_path / "data")
+
+
+def test_other_input_replaces(tokenizer: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", ["one text"])
+    prepared(source, tokenizer, tmp_path / "data")
+    write(source, ["two text"])  # as long
+    os.utime(source, ns=(1, 1))
+    prepared(source, tokenizer, tmp_path / "data")
+    assert documents_in(tmp_path / "data") == expected_documents(tokenizer, ["two text"])
+
+
+def test_complete_parts_are_kept_after_a_failure(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.jsonl", many(100))
+    made: list[int] = []
+    real = parts.tokenize_part
+
+    def fail_at_third(part: Any, files: Any, *rest: Any) -> Any:
+        if len(made) == 2:
+            raise UpcyclingError("no more")
+        made.append(files.number)
+        return real(part, files, *rest)
+
+    monkeypatch.setattr("nemo_upcycle.data.preparation.tokenize_part", fail_at_third)
+    with pytest.raises(UpcyclingError, match="no more"):
+        prepared(source, tokenizer, tmp_path / "data", part_bytes=5_000)
+    assert made == [0, 1]
+    assert not (tmp_path / "data.idx").exists()
+
+    def go_on(part: Any, files: Any, *rest: Any) -> Any:
+        made.append(files.number)
+        return real(part, files, *rest)
+
+    monkeypatch.setattr("nemo_upcycle.data.preparation.tokenize_part", go_on)
+    prepared(source, tokenizer, tmp_path / "data", part_bytes=5_000)
+    assert made == sorted(set(made))
+    assert documents_in(tmp_path / "data") == expected_documents(tokenizer, many(100))
+
+
+def leave_parts(tokenizer: Path, source: Path, prefix: Path) -> Path:
+    """Prepare, and put the parts back as a kill just before the end would leave them."""
+    import shutil
+
+    kept = prefix.with_name("kept")
+    real = shutil.rmtree
+    try:
+        shutil.rmtree = lambda path, **_: os.replace(path, kept)  # type: ignore[assignment]
+        prepared(source, tokenizer, prefix, part_bytes=5_000)
+    finally:
+        shutil.rmtree = real
+    for path in prefix.parent.glob(f"{prefix.name}.*"):
+        path.unlink()
+    work = prefix.with_name(f".{prefix.name}.parts")
+    os.replace(kept, work)
+    return work
+
+
+def test_a_damaged_part_is_noticed_and_made_anew(tokenizer: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", many(100))
+    work = leave_parts(tokenizer, source, tmp_path / "data")
+    damaged = work / "000001.bin"
+    damaged.write_bytes(b"\0" + damaged.read_bytes()[1:])
+    with pytest.raises(UpcyclingError, match=r"000001\.bin is not what was written"):
+        prepared(source, tokenizer, tmp_path / "data", part_bytes=5_000)
+    prepared(source, tokenizer, tmp_path / "data", part_bytes=5_000)
+    assert documents_in(tmp_path / "data") == expected_documents(tokenizer, many(100))
+
+
+def test_parts_of_another_job_are_left_alone(tokenizer: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", many(100))
+    work = leave_parts(tokenizer, source, tmp_path / "data")
+    before = contents(work)
+    with pytest.raises(UpcyclingError, match="holds parts of another job"):
+        prepared(source, tokenizer, tmp_path / "data", part_bytes=4_000)
+    assert contents(work) == before
+
+
+def test_two_at_once_are_refused(tokenizer: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    source = write(tmp_path / "a.jsonl", many(100))
+    work = leave_parts(tokenizer, source, tmp_path / "data")
+    with (work / "job.json").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UpcyclingError, match="Another process is at work"):
+            prepared(source, tokenizer, tmp_path / "data", part_bytes=5_000)
+
+
+def test_checksums(tokenizer: Path, tmp_path: Path) -> None:
+    manifest = prepared(write(tmp_path / "a.jsonl", TEXTS), tokenizer, tmp_path / "data")
+    for name, each in manifest.files.items():
+        content = (tmp_path / name).read_bytes()
+        assert each == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert check_files(tmp_path / "data") == manifest
+    tokens = (tmp_path / "data.bin").read_bytes()
+    (tmp_path / "data.bin").write_bytes(b"\1" + tokens[1:])
+    with pytest.raises(UpcyclingError, match=r"data\.bin: its sha256 is not the manifest's"):
+        check_files(tmp_path / "data")
+    (tmp_path / "data.bin").write_bytes(tokens[1:])
+    with pytest.raises(UpcyclingError, match="no complete dataset"):
+        check_files(tmp_path / "data")
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from nemo_upcycle.data.preparation import Preparation, prepare
+source, tokenizer, prefix = sys.argv[1:]
+if __name__ == "__main__":
+    print("begun", flush=True)
+    prepare(Preparation((source,), Path(tokenizer), Path(prefix), part_bytes=40_000), workers=2)
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_the_files_are_the_same(tokenizer: Path, tmp_path: Path) -> None:
+    """SIGKILL for it and its processes; each time the same command goes on."""
+    source = write(tmp_path / "a.jsonl", many(8_000))
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    calm, wild = (tmp_path / name / "data" for name in ("calm", "wild"))
+
+    def start(prefix: Path) -> subprocess.Popen[str]:
+        words = [sys.executable, str(script), str(source), str(tokenizer), str(prefix)]
+        return subprocess.Popen(words, start_new_session=True, stdout=subprocess.PIPE, text=True)
+
+    started = time.monotonic()
+    assert start(calm).communicate()[0].endswith("done\n")
+    whole = time.monotonic() - started
+    rng, kills = random.Random(7), 0
+    for _ in range(10):
+        process = start(wild)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(rng.uniform(0.05, 0.7) * whole)
+        if process.poll() is None:
+            kills += 1
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert start(wild).communicate()[0].endswith("done\n")
+    assert kills >= 5
+    assert contents(wild.parent) == contents(calm.parent)
+    assert len(list(wild.parent.iterdir())) == 3
