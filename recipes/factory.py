@@ -24,6 +24,7 @@ from nemo_upcycle import cpu, layout
 from nemo_upcycle.branches import split_sources
 from nemo_upcycle.callback import UpcyclingCallback
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
+from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.gpt_dataset import GPTDataset
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping import Architecture
@@ -118,6 +119,7 @@ def pretrain(
     dense_checkpoint: str | None,
     tokenizer: str | None,
     data_paths: str | None,
+    data_blend: str | None = None,
     max_steps: int | None = None,
     accelerator: str = "gpu",
     from_scratch: bool = False,
@@ -139,6 +141,8 @@ def pretrain(
         tokenizer: Directory of the tokenizer; None takes the dense checkpoint's.
         data_paths: Megatron `.bin/.idx` prefixes, separated by spaces, with weights before each
             where they are blended (Megatron's `--data-path`); None trains on NeMo's mock data.
+        data_blend: A blend's YAML, or the name of one that the package has; instead of
+            `data_paths`.
         max_steps: Steps; None takes the recipe's.
         accelerator: `gpu`, `cpu`, or `auto` for the GPU where there is one.
         from_scratch: Take the dense checkpoint's config and tokenizer, and random weights.
@@ -158,6 +162,10 @@ def pretrain(
     """
     cpu_only = on_cpu(accelerator)
     upcycling, folding, schedule = recipe.upcycling, recipe.folding, recipe.schedule
+    if data_blend is not None:
+        if data_paths is not None:
+            raise UpcyclingError("Both data_paths and data_blend are given; give one of them.")
+        data_paths = read_blend(data_blend).data_paths
     sources = split_sources(dense_checkpoint) if dense_checkpoint else []
     arch = recipe.architecture_of(dense_checkpoint)
     # On CPU the launcher decides how many ranks there are; the strategy checks them.

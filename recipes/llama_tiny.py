@@ -21,6 +21,7 @@ def dense_recipe(
     dense_checkpoint: Optional[str] = None,
     tokenizer: Optional[str] = None,
     data_paths: Optional[str] = None,
+    data_blend: Optional[str] = None,
     max_steps: Optional[int] = None,
     accelerator: str = "auto",
     fn: Callable = llm.pretrain,
@@ -36,6 +37,7 @@ def dense_recipe(
         tokenizer: Its directory; None takes the dense checkpoint's, else `dir/tokenizer`.
         data_paths: Megatron prefixes, weights before each, separated by spaces; None takes the
             demo's 7:3 blend.
+        data_blend: A blend's YAML instead.
         max_steps: Steps. With as many as an upcycled run's, the same tokens in the same order.
         accelerator: `auto`, `cpu` or `gpu`.
         fn: The function that the run calls.
@@ -59,6 +61,7 @@ def dense_recipe(
         dense_checkpoint=dense_checkpoint,
         tokenizer=tokenizer,
         data_paths=data_paths,
+        data_blend=data_blend,
         max_steps=max_steps,
         accelerator=accelerator,
         fn=fn,
@@ -73,6 +76,7 @@ def upcycled_recipe(
     dense_checkpoint: Optional[str] = None,
     tokenizer: Optional[str] = None,
     data_paths: Optional[str] = None,
+    data_blend: Optional[str] = None,
     max_steps: Optional[int] = None,
     from_scratch: bool = False,
     read_once: bool = False,
@@ -90,6 +94,7 @@ def upcycled_recipe(
         tokenizer: Its directory; None takes the dense checkpoint's.
         data_paths: Megatron prefixes, weights before each, separated by spaces; None takes the
             demo's 7:3 blend.
+        data_blend: A blend's YAML instead.
         max_steps: Steps.
         from_scratch: The control: the same MoE from random weights.
         read_once: Read each slice of the dense checkpoint once a job and broadcast it.
@@ -119,6 +124,7 @@ def upcycled_recipe(
         dense_checkpoint=f"{dir}/dense_hf" if dense_checkpoint is None else dense_checkpoint,
         tokenizer=tokenizer,
         data_paths=data_paths,
+        data_blend=data_blend,
         max_steps=max_steps,
         from_scratch=from_scratch,
         read_once=read_once,
@@ -134,6 +140,7 @@ def _pretrain(
     dense_checkpoint: str | None,
     tokenizer: str | None,
     data_paths: str | None,
+    data_blend: str | None,
     **options: Any,
 ) -> run.Partial:
     """Fill in what the demo's directory gives."""
@@ -145,6 +152,7 @@ def _pretrain(
         dir=dir,
         dense_checkpoint=dense_checkpoint,
         tokenizer=tokenizer,
-        data_paths=data_paths or f"0.7 {documentation} 0.3 {sources}",
+        data_paths=data_paths or (None if data_blend else f"0.7 {documentation} 0.3 {sources}"),
+        data_blend=data_blend,
         **options,
     )

@@ -26,6 +26,7 @@ def pretrain_recipe_of(recipe: Recipe, title: str) -> Callable[..., run.Partial]
         dense_checkpoint: Optional[str] = recipe.checkpoint,
         tokenizer: Optional[str] = None,
         data_paths: Optional[str] = None,
+        data_blend: Optional[str] = None,
         max_steps: Optional[int] = None,
         from_scratch: bool = False,
         read_once: bool = False,
@@ -41,6 +42,7 @@ def pretrain_recipe_of(recipe: Recipe, title: str) -> Callable[..., run.Partial]
             dense_checkpoint=dense_checkpoint,
             tokenizer=tokenizer,
             data_paths=data_paths,
+            data_blend=data_blend,
             max_steps=max_steps,
             from_scratch=from_scratch,
             read_once=read_once,
@@ -68,6 +70,7 @@ def _doc(recipe: Recipe, title: str) -> str:
         tokenizer: Its directory; None takes the dense checkpoint's.
         data_paths: Megatron prefixes, weights before each where blended, separated by spaces;
             None is NeMo's mock data.
+        data_blend: A blend's YAML, or `llama3_moe`, the paper's, instead.
         max_steps: Steps; None is 100B tokens.
         from_scratch: The control: the same model from random weights.
         read_once: Read each slice of the dense checkpoint once a job and broadcast it.

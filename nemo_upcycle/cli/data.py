@@ -4,12 +4,31 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nemo_upcycle.cli.tools import Directory, Progress, one_line_errors, progress
 from nemo_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from nemo_upcycle.data.preparation import Preparation
+
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Processes; without it one a core.", min=1, show_default=False),
+]
+Evaluations = Annotated[
+    Path | None,
+    typer.Option(
+        help="Evaluation items, by `data items`: documents that share 13 words with one are left "
+        "out, and reported.",
+        show_default=False,
+    ),
+]
+MaxMalformed = Annotated[
+    float, typer.Option(help="Share of the lines that may be malformed.", min=0, max=1)
+]
 
 app = typer.Typer(help="Text, tokenizer and Megatron .bin/.idx files.", no_args_is_help=True)
 
@@ -61,18 +80,14 @@ def tokenize(
             show_default=False,
         ),
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Processes; without it one a core.", min=1, show_default=False),
-    ] = None,
+    workers: Workers = None,
     text_key: Annotated[str, typer.Option(help="The field with the text.")] = "text",
     where: Annotated[
         list[str] | None,
         typer.Option(help="KEY=VALUE: only records with it; may be repeated.", show_default=False),
     ] = None,
-    max_malformed: Annotated[
-        float, typer.Option(help="Share of the lines that may be malformed.", min=0, max=1)
-    ] = 0.01,
+    without: Evaluations = None,
+    max_malformed: MaxMalformed = 0.01,
 ) -> None:
     """Write Megatron .bin/.idx files, with an end-of-document token after each document.
 
@@ -89,21 +104,87 @@ def tokenize(
         --name wikipedia --tokenizer tokenizer --out data
     """
     from nemo_upcycle.data.documents import Selection
-    from nemo_upcycle.data.preparation import Preparation, prepare
+    from nemo_upcycle.data.preparation import Preparation
 
     selection = Selection(text_key, dict(map(_field, where or [])))
     groups = {name: tuple(sources)} if name else {_name(each): (each,) for each in sources}
     for dataset, of_dataset in groups.items():
-        preparation = Preparation(of_dataset, tokenizer, out / dataset, selection, max_malformed)
-        with progress(dataset) as show:
-            manifest = prepare(preparation, workers or os.cpu_count() or 1, _speed(show))
-        typer.echo(f"{out / dataset}: {manifest.documents} documents, {manifest.tokens} tokens")
-        if manifest.malformed:
-            typer.echo(
-                f"{manifest.malformed} malformed lines were left out; where they are: "
-                f"{out / dataset}.malformed.jsonl",
-                err=True,
-            )
+        prefix = out / dataset
+        _prepare(
+            Preparation(of_dataset, tokenizer, prefix, selection, without, max_malformed), workers
+        )
+
+
+def _prepare(preparation: "Preparation", workers: int | None) -> None:
+    from nemo_upcycle.data.preparation import prepare
+
+    prefix = preparation.prefix
+    with progress(prefix.name) as show:
+        manifest = prepare(preparation, workers or os.cpu_count() or 1, _speed(show))
+    typer.echo(f"{prefix}: {manifest.documents} documents, {manifest.tokens} tokens")
+    for kind in ("malformed", "contaminated"):
+        if count := getattr(manifest, kind):
+            typer.echo(f"{count} {kind} left out: {prefix}.{kind}.jsonl", err=True)
+
+
+@app.command()
+@one_line_errors
+def blend(
+    source: Annotated[
+        str, typer.Argument(help="A YAML file, or llama3_moe, the paper's.", show_default=False)
+    ],
+    tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Directory to write to; without it the YAML's."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this dataset; may be repeated.", show_default=False),
+    ] = None,
+    workers: Workers = None,
+    without: Evaluations = None,
+    max_malformed: MaxMalformed = 0.01,
+) -> None:
+    """Prepare all datasets of a blend; the recipes take the same YAML as `data_blend`.
+
+    Killed, the same command goes on.
+
+    \b
+    Examples:
+      nemo-upcycle data items mmlu,piqa,sciq --out items.jsonl
+      nemo-upcycle data blend llama3_moe --tokenizer tokenizer --out data \\
+        --without items.jsonl
+    """
+    from nemo_upcycle.data.blend import read_blend
+    from nemo_upcycle.data.preparation import Preparation
+
+    found = read_blend(source, out)
+    names = [each.name for each in found.datasets]
+    for name in only or ():
+        if name not in names:
+            raise UpcyclingError(f"There is no dataset {name!r}; expected one of {names}.")
+    for each in found.datasets:
+        if only is None or each.name in only:
+            settings = each.sources, tokenizer, each.prefix, each.selection
+            _prepare(Preparation(*settings, without, max_malformed), workers)
+    typer.echo(f"Train on it with data_paths='{found.data_paths}'")
+
+
+@app.command()
+@one_line_errors
+def items(
+    tasks: Annotated[str, typer.Argument(help="lm-eval's tasks, separated by commas.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    include_path: Annotated[
+        Path | None, typer.Option(help="Directory of tasks of your own.", show_default=False)
+    ] = None,
+) -> None:
+    """Write the items of evaluations, that training data must not have: for `--without`."""
+    from nemo_upcycle.evaluation.items import write_items
+
+    count = write_items([name for name in tasks.split(",") if name], out, include_path)
+    typer.echo(f"{out}: {count} items")
 
 
 def _field(text: str) -> tuple[str, str]:

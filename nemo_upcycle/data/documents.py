@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,10 +64,17 @@ class Selection:
     Attributes:
         text_key: The field with the text.
         where: Fields that must have these values, as text; other records are left out.
+        template: A prompt format in Jinja over the record's fields, instead of `text_key`.
     """
 
     text_key: str = "text"
     where: Mapping[str, str] = field(default_factory=dict)
+    template: str | None = None
+
+    @property
+    def columns(self) -> list[str] | None:
+        """The fields that are read; None: all of them."""
+        return None if self.template else [self.text_key, *self.where]
 
     def of(self, record: Any) -> tuple[str | None, str | None]:
         """Return a record's text, or why it has none; neither where it is left out."""
@@ -77,7 +85,12 @@ class Selection:
                 return None, f'no "{key}"'
             if str(record[key]) != value:
                 return None, None
-        text = record.get(self.text_key)
+        if self.template is not None:
+            text, error = _rendered(self.template, record)
+            if error:
+                return None, error
+        else:
+            text = record.get(self.text_key)
         if not isinstance(text, str):
             return None, f'expected a string under "{self.text_key}"'
         try:
@@ -85,6 +98,25 @@ class Selection:
         except UnicodeEncodeError as error:  # a lone \ud800 escape, which tokenizers refuse
             return None, f"not valid Unicode: {error}"
         return text, None
+
+
+@cache
+def _compiled(template: str) -> Any:
+    from jinja2 import StrictUndefined, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(template)
+    except TemplateError as error:
+        raise UpcyclingError(f"template {template!r}: {error}") from None
+
+
+def _rendered(template: str, record: dict[str, Any]) -> tuple[str | None, str | None]:
+    compiled = _compiled(template)
+    try:
+        return compiled.render(record), None
+    except Exception as error:  # a template may do anything to a record
+        return None, f"the template does not fit: {type(error).__name__}: {error}"
 
 
 def files_of(sources: Iterable[str]) -> list[str]:
@@ -224,8 +256,8 @@ def _row_groups(source: str, part_bytes: int) -> Iterator[Part]:
 
 def _read_parquet(part: Part, selection: Selection) -> Iterator[Document]:
     file = _parquet(part.source)
-    columns = [selection.text_key, *selection.where]
-    missing = [name for name in columns if name not in file.schema_arrow.names]
+    columns = selection.columns
+    missing = [name for name in columns or () if name not in file.schema_arrow.names]
     if missing:
         raise UpcyclingError(
             f'{part.source}: no column "{missing[0]}"; it has {", ".join(file.schema_arrow.names)}.'

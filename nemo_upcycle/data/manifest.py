@@ -22,6 +22,8 @@ class Manifest:
         empty: Documents without a token, left out.
         left_out: Records that were not asked for.
         malformed: Lines or rows that are no document; `PREFIX.malformed.jsonl` says where.
+        contaminated: Documents that share words with an evaluation, left out;
+            `PREFIX.contaminated.jsonl` says which and what.
         dtype: Of the tokens.
         job: What it was made from: sources with their sizes, tokenizer, selection.
         sources: The numbers of each source.
@@ -33,6 +35,7 @@ class Manifest:
     empty: int
     left_out: int
     malformed: int
+    contaminated: int
     dtype: str
     job: dict[str, Any]
     sources: list[dict[str, Any]]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_upcycle.data.decontamination import EvaluationItems
 from nemo_upcycle.data.documents import Document, Part, Selection, read_part
 from nemo_upcycle.errors import UpcyclingError
 
@@ -40,6 +41,25 @@ class Malformed:
 
 
 @dataclass(frozen=True)
+class Contaminated:
+    """A document that was left out as it shares words with an evaluation item.
+
+    Attributes:
+        line: Its number in the part, from 0.
+        byte: Its first in the file; None for a row.
+        task: The evaluation.
+        number: The item's number there.
+        words: What they share.
+    """
+
+    line: int
+    byte: int | None
+    task: str
+    number: int
+    words: str
+
+
+@dataclass(frozen=True)
 class PartRecord:
     """What a part came to.
 
@@ -50,6 +70,7 @@ class PartRecord:
         empty: Documents without a token, left out as Megatron's own tool does.
         left_out: Records that were not asked for.
         malformed: What is no document.
+        contaminated: What is in an evaluation.
         sha256: Of the tokens' bytes.
     """
 
@@ -59,12 +80,14 @@ class PartRecord:
     empty: int
     left_out: int
     malformed: tuple[Malformed, ...]
+    contaminated: tuple[Contaminated, ...]
     sha256: str
 
     @property
     def lines(self) -> int:
         """Lines or rows of the part."""
-        return self.documents + self.empty + self.left_out + len(self.malformed)
+        found = len(self.malformed) + len(self.contaminated)
+        return self.documents + self.empty + self.left_out + found
 
 
 @dataclass(frozen=True)
@@ -95,7 +118,8 @@ class PartFiles:
             return None
         values = json.loads(self.record.read_text())
         values["part"] = Part(**values["part"])
-        values["malformed"] = tuple(Malformed(**each) for each in values["malformed"])
+        for name, kind in (("malformed", Malformed), ("contaminated", Contaminated)):
+            values[name] = tuple(kind(**each) for each in values[name])
         return PartRecord(**values)
 
 
@@ -105,8 +129,9 @@ def tokenize_part(
     selection: Selection,
     tokenizer: "PreTrainedTokenizerBase",
     advance: Advance,
+    evaluations: EvaluationItems | None = None,
 ) -> PartRecord:
-    """Tokenise a part and write its files.
+    """Tokenise a part and write its files; leave out what is in an evaluation.
 
     Each document is its text's tokens without special tokens, then the tokenizer's eos.
 
@@ -115,7 +140,7 @@ def tokenize_part(
     """
     lengths: list[int] = []
     sha256, empty = hashlib.sha256(), 0
-    found = _Found()
+    found = _Found(evaluations)
     dtype = token_dtype(tokenizer)
     # Of this process alone: another may still be at work on the same part, with the same result.
     new = files.tokens.with_suffix(f".{os.getpid()}.partial")
@@ -143,6 +168,7 @@ def tokenize_part(
         empty=empty,
         left_out=found.left_out,
         malformed=tuple(found.malformed),
+        contaminated=tuple(found.contaminated),
         sha256=sha256.hexdigest(),
     )
     _write(files.record, json.dumps(asdict(record)).encode())
@@ -152,18 +178,23 @@ def tokenize_part(
 class _Found:
     """Passes texts on and keeps account of the rest."""
 
-    def __init__(self) -> None:
+    def __init__(self, evaluations: EvaluationItems | None) -> None:
+        self.evaluations = evaluations
         self.malformed: list[Malformed] = []
+        self.contaminated: list[Contaminated] = []
         self.left_out = 0
 
     def texts(self, documents: Iterable[Document]) -> Iterator[tuple[str, int]]:
         for line, document in enumerate(documents):
-            if document.text is not None:
-                yield document.text, document.done
-            elif document.error is not None:
-                self.malformed.append(Malformed(line, document.byte, document.error))
-            else:
+            text, byte = document.text, document.byte
+            if document.error is not None:
+                self.malformed.append(Malformed(line, byte, document.error))
+            elif text is None:
                 self.left_out += 1
+            elif self.evaluations and (overlap := self.evaluations.overlap(text)):
+                self.contaminated.append(Contaminated(line, byte, **vars(overlap)))
+            else:
+                yield text, document.done
 
 
 def _batches(texts: Iterable[tuple[str, int]]) -> Iterator[tuple[list[str], int]]:

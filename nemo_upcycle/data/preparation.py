@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_upcycle.data.decontamination import EvaluationItems, read_items
 from nemo_upcycle.data.documents import HUB, Part, Selection, files_of, parts_of
 from nemo_upcycle.data.manifest import COPY_BYTES, Manifest, read_manifest, sha256_of
 from nemo_upcycle.data.parts import (
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1
+REPORTS = ("malformed", "contaminated")
+"""What is located in a file of its own beside the dataset."""
+
 PART_BYTES = 64 * 2**20
 
 Progress = Callable[[int, int, int], None]
@@ -51,6 +55,7 @@ class Preparation:
         tokenizer: Its directory.
         prefix: Path of the dataset without `.bin` and `.idx`.
         selection: What of a record is a document.
+        evaluations: File of evaluation items, whose documents are left out.
         max_malformed: Share of the lines that may be malformed.
         part_bytes: About how large parts are.
     """
@@ -59,6 +64,7 @@ class Preparation:
     tokenizer: Path
     prefix: Path
     selection: Selection = field(default_factory=Selection)
+    evaluations: Path | None = None
     max_malformed: float = 0.01
     part_bytes: int = PART_BYTES
 
@@ -94,13 +100,14 @@ def prepare(
     """
     names = files_of(preparation.sources)
     tokenizer = load_tokenizer(preparation.tokenizer)
+    evaluations = read_items(preparation.evaluations) if preparation.evaluations else None
     job = _job(preparation, names)
     if (there := read_manifest(preparation.prefix)) is not None and there.job == job:
         _remove_parts(preparation)
         return there
     parts = [part for name in names for part in parts_of(name, preparation.part_bytes)]
     with _work_directory(preparation, job):
-        records = _records(preparation, parts, tokenizer, workers, progress)
+        records = _records(preparation, parts, (tokenizer, evaluations), workers, progress)
         _check(preparation, records)
         manifest = _put_together(preparation, job, records, token_dtype(tokenizer))
     _remove_parts(preparation)
@@ -123,6 +130,8 @@ def _job(preparation: Preparation, names: Sequence[str]) -> dict[str, Any]:
         "tokenizer": tokenizer.hexdigest(),
         "text_key": preparation.selection.text_key,
         "where": dict(preparation.selection.where),
+        "template": preparation.selection.template,
+        "evaluations": preparation.evaluations and sha256_of(preparation.evaluations),
         "part_bytes": preparation.part_bytes,
     }
 
@@ -174,7 +183,7 @@ def _remove_parts(preparation: Preparation) -> None:
 def _records(
     preparation: Preparation,
     parts: Sequence[Part],
-    tokenizer: "PreTrainedTokenizerBase",
+    tools: "tuple[PreTrainedTokenizerBase, EvaluationItems | None]",
     workers: int,
     progress: Progress | None,
 ) -> list[PartRecord]:
@@ -192,9 +201,10 @@ def _records(
 
     if workers == 1 or len(tasks) == 1:
         for task in tasks:
-            tokenize_part(*task, preparation.selection, tokenizer, advance)
+            tokenize_part(*task, preparation.selection, tools[0], advance, tools[1])
     else:
-        tokenize_parts(tasks, preparation.selection, preparation.tokenizer, workers, advance)
+        given = preparation.selection, preparation.tokenizer, workers
+        tokenize_parts(tasks, *given, advance, preparation.evaluations)
     return [record for each in files if (record := each.read_record())]
 
 
@@ -202,7 +212,7 @@ def _check(preparation: Preparation, records: Sequence[PartRecord]) -> None:
     malformed = sum(len(record.malformed) for record in records)
     lines = sum(record.lines for record in records)
     if malformed > preparation.max_malformed * lines:
-        first = next(_located(records))
+        first = next(_located(records, "malformed"))
         kept = f" What was read is kept in {preparation.work}, to go on from with another share."
         if not any(record.documents for record in records):
             _remove_parts(preparation)
@@ -227,16 +237,17 @@ def _put_together(
     """Write the dataset's files, each complete or not at all, the manifest last."""
     new = {suffix: preparation.work / f"new{suffix}" for suffix in (".bin", ".idx")}
     _write_dataset(preparation, records, dtype, new)
-    located = "".join(json.dumps(each) + "\n" for each in _located(records))
-    if located:
-        new[".malformed.jsonl"] = preparation.work / "new.malformed.jsonl"
-        new[".malformed.jsonl"].write_text(located)
+    for kind in REPORTS:
+        if located := "".join(json.dumps(each) + "\n" for each in _located(records, kind)):
+            new[f".{kind}.jsonl"] = preparation.work / f"new.{kind}.jsonl"
+            new[f".{kind}.jsonl"].write_text(located)
     manifest = Manifest(
         documents=sum(record.documents for record in records),
         tokens=sum(record.tokens for record in records),
         empty=sum(record.empty for record in records),
         left_out=sum(record.left_out for record in records),
         malformed=sum(len(record.malformed) for record in records),
+        contaminated=sum(len(record.contaminated) for record in records),
         dtype=np.dtype(dtype).name,
         job=job,
         sources=_of_sources(records),
@@ -246,7 +257,7 @@ def _put_together(
         },
     )
     # Never an index or a manifest beside tokens that are not its own, not even for a moment.
-    for suffix in (".manifest.json", ".idx", ".malformed.jsonl"):
+    for suffix in (".manifest.json", ".idx", *(f".{kind}.jsonl" for kind in REPORTS)):
         preparation.file(suffix).unlink(missing_ok=True)
     for suffix, path in new.items():
         os.replace(path, preparation.file(suffix))
@@ -284,15 +295,14 @@ def _write_dataset(
     builder.finalize(str(new[".idx"]))
 
 
-def _located(records: Sequence[PartRecord]) -> Iterator[dict[str, Any]]:
-    """Yield what is malformed: file, line or row from 1, first byte of a line, why."""
+def _located(records: Sequence[PartRecord], kind: str) -> Iterator[dict[str, Any]]:
+    """Yield what is malformed or contaminated: file, line from 1, first byte of a line, why."""
     for source, group in groupby(records, key=lambda record: record.part.source):
         before = 1
         for record in group:
-            for each in record.malformed:
-                place = {"file": source, "line": before + each.line}
-                byte = {} if each.byte is None else {"byte": each.byte}
-                yield {**place, **byte, "error": each.error}
+            for each in getattr(record, kind):
+                values = {"file": source, **vars(each), "line": before + each.line}
+                yield {name: value for name, value in values.items() if value is not None}
             before += record.lines
 
 
@@ -308,6 +318,7 @@ def _of_sources(records: Sequence[PartRecord]) -> list[dict[str, Any]]:
                 "empty": sum(record.empty for record in of_source),
                 "left_out": sum(record.left_out for record in of_source),
                 "malformed": sum(len(record.malformed) for record in of_source),
+                "contaminated": sum(len(record.contaminated) for record in of_source),
             }
         )
     return found

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.data.decontamination import read_items
 from nemo_upcycle.data.documents import Part, Selection
 from nemo_upcycle.data.parts import Advance, PartFiles, load_tokenizer, tokenize_part
 
@@ -23,6 +24,7 @@ def tokenize_parts(
     tokenizer: Path,
     workers: int,
     advance: Advance,
+    evaluations: Path | None = None,
 ) -> None:
     """Tokenise parts in processes.
 
@@ -32,6 +34,7 @@ def tokenize_parts(
         tokenizer: Its directory.
         workers: Processes.
         advance: Told of all that they do, in this process.
+        evaluations: Items whose documents are left out.
 
     Raises:
         UpcyclingError: A source cannot be read to its end; what other processes have begun is
@@ -40,7 +43,7 @@ def tokenize_parts(
     context = multiprocessing.get_context("spawn")
     told = context.Queue()
     with ProcessPoolExecutor(
-        min(workers, len(tasks)), context, _begin, (tokenizer, told, os.getpid())
+        min(workers, len(tasks)), context, _begin, (tokenizer, evaluations, told, os.getpid())
     ) as pool:
         futures = {pool.submit(_work, part, files, selection) for part, files in tasks}
         try:
@@ -54,10 +57,15 @@ def tokenize_parts(
     _pass_on(told, advance)
 
 
-def _begin(tokenizer: Path, told: Any, parent: int) -> None:
+def _begin(tokenizer: Path, evaluations: Path | None, told: Any, parent: int) -> None:
     # There are as many processes as cores already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _state.update(tokenizer=load_tokenizer(tokenizer), told=told, parent=parent)
+    _state.update(
+        tokenizer=load_tokenizer(tokenizer),
+        evaluations=evaluations and read_items(evaluations),
+        told=told,
+        parent=parent,
+    )
 
 
 def _work(part: Part, files: PartFiles, selection: Selection) -> None:
@@ -66,7 +74,7 @@ def _work(part: Part, files: PartFiles, selection: Selection) -> None:
             os._exit(1)
         _state["told"].put((more_bytes, more_tokens))
 
-    tokenize_part(part, files, selection, _state["tokenizer"], advance)
+    tokenize_part(part, files, selection, _state["tokenizer"], advance, _state["evaluations"])
 
 
 def _pass_on(told: Any, advance: Advance) -> None:

@@ -1,0 +1,162 @@
+"""A blend of datasets as one YAML: where they come from, what of them, and their weights."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.data.documents import HUB, Selection
+from nemo_upcycle.errors import UpcyclingError
+
+SHIPPED = Path(__file__).parent / "blends"
+
+
+@dataclass
+class DatasetSettings:
+    """A dataset of a blend; see `Selection`.
+
+    Attributes:
+        weight: Its share within its group, relative to the others'.
+        sources: Files, directories, or `hf://NAME?config=…&split=…`; relative to the YAML.
+        text_key: The field with the text.
+        template: A prompt format in Jinja, as lm-eval has them, over a record's fields.
+        where: Fields that must have these values.
+    """
+
+    weight: float = 1.0
+    sources: list[str] = field(default_factory=list)
+    text_key: str = "text"
+    template: str | None = None
+    where: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class GroupSettings:
+    """Datasets that share a weight."""
+
+    weight: float = 1.0
+    datasets: dict[str, DatasetSettings] = field(default_factory=dict)
+
+
+@dataclass
+class BlendSettings:
+    """What the YAML says.
+
+    Attributes:
+        directory: Where the prepared datasets are; relative to the YAML.
+        groups: By name.
+    """
+
+    directory: str = "."
+    groups: dict[str, GroupSettings] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BlendedDataset:
+    """A dataset with its weight in the whole blend.
+
+    Attributes:
+        name: Its name.
+        weight: Its share; all shares sum to 1.
+        sources: Where it comes from.
+        selection: What of a record is a document.
+        prefix: Path of the prepared dataset, without `.bin` and `.idx`.
+    """
+
+    name: str
+    weight: float
+    sources: tuple[str, ...]
+    selection: Selection
+    prefix: Path
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A blend.
+
+    Attributes:
+        datasets: In the YAML's order.
+    """
+
+    datasets: tuple[BlendedDataset, ...]
+
+    @property
+    def data_paths(self) -> str:
+        """What Megatron's `--data-path` takes: weights and prefixes."""
+        return " ".join(f"{each.weight:.6g} {each.prefix}" for each in self.datasets)
+
+
+def shipped() -> list[str]:
+    """Return the names of the blends that the package has."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def read_blend(source: str, directory: Path | None = None) -> Blend:
+    """Read a blend.
+
+    Args:
+        source: A YAML file, or one of `shipped()`.
+        directory: Where the prepared datasets are; None takes what the YAML says.
+
+    Raises:
+        UpcyclingError: There is none, or it says something wrong.
+    """
+    from omegaconf import OmegaConf  # 0.15 s
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = SHIPPED / f"{source}.yaml"
+    if not path.is_file():
+        path = Path(source).expanduser()
+    if not path.is_file():
+        raise UpcyclingError(
+            f"There is no blend {source!r}; expected a YAML file, or one of: "
+            f"{', '.join(shipped())}."
+        )
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(BlendSettings), OmegaConf.load(path))
+        settings: Any = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
+        raise UpcyclingError(f"{path}: {str(error).splitlines()[0]}") from None
+    home = path.parent if path.parent != SHIPPED else Path()
+    return Blend(tuple(_datasets(settings, path, home, directory)))
+
+
+def _datasets(
+    settings: BlendSettings, path: Path, home: Path, directory: Path | None
+) -> list[BlendedDataset]:
+    total = sum(group.weight for group in settings.groups.values())
+    prepared = home / settings.directory if directory is None else directory
+    found = []
+    for group_name, group in settings.groups.items():
+        of_group = sum(each.weight for each in group.datasets.values())
+        for name, each in group.datasets.items():
+            _check(path, f"groups.{group_name}.datasets.{name}", group, each)
+            found.append(
+                BlendedDataset(
+                    name,
+                    group.weight / total * each.weight / of_group,
+                    tuple(_resolved(source, home) for source in each.sources),
+                    Selection(each.text_key, dict(each.where), each.template),
+                    prepared / name,
+                )
+            )
+    names = [each.name for each in found]
+    if not found or len(set(names)) < len(names):
+        raise UpcyclingError(
+            f"{path}: expected groups with datasets whose names differ; found {names}."
+        )
+    return found
+
+
+def _check(path: Path, place: str, group: GroupSettings, each: DatasetSettings) -> None:
+    if not (group.weight > 0 and each.weight > 0):
+        raise UpcyclingError(f"{path}: {place}: weights must be more than 0.")
+    if not each.sources:
+        raise UpcyclingError(f"{path}: {place}: no sources.")
+
+
+def _resolved(source: str, home: Path) -> str:
+    if source.startswith(HUB):
+        return source
+    path = Path(source).expanduser()
+    return str(path if path.is_absolute() else home / path)

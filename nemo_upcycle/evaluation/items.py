@@ -1,0 +1,51 @@
+"""The items of lm-eval's tasks, that training data must not have."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.data.decontamination import Item
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.evaluation.tasks import load_tasks, requests
+
+
+def write_items(tasks: Sequence[str], out: Path, include_path: Path | None = None) -> int:
+    """Write what tasks ask, each item with its right answer.
+
+    Args:
+        tasks: lm-eval's tasks, groups or tags.
+        out: File to write, JSON lines.
+        include_path: Directory of tasks of one's own.
+
+    Returns:
+        How many items.
+
+    Raises:
+        UpcyclingError: A task is not known, or its data set is not here and cannot be reached.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise UpcyclingError("Items need lm-eval: pip install 'nemo-upcycle[eval]'.") from None
+    (request,) = requests(tasks, None, paper=False)
+    loaded = load_tasks([request], include_path)[request].load(list(tasks))["tasks"]
+    found = [item for task in loaded.values() for item in _items_of(task)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_name(f".{out.name}.{os.getpid()}")
+    new.write_text("".join(json.dumps(asdict(item)) + "\n" for item in found))
+    os.replace(new, out)
+    return len(found)
+
+
+def _items_of(task: Any) -> Iterator[Item]:
+    for number, document in enumerate(task.eval_docs):
+        asked, answer = task.doc_to_text(document), task.doc_to_target(document)
+        choices = task.doc_to_choice(document) if task.config.doc_to_choice is not None else None
+        if choices and isinstance(answer, int) and 0 <= answer < len(choices):
+            answer = choices[answer]
+        # Where the choices are whole sentences the question is asked by a number.
+        text = asked if isinstance(asked, str) else ""
+        yield Item(task.config.task, number, f"{text} {answer}".strip())

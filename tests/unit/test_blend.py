@@ -1,0 +1,187 @@
+"""A blend's YAML: sources, prompt formats, weights; and what the recipes make of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from nemo_upcycle.cli import app
+from nemo_upcycle.data.blend import read_blend, shipped
+from nemo_upcycle.data.documents import Selection
+from nemo_upcycle.errors import UpcyclingError
+from tests.unit.test_data_preparation import documents_in, expected_documents, tokenizer
+
+__all__ = ["tokenizer"]  # a fixture
+
+BLEND = """
+directory: prepared
+groups:
+  web:
+    weight: 7
+    datasets:
+      redpajama_v2:
+        sources: [crawl]
+        text_key: raw_content
+        where: {bucket: head}
+  academic:
+    weight: 3
+    datasets:
+      boolq:
+        weight: 2
+        sources: [boolq.jsonl]
+        template: |-
+          {{passage}}
+          Question: {{question}}?
+          Answer: {{"yes" if answer else "no"}}
+      openbookqa:
+        sources: [openbookqa.jsonl]
+        template: "{{question_stem}} {{choices.text[choices.label.index(answerKey)]}}"
+"""
+RECORDS: dict[str, list[dict[str, Any]]] = {
+    "crawl/en.json": [
+        {"raw_content": "kept", "bucket": "head"},
+        {"raw_content": "not kept", "bucket": "tail"},
+    ],
+    "boolq.jsonl": [{"passage": "P", "question": "q", "answer": True}],
+    "openbookqa.jsonl": [
+        {
+            "question_stem": "The sun is a",
+            "choices": {"text": ["moon", "star"], "label": ["A", "B"]},
+            "answerKey": "B",
+        }
+    ],
+}
+
+
+@pytest.fixture
+def blend(tmp_path: Path) -> Path:
+    for name, records in RECORDS.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "blend.yaml").write_text(BLEND)
+    return tmp_path / "blend.yaml"
+
+
+def test_weights_and_places(blend: Path) -> None:
+    found = read_blend(str(blend)).datasets
+    assert [each.name for each in found] == ["redpajama_v2", "boolq", "openbookqa"]
+    assert [each.weight for each in found] == pytest.approx([0.7, 0.2, 0.1])
+    assert found[0].prefix == blend.parent / "prepared" / "redpajama_v2"
+    assert found[0].sources == (str(blend.parent / "crawl"),)
+    assert found[0].selection == Selection("raw_content", {"bucket": "head"}, None)
+
+
+def test_the_papers_blend_is_7_to_3() -> None:
+    assert shipped() == ["llama3_moe"]
+    found = read_blend("llama3_moe").datasets
+    assert sum(each.weight for each in found) == pytest.approx(1)
+    (web,) = (each for each in found if each.name == "redpajama_v2")
+    assert web.weight == pytest.approx(0.7)
+    assert web.selection.where == {"bucket": "head", "language": "en"}
+    assert len(found) > 8
+
+
+SCHEMAS: dict[str, tuple[dict[str, Any], str]] = {
+    # Records as the data sets have them.
+    "mmlu_auxiliary_train": (
+        {"question": "Q", "choices": ["w", "x", "y", "z"], "answer": 2},
+        "Q\nA. w\nB. x\nC. y\nD. z\nAnswer: C. y",
+    ),
+    "boolq": (
+        {"passage": "P", "question": "is it", "answer": False},
+        "P\nQuestion: is it?\nAnswer: no",
+    ),
+    "piqa": ({"goal": "G", "sol1": "a", "sol2": "b", "label": 1}, "Question: G\nAnswer: b"),
+    "sciq": (
+        {"support": "S", "question": "Q", "correct_answer": "A"},
+        "S\nQuestion: Q\nAnswer: A",
+    ),
+    "openbookqa": (RECORDS["openbookqa.jsonl"][0], "The sun is a star"),
+    "arc_easy": (
+        {"question": "Q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "1"},
+        "Question: Q\nAnswer: a",
+    ),
+    "hellaswag": ({"ctx": "He", "endings": ["runs.", "sits."], "label": "1"}, "He sits."),
+    "commonsense_qa": (
+        {"question": "Q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"},
+        "Question: Q\nAnswer: b",
+    ),
+    "gsm8k": ({"question": "Q", "answer": "A"}, "Question: Q\nAnswer: A"),
+}
+
+
+@pytest.mark.parametrize("name", [each.name for each in read_blend("llama3_moe").datasets])
+def test_prompt_formats_of_the_papers_blend(name: str) -> None:
+    (dataset,) = (each for each in read_blend("llama3_moe").datasets if each.name == name)
+    if name == "redpajama_v2":
+        record = {"raw_content": "web", "bucket": "head", "language": "en"}
+        assert dataset.selection.of(record) == ("web", None)
+        assert dataset.selection.of(record | {"bucket": "middle"}) == (None, None)
+        return
+    record, text = SCHEMAS[name.replace("challenge", "easy")]
+    assert dataset.selection.of(record) == (text, None)
+    found, error = dataset.selection.of({})
+    assert found is None
+    assert error is not None
+    assert "the template does not fit: UndefinedError" in error
+
+
+def test_templates_run_no_code() -> None:
+    template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    text, error = Selection(template=template).of({})
+    assert text is None
+    assert error is not None
+    assert "SecurityError" in error
+
+
+def test_the_command_prepares_it(tokenizer: Path, blend: Path) -> None:
+    words = ["data", "blend", str(blend), "--tokenizer", str(tokenizer), "--workers", "1"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    prepared = blend.parent / "prepared"
+    assert f"data_paths='0.7 {prepared}/redpajama_v2 0.2 {prepared}/boolq" in result.output
+    texts = {
+        "redpajama_v2": "kept",
+        "boolq": "P\nQuestion: q?\nAnswer: yes",
+        "openbookqa": "The sun is a star",
+    }
+    for name, text in texts.items():
+        assert documents_in(prepared / name) == expected_documents(tokenizer, [text])
+
+
+def test_the_recipe_takes_it(blend: Path) -> None:
+    from nemo_upcycle_recipes.llama3_8b_e8t2 import pretrain_recipe
+    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+
+    prepared = blend.parent / "prepared"
+    words = ["0.7", f"{prepared}/redpajama_v2", "0.2", f"{prepared}/boolq", "0.1",
+             f"{prepared}/openbookqa"]  # fmt: skip
+    for recipe in (pretrain_recipe, upcycled_recipe):
+        assert recipe(data_blend=str(blend)).data.paths == words
+    with pytest.raises(UpcyclingError, match="Both data_paths and data_blend are given"):
+        pretrain_recipe(data_blend=str(blend), data_paths="a")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BLEND.replace("weight: 7", "weight: 0"), "weights must be more than 0"),
+        (BLEND.replace("sources: [crawl]", "sources: []"), "redpajama_v2: no sources"),
+        (BLEND.replace("text_key", "textkey"), "Key 'textkey' not in 'DatasetSettings'"),
+        (BLEND.replace("openbookqa:", "redpajama_v2:"), "names differ"),
+        ("directory: x", "expected groups with datasets"),
+        ("a: [1", "while parsing"),
+    ],
+)
+def test_bad_blends_are_one_error(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UpcyclingError, match=message):
+        read_blend(str(tmp_path / "bad.yaml"))
+
+
+def test_an_unknown_blend_names_those_that_are() -> None:
+    with pytest.raises(UpcyclingError, match=r"There is no blend 'nope'; .*one of: llama3_moe"):
+        read_blend("nope")
