@@ -25,6 +25,7 @@ def blocks(heading: str) -> list[str]:
 STEPS = [line for line in blocks("Step by step") if not line.startswith("CPU2=")]
 LIGHT = [line for line in STEPS if line.startswith("nemo-upcycle data")]
 AFTERWARDS = blocks("Out of NeMo, and measured")
+DATA = blocks("Your data")
 TRAININGS = [line for line in STEPS if line.startswith("nemo llm pretrain")]
 
 
@@ -62,7 +63,7 @@ def test_data_steps_run_as_written(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "task" / "next_line.yaml").exists()
 
 
-@pytest.mark.parametrize("line", [x for x in (*STEPS, *AFTERWARDS) if "nemo-upcycle" in x])
+@pytest.mark.parametrize("line", [x for x in (*STEPS, *DATA, *AFTERWARDS) if "nemo-upcycle" in x])
 def test_options_exist(line: str) -> None:
     _, *arguments = words(line)
     command: Any = typer.main.get_command(app)
