@@ -36,7 +36,7 @@ WARM_UP = 2 * len(MODES)
 DEFAULT_INTERVAL = MoEHealthCallback().every_n_steps
 
 
-class Turns(MoEHealthCallback, io.IOMixin):
+class Turns(MoEHealthCallback):
     """The callback, that does nothing in every third step and measures in every third.
 
     It times its own work too: on a CPU, where nothing runs behind its back, that is its cost,

@@ -44,8 +44,8 @@ def tune(
 ) -> None:
     """Find the fastest mapping that fits: all foldings of so many GPUs, predicted and ranked.
 
-    Tensor, context, pipeline, virtual pipeline, expert and expert-tensor parallelism, microbatch
-    and recompute. What KEY=VALUE says of them is kept. Needs no GPU and no weights.
+    Over TP, CP, PP, virtual PP, EP, ETP, microbatch and recompute; what KEY=VALUE
+    says of them is kept. Needs no GPU and no weights.
 
     Hardware of your own is a YAML file; `base` says what it is like:
 
@@ -58,7 +58,7 @@ def tune(
     Examples:
       nemo-upcycle tune --gpus 128
       nemo-upcycle tune --recipe llama31_70b_e8t2 --gpus 512 --hardware h200
-      nemo-upcycle tune --gpus 64 global_batch_size=256 tensor_model_parallel_size=2
+      nemo-upcycle tune --gpus 64 moe_expert_capacity_factor=1 recompute=none
       nemo-upcycle tune --hardware our.yaml --scaling scaling.png
     """
     import json as json_module

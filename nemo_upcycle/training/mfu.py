@@ -5,11 +5,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from nemo.lightning import io
 
 from nemo_upcycle.flops import Flops, flops
 from nemo_upcycle.planner.hardware import device_peak_tflops
 from nemo_upcycle.trained import megatron_model
+from nemo_upcycle.training.recorded import Recorded
 
 
 def peak_tflops() -> float | None:
@@ -17,7 +17,7 @@ def peak_tflops() -> float | None:
     return device_peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
-class MFUCallback(pl.Callback, io.IOMixin):
+class MFUCallback(pl.Callback, Recorded):
     """Log TFLOP/s per GPU and model-FLOPs utilisation.
 
     `tflops_per_gpu` and `mfu` count attention as causal; `mfu_full_attention` is arXiv 2412.09952's
@@ -26,10 +26,12 @@ class MFUCallback(pl.Callback, io.IOMixin):
     Args:
         peak_tflops: What a GPU can do in the precision of the training; None looks the device up.
             Without a GPU that is known, utilisation is not logged.
+        warm_up_steps: Steps at the start that are not logged: they allocate and choose kernels.
     """
 
-    def __init__(self, peak_tflops: float | None = None) -> None:
+    def __init__(self, peak_tflops: float | None = None, warm_up_steps: int = 1) -> None:
         self.peak_tflops = peak_tflops
+        self.warm_up_steps = warm_up_steps
         self._flops: Flops | None = None
         self._ended: float | None = None
 
@@ -39,6 +41,7 @@ class MFUCallback(pl.Callback, io.IOMixin):
         self._flops = flops(megatron_model(vars(config)), config.seq_length)
         self._peak = self.peak_tflops or peak_tflops()
         self._ended = None
+        self._left = self.warm_up_steps
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
@@ -49,7 +52,8 @@ class MFUCallback(pl.Callback, io.IOMixin):
         """
         now, started = time.perf_counter(), self._ended
         self._ended = now
-        if started is None or self._flops is None:
+        self._left -= 1
+        if started is None or self._flops is None or self._left >= 0:
             return
         values = utilisation(
             self._flops,

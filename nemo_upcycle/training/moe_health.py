@@ -19,7 +19,6 @@ from megatron.core.transformer.moe.moe_utils import (
     get_moe_layer_wise_logging_tracker,
 )
 from megatron.core.transformer.moe.router import TopKRouter
-from nemo.lightning import io
 from nemo.utils import AppState
 from nemo.utils.model_utils import unwrap_model
 
@@ -29,6 +28,7 @@ from nemo_upcycle.initializers import initialize_router
 from nemo_upcycle.owned import OwnedShard, owned_shards
 from nemo_upcycle.plan import expert_of, layer_of
 from nemo_upcycle.training.heat_map import LoadHistory
+from nemo_upcycle.training.recorded import Recorded
 
 LOSSES = {
     "load_balancing_loss": "dp",
@@ -66,7 +66,7 @@ class Health:
         return found
 
 
-class MoEHealthCallback(pl.Callback, io.IOMixin):
+class MoEHealthCallback(pl.Callback, Recorded):
     """Log the health of experts and routers, per layer and in total.
 
     `moe/load_balancing_loss`, `moe/z_loss`: Megatron's, which NeMo does not log.

@@ -106,13 +106,18 @@ def state_bytes(
 
 
 ALL = [(*case, "bf16-mixed") for case in CASES] + [(*case, "32") for case in CASES[-8::2]]
+EVERY = [
+    # A third belongs to every change, the whole grid to `make test-all`.
+    pytest.param(
+        *case,
+        id=f"{case[0].world_size}: {case[0].folding}, {case[0].dense}, {', '.join(case[1:])}",
+        marks=[] if number % 3 == 1 else pytest.mark.slow,
+    )
+    for number, case in enumerate(ALL)
+]
 
 
-@pytest.mark.parametrize(
-    ("spread_", "model", "precision"),
-    ALL,
-    ids=[f"{s.world_size}: {s.folding}, {s.dense}, {m}, {p}" for s, m, p in ALL],
-)
+@pytest.mark.parametrize(("spread_", "model", "precision"), EVERY)
 def test_predicted_bytes_are_real(
     ranks: RankPool, spread_: Any, model: str, precision: str
 ) -> None:
