@@ -112,6 +112,11 @@ class PartFiles:
         """`PartRecord` as JSON."""
         return self.directory / f"{self.number:06}.json"
 
+    def is_complete(self, part: Part) -> bool:
+        """Say whether this is there, and of that part."""
+        record = self.read_record()
+        return record is not None and record.part == part
+
     def read_record(self) -> PartRecord | None:
         """Return the record, None where the part is not complete."""
         if not self.record.is_file():

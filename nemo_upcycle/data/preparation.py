@@ -151,22 +151,40 @@ def _work_directory(preparation: Preparation, job: dict[str, Any]) -> Iterator[N
     work.mkdir(parents=True, exist_ok=True)
     with (work / "job.json").open("a+") as file:
         _lock(file, work)
-        file.seek(0)
-        before = file.read()
-        if before and json.loads(before) != job:
+        before = _read_job(file)
+        if before not in (None, job):
             raise UpcyclingError(
                 f"{work} holds parts of another job: other sources, sizes, tokenizer or options. "
                 "Give the same as before, another name, or remove it to start anew."
             )
-        if not before:
-            json.dump(job, file)
-            file.flush()
+        if before is None:
+            _begin(work, file, job)
         try:
             yield
         except UpcyclingError:
             if {path.name for path in work.glob("*")} == {"job.json"}:
                 shutil.rmtree(work)
             raise
+
+
+def _read_job(file: IO[str]) -> Any:
+    """Return what the parts are of; None where that was not written to its end."""
+    file.seek(0)
+    try:
+        return json.loads(file.read())
+    except ValueError:
+        return None
+
+
+def _begin(work: Path, file: IO[str], job: dict[str, Any]) -> None:
+    """Say what the parts will be of; those that are there are not known to be of it."""
+    for path in work.iterdir():
+        if path.name != "job.json":
+            path.unlink()
+    file.truncate(0)
+    json.dump(job, file)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _lock(file: IO[str], work: Path) -> None:
@@ -189,7 +207,7 @@ def _records(
 ) -> list[PartRecord]:
     """Return the records of all parts; those that are not there are made."""
     files = [PartFiles(preparation.work, number) for number in range(len(parts))]
-    tasks = [task for task in zip(parts, files, strict=True) if not task[1].read_record()]
+    tasks = [task for task in zip(parts, files, strict=True) if not task[1].is_complete(task[0])]
     total = sum(part.bytes for part in parts)
     read, written = total - sum(part.bytes for part, _ in tasks), 0
 

@@ -487,6 +487,21 @@ def test_parts_of_another_job_are_left_alone(tokenizer: Path, tmp_path: Path) ->
     assert contents(work) == before
 
 
+@pytest.mark.parametrize("said", [None, "", '{"format": 1, "sour'])
+def test_parts_of_nobody_knows_what_are_not_taken(
+    tokenizer: Path, tmp_path: Path, said: str | None
+) -> None:
+    """As a kill leaves them while they are removed, or before it is said what they are of."""
+    source = write(tmp_path / "a.jsonl", many(100))
+    work = leave_parts(tokenizer, source, tmp_path / "data")
+    (work / "job.json").unlink()
+    if said is not None:
+        (work / "job.json").write_text(said)
+    other = write(tmp_path / "b.jsonl", many(100, seed=1))
+    prepared(other, tokenizer, tmp_path / "data", part_bytes=5_000)
+    assert documents_in(tmp_path / "data") == expected_documents(tokenizer, many(100, seed=1))
+
+
 def test_two_at_once_are_refused(tokenizer: Path, tmp_path: Path) -> None:
     import fcntl
 
