@@ -8,15 +8,11 @@ from typing import Any, TypeVar, Union, get_args
 
 import nemo_run as run
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig
-from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
-from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo.utils.exp_manager import TimingCallback
+from nemo_upcycle_recipes import components
 from nemo_upcycle_recipes.arguments import arguments, defaults
 from nemo_upcycle_recipes.recipe import Recipe, Schedule
 
@@ -25,7 +21,6 @@ from nemo_upcycle.branches import split_sources
 from nemo_upcycle.callback import UpcyclingCallback
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.data.blend import read_blend
-from nemo_upcycle.data.gpt_dataset import GPTDataset
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.model import (
@@ -36,11 +31,9 @@ from nemo_upcycle.model import (
     moe_fields,
     window_fields,
 )
-from nemo_upcycle.strategy import MegatronStrategy
 from nemo_upcycle.tokenizer import checkpoint_tokenizer
 from nemo_upcycle.training.auto_resume import AutoResume
 from nemo_upcycle.training.mfu import MFUCallback
-from nemo_upcycle.training.model_checkpoint import ModelCheckpoint
 from nemo_upcycle.training.moe_health import MoEHealthCallback
 from nemo_upcycle.training.preemption import PreemptionCallback
 
@@ -195,15 +188,15 @@ def pretrain(
     return run.Partial(
         fn,
         model=model(arch, upcycling, schedule.seq_length, tokenizer_config, overrides),
-        trainer=trainer(
+        trainer=components.trainer(
             recipe,
             max_steps=schedule.max_steps if max_steps is None else max_steps,
             cpu_only=cpu_only,
             callbacks=all_callbacks,
         ),
-        data=data(schedule, data_paths, tokenizer_config, cpu_only),
-        log=log(dir, name, schedule, wandb_project),
-        optim=optim(schedule, recipe.precision),
+        data=components.data(schedule, data_paths, tokenizer_config, cpu_only),
+        log=components.log(dir, name, schedule, wandb_project),
+        optim=components.optim(schedule, recipe.precision),
         resume=run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
     )
 
@@ -252,129 +245,4 @@ def _upcycling_callback(
         **chosen,
         seed=upcycling.seed,
         read_once=read_once,
-    )
-
-
-def trainer(
-    recipe: Recipe, *, max_steps: int, cpu_only: bool, callbacks: list[run.Config]
-) -> run.Config:
-    """Configure the trainer and its Megatron strategy."""
-    folding, precision = recipe.folding, recipe.precision
-    strategy = run.Config(
-        cpu.CpuMegatronStrategy if cpu_only else MegatronStrategy,
-        **folding.strategy_arguments,
-        pipeline_dtype=torch.bfloat16 if precision == "bf16-mixed" else torch.float32,
-        gradient_as_bucket_view=True,
-        ckpt_async_save=not cpu_only,
-        ckpt_parallel_load=True,
-        # So that a run can go on under another mapping.
-        ckpt_optim_fully_reshardable=True,
-        ddp=run.Config(
-            DistributedDataParallelConfig,
-            use_distributed_optimizer=True,
-            check_for_nan_in_grad=True,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=not cpu_only,
-            overlap_param_gather=not cpu_only,
-        ),
-    )
-    return run.Config(
-        nl.Trainer,
-        accelerator=run.Config(cpu.GlooAccelerator) if cpu_only else "gpu",
-        devices="auto" if cpu_only else recipe.num_gpus_per_node,
-        num_nodes=recipe.num_nodes,
-        max_steps=max_steps,
-        val_check_interval=min(recipe.schedule.val_check_interval, max_steps),
-        limit_val_batches=4,
-        limit_test_batches=1,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-        use_distributed_sampler=False,
-        plugins=run.Config(
-            nl.MegatronMixedPrecision, precision=precision, grad_reduce_in_fp32=True
-        ),
-        strategy=strategy,
-        callbacks=callbacks,
-    )
-
-
-def data(
-    schedule: Schedule,
-    paths: str | None,
-    tokenizer: run.Config | None,
-    cpu_only: bool,
-) -> run.Config:
-    """Configure the data: a Megatron blend, or NeMo's mock data to measure speed with."""
-    sizes = {
-        "seq_length": schedule.seq_length,
-        "global_batch_size": schedule.global_batch_size,
-        "micro_batch_size": schedule.micro_batch_size,
-        "tokenizer": tokenizer,
-        "num_workers": 0 if cpu_only else 8,
-    }
-    if paths is None:
-        return run.Config(llm.MockDataModule, **sizes)
-    return run.Config(
-        llm.PreTrainingDataModule,
-        paths=paths.split(),
-        split="970,20,10",
-        dataset_cls=GPTDataset,
-        **sizes,
-    )
-
-
-def optim(schedule: Schedule, precision: str) -> run.Config:
-    """Configure Adam, ZeRO-1, and a cosine schedule after a linear warm-up."""
-    return run.Config(
-        MegatronOptimizerModule,
-        config=run.Config(
-            OptimizerConfig,
-            optimizer="adam",
-            lr=schedule.lr,
-            min_lr=schedule.min_lr,
-            weight_decay=0.1,
-            adam_beta1=0.9,
-            adam_beta2=0.95,
-            adam_eps=1e-8,
-            clip_grad=1.0,
-            bf16=precision == "bf16-mixed",
-            use_distributed_optimizer=True,
-        ),
-        lr_scheduler=run.Config(
-            CosineAnnealingScheduler,
-            warmup_steps=schedule.warmup_steps,
-            constant_steps=0,
-            min_lr=schedule.min_lr,
-        ),
-    )
-
-
-def log(
-    dir: str | None, name: str, schedule: Schedule, wandb_project: str | None = None
-) -> run.Config:
-    """Configure logs and checkpoints under `dir/name`."""
-    wandb = None
-    if wandb_project is not None:
-        # With an id a resumed run goes on in the same page.
-        wandb = run.Config(WandbLogger, project=wandb_project, name=name, id=name, resume="allow")
-    return run.Config(
-        nl.NeMoLogger,
-        log_dir=dir,
-        name=name,
-        # A run's directory must not change between its starts, or it would not resume.
-        use_datetime_version=False,
-        tensorboard=run.Config(TensorBoardLogger, save_dir="tb_logs", name=name),
-        wandb=wandb,
-        ckpt=run.Config(
-            ModelCheckpoint,
-            every_n_train_steps=schedule.checkpoint_interval,
-            # NeMo resumes from "-last" alone. With save_top_k every checkpoint would be written
-            # twice, and a run killed between the two would start anew.
-            save_last=True,
-            save_top_k=0,
-            monitor="reduced_train_loss",
-            filename=f"{name}--{{reduced_train_loss:.2f}}-{{step}}-{{consumed_samples}}",
-            # Without it the last checkpoint has no optimizer and cannot be trained on.
-            save_optim_on_train_end=True,
-        ),
     )

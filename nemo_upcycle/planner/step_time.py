@@ -16,9 +16,8 @@ from statistics import NormalDist
 from nemo_upcycle.mapping import dimensions
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import Hardware
+from nemo_upcycle.planner.machine import Machine
 from nemo_upcycle.planner.workload import Buffer, Mapping, Workload
-
-GIGA = 1e9
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class _Step:
     ) -> None:
         self.workload = workload
         self.mapping = mapping
-        self.hardware = hardware
+        self.machine = Machine(hardware, efficiency)
         self.efficiency = efficiency
         folding = mapping.folding
         self.tp = folding.tensor_model_parallel_size
@@ -186,8 +185,8 @@ class _Step:
         """Projections, norms, rotary embedding and residuals, forward."""
         arch, sizes = self.workload.arch, dimensions(self.workload.arch)
         tokens, hidden = self.tokens * self.tp, arch.hidden_size
-        products = self.product(tokens, sizes["qkv"] // self.tp, hidden)
-        products += self.product(tokens, hidden, sizes["queries"] // self.tp)
+        products = self.machine.product(tokens, sizes["qkv"] // self.tp, hidden)
+        products += self.machine.product(tokens, hidden, sizes["queries"] // self.tp)
         # Two norms, two residuals, the rotary embedding: what is read and written.
         elements = (2 * 2 + 2 * 3) * hidden + 2 * (sizes["queries"] + sizes["keys"])
         return (
@@ -204,21 +203,25 @@ class _Step:
         arch, each = self.workload.arch, self.workload.element_bytes
         sequences = self.mapping.micro_batch_size / (self.tp * self.cp)
         work = self.workload.flops.causal_attention / arch.num_layers * sequences * factor
-        seconds = work / (self.peak * self.efficiency.attention)
+        seconds = self.machine.attention(work)
         if self.cp == 1:
             return StepTime(attention=seconds)
         keys = 2 * dimensions(arch)["keys"] * each * self.tokens * (self.cp - 1)
-        moved = self.collective(keys * (1 if factor == 1 else 2), self.tp, self.cp)
+        moved = self.machine.collective(keys * (1 if factor == 1 else 2), self.tp, self.cp)
         exposed = max(0.0, moved - seconds) + self.efficiency.latency * (self.cp - 1)
         return StepTime(attention=seconds, context_parallel=exposed)
+
+    def moved(self, elements: float) -> float:
+        """Return the time to read or write so many activations."""
+        return self.machine.moved(elements * self.workload.element_bytes)
 
     @cached_property
     def feed_forward(self) -> StepTime:
         """A dense feed-forward layer, forward, without its collectives."""
         arch = self.workload.arch
         tokens, width = self.tokens * self.tp, arch.ffn_hidden_size // self.tp
-        products = self.product(tokens, arch.fc1_rows * width, arch.hidden_size)
-        products += self.product(tokens, arch.hidden_size, width)
+        products = self.machine.product(tokens, arch.fc1_rows * width, arch.hidden_size)
+        products += self.machine.product(tokens, arch.hidden_size, width)
         moved = self.moved((arch.fc1_rows + 1) * arch.ffn_hidden_size * self.tokens)
         return StepTime(matrices=products, memory_bound=moved)
 
@@ -231,8 +234,8 @@ class _Step:
         assignments = self.tokens * workload.model.topk * self.fullest
         received = assignments * self.etp
         each = received / local
-        products = local * self.product(each, arch.fc1_rows * width, hidden)
-        products += local * self.product(each, hidden, width)
+        products = local * self.machine.product(each, arch.fc1_rows * width, hidden)
+        products += local * self.machine.product(each, hidden, width)
         sorted_by_expert = 2 if local > 1 and self.ep * self.etp > 1 else 1
         # Permuted and back, sorted by expert and back, activated.
         elements = 4 * hidden * assignments
@@ -263,7 +266,7 @@ class _Step:
         """The output layer and the loss, forward and backward."""
         arch = self.workload.arch
         tokens = self.tokens * self.tp
-        product = self.product(tokens, arch.vocab_size // self.tp, arch.hidden_size)
+        product = self.machine.product(tokens, arch.vocab_size // self.tp, arch.hidden_size)
         return (
             StepTime(
                 matrices=3 * product, memory_bound=self.moved(12 * arch.vocab_size * self.tokens)
@@ -280,7 +283,7 @@ class _Step:
             return StepTime()
         hidden = self.workload.arch.hidden_size * self.workload.element_bytes
         sent = hidden * self.tokens * (self.tp - 1)
-        return StepTime(tensor_parallel=2 * self.collective(sent, 1, self.tp))
+        return StepTime(tensor_parallel=2 * self.machine.collective(sent, 1, self.tp))
 
     def dispatch(self, sent: float) -> float:
         """Return the time to send tokens to their experts; back takes as long.
@@ -288,14 +291,8 @@ class _Step:
         Args:
             sent: Bytes of a GPU's tokens, once for each of their experts.
         """
-        seconds = 0.0
-        if self.ep > 1:
-            near = self.near(self.etp, self.ep)
-            far = sent * (self.ep - near) / self.ep / self.network
-            seconds += max(far, sent * (near - 1) / self.ep / self.nvlink) + self.efficiency.latency
-        if self.etp > 1:
-            seconds += self.collective(sent * (self.etp - 1), 1, self.etp)
-        return seconds
+        gathered = self.machine.collective(sent * (self.etp - 1), 1, self.etp)
+        return self.machine.all_to_all(sent, self.etp, self.ep) + gathered
 
     @cached_property
     def sending(self) -> StepTime:
@@ -304,7 +301,7 @@ class _Step:
             return StepTime()
         size = self.workload.arch.hidden_size * self.workload.element_bytes * self.tokens
         stride = self.mapping.world_size // self.pp
-        return StepTime(pipeline=2 * self.collective(size, stride, 2))
+        return StepTime(pipeline=2 * self.machine.collective(size, stride, 2))
 
     def gradients(self, microbatch: float) -> StepTime:
         """Return what of the gradients' and parameters' way a microbatch does not hide."""
@@ -314,8 +311,8 @@ class _Step:
         for buffer in self.buffers:
             ranks, stride = self.replicas(buffer)
             share = buffer.elements * (ranks - 1) / ranks
-            reduced += self.collective(4 * share, stride, ranks)
-            gathered += self.collective(self.workload.element_bytes * share, stride, ranks)
+            reduced += self.machine.collective(4 * share, stride, ranks)
+            gathered += self.machine.collective(self.workload.element_bytes * share, stride, ranks)
         forward = microbatch / 3
         exposed = max(0.0, reduced - 2 * forward) + max(0.0, gathered - forward)
         return StepTime(data_parallel=exposed)
@@ -323,19 +320,15 @@ class _Step:
     def fsdp_gather(self, forward: StepTime) -> StepTime:
         """Return what of a layer's gathers and scatters under FSDP its computation does not hide.
 
-        Parameters are gathered twice, fp32 gradients scattered. Between nodes each GPU gets all of
-        them over its own link, as published speeds say: a ring over all links would be eight times
-        as fast.
+        Parameters are gathered twice, fp32 gradients scattered.
         """
         if not self.mapping.fsdp:
             return StepTime()
         moved, each = 0.0, self.workload.element_bytes
-        network = self.hardware.network_bandwidth * GIGA * self.efficiency.fsdp_bandwidth
         for buffer in self.buffers:
             ranks, stride = self.replicas(buffer)
             share = buffer.elements / self.workload.arch.num_layers * (ranks - 1) / ranks
-            crosses = stride * ranks > self.hardware.nvlink_domain
-            moved += (2 * each + 4) * share / (network if crosses else self.nvlink)
+            moved += self.machine.sharded((2 * each + 4) * share, stride, ranks)
         hidden = self.efficiency.fsdp_overlap * 3 * forward.total
         return StepTime(data_parallel=max(0.0, moved - hidden))
 
@@ -343,7 +336,7 @@ class _Step:
         """Return Adam's pass over this rank's part of the state."""
         held = sum(buffer.elements / self.replicas(buffer)[0] for buffer in self.buffers)
         # Gradient, three fp32 values read and written, the parameter.
-        return StepTime(optimizer=self.moved(held * 30 / self.workload.element_bytes))
+        return StepTime(optimizer=self.machine.moved(held * 30))
 
     @cached_property
     def buffers(self) -> tuple[Buffer, ...]:
@@ -355,48 +348,3 @@ class _Step:
         if buffer.is_expert:
             return self.mapping.expert_gradient_ranks, self.etp * self.ep
         return self.mapping.gradient_ranks, self.tp
-
-    # --- Hardware --------------------------------------------------------------------------------
-
-    @cached_property
-    def peak(self) -> float:
-        return self.hardware.peak_tflops * 1e12
-
-    @cached_property
-    def nvlink(self) -> float:
-        return self.hardware.nvlink_bandwidth * GIGA * self.efficiency.nvlink
-
-    @cached_property
-    def network(self) -> float:
-        return self.hardware.network_bandwidth * GIGA * self.efficiency.network
-
-    def product(self, m: float, n: float, k: float) -> float:
-        """Return the time of a matrix product of m×k by k×n; small ones fill the GPU badly."""
-        if not m:
-            return 0.0
-        filled = 1 + self.efficiency.tile * (1 / m + 1 / n + 1 / k)
-        return 2 * m * n * k * filled / (self.peak * self.efficiency.gemm)
-
-    def moved(self, elements: float) -> float:
-        """Return the time to read or write so many elements in memory."""
-        bandwidth = self.hardware.memory_bandwidth * GIGA * self.efficiency.memory
-        return elements * self.workload.element_bytes / bandwidth
-
-    def near(self, stride: int, ranks: int) -> int:
-        """Return how many of a group's ranks one NVLink domain holds."""
-        return max(1, min(ranks, self.hardware.nvlink_domain // stride))
-
-    def collective(self, sent: float, stride: int, ranks: int) -> float:
-        """Return the time of a ring: all-gather, reduce-scatter or sending to a neighbour.
-
-        Args:
-            sent: Bytes that each GPU sends.
-            stride: Distance of the group's ranks.
-            ranks: Ranks of the group.
-        """
-        if ranks == 1:
-            return 0.0
-        near = self.near(stride, ranks)
-        # A ring enters each domain over as many network links as it has ranks there.
-        bandwidth = self.nvlink if near == ranks else min(self.nvlink, near * self.network)
-        return sent / bandwidth + self.efficiency.latency

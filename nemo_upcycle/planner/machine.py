@@ -1,0 +1,101 @@
+"""What an operation takes on a kind of hardware: products, memory traffic, collectives."""
+
+from dataclasses import dataclass
+
+from nemo_upcycle.planner.efficiency import Efficiency
+from nemo_upcycle.planner.hardware import Hardware
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs and their networks, at what a training gets of them.
+
+    Attributes:
+        hardware: By data sheet.
+        efficiency: How much of it a training gets.
+    """
+
+    hardware: Hardware
+    efficiency: Efficiency
+
+    @property
+    def nvlink(self) -> float:
+        """Bytes/s of a GPU inside an NVLink domain."""
+        return self.hardware.nvlink_bandwidth * GIGA * self.efficiency.nvlink
+
+    @property
+    def network(self) -> float:
+        """Bytes/s of a GPU beyond its domain."""
+        return self.hardware.network_bandwidth * GIGA * self.efficiency.network
+
+    def product(self, m: float, n: float, k: float) -> float:
+        """Return the time of a matrix product of m×k by k×n; small ones fill the GPU badly."""
+        if not m:
+            return 0.0
+        filled = 1 + self.efficiency.tile * (1 / m + 1 / n + 1 / k)
+        peak = self.hardware.peak_tflops * 1e12 * self.efficiency.gemm
+        return 2 * m * n * k * filled / peak
+
+    def attention(self, operations: float) -> float:
+        """Return the time of fused attention."""
+        return operations / (self.hardware.peak_tflops * 1e12 * self.efficiency.attention)
+
+    def moved(self, size: float) -> float:
+        """Return the time to read or write so many bytes in memory."""
+        return size / (self.hardware.memory_bandwidth * GIGA * self.efficiency.memory)
+
+    def near(self, stride: int, ranks: int) -> int:
+        """Return how many of a group's ranks one NVLink domain holds.
+
+        Args:
+            stride: Distance of the group's ranks.
+            ranks: Ranks of the group.
+        """
+        return max(1, min(ranks, self.hardware.nvlink_domain // stride))
+
+    def collective(self, sent: float, stride: int, ranks: int) -> float:
+        """Return the time of a ring: all-gather, reduce-scatter or sending to a neighbour.
+
+        Args:
+            sent: Bytes that each GPU sends.
+            stride: Distance of the group's ranks.
+            ranks: Ranks of the group.
+        """
+        if ranks == 1:
+            return 0.0
+        near = self.near(stride, ranks)
+        # A ring enters each domain over as many network links as it has ranks there.
+        bandwidth = self.nvlink if near == ranks else min(self.nvlink, near * self.network)
+        return sent / bandwidth + self.efficiency.latency
+
+    def all_to_all(self, sent: float, stride: int, ranks: int) -> float:
+        """Return the time in which each GPU sends to each its part.
+
+        Args:
+            sent: Bytes of a GPU, its own part among them.
+            stride: Distance of the group's ranks.
+            ranks: Ranks of the group.
+        """
+        if ranks == 1:
+            return 0.0
+        near = self.near(stride, ranks)
+        far = sent * (ranks - near) / ranks / self.network
+        return max(far, sent * (near - 1) / ranks / self.nvlink) + self.efficiency.latency
+
+    def sharded(self, sent: float, stride: int, ranks: int) -> float:
+        """Return the time of FSDP's collectives.
+
+        Between domains each GPU gets all of them over its own link, as published speeds say: a
+        ring over all links would be several times as fast.
+
+        Args:
+            sent: Bytes that each GPU gets.
+            stride: Distance of the group's ranks.
+            ranks: Ranks of the group.
+        """
+        if stride * ranks <= self.hardware.nvlink_domain:
+            return sent / self.nvlink
+        link = self.hardware.network_bandwidth * GIGA * self.efficiency.fsdp_bandwidth
+        return sent / link
