@@ -179,7 +179,7 @@ def test_missing_matplotlib_is_one_clear_error(tmp_path: Path) -> None:
     assert "pip install 'nemo-upcycle[demo]'" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["data.sample", "data.tokenizer", "data.indexed"])
+@pytest.mark.parametrize("module", ["data.sample", "data.tokenizer", "data.preparation"])
 def test_importing_costs_nothing(module: str) -> None:
     heavy = ["torch", "megatron", "transformers", "tokenizers", "matplotlib", "tensorboard", "rich"]
     script = (
