@@ -1,0 +1,109 @@
+"""A real Slurm of one node, of this machine's own programs, for as long as a test needs it."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+AuthType=auth/munge
+AuthInfo=socket={directory}/munge.socket
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd.log
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd.pid
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+ReturnToService=2
+KillWait=60
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=cpu Nodes={host} Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+"""
+
+
+def why_not() -> str | None:
+    """Return why Slurm cannot be started here; None: it can."""
+    missing = [name for name in PROGRAMS if not shutil.which(name, path=_path())]
+    if missing:
+        return f"{missing[0]} is not installed (Debian: slurm-wlm, munge)"
+    return None if os.geteuid() == 0 else "starting Slurm's daemons needs root"
+
+
+def _path() -> str:
+    return f"{os.environ['PATH']}{os.pathsep}/usr/sbin"
+
+
+@contextmanager
+def slurm(directory: Path) -> Iterator[dict[str, str]]:
+    """Start munge and Slurm; yield the environment for its commands."""
+    for name in ("state", "spool"):
+        (directory / name).mkdir(parents=True)
+    directory.chmod(0o755)
+    ports = [_free_port(), _free_port()]
+    config = directory / "slurm.conf"
+    host = socket.gethostname().partition(".")[0]
+    config.write_text(CONFIG.format(host=host, directory=directory, ports=ports))
+    environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(config)}
+    key = directory / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    files = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+    munge = [f"--{option}={directory}/munge.{end}" for option, end in files.items()]
+    daemons = [
+        ["munged", "--foreground", "--force", f"--key-file={key}", *munge],
+        ["slurmctld", "-D", "-c", "-f", str(config)],
+        ["slurmd", "-D", "-c", "-f", str(config), "-N", host],
+    ]
+    started = []
+    try:
+        for words in daemons:
+            with open(directory / f"{words[0]}.out", "w") as out:
+                started.append(
+                    subprocess.Popen(words, env=environment, stdout=out, stderr=subprocess.STDOUT)
+                )
+            time.sleep(1)
+        _wait_until_idle(environment, directory)
+        yield environment
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def _wait_until_idle(environment: dict[str, str], directory: Path) -> None:
+    deadline = time.monotonic() + 30
+    while run(environment, "sinfo", "-h", "-o", "%t").strip() != "idle":
+        if time.monotonic() > deadline:
+            logs = "\n".join(path.read_text() for path in directory.glob("*.out"))
+            raise AssertionError(f"Slurm did not start: {logs}")
+        time.sleep(0.5)
+
+
+def run(environment: dict[str, str], *words: str) -> str:
+    """Run one of Slurm's commands and return what it printed."""
+    return subprocess.run(
+        words, env=environment, capture_output=True, text=True, check=False
+    ).stdout
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
