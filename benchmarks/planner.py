@@ -7,6 +7,7 @@ numbers. Where a paper leaves a run's mapping open, the fastest that its words a
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 
 import numpy as np
@@ -16,7 +17,7 @@ from benchmarks.published import RUNS, Published
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.search import Prediction, search
-from nemo_upcycle.planner.step_time import mfu, step_time
+from nemo_upcycle.planner.step_time import step_time
 
 H100 = hardware("h100")
 
@@ -46,11 +47,9 @@ def candidates(run: Published) -> list[Prediction]:
 
 def predicted_mfu(found: list[Prediction], efficiency: Efficiency) -> float:
     """Return the fastest mapping's MFU, attention over the whole square."""
-    seconds = [step_time(one.workload, one.mapping, H100, efficiency).total for one in found]
-    best = found[int(np.argmin(seconds))]
-    flops = best.workload.flops
-    causal = mfu(best.workload, best.mapping, H100, min(seconds))
-    return causal * flops.training_full_attention / flops.training
+    times = [step_time(one.workload, one.mapping, H100, efficiency) for one in found]
+    time = min(times, key=lambda one: one.total)
+    return replace(found[times.index(time)], time=time).mfu_full_attention
 
 
 def fit(rows: Sequence[Row]) -> Efficiency:

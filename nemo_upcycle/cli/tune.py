@@ -1,5 +1,6 @@
 """`nemo-upcycle tune`: which mapping to train on, and what it will take."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -122,12 +123,10 @@ def _own(recipe: "Recipe", world_size: int, hardware: "Hardware") -> "Prediction
 
     from nemo_upcycle.errors import UpcyclingError
     from nemo_upcycle.planner.search import predict
-    from nemo_upcycle.planner.workload import Mapping
 
-    own = mapping(recipe)
-    on = Mapping(own.folding, world_size, own.micro_batch_size, own.recompute)
+    own = replace(mapping(recipe), world_size=world_size)
     try:
-        return predict(workload(recipe), on, hardware)
+        return predict(workload(recipe), own, hardware)
     except UpcyclingError:
         return None
 

@@ -87,7 +87,7 @@ def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
     parameters = gradients = optimizer = 0
     per_parameter = 12 if workload.precision == "bf16-mixed" else 8
     for buffer in workload.buffers(mapping.folding, stage):
-        ranks = mapping.expert_gradient_ranks if buffer.is_expert else mapping.gradient_ranks
+        ranks, _ = mapping.replicas(buffer)
         padded = buffer.padded(ranks)
         held = padded // ranks if mapping.fsdp else padded
         parameters += held * workload.element_bytes
@@ -110,7 +110,7 @@ class LayerBytes(NamedTuple):
 def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, LayerBytes]:
     """Return what a layer keeps, and what computing it again takes for a while."""
     arch, sizes, each = workload.arch, dimensions(workload.arch), workload.element_bytes
-    tokens = _tokens(workload, mapping)
+    tokens = mapping.tokens(workload.seq_length)
     # Norm's input and output, both split over TP: sequence parallelism.
     norm = 2 * arch.hidden_size * each * tokens
     # q, k, v before and after the rotary embedding, the output, and fp32 log-sum-exps.
@@ -151,13 +151,6 @@ def _expert_bytes(workload: Workload, mapping: Mapping, tokens: float) -> tuple[
     return inputs * assignments + (arch.fc1_rows + 1) * activated + router, activated
 
 
-def _tokens(workload: Workload, mapping: Mapping) -> float:
-    """Return the tokens of a microbatch that a GPU has between the layers."""
-    folding = mapping.folding
-    split = folding.tensor_model_parallel_size * folding.context_parallel_size
-    return workload.seq_length * mapping.micro_batch_size / split
-
-
 def _layers_in_flight(workload: Workload, mapping: Mapping, stage: int) -> tuple[float, float]:
     """Return the layers, with experts and without, whose activations are kept at the fullest.
 
@@ -177,7 +170,8 @@ def _layers_in_flight(workload: Workload, mapping: Mapping, stage: int) -> tuple
 
 def _logits(workload: Workload, mapping: Mapping) -> float:
     """Return the bytes of the logits, and of their fp32 softmax."""
-    return _tokens(workload, mapping) * workload.arch.vocab_size * (workload.element_bytes + 4)
+    tokens = mapping.tokens(workload.seq_length)
+    return tokens * workload.arch.vocab_size * (workload.element_bytes + 4)
 
 
 def _gathered(workload: Workload, mapping: Mapping) -> float:

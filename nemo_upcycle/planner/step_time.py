@@ -142,8 +142,7 @@ class _Step:
     @cached_property
     def tokens(self) -> float:
         """Tokens of a microbatch that a GPU has between the layers."""
-        sequences = self.mapping.micro_batch_size
-        return self.workload.seq_length * sequences / (self.tp * self.cp)
+        return self.mapping.tokens(self.workload.seq_length)
 
     @cached_property
     def moe_layer(self) -> StepTime:
@@ -309,7 +308,7 @@ class _Step:
             return StepTime()
         reduced = gathered = 0.0
         for buffer in self.buffers:
-            ranks, stride = self.replicas(buffer)
+            ranks, stride = self.mapping.replicas(buffer)
             share = buffer.elements * (ranks - 1) / ranks
             reduced += self.machine.collective(4 * share, stride, ranks)
             gathered += self.machine.collective(self.workload.element_bytes * share, stride, ranks)
@@ -326,7 +325,7 @@ class _Step:
             return StepTime()
         moved, each = 0.0, self.workload.element_bytes
         for buffer in self.buffers:
-            ranks, stride = self.replicas(buffer)
+            ranks, stride = self.mapping.replicas(buffer)
             share = buffer.elements / self.workload.arch.num_layers * (ranks - 1) / ranks
             moved += self.machine.sharded((2 * each + 4) * share, stride, ranks)
         hidden = self.efficiency.fsdp_overlap * 3 * forward.total
@@ -334,7 +333,7 @@ class _Step:
 
     def optimizer(self) -> StepTime:
         """Return Adam's pass over this rank's part of the state."""
-        held = sum(buffer.elements / self.replicas(buffer)[0] for buffer in self.buffers)
+        held = sum(buffer.elements / self.mapping.replicas(buffer)[0] for buffer in self.buffers)
         # Gradient, three fp32 values read and written, the parameter.
         return StepTime(optimizer=self.machine.moved(held * 30))
 
@@ -342,9 +341,3 @@ class _Step:
     def buffers(self) -> tuple[Buffer, ...]:
         """Parameters of the first stage, which has the embedding."""
         return self.workload.buffers(self.mapping.folding, 0)
-
-    def replicas(self, buffer: Buffer) -> tuple[int, int]:
-        """Return how many ranks hold a buffer's parameters, and their distance."""
-        if buffer.is_expert:
-            return self.mapping.expert_gradient_ranks, self.etp * self.ep
-        return self.mapping.gradient_ranks, self.tp

@@ -155,6 +155,20 @@ class Mapping:
         """Ranks that share the gradients of experts: EDP."""
         return self.folding.expert_data_parallel_size(self.world_size)
 
+    def replicas(self, buffer: Buffer) -> tuple[int, int]:
+        """Return how many ranks hold a buffer's parameters, and their distance."""
+        folding = self.folding
+        if buffer.is_expert:
+            stride = folding.expert_tensor_parallel_size * folding.expert_model_parallel_size
+            return self.expert_gradient_ranks, stride
+        return self.gradient_ranks, folding.tensor_model_parallel_size
+
+    def tokens(self, seq_length: int) -> float:
+        """Return the tokens of a microbatch that a GPU has between the layers."""
+        folding = self.folding
+        split = folding.tensor_model_parallel_size * folding.context_parallel_size
+        return seq_length * self.micro_batch_size / split
+
     def microbatches(self, global_batch_size: int) -> int:
         """Return the microbatches of a step; 0 where the batch does not divide."""
         each = self.data_parallel * self.micro_batch_size
