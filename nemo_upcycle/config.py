@@ -435,6 +435,11 @@ class ParallelFolding:
         return self.tensor_model_parallel_size > 1
 
     @property
+    def parallel_sizes(self) -> dict[str, int | None]:
+        """What Megatron's `initialize_model_parallel` takes."""
+        return {name: getattr(self, name) for name in self.NAMES.values()}
+
+    @property
     def strategy_arguments(self) -> dict[str, Any]:
         """What NeMo's MegatronStrategy and Megatron's config are told.
 

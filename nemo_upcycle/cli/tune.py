@@ -166,8 +166,7 @@ def _command(
         values |= {"num_moe_experts": recipe.upcycling.num_moe_experts}
         values.pop("expansion_rate", None)
     values |= {"num_nodes": -(-mapping.world_size // per_node), "num_gpus_per_node": per_node}
-    sizes = vars(mapping.folding).items()
-    values |= {name: size for name, size in sizes if name.endswith("_parallel_size")}
+    values |= mapping.folding.parallel_sizes
     values |= {"micro_batch_size": mapping.micro_batch_size, "recompute": mapping.recompute}
     known = defaults(recipe)
     arguments = [f"{name}={_typed(value)}" for name, value in values.items() if name in known]

@@ -73,14 +73,7 @@ def build_from(
     """Initialise Megatron's groups and build this rank's model."""
     if parallel_state.model_parallel_is_initialized():  # for another model, which keeps its groups
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=folding.tensor_model_parallel_size,
-        pipeline_model_parallel_size=folding.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=folding.virtual_pipeline_model_parallel_size,
-        context_parallel_size=folding.context_parallel_size,
-        expert_model_parallel_size=folding.expert_model_parallel_size,
-        expert_tensor_parallel_size=folding.expert_tensor_parallel_size,
-    )
+    parallel_state.initialize_model_parallel(**folding.parallel_sizes)
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     fields: dict[str, Any] = {
         **architecture_fields(arch),

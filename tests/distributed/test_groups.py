@@ -39,14 +39,7 @@ def groups_of(foldings: list[ParallelFolding]) -> list[dict[str, tuple[int, ...]
 
     found = []
     for folding in foldings:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=folding.tensor_model_parallel_size,
-            pipeline_model_parallel_size=folding.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=folding.virtual_pipeline_model_parallel_size,
-            context_parallel_size=folding.context_parallel_size,
-            expert_model_parallel_size=folding.expert_model_parallel_size,
-            expert_tensor_parallel_size=folding.expert_tensor_parallel_size,
-        )
+        parallel_state.initialize_model_parallel(**folding.parallel_sizes)
         found.append(groups_of_rank())
         parallel_state.destroy_model_parallel()
     return found
