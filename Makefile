@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-slurm test-all lint clean
 
 demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, with a picture.
 	PATH="$(BIN):$$PATH" examples/demo.sh
@@ -13,7 +13,10 @@ demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, w
 test: $(INSTALLED)  ## All tests that belong to every change.
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(INSTALLED)  ## And the slow ones: the whole demo, as the README has it.
+test-slurm: $(INSTALLED)  ## On a Slurm that the tests start, where it is installed and they are root.
+	$(BIN)/python -m pytest -rs tests/end_to_end/test_slurm.py
+
+test-all: $(INSTALLED)  ## And the slow ones: the whole demo as the README has it, notebooks, Slurm.
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)  ## Format, style, types, import contracts.

@@ -16,15 +16,13 @@ from nemo.lightning import io, teardown
 from nemo_upcycle import cpu
 from nemo_upcycle.checkpoint.tokenizer_files import find_tokenizer
 from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.dtypes import TORCH_DTYPES
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.export import export
 from nemo_upcycle.layers import megatron_layer_freq
-from nemo_upcycle.load import restore
 from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.mapping.moe import MoEModel
+from nemo_upcycle.source import open_source
 from nemo_upcycle.tokenizer import checkpoint_tokenizer
-from nemo_upcycle.trained import check_all_restored, open_trained
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
@@ -136,15 +134,15 @@ class HuggingFaceExporter(io.ModelConnector):
 
 @io.model_importer(UpcycledGPTModel, "hf")
 class HuggingFaceImporter(io.ModelConnector):
-    """What `llm.import_ckpt(model, "hf://DIR")` calls: reads what is exported.
+    """What `llm.import_ckpt(model, "hf://DIR")` calls: reads what is exported, and dense models.
 
     Of the model that is given the class alone counts; what it is, its directory says.
     """
 
     def init(self) -> UpcycledGPTModel:
         """Make the model that the directory is of; it has no weights yet."""
-        trained = open_trained(str(self))
-        config = trained_config(trained.model, TORCH_DTYPES[trained.dtype])
+        source = open_source(str(self))
+        config = trained_config(source.model, source.dtype)
         has_tokenizer = find_tokenizer(Path(str(self)), None) is not None
         return UpcycledGPTModel(
             config, tokenizer=checkpoint_tokenizer(str(self)) if has_tokenizer else None
@@ -152,12 +150,12 @@ class HuggingFaceImporter(io.ModelConnector):
 
     def apply(self, output_path: Path) -> Path:
         """Write the directory as a NeMo 2 checkpoint."""
-        trained, model = open_trained(str(self)), self.init()
+        source, model = open_source(str(self)), self.init()
         trainer = None
         if not torch.cuda.is_available():
             trainer = cpu.trainer(ckpt_save_optimizer=False, always_save_context=True)
         trainer = self.nemo_setup(model, trainer)
-        check_all_restored(trained, restore([model.module], trained))
+        source.check([source.fill([model.module])])
         self.nemo_save(output_path, trainer)
         teardown(trainer, model)
         return output_path

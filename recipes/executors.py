@@ -37,7 +37,7 @@ def cpu(ntasks_per_node: int = 1) -> run.Config[run.LocalExecutor]:
 
 @run.cli.factory
 def slurm(
-    container_image: str,
+    container_image: Optional[str] = None,
     container_mounts: str = "",
     account: Optional[str] = None,
     partition: Optional[str] = None,
@@ -50,7 +50,9 @@ def slurm(
     """Run on Slurm in a container (Pyxis), one rank a GPU; what is stopped is started again.
 
     Args:
-        container_image: Image, as `srun --container-image` takes it.
+        container_image: Image, as `srun --container-image` takes it. None: `nemo-upcycle.sqsh` in
+            this directory, as `enroot import dockerd://nemo-upcycle` makes it of what `Dockerfile`
+            builds.
         container_mounts: HOST:CONTAINER, several separated by spaces.
         account: Slurm's account.
         partition: Slurm's partition.
@@ -66,7 +68,9 @@ def slurm(
     Examples:
         CLI usage:
             $ nemo llm pretrain --factory llama3_8b_e8t2 \
-                run.executor="slurm(container_image='image.sqsh')" run.executor.nodes=64
+                run.executor=slurm run.executor.nodes=64 \
+                run.executor.container_image=/images/moe.sqsh \
+                run.executor.container_mounts="['/shared:/shared']"
     """
     return _slurm(
         account=account,
@@ -76,7 +80,7 @@ def slurm(
         gpus_per_node=gpus_per_node,
         time=time,
         retries=retries,
-        container_image=container_image,
+        container_image=container_image or f"{Path.cwd()}/nemo-upcycle.sqsh",
         container_mounts=container_mounts.split(),
     )
 
@@ -134,7 +138,8 @@ def _slurm(**options: Any) -> run.Config[run.SlurmExecutor]:
         tunnel=run.Config(run.LocalTunnel, job_dir=experiments),
         # The run saves and ends with 143; NeMo-Run's script then puts it back into the queue.
         signal=f"TERM@{SECONDS_TO_SAVE}",
-        additional_parameters={"requeue": True},
+        # A job that waits for one that has failed is taken out of the queue.
+        additional_parameters={"requeue": True, "kill_on_invalid_dep": "yes"},
         **options,
     )
 

@@ -10,7 +10,7 @@ NAME = "upcycled_gpt"
 
 @run.cli.factory(name=NAME)
 def model() -> run.Config[pl.LightningModule]:
-    """An upcycled model without a config of its own.
+    """A model without a config of its own, upcycled or dense; its checkpoint says what it is.
 
     Examples:
         CLI usage:

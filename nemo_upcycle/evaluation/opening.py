@@ -1,9 +1,7 @@
 """Open any checkpoint as a model that computes logits, on as many ranks as there are."""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +10,17 @@ from megatron.core import parallel_state, tensor_parallel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from nemo_upcycle import cpu, load
-from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
-from nemo_upcycle.checkpoint.huggingface import read_config, resolve_directory
+from nemo_upcycle import cpu
+from nemo_upcycle.checkpoint.huggingface import resolve_directory
 from nemo_upcycle.checkpoint.tokenizer_files import NEEDED
-from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.dtypes import TORCH_DTYPES
+from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.megatron_model import MegatronForCausalLM
 from nemo_upcycle.layout import validate
-from nemo_upcycle.mapping import FAMILIES, family_of
-from nemo_upcycle.mapping.moe import MoEModel
 from nemo_upcycle.model import trained_config, upcycling_of
 from nemo_upcycle.ranks import Ranks
+from nemo_upcycle.source import Source, open_source
 from nemo_upcycle.tokenizer import tokenizer_directory
-from nemo_upcycle.trained import check_all_restored, open_trained, upcycled_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,10 +57,8 @@ def open_model(
     if is_huggingface and world_size == 1 and not megatron:
         return _in_transformers(directory, dtype)
     _start(folding)
-    chosen = None if dtype is None else DTYPES[dtype]
-    if is_huggingface and str(read_config(directory).get("model_type")) in FAMILIES:
-        return _dense(directory, folding, chosen)
-    return _trained(directory, folding, chosen)
+    found = open_source(directory)
+    return _in_megatron(found, folding, found.dtype if dtype is None else DTYPES[dtype])
 
 
 def open_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase:
@@ -120,40 +112,15 @@ def _start(folding: ParallelFolding) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
 
 
-def _trained(
-    directory: Path, folding: ParallelFolding, dtype: torch.dtype | None
-) -> PreTrainedModel:
-    trained = open_trained(directory)
-    fill = partial(load.restore, trained=trained)
-    model, used = _build(trained.model, folding, dtype or TORCH_DTYPES[trained.dtype], fill)
-    check_all_restored(trained, frozenset().union(*used))
-    return model
-
-
-def _dense(directory: Path, folding: ParallelFolding, dtype: torch.dtype | None) -> PreTrainedModel:
-    checkpoint, dense = HuggingFaceCheckpoint(directory), UpcyclingConfig(num_moe_experts=None)
-    family = family_of(checkpoint.config)
-    arch = family.architecture(checkpoint.config)
-    model = upcycled_model(arch, dense)
-    first = next(iter(family.shapes(arch)))
-    dtype = dtype or TORCH_DTYPES[checkpoint.tensors[first].dtype]
-    fill = partial(load.upcycle, checkpoint=checkpoint, upcycling=dense)
-    filled, reports = _build(model, folding, dtype, fill)
-    load.check_all_used(checkpoint, reports)
-    return filled
-
-
-def _build(
-    model: MoEModel,
-    folding: ParallelFolding,
-    dtype: torch.dtype,
-    fill: Callable[[list[torch.nn.Module]], Any],
-) -> tuple[MegatronForCausalLM, list[Any]]:
-    """Build this rank's part and fill it; return the model, and what `fill` returned on all ranks.
+def _in_megatron(
+    source: Source, folding: ParallelFolding, dtype: torch.dtype
+) -> MegatronForCausalLM:
+    """Build this rank's part and fill it.
 
     Raises:
         UpcyclingError: On all ranks, if any has failed.
     """
+    model = source.model
     if not any(model.is_moe):  # beside an MoE whose mapping it shares
         folding = replace(folding, expert_model_parallel_size=1, expert_tensor_parallel_size=1)
     config = trained_config(
@@ -166,8 +133,9 @@ def _build(
         chunk.cuda()
     ranks, filled, error = Ranks(), None, None
     try:
-        filled = fill([chunk])
+        filled = source.fill([chunk])
     except UpcyclingError as failed:
         error = failed
     ranks.raise_on_all(error)
-    return MegatronForCausalLM([chunk], model.arch).eval(), ranks.gather(filled)
+    source.check(ranks.gather(filled))
+    return MegatronForCausalLM([chunk], model.arch).eval()

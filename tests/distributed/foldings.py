@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
 from nemo_upcycle.config import ParallelFolding
 
 DENSE: dict[str, dict[str, Any]] = {
@@ -89,3 +91,19 @@ FOLDINGS = {
 """Names leave out what is 1, except expert-TP where TP is more."""
 
 ONE_RANK = {f"1 rank, {dense}": spread(1, dense=dense) for dense in DENSE}
+
+WITH_EVERY_CHANGE = {
+    *("DP2", "EP2", "TP2-ETP1", "TP2-tied", "CP2-ETP2"),
+    *("PP2-last1", "PP2-tied", "PP2-VPP2-ends"),
+    *("DP4", "EP2-EDP2", "ETP2-EDP2", "TP4-EP2-ETP2"),
+    *("TP2-DP2-EP2-ETP1", "TP2-DP2-EP4-ETP1", "TP2-DP2-ETP4", "CP2-DP2-EP2", "TP2-CP2-EP4-ETP1"),
+    *("PP4-first1-last1", "PP4-VPP2", "PP2-EP2-first1", "PP2-TP2-ETP2-tied", "PP2-VPP2-CP2"),
+    "PP2-VPP2-TP2-EP2-ETP1",
+}
+"""Mappings in which each kind of parallelism meets each other; the others are slow tests."""
+
+NAMES = [
+    pytest.param(name, marks=() if name in WITH_EVERY_CHANGE else pytest.mark.slow)
+    for name in FOLDINGS
+]
+"""All mappings, to parametrise a test with."""

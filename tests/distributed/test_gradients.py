@@ -2,18 +2,18 @@
 
 import pytest
 
-from tests.distributed.foldings import FOLDINGS
+from tests.distributed.foldings import NAMES
 from tests.distributed.grid import Grid
 
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("name", FOLDINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_loss_equals_one_rank(grid: Grid, name: str) -> None:
     assert grid.run(name).loss == pytest.approx(grid.one_rank(name).loss, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", FOLDINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradient_norm_equals_one_rank(grid: Grid, name: str) -> None:
     """Also as Megatron's optimizer counts it, on each rank by what it owns, to clip by it."""
     shown, expected = grid.run(name), grid.one_rank(name).grad_norm
@@ -21,7 +21,7 @@ def test_gradient_norm_equals_one_rank(grid: Grid, name: str) -> None:
     assert shown.clip_norms == pytest.approx([expected] * len(shown.clip_norms), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", FOLDINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_equal_one_rank(grid: Grid, name: str) -> None:
     gradients = grid.run(name).gradients
     expected = grid.one_rank(name).gradients.parameters

@@ -15,6 +15,8 @@ from nemo_upcycle.export import export
 from nemo_upcycle.trained import open_trained
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.test_export import KINDS, trained
+from tests.distributed.test_step0 import TOLERANCE, dense_logits
+from tests.tiny import tokens, write_dense
 
 WEIGHTS = "model.safetensors"
 
@@ -42,6 +44,23 @@ def test_there_and_back_is_the_same(ranks: RankPool, tmp_path: Path, kind: str) 
     export(tmp_path / "nemo", tmp_path / "again")
     for name in (WEIGHTS, "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes(), name
+
+
+@nemo_recipe
+def logits(source: Path, ids: torch.Tensor) -> torch.Tensor:
+    from nemo_upcycle.evaluation.opening import open_model
+
+    with torch.no_grad():
+        return open_model(source)(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2, tied", "nemotron"])
+def test_a_dense_model_is_imported(ranks: RankPool, tmp_path: Path, family: str) -> None:
+    dense = write_dense(tmp_path / "dense", family)
+    ranks.run(import_ckpt, 1, source=dense, output=tmp_path / "nemo")
+    ids = tokens(rows=2, length=32)
+    (found,) = ranks.run(logits, 1, source=tmp_path / "nemo", ids=ids)
+    assert (found - dense_logits(dense, ids)).abs().max() <= TOLERANCE
 
 
 def test_bf16_stays_bf16(ranks: RankPool, tmp_path: Path) -> None:

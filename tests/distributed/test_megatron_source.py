@@ -19,6 +19,7 @@ from tests.distributed.foldings import Spread, spread
 from tests.distributed.grid import differing, whole
 from tests.distributed.megatron_dense import save_dense, upcycled_from
 from tests.distributed.pool import RankPool, nemo_recipe
+from tests.distributed.test_import import import_ckpt
 from tests.distributed.test_training import train
 from tests.workspace import make_workspace
 
@@ -118,6 +119,14 @@ def test_upcycled_weights_are_those_from_hugging_face(
     ranks: RankPool, saved: Path, from_hugging_face: dict[str, torch.Tensor], mapping: str
 ) -> None:
     assert not differing(upcycled(ranks, saved, UPCYCLED[mapping]), from_hugging_face)
+
+
+def test_an_imported_checkpoint_upcycles_to_the_same_weights(
+    ranks: RankPool, dense: Path, from_hugging_face: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    ranks.run(import_ckpt, 1, source=dense, output=tmp_path / "nemo")
+    mapping = UPCYCLED["TP2-EP2-ETP1"]
+    assert not differing(upcycled(ranks, tmp_path / "nemo", mapping), from_hugging_face)
 
 
 def upcycled(ranks: RankPool, source: Path, mapping: Spread) -> dict[str, torch.Tensor]:

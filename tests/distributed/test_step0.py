@@ -8,7 +8,7 @@ import torch
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed import grid as grids
 from tests.distributed import scenarios
-from tests.distributed.foldings import FOLDINGS, ONE_RANK
+from tests.distributed.foldings import FOLDINGS, NAMES, ONE_RANK
 from tests.distributed.grid import Grid
 from tests.distributed.pool import RankPool
 from tests.tiny import LLAMA31_ROPE, tokens, write_llama
@@ -63,7 +63,7 @@ def difference(
     return error(outputs, dense, IDS)
 
 
-@pytest.mark.parametrize("name", ONE_RANK | FOLDINGS)
+@pytest.mark.parametrize("name", [*ONE_RANK, *NAMES])
 def test_logits_equal_dense(grid: Grid, name: str) -> None:
     dense = grid.dense((ONE_RANK | FOLDINGS)[name].dense)
     assert error(grid.run(name).logits, dense, grids.IDS[:, :-1]) <= TOLERANCE

@@ -9,7 +9,7 @@ import torch
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed import scenarios
-from tests.distributed.foldings import FOLDINGS
+from tests.distributed.foldings import NAMES
 from tests.distributed.grid import INITIALIZERS, WAYS, Grid, differing, whole
 from tests.distributed.pool import RankPool
 from tests.tiny import write_llama
@@ -34,7 +34,7 @@ def one_rank(grid: Grid) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", FOLDINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_are_bit_identical_on_any_folding(grid: Grid, name: str, way: str) -> None:
     weights = grid.run(name).weights[way]
     same_as = "huggingface" if way in ("read once", "megatron") else way
