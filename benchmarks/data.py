@@ -1,16 +1,22 @@
-"""Tokens a second from text to Megatron's files: ours, a single loop, and Megatron's script's way.
+"""Tokens a second from text to Megatron's files: ours, a single loop, and Megatron's script's ways.
 
 The same text, tokenizer and cores; each in a fresh process, in turn:
 
 - ours: `nemo-upcycle data tokenize`, with checksums and a manifest;
 - loop: one process that reads a line, tokenises it and adds it to Megatron's builder;
-- Megatron: as its `tools/preprocess_data.py`: a pool of processes that get lines and send tokens
-  back to one that writes, with its chunk size of 32 lines.
+- pool: as Megatron-LM's `tools/preprocess_data.py`: processes that get lines, 32 at a time, and
+  send tokens back to one that writes;
+- partitions: as it is with `--partitions`: the text is cut into as many files as there are cores,
+  each has a process that writes and one that tokenises, and the results are put together.
 
-Seconds are those of the work. The start of processes, with imports and loading the tokenizer, is
-not counted for the loop and Megatron's way; it is for ours, as the command does all of it.
+Megatron-Core's wheel has no such script; these are its loops around Megatron-Core's own builder.
 
-Usage: python -m benchmarks.data [--megabytes 60] [--runs 3]
+Seconds are those of the work, by the clock and of all its processes on the CPU; on a machine that
+has other work to do only the latter mean something. The imports of the first process are not
+counted for any; starting processes and loading the tokenizer is for ours and for neither of
+Megatron's.
+
+Usage: python -m benchmarks.data [--megabytes 150] [--runs 3]
 """
 
 import argparse
@@ -18,15 +24,20 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.data.parts import load_tokenizer, token_dtype
+import numpy
+import psutil
+
+from nemo_upcycle.data.encoder import load_encoder, load_tokenizer
 from nemo_upcycle.data.preparation import Preparation, prepare
 from nemo_upcycle.data.sample import write_stdlib_sample
 from nemo_upcycle.data.tokenizer import train_tokenizer
@@ -60,14 +71,16 @@ def _encode(line: bytes) -> list[int]:
 
 def ours(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]:
     """Prepare it as the command does."""
-    preparation = Preparation((str(source),), tokenizer, prefix, part_bytes=2**23)
+    preparation = Preparation((str(source),), tokenizer, prefix)
     return lambda: prepare(preparation, CORES).tokens
 
 
 def _builder(tokenizer: Path, prefix: Path) -> Any:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    return IndexedDatasetBuilder(f"{prefix}.bin", dtype=token_dtype(load_tokenizer(tokenizer)))
+    return IndexedDatasetBuilder(
+        f"{prefix}.bin", dtype=getattr(numpy, load_encoder(tokenizer).dtype)
+    )
 
 
 def loop(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]:
@@ -82,19 +95,63 @@ def loop(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]:
     return work
 
 
-def megatron(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]:
+def pool(source: Path, tokenizer: Path, prefix: Path, size: int = CORES) -> Callable[[], int]:
     """Give lines to a pool, and add what it sends back."""
     builder = _builder(tokenizer, prefix)
-    pool = multiprocessing.get_context("spawn").Pool(CORES, _begin, (tokenizer,))
-    pool.map(abs, range(CORES))  # they have begun
+    processes = multiprocessing.get_context("spawn").Pool(size, _begin, (tokenizer,))
+    processes.map(abs, range(size))  # they have begun
 
     def work() -> int:
         with source.open("rb") as file:
-            found = _add(builder, pool.imap(_encode, file, CHUNK), prefix)
-        pool.terminate()
+            found = _add(builder, processes.imap(_encode, file, CHUNK), prefix)
+        processes.close()
+        processes.join()
         return found
 
     return work
+
+
+def partitions(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]:
+    """Cut the text, give each piece to a pool of its own, and put the results together."""
+    builder = _builder(tokenizer, prefix)
+    context = multiprocessing.get_context("spawn")
+    pieces = [prefix.with_name(f"{prefix.name}_{number}") for number in range(CORES)]
+    begun, cut = context.Barrier(CORES + 1), context.Event()
+    processes = [
+        context.Process(target=_partition, args=(tokenizer, piece, begun, cut)) for piece in pieces
+    ]
+    for process in processes:
+        process.start()
+    begun.wait()
+
+    def work() -> int:
+        _cut(source, [piece.with_suffix(".jsonl") for piece in pieces])
+        cut.set()
+        for process in processes:
+            process.join()
+        for piece in pieces:
+            builder.add_index(str(piece))
+        builder.finalize(f"{prefix}.idx")
+        return sum(builder.sequence_lengths)
+
+    return work
+
+
+def _cut(source: Path, pieces: list[Path]) -> None:
+    """Write lines into files, as many into each, as `--keep-sequential-samples` does."""
+    with source.open("rb") as lines:
+        each = -(-sum(1 for _ in lines) // len(pieces))
+        lines.seek(0)
+        for piece in pieces:
+            with piece.open("wb") as file:
+                file.writelines(islice(lines, each))
+
+
+def _partition(tokenizer: Path, piece: Path, begun: Any, cut: Any) -> None:
+    work = pool(piece.with_suffix(".jsonl"), tokenizer, piece, size=1)
+    begun.wait()
+    cut.wait()
+    work()
 
 
 def _add(builder: Any, documents: Any, prefix: Path) -> int:
@@ -105,7 +162,7 @@ def _add(builder: Any, documents: Any, prefix: Path) -> int:
     return sum(builder.sequence_lengths)
 
 
-METHODS = {"ours": ours, "loop": loop, "Megatron": megatron}
+METHODS = {"ours": ours, "loop": loop, "pool": pool, "partitions": partitions}
 
 
 def timed(name: str, source: Path, tokenizer: Path, prefix: Path, answer: Any) -> None:
@@ -114,19 +171,23 @@ def timed(name: str, source: Path, tokenizer: Path, prefix: Path, answer: Any) -
     import transformers  # noqa: F401
 
     work = METHODS[name](source, tokenizer, prefix)
+    begun = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    before = sum(sum(process.cpu_times()[:2]) for process in begun)
     started = time.perf_counter()
     tokens = work()
-    answer.put((time.perf_counter() - started, tokens))
+    seconds = time.perf_counter() - started
+    # All that it has started has ended, so this is of all of them.
+    answer.put((seconds, sum(psutil.Process().cpu_times()[:4]) - before, tokens))
 
 
 def main() -> None:
     """Print the results as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=60)
+    parser.add_argument("--megabytes", type=int, default=150)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in METHODS}
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         source = corpus(directory, options.megabytes)
@@ -137,26 +198,24 @@ def main() -> None:
                 arguments = (name, source, directory / "tokenizer", prefix, answer)
                 process = context.Process(target=timed, args=arguments)
                 process.start()
-                took, tokens = answer.get()
+                *took, tokens = answer.get()
                 process.join()
-                seconds[name].append(took)
+                seconds[name].append(tuple(took))
+                print(name, *took, file=sys.stderr, flush=True)
         same = {(directory / f"{name}-0.bin").read_bytes() for name in METHODS}
         size = source.stat().st_size / 2**20
-    print(f"# {date.today()}, from text to Megatron's files, CPU\n")
-    print(
-        f"`python -m benchmarks.data`, {CORES} cores, {size:.0f} MiB, {tokens:,} tokens, vocabulary"
-    )
-    packages = ", ".join(
-        f"{n} {version(n)}" for n in ("tokenizers", "transformers", "megatron-core")
-    )
-    print(f"of 8,192; {packages}; medians of {options.runs} runs, in turn.\n")
-    print("| method | tokens/s | s | fastest | slowest | against the loop |")
-    print("|---|---|---|---|---|---|")
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    print(f"{date.today()}: {CORES} cores, {packages}. {size:.0f} MiB, {tokens:,} tokens of 8,192.")
+    print(f"Medians of {options.runs}, in turn.\n")
+    print("| method | s | fastest–slowest | tokens/s | loop / this | CPU s | loop / this: CPU |")
+    print("|---|---|---|---|---|---|---|")
+    wall, cpu = ({name: statistics.median(one[kind] for one in values)
+                  for name, values in seconds.items()} for kind in (0, 1))  # fmt: skip
     for name, values in seconds.items():
-        ratio = medians["loop"] / medians[name]
-        row = f"{medians[name]:.1f} | {min(values):.1f} | {max(values):.1f} | {ratio:.2f} ×"
-        print(f"| {name} | {tokens / medians[name]:,.0f} | {row} |")
+        took = [one[0] for one in values]
+        row = f"{wall[name]:.1f} | {min(took):.1f}–{max(took):.1f} | {tokens / wall[name]:,.0f}"
+        ratios = wall["loop"] / wall[name], cpu["loop"] / cpu[name]
+        print(f"| {name} | {row} | {ratios[0]:.2f} | {cpu[name]:.1f} | {ratios[1]:.2f} |")
     print(f"\nTheir tokens are {'the same' if len(same) == 1 else 'NOT the same'}.")
 
 

@@ -311,6 +311,11 @@ class CpuMegatronStrategy(MegatronStrategy):
         enable()
         super().__init__(*args, **kwargs)
 
+    def _configure_launcher(self) -> None:
+        # Lightning refuses to launch processes from a notebook; one rank has none to launch.
+        if self.num_processes * self.num_nodes > 1:
+            super()._configure_launcher()
+
     def setup_distributed(self) -> None:
         super().setup_distributed()
         # NeMo seeds Megatron's RNG tracker only where there is a GPU.

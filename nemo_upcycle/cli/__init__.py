@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from nemo_upcycle.cli import data, evaluation
+from nemo_upcycle.cli.ablate import ablate
 from nemo_upcycle.cli.plan import groups, plan
 from nemo_upcycle.cli.tools import Directory, one_line_errors, progress
 from nemo_upcycle.cli.tune import tune
@@ -27,6 +28,7 @@ app.add_typer(data.app, name="data")
 app.command()(plan)
 app.command()(groups)
 app.command()(tune)
+app.command()(ablate)
 
 
 def main() -> None:

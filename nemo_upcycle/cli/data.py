@@ -12,6 +12,7 @@ from nemo_upcycle.cli.tools import Directory, Progress, one_line_errors, progres
 from nemo_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
+    from nemo_upcycle.data.manifest import Manifest
     from nemo_upcycle.data.preparation import Preparation
 
 Workers = Annotated[
@@ -66,8 +67,9 @@ def tokenize(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="JSONL (.gz, .zst) or Parquet files, directories of them, or "
-            "hf://NAME?config=…&split=… of the hub.",
+            help="JSONL (.gz, .zst) or Parquet: files, directories, URLs; "
+            "hf://NAME?config=…&split=… of the hub; "
+            "redpajama-v2://[BASE]?snapshots=…&language=en&bucket=head&shards=0-99.",
             show_default=False,
         ),
     ],
@@ -102,12 +104,19 @@ def tokenize(
         --where bucket=head --tokenizer tokenizer --out data
       nemo-upcycle data tokenize "hf://wikimedia/wikipedia?config=20231101.en" \\
         --name wikipedia --tokenizer tokenizer --out data
+      nemo-upcycle data tokenize "redpajama-v2://?snapshots=2023-06&shards=0-99" \\
+        --text-key raw_content --where bucket=head --tokenizer tokenizer --out data
     """
-    from nemo_upcycle.data.documents import Selection
     from nemo_upcycle.data.preparation import Preparation
+    from nemo_upcycle.data.selection import Selection
+    from nemo_upcycle.data.sources import name_of
 
     selection = Selection(text_key, dict(map(_field, where or [])))
-    groups = {name: tuple(sources)} if name else {_name(each): (each,) for each in sources}
+    groups = {name: tuple(sources)} if name else {name_of(each): (each,) for each in sources}
+    if not name and len(groups) < len(sources):
+        raise UpcyclingError(
+            f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
+        )
     for dataset, of_dataset in groups.items():
         prefix = out / dataset
         _prepare(
@@ -115,7 +124,7 @@ def tokenize(
         )
 
 
-def _prepare(preparation: "Preparation", workers: int | None) -> None:
+def _prepare(preparation: "Preparation", workers: int | None) -> "Manifest":
     from nemo_upcycle.data.preparation import prepare
 
     prefix = preparation.prefix
@@ -125,6 +134,7 @@ def _prepare(preparation: "Preparation", workers: int | None) -> None:
     for kind in ("malformed", "contaminated"):
         if count := getattr(manifest, kind):
             typer.echo(f"{count} {kind} left out: {prefix}.{kind}.jsonl", err=True)
+    return manifest
 
 
 @app.command()
@@ -159,6 +169,7 @@ def blend(
     from nemo_upcycle.data.blend import read_blend
     from nemo_upcycle.data.preparation import Preparation
 
+    lasts = {}
     found = read_blend(source, out)
     names = [each.name for each in found.datasets]
     for name in only or ():
@@ -167,7 +178,10 @@ def blend(
     for each in found.datasets:
         if only is None or each.name in only:
             settings = each.sources, tokenizer, each.prefix, each.selection
-            _prepare(Preparation(*settings, without, max_malformed), workers)
+            manifest = _prepare(Preparation(*settings, without, max_malformed), workers)
+            lasts[each.name] = int(manifest.tokens / each.weight)
+    first = min(lasts, key=lambda name: lasts[name])
+    typer.echo(f"Training reads {first} the most often: once every {lasts[first]:,} tokens.")
     typer.echo(f"Train on it with data_paths='{found.data_paths}'")
 
 
@@ -192,14 +206,6 @@ def _field(text: str) -> tuple[str, str]:
     if not equals:
         raise UpcyclingError(f"--where {text}: expected KEY=VALUE")
     return key, value
-
-
-def _name(source: str) -> str:
-    """Return a dataset's name: a file's without its kind, a directory's, a hub's last part."""
-    name = Path(source.partition("?")[0]).name
-    for kind in (".gz", ".zst", ".jsonl", ".json", ".ndjson", ".parquet"):
-        name = name.removesuffix(kind)
-    return name
 
 
 def _speed(show: Progress) -> Callable[[int, int, int], None]:

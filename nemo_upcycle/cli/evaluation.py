@@ -7,7 +7,6 @@ import typer
 
 from nemo_upcycle.cli.ranks import EP, ETP, PP, TP, Ranks, check_there, folding_of, on_ranks
 from nemo_upcycle.cli.tools import one_line_errors, progress
-from nemo_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
     from nemo_upcycle.evaluation.parity import Parity
@@ -83,13 +82,13 @@ def evaluate(
       nemo-upcycle evaluate RUN/checkpoints/LAST --tasks mmlu --num-fewshot 5 --tp 2 --ep 4
       nemo-upcycle evaluate RUN/checkpoints/LAST --paper --dense /models/Meta-Llama-3-8B --ep 8
     """
-    from nemo_upcycle.evaluation.tasks import load_tasks, requests
+    from nemo_upcycle.evaluation.tasks import load_tasks, need_lm_eval, requests
 
     wanted = requests([name for name in tasks.split(",") if name], num_fewshot, paper)
     folding = folding_of(tp, pp, ep, etp)
     dense_is_json = dense is not None and dense.suffix == ".json"
     check_there(checkpoint, None if dense_is_json else dense)
-    _need_lm_eval()
+    need_lm_eval()
     on_ranks(folding, ranks)
     loaded = load_tasks(wanted, include_path)
 
@@ -229,13 +228,6 @@ def generate(
         if out is not None:
             harness.write_text(out, text + "\n")
     harness.end()
-
-
-def _need_lm_eval() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("lm_eval") is None:
-        raise UpcyclingError("lm-eval is not installed: pip install 'nemo-upcycle[eval]'.")
 
 
 def _show_scores(out: Path, models: dict[str, Any], paper: bool) -> None:

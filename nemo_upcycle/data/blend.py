@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from nemo_upcycle.data.documents import HUB, Selection
+from nemo_upcycle import settings
+from nemo_upcycle.data.selection import Selection
+from nemo_upcycle.data.sources import resolved
 from nemo_upcycle.errors import UpcyclingError
 
 SHIPPED = Path(__file__).parent / "blends"
@@ -16,7 +17,7 @@ class DatasetSettings:
 
     Attributes:
         weight: Its share within its group, relative to the others'.
-        sources: Files, directories, or `hf://NAME?config=…&split=…`; relative to the YAML.
+        sources: As `nemo-upcycle data tokenize` takes them; paths are relative to the YAML.
         text_key: The field with the text.
         template: A prompt format in Jinja, as lm-eval has them, over a record's fields.
         where: Fields that must have these values.
@@ -87,47 +88,33 @@ class Blend:
 
 def shipped() -> list[str]:
     """Return the names of the blends that the package has."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    return settings.names_in(SHIPPED)
 
 
 def read_blend(source: str, directory: Path | None = None) -> Blend:
     """Read a blend.
 
     Args:
-        source: A YAML file, or one of `shipped()`.
+        source: One of `shipped()`, or a YAML file; with `base: llama3_moe` it says only what
+            differs.
         directory: Where the prepared datasets are; None takes what the YAML says.
 
     Raises:
         UpcyclingError: There is none, or it says something wrong.
     """
-    from omegaconf import OmegaConf  # 0.15 s
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    path = SHIPPED / f"{source}.yaml"
-    if not path.is_file():
-        path = Path(source).expanduser()
-    if not path.is_file():
-        raise UpcyclingError(
-            f"There is no blend {source!r}; expected a YAML file, or one of: "
-            f"{', '.join(shipped())}."
-        )
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(BlendSettings), OmegaConf.load(path))
-        settings: Any = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
-        raise UpcyclingError(f"{path}: {str(error).splitlines()[0]}") from None
+    path = settings.find(source, SHIPPED, "blend")
+    said = settings.read(BlendSettings, path, SHIPPED)
     home = path.parent if path.parent != SHIPPED else Path()
-    return Blend(tuple(_datasets(settings, path, home, directory)))
+    return Blend(tuple(_datasets(said, path, home, directory)))
 
 
 def _datasets(
-    settings: BlendSettings, path: Path, home: Path, directory: Path | None
+    said: BlendSettings, path: Path, home: Path, directory: Path | None
 ) -> list[BlendedDataset]:
-    total = sum(group.weight for group in settings.groups.values())
-    prepared = home / settings.directory if directory is None else directory
+    total = sum(group.weight for group in said.groups.values())
+    prepared = home / said.directory if directory is None else directory
     found = []
-    for group_name, group in settings.groups.items():
+    for group_name, group in said.groups.items():
         of_group = sum(each.weight for each in group.datasets.values())
         for name, each in group.datasets.items():
             _check(path, f"groups.{group_name}.datasets.{name}", group, each)
@@ -135,7 +122,7 @@ def _datasets(
                 BlendedDataset(
                     name,
                     group.weight / total * each.weight / of_group,
-                    tuple(_resolved(source, home) for source in each.sources),
+                    tuple(resolved(source, home) for source in each.sources),
                     Selection(each.text_key, dict(each.where), each.template),
                     prepared / name,
                 )
@@ -153,10 +140,3 @@ def _check(path: Path, place: str, group: GroupSettings, each: DatasetSettings) 
         raise UpcyclingError(f"{path}: {place}: weights must be more than 0.")
     if not each.sources:
         raise UpcyclingError(f"{path}: {place}: no sources.")
-
-
-def _resolved(source: str, home: Path) -> str:
-    if source.startswith(HUB):
-        return source
-    path = Path(source).expanduser()
-    return str(path if path.is_absolute() else home / path)

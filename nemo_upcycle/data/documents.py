@@ -1,5 +1,7 @@
 """Documents to read: JSON lines (plain, .gz, .zst), Parquet, Hugging Face data sets; in parts.
 
+A file may be behind a URL; what is read of it is then fetched, and nothing is kept.
+
 A part is small enough to be done again, and the same wherever and whenever it is read. Nothing is
 passed over silently: what is no document comes out as one with an error, and where it is.
 """
@@ -7,20 +9,18 @@ passed over silently: what is no document comes out as one with an error, and wh
 import gzip
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl
 
+from nemo_upcycle.data.remote import is_url
+from nemo_upcycle.data.selection import Selection
+from nemo_upcycle.data.sources import COMPRESSED, HUB, PARQUET, open_file, path_of, size_of
 from nemo_upcycle.errors import UpcyclingError
-
-LINES = (".jsonl", ".json", ".ndjson")
-COMPRESSED = (".gz", ".zst")
-PARQUET = ".parquet"
-HUB = "hf://"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Part:
     """A piece of a source.
 
     Attributes:
-        source: A file, or `hf://NAME?config=…&split=…`.
+        source: A file, its URL, or `hf://NAME?config=…&split=…`.
         start: First byte of a plain file, row group of a Parquet file, shard of a data set.
         stop: Where it ends; a line belongs to the part that its first byte is in.
         bytes: Its size, to show progress by.
@@ -57,98 +57,6 @@ class Document:
     done: int
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What of a record is a document.
-
-    Attributes:
-        text_key: The field with the text.
-        where: Fields that must have these values, as text; other records are left out.
-        template: A prompt format in Jinja over the record's fields, instead of `text_key`.
-    """
-
-    text_key: str = "text"
-    where: Mapping[str, str] = field(default_factory=dict)
-    template: str | None = None
-
-    @property
-    def columns(self) -> list[str] | None:
-        """The fields that are read; None: all of them."""
-        return None if self.template else [self.text_key, *self.where]
-
-    def of(self, record: Any) -> tuple[str | None, str | None]:
-        """Return a record's text, or why it has none; neither where it is left out."""
-        if not isinstance(record, dict):
-            return None, f"expected an object, found {type(record).__name__}"
-        for key, value in self.where.items():
-            if key not in record:
-                return None, f'no "{key}"'
-            if str(record[key]) != value:
-                return None, None
-        if self.template is not None:
-            text, error = _rendered(self.template, record)
-            if error:
-                return None, error
-        else:
-            text = record.get(self.text_key)
-        if not isinstance(text, str):
-            return None, f'expected a string under "{self.text_key}"'
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:  # a lone \ud800 escape, which tokenizers refuse
-            return None, f"not valid Unicode: {error}"
-        return text, None
-
-
-@cache
-def _compiled(template: str) -> Any:
-    from jinja2 import StrictUndefined, TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    try:
-        return ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(template)
-    except TemplateError as error:
-        raise UpcyclingError(f"template {template!r}: {error}") from None
-
-
-def _rendered(template: str, record: dict[str, Any]) -> tuple[str | None, str | None]:
-    compiled = _compiled(template)
-    try:
-        return compiled.render(record), None
-    except Exception as error:  # a template may do anything to a record
-        return None, f"the template does not fit: {type(error).__name__}: {error}"
-
-
-def files_of(sources: Iterable[str]) -> list[str]:
-    """Return the sources with directories replaced by the files in them, by name.
-
-    Raises:
-        UpcyclingError: One is not there, is of no kind that is known, or there is none.
-    """
-    found: list[str] = []
-    for source in sources:
-        path = Path(source).expanduser()
-        if source.startswith(HUB):
-            found.append(source)
-        elif path.is_dir():
-            found += sorted(str(file) for file in path.rglob("*") if _is_known(file))
-        elif not path.is_file():
-            raise UpcyclingError(f"no file {source}; expected documents")
-        elif not _is_known(path):
-            kinds = ", ".join([*LINES, *(f".jsonl{end}" for end in COMPRESSED), PARQUET])
-            raise UpcyclingError(f"{source}: expected one of {kinds}, or {HUB}NAME")
-        else:
-            found.append(str(path))
-    if not found:
-        raise UpcyclingError(f"no documents in {', '.join(sources)}")
-    return found
-
-
-def _is_known(path: Path) -> bool:
-    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return plain.suffix in LINES or path.suffix == PARQUET
-
-
 def parts_of(source: str, part_bytes: int) -> list[Part]:
     """Cut a source into parts.
 
@@ -161,11 +69,11 @@ def parts_of(source: str, part_bytes: int) -> list[Part]:
     """
     if source.startswith(HUB):
         return [Part(source, shard, shard + 1, 1) for shard in range(_data_set(source).num_shards)]
-    path = Path(source)
-    if path.suffix == PARQUET:
+    kind = path_of(source).suffix
+    if kind == PARQUET:
         return list(_row_groups(source, part_bytes))
-    size = path.stat().st_size
-    if path.suffix in COMPRESSED:
+    size = size_of(source)
+    if kind in COMPRESSED:
         return [Part(source, 0, size, size)]
     count = max(1, -(-size // part_bytes))
     cuts = [size * number // count for number in range(count + 1)]
@@ -178,15 +86,14 @@ def read_part(part: Part, selection: Selection) -> Iterator[Document]:
     Raises:
         UpcyclingError: The file cannot be read to its end.
     """
-    path = Path(part.source)
     try:
         if part.source.startswith(HUB):
             yield from _read_data_set(part, selection)
-        elif path.suffix == PARQUET:
+        elif path_of(part.source).suffix == PARQUET:
             yield from _read_parquet(part, selection)
         else:
             yield from _read_lines(part, selection)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UpcyclingError(f"{part.source}: cannot be read to its end: {error}") from error
 
 
@@ -194,7 +101,7 @@ def read_part(part: Part, selection: Selection) -> Iterator[Document]:
 
 
 def _read_lines(part: Part, selection: Selection) -> Iterator[Document]:
-    with Path(part.source).open("rb") as file:
+    with open_file(part.source) as file:
         lines, compressed = _unpacked(file, part)
         at = part.start
         if at and not compressed:
@@ -210,9 +117,10 @@ def _read_lines(part: Part, selection: Selection) -> Iterator[Document]:
 
 
 def _unpacked(file: BinaryIO, part: Part) -> tuple[BinaryIO, bool]:
-    if part.source.endswith(".gz"):
+    kind = path_of(part.source).suffix
+    if kind == ".gz":
         return gzip.open(file), True  # type: ignore[return-value]
-    if part.source.endswith(".zst"):
+    if kind == ".zst":
         import pyarrow
 
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
@@ -238,7 +146,7 @@ def _parquet(source: str) -> Any:
     from pyarrow.parquet import ParquetFile
 
     try:
-        return ParquetFile(source)
+        return ParquetFile(open_file(source) if is_url(source) else source)
     except pyarrow.ArrowException as error:
         raise UpcyclingError(f"{source}: not a Parquet file: {error}") from error
 
@@ -274,6 +182,7 @@ def _read_parquet(part: Part, selection: Selection) -> Iterator[Document]:
 # --- Hugging Face data sets ----------------------------------------------------------------------
 
 
+@cache
 def _data_set(source: str) -> Any:
     """Open a data set to be streamed: `hf://NAME`, with `?config=…&split=…`.
 
@@ -297,7 +206,10 @@ def _data_set(source: str) -> Any:
             streaming=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UpcyclingError(f"{source}: cannot be opened: {error}") from error
+        raise UpcyclingError(
+            f"{source}: cannot be opened: {error}. Where the hub cannot be reached: hf download "
+            f"--repo-type dataset {name} --local-dir DIR on a machine that does, and {HUB}DIR here."
+        ) from error
 
 
 def _read_data_set(part: Part, selection: Selection) -> Iterator[Document]:

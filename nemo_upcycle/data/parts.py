@@ -6,16 +6,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nemo_upcycle.data.decontamination import EvaluationItems
-from nemo_upcycle.data.documents import Document, Part, Selection, read_part
-from nemo_upcycle.errors import UpcyclingError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from nemo_upcycle.data.documents import Document, Part, read_part
+from nemo_upcycle.data.encoder import Encoder
+from nemo_upcycle.data.selection import Selection
 
 # A batch keeps all cores of the tokenizer busy and still fits easily in memory.
 BATCH_DOCUMENTS = 512
@@ -132,7 +129,7 @@ def tokenize_part(
     part: Part,
     files: PartFiles,
     selection: Selection,
-    tokenizer: "PreTrainedTokenizerBase",
+    encoder: Encoder,
     advance: Advance,
     evaluations: EvaluationItems | None = None,
 ) -> PartRecord:
@@ -146,18 +143,17 @@ def tokenize_part(
     lengths: list[int] = []
     sha256, empty = hashlib.sha256(), 0
     found = _Found(evaluations)
-    dtype = token_dtype(tokenizer)
     # Of this process alone: another may still be at work on the same part, with the same result.
     new = files.tokens.with_suffix(f".{os.getpid()}.partial")
     try:
         with new.open("wb") as out:
             for texts, read in _batches(found.texts(read_part(part, selection))):
                 count = len(lengths)
-                for tokens in _tokens(tokenizer, texts):
+                for tokens in encoder.tokens(texts):
                     if not tokens:
                         empty += 1
                         continue
-                    document = np.array([*tokens, tokenizer.eos_token_id], dtype).tobytes()
+                    document = np.array([*tokens, encoder.eos], encoder.dtype).tobytes()
                     sha256.update(document)
                     out.write(document)
                     lengths.append(len(tokens) + 1)
@@ -216,49 +212,7 @@ def _batches(texts: Iterable[tuple[str, int]]) -> Iterator[tuple[list[str], int]
         yield batch, end - before
 
 
-def _tokens(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> Iterable[list[int]]:
-    if tokenizer.is_fast:
-        # What the call below comes to, without the masks and offsets that nobody asks for.
-        fast: Any = tokenizer.backend_tokenizer
-        return (each.ids for each in fast.encode_batch_fast(texts, add_special_tokens=False))
-    # verbose: a document longer than the model's context is no reason for a warning here.
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def _write(path: Path, content: bytes) -> None:
     new = path.with_name(f"{path.name}.{os.getpid()}.partial")
     new.write_bytes(content)
     os.replace(new, path)
-
-
-def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer from disk and make sure that it can end a document.
-
-    Raises:
-        UpcyclingError: There is none, or it has no eos token.
-    """
-    import transformers
-
-    auto_tokenizer: Any = transformers.AutoTokenizer  # has no type annotations
-    if not directory.is_dir():  # otherwise taken for the name of a model on the hub
-        raise UpcyclingError(f"no tokenizer directory at {directory}")
-    tokenizer: PreTrainedTokenizerBase = auto_tokenizer.from_pretrained(
-        str(directory), use_fast=True, local_files_only=True
-    )
-    if tokenizer.eos_token_id is None:
-        raise UpcyclingError(
-            f"the tokenizer in {directory} has no eos token, and every document needs one at its "
-            'end; set "eos_token" in its tokenizer_config.json'
-        )
-    if tokenizer.is_fast:
-        fast: Any = tokenizer.backend_tokenizer
-        fast.no_truncation()
-        fast.no_padding()
-    return tokenizer
-
-
-def token_dtype(tokenizer: "PreTrainedTokenizerBase") -> Any:
-    """Return the type that Megatron has for this vocabulary: uint16, or int32 for large ones."""
-    # The largest id and not the number of tokens: added tokens may leave gaps.
-    largest = max(tokenizer.get_vocab().values()) + 1
-    return np.uint16 if largest < 65500 else np.int32

@@ -12,35 +12,32 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
 from nemo_upcycle.data.decontamination import EvaluationItems, read_items
-from nemo_upcycle.data.documents import HUB, Part, Selection, files_of, parts_of
+from nemo_upcycle.data.documents import Part, parts_of
+from nemo_upcycle.data.encoder import Encoder, load_encoder
 from nemo_upcycle.data.manifest import COPY_BYTES, Manifest, read_manifest, sha256_of
-from nemo_upcycle.data.parts import (
-    PartFiles,
-    PartRecord,
-    load_tokenizer,
-    token_dtype,
-    tokenize_part,
-)
+from nemo_upcycle.data.parts import PartFiles, PartRecord, tokenize_part
+from nemo_upcycle.data.remote import is_url
+from nemo_upcycle.data.selection import Selection
+from nemo_upcycle.data.sources import HUB, files_of
 from nemo_upcycle.data.workers import tokenize_parts
 from nemo_upcycle.errors import UpcyclingError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1
 REPORTS = ("malformed", "contaminated")
 """What is located in a file of its own beside the dataset."""
 
-PART_BYTES = 64 * 2**20
+PART_BYTES = 16 * 2**20
+SOURCES_AT_ONCE = 16
 
 Progress = Callable[[int, int, int], None]
 """Told bytes read, bytes in all, and tokens written in this run."""
@@ -51,7 +48,8 @@ class Preparation:
     """What is made of what.
 
     Attributes:
-        sources: Files, directories, or `hf://NAME?config=…&split=…`.
+        sources: Files, directories, URLs, `redpajama-v2://…`, or `hf://NAME?config=…&split=…`.
+            Files are known by size and time, what is elsewhere by its name alone.
         tokenizer: Its directory.
         prefix: Path of the dataset without `.bin` and `.idx`.
         selection: What of a record is a document.
@@ -99,17 +97,17 @@ def prepare(
             another job are in the way. Nothing is left but complete parts.
     """
     names = files_of(preparation.sources)
-    tokenizer = load_tokenizer(preparation.tokenizer)
+    encoder = load_encoder(preparation.tokenizer)
     evaluations = read_items(preparation.evaluations) if preparation.evaluations else None
     job = _job(preparation, names)
     if (there := read_manifest(preparation.prefix)) is not None and there.job == job:
         _remove_parts(preparation)
         return there
-    parts = [part for name in names for part in parts_of(name, preparation.part_bytes)]
+    parts = _parts(names, preparation.part_bytes)
     with _work_directory(preparation, job):
-        records = _records(preparation, parts, (tokenizer, evaluations), workers, progress)
+        records = _records(preparation, parts, (encoder, evaluations), workers, progress)
         _check(preparation, records)
-        manifest = _put_together(preparation, job, records, token_dtype(tokenizer))
+        manifest = _put_together(preparation, job, records, encoder.dtype)
     _remove_parts(preparation)
     return manifest
 
@@ -138,10 +136,16 @@ def _job(preparation: Preparation, names: Sequence[str]) -> dict[str, Any]:
 
 def _identity(source: str) -> dict[str, Any]:
     """Return what says that a source is still the same."""
-    if source.startswith(HUB):
+    if source.startswith(HUB) or is_url(source):
         return {"source": source}
     found = Path(source).stat()
     return {"source": source, "bytes": found.st_size, "modified_ns": found.st_mtime_ns}
+
+
+def _parts(names: Sequence[str], part_bytes: int) -> list[Part]:
+    """Cut the sources, many at a time: it is waiting for servers that takes long."""
+    with ThreadPoolExecutor(SOURCES_AT_ONCE) as pool:
+        return list(chain.from_iterable(pool.map(lambda name: parts_of(name, part_bytes), names)))
 
 
 @contextmanager
@@ -201,7 +205,7 @@ def _remove_parts(preparation: Preparation) -> None:
 def _records(
     preparation: Preparation,
     parts: Sequence[Part],
-    tools: "tuple[PreTrainedTokenizerBase, EvaluationItems | None]",
+    tools: tuple[Encoder, EvaluationItems | None],
     workers: int,
     progress: Progress | None,
 ) -> list[PartRecord]:
@@ -221,7 +225,7 @@ def _records(
         for task in tasks:
             tokenize_part(*task, preparation.selection, tools[0], advance, tools[1])
     else:
-        given = preparation.selection, preparation.tokenizer, workers
+        given = preparation.selection, tools[0], workers
         tokenize_parts(tasks, *given, advance, preparation.evaluations)
     return [record for each in files if (record := each.read_record())]
 
@@ -250,7 +254,7 @@ def _check(preparation: Preparation, records: Sequence[PartRecord]) -> None:
 
 
 def _put_together(
-    preparation: Preparation, job: dict[str, Any], records: Sequence[PartRecord], dtype: Any
+    preparation: Preparation, job: dict[str, Any], records: Sequence[PartRecord], dtype: str
 ) -> Manifest:
     """Write the dataset's files, each complete or not at all, the manifest last."""
     new = {suffix: preparation.work / f"new{suffix}" for suffix in (".bin", ".idx")}
@@ -266,7 +270,7 @@ def _put_together(
         left_out=sum(record.left_out for record in records),
         malformed=sum(len(record.malformed) for record in records),
         contaminated=sum(len(record.contaminated) for record in records),
-        dtype=np.dtype(dtype).name,
+        dtype=dtype,
         job=job,
         sources=_of_sources(records),
         files={
@@ -286,12 +290,12 @@ def _put_together(
 
 
 def _write_dataset(
-    preparation: Preparation, records: Sequence[PartRecord], dtype: Any, new: dict[str, Path]
+    preparation: Preparation, records: Sequence[PartRecord], dtype: str, new: dict[str, Path]
 ) -> None:
     """Put the parts together with Megatron's own builder."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    builder = IndexedDatasetBuilder(str(new[".bin"]), dtype=dtype)
+    builder = IndexedDatasetBuilder(str(new[".bin"]), dtype=getattr(np, dtype))
     try:
         for number, record in enumerate(records):
             files = PartFiles(preparation.work, number)

@@ -125,6 +125,7 @@ def _save(tokenizer: Tokenizer, out: Path) -> None:
         bos_token=BOS_TOKEN,
         eos_token=EOS_TOKEN,
         clean_up_tokenization_spaces=False,  # would eat the space in "a , b"
+        model_input_names=["input_ids", "attention_mask"],  # Llama refuses token_type_ids
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:

@@ -1,4 +1,4 @@
-"""Processes that tokenise parts, each with a tokenizer of its own."""
+"""Processes that tokenise parts."""
 
 import multiprocessing
 import os
@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.decontamination import read_items
-from nemo_upcycle.data.documents import Part, Selection
-from nemo_upcycle.data.parts import Advance, PartFiles, load_tokenizer, tokenize_part
+from nemo_upcycle.data.documents import Part
+from nemo_upcycle.data.encoder import Encoder
+from nemo_upcycle.data.parts import Advance, PartFiles, tokenize_part
+from nemo_upcycle.data.selection import Selection
 
 SECONDS_BETWEEN_LOOKS = 0.2
 
 _state: dict[str, Any] = {}
-"""What a worker has: its tokenizer, the queue that it tells its progress, who started it."""
+"""What a worker has: what makes tokens, the queue that it tells its progress, who started it."""
 
 
 def tokenize_parts(
     tasks: Sequence[tuple[Part, PartFiles]],
     selection: Selection,
-    tokenizer: Path,
+    encoder: Encoder,
     workers: int,
     advance: Advance,
     evaluations: Path | None = None,
@@ -31,7 +33,7 @@ def tokenize_parts(
     Args:
         tasks: Parts, and where they are written.
         selection: What of a record is a document.
-        tokenizer: Its directory.
+        encoder: Makes tokens.
         workers: Processes.
         advance: Told of all that they do, in this process.
         evaluations: Items whose documents are left out.
@@ -43,7 +45,7 @@ def tokenize_parts(
     context = multiprocessing.get_context("spawn")
     told = context.Queue()
     with ProcessPoolExecutor(
-        min(workers, len(tasks)), context, _begin, (tokenizer, evaluations, told, os.getpid())
+        min(workers, len(tasks)), context, _begin, (encoder, evaluations, told, os.getpid())
     ) as pool:
         futures = {pool.submit(_work, part, files, selection) for part, files in tasks}
         try:
@@ -57,11 +59,11 @@ def tokenize_parts(
     _pass_on(told, advance)
 
 
-def _begin(tokenizer: Path, evaluations: Path | None, told: Any, parent: int) -> None:
+def _begin(encoder: Encoder, evaluations: Path | None, told: Any, parent: int) -> None:
     # There are as many processes as cores already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _state.update(
-        tokenizer=load_tokenizer(tokenizer),
+        encoder=encoder,
         evaluations=evaluations and read_items(evaluations),
         told=told,
         parent=parent,
@@ -74,7 +76,7 @@ def _work(part: Part, files: PartFiles, selection: Selection) -> None:
             os._exit(1)
         _state["told"].put((more_bytes, more_tokens))
 
-    tokenize_part(part, files, selection, _state["tokenizer"], advance, _state["evaluations"])
+    tokenize_part(part, files, selection, _state["encoder"], advance, _state["evaluations"])
 
 
 def _pass_on(told: Any, advance: Advance) -> None:

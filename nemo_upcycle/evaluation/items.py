@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.data.decontamination import Item
-from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.evaluation.tasks import load_tasks, requests
+from nemo_upcycle.evaluation.tasks import load_tasks, need_lm_eval, requests
 
 
 def write_items(tasks: Sequence[str], out: Path, include_path: Path | None = None) -> int:
@@ -24,12 +23,10 @@ def write_items(tasks: Sequence[str], out: Path, include_path: Path | None = Non
         How many items.
 
     Raises:
-        UpcyclingError: A task is not known, or its data set is not here and cannot be reached.
+        UpcyclingError: lm-eval is not installed, a task is not known, or its data set is not here
+            and cannot be reached.
     """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise UpcyclingError("Items need lm-eval: pip install 'nemo-upcycle[eval]'.") from None
+    need_lm_eval()
     (request,) = requests(tasks, None, paper=False)
     loaded = load_tasks([request], include_path)[request].load(list(tasks))["tasks"]
     found = [item for task in loaded.values() for item in _items_of(task)]

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -82,6 +83,16 @@ def requests(tasks: Sequence[str], num_fewshot: int | None, paper: bool) -> list
             "`lm_eval ls tasks` lists them."
         )
     return found
+
+
+def need_lm_eval() -> None:
+    """Say at once that lm-eval is missing.
+
+    Raises:
+        UpcyclingError: It is.
+    """
+    if find_spec("lm_eval") is None:
+        raise UpcyclingError("lm-eval is not installed: pip install 'nemo-upcycle[eval]'.")
 
 
 def load_tasks(

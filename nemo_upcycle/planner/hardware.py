@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from nemo_upcycle import settings
 from nemo_upcycle.errors import UpcyclingError
 
 SHIPPED = Path(__file__).parent / "hardware"
@@ -45,7 +46,7 @@ class Hardware:
 
 def shipped() -> list[str]:
     """Return the names of the hardware that the package knows."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    return settings.names_in(SHIPPED)
 
 
 def hardware(source: str) -> Hardware:
@@ -58,38 +59,8 @@ def hardware(source: str) -> Hardware:
     Raises:
         UpcyclingError: There is none, or a field is missing, unknown or not of its type.
     """
-    from omegaconf import DictConfig, OmegaConf  # 0.15 s
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    path = SHIPPED / f"{source.lower()}.yaml"
-    if not path.is_file():
-        path = Path(source).expanduser()
-    if not path.is_file():
-        raise UpcyclingError(
-            f"There is no hardware {source!r}; expected one of: {', '.join(shipped())}, or a YAML "
-            "file."
-        )
-    try:
-        found = OmegaConf.load(path)
-        base = found.pop("base", None) if isinstance(found, DictConfig) else None
-        if base is not None and base not in shipped():
-            raise UpcyclingError(f"base is {base!r}; expected one of: {', '.join(shipped())}.")
-        values = {} if base is None else vars(hardware(base))
-        merged = OmegaConf.merge(OmegaConf.structured(Hardware), values, found)
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
-        raise UpcyclingError(f"{path}: {_first_line(error)}{_expected()}") from None
-    except UpcyclingError as error:
-        raise UpcyclingError(f"{path}: {error}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _expected() -> str:
-    return f". Expected the fields {', '.join(field.name for field in fields(Hardware))}."
+    path = settings.find(source, SHIPPED, "hardware")
+    return settings.read(Hardware, path, SHIPPED)
 
 
 def device_peak_tflops(device: str) -> float | None:

@@ -1,6 +1,6 @@
 """Find the fastest mappings that fit: all foldings of a number of GPUs, predicted and ranked."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -136,8 +136,19 @@ def search(
         efficiency: How much of the hardware a training gets.
         fsdp: Look at FSDP instead: data parallelism, with expert parallelism or without.
     """
+    every = mappings_of(workload, world_size, hardware, allowed, fsdp)
+    return fitting(workload, hardware, every, efficiency)
+
+
+def fitting(
+    workload: Workload,
+    hardware: Hardware,
+    every: Iterable[list[Mapping]],
+    efficiency: Efficiency = CALIBRATED,
+) -> list[Prediction]:
+    """Return those of `mappings_of` that fit, the fastest first, each with the least recompute."""
     found = []
-    for mappings in mappings_of(workload, world_size, hardware, allowed, fsdp):
+    for mappings in every:
         for mapping in mappings:
             used = memory(workload, mapping)
             if used.total <= room(hardware):

@@ -10,6 +10,7 @@ from nemo_upcycle.planner.search import (
     Allowed,
     Prediction,
     everything,
+    fitting,
     least_memory,
     mappings_of,
     room,
@@ -17,7 +18,7 @@ from nemo_upcycle.planner.search import (
     unfolded,
 )
 from nemo_upcycle.planner.step_time import step_time
-from nemo_upcycle.planner.workload import Workload
+from nemo_upcycle.planner.workload import Mapping, Workload
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,16 @@ def tune(
     Raises:
         UpcyclingError: None fits; says how much memory the one that takes the least needs.
     """
-    found = search(workload, world_size, hardware, allowed)
+    every = list(mappings_of(workload, world_size, hardware, allowed))
+    found = fitting(workload, hardware, every)
     if not found:
         raise _nothing_fits(workload, world_size, hardware, allowed)
-    tried = sum(1 for _ in mappings_of(workload, world_size, hardware, allowed))
     return Tuning(
         best=tuple(_distinct(found)),
         fitting=len(found),
-        tried=tried,
+        tried=len(every),
         compared=_compared(workload, world_size, hardware, found, own),
-        faster=_faster(workload, world_size, hardware, allowed, found[0]),
+        faster=_faster(workload, hardware, every, found[0]),
     )
 
 
@@ -105,11 +106,11 @@ def _compared(
 
 
 def _faster(
-    workload: Workload, world_size: int, hardware: Hardware, allowed: Allowed, best: Prediction
+    workload: Workload, hardware: Hardware, every: list[list[Mapping]], best: Prediction
 ) -> Prediction | None:
     """Return the fastest of those that nearly fit, if it is faster than the best."""
     fastest = None
-    for mapping, *_ in mappings_of(workload, world_size, hardware, allowed):
+    for mapping, *_ in every:
         used = memory(workload, mapping)
         if not 1 < used.total / room(hardware) <= 1.5:
             continue

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from nemo_upcycle.cli import app
 from nemo_upcycle.data.blend import read_blend, shipped
-from nemo_upcycle.data.documents import Selection
+from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.errors import UpcyclingError
 from tests.unit.test_data_preparation import documents_in, expected_documents, tokenizer
 
@@ -82,51 +82,10 @@ def test_the_papers_blend_is_7_to_3() -> None:
     assert web.weight == pytest.approx(0.7)
     assert web.selection.where == {"bucket": "head", "language": "en"}
     assert len(found) > 8
-
-
-SCHEMAS: dict[str, tuple[dict[str, Any], str]] = {
-    # Records as the data sets have them.
-    "mmlu_auxiliary_train": (
-        {"question": "Q", "choices": ["w", "x", "y", "z"], "answer": 2},
-        "Q\nA. w\nB. x\nC. y\nD. z\nAnswer: C. y",
-    ),
-    "boolq": (
-        {"passage": "P", "question": "is it", "answer": False},
-        "P\nQuestion: is it?\nAnswer: no",
-    ),
-    "piqa": ({"goal": "G", "sol1": "a", "sol2": "b", "label": 1}, "Question: G\nAnswer: b"),
-    "sciq": (
-        {"support": "S", "question": "Q", "correct_answer": "A"},
-        "S\nQuestion: Q\nAnswer: A",
-    ),
-    "openbookqa": (RECORDS["openbookqa.jsonl"][0], "The sun is a star"),
-    "arc_easy": (
-        {"question": "Q", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "1"},
-        "Question: Q\nAnswer: a",
-    ),
-    "hellaswag": ({"ctx": "He", "endings": ["runs.", "sits."], "label": "1"}, "He sits."),
-    "commonsense_qa": (
-        {"question": "Q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"},
-        "Question: Q\nAnswer: b",
-    ),
-    "gsm8k": ({"question": "Q", "answer": "A"}, "Question: Q\nAnswer: A"),
-}
-
-
-@pytest.mark.parametrize("name", [each.name for each in read_blend("llama3_moe").datasets])
-def test_prompt_formats_of_the_papers_blend(name: str) -> None:
-    (dataset,) = (each for each in read_blend("llama3_moe").datasets if each.name == name)
-    if name == "redpajama_v2":
-        record = {"raw_content": "web", "bucket": "head", "language": "en"}
-        assert dataset.selection.of(record) == ("web", None)
-        assert dataset.selection.of(record | {"bucket": "middle"}) == (None, None)
-        return
-    record, text = SCHEMAS[name.replace("challenge", "easy")]
-    assert dataset.selection.of(record) == (text, None)
-    found, error = dataset.selection.of({})
-    assert found is None
-    assert error is not None
-    assert "the template does not fit: UndefinedError" in error
+    academic = {each.name: each.weight for each in found[1:]}
+    assert sum(academic.values()) == pytest.approx(0.3)
+    # By their sizes: else the smallest would be read tens of thousands of times.
+    assert academic["mmlu_auxiliary_train"] > 100 * academic["arc_challenge"]
 
 
 def test_templates_run_no_code() -> None:
@@ -143,6 +102,8 @@ def test_the_command_prepares_it(tokenizer: Path, blend: Path) -> None:
     assert result.exit_code == 0, result.output
     prepared = blend.parent / "prepared"
     assert f"data_paths='0.7 {prepared}/redpajama_v2 0.2 {prepared}/boolq" in result.output
+    tokens = len(expected_documents(tokenizer, ["kept"])[0])
+    assert f"reads redpajama_v2 the most often: once every {int(tokens / 0.7)} t" in result.output
     texts = {
         "redpajama_v2": "kept",
         "boolq": "P\nQuestion: q?\nAnswer: yes",
@@ -165,9 +126,37 @@ def test_the_recipe_takes_it(blend: Path) -> None:
         pretrain_recipe(data_blend=str(blend), data_paths="a")
 
 
+OTHER_DATA = """
+base: llama3_moe
+groups:
+  web:
+    weight: 1
+    datasets:
+      redpajama_v2:
+        sources: [crawl, "redpajama-v2://mirror?snapshots=2023-06", "hf://a/b", "https://h/c.jsonl"]
+"""
+
+
+def test_a_blend_says_what_differs_from_the_papers(tmp_path: Path) -> None:
+    (tmp_path / "blend.yaml").write_text(OTHER_DATA)
+    papers, other = read_blend("llama3_moe"), read_blend(str(tmp_path / "blend.yaml"))
+    assert other.datasets[0].weight == pytest.approx(0.25)
+    assert other.datasets[0].selection == papers.datasets[0].selection
+    assert other.datasets[0].sources == (
+        f"{tmp_path}/crawl",
+        f"redpajama-v2://{tmp_path}/mirror?snapshots=2023-06",
+        "hf://a/b",
+        "https://h/c.jsonl",
+    )
+    for theirs, ours in zip(papers.datasets[1:], other.datasets[1:], strict=True):
+        assert (ours.name, ours.sources) == (theirs.name, theirs.sources)
+        assert ours.prefix == tmp_path / theirs.prefix
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("base: nope", "base is 'nope'; expected one of: llama3_moe"),
         (BLEND.replace("weight: 7", "weight: 0"), "weights must be more than 0"),
         (BLEND.replace("sources: [crawl]", "sources: []"), "redpajama_v2: no sources"),
         (BLEND.replace("text_key", "textkey"), "Key 'textkey' not in 'DatasetSettings'"),

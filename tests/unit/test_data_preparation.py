@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.data import parts
-from nemo_upcycle.data.documents import Selection, files_of, parts_of, read_part
+from nemo_upcycle.data.documents import parts_of, read_part
 from nemo_upcycle.data.manifest import Manifest, check_files, read_manifest
 from nemo_upcycle.data.preparation import Preparation, prepare
+from nemo_upcycle.data.selection import Selection
+from nemo_upcycle.data.sources import files_of, name_of
 from nemo_upcycle.data.tokenizer import train_tokenizer
 from nemo_upcycle.errors import UpcyclingError
 
@@ -320,6 +322,13 @@ def truncated(tmp_path: Path) -> Path:
     return path
 
 
+def damaged(tmp_path: Path) -> Path:
+    path = tmp_path / "a.jsonl.gz"
+    packed = gzip.compress(lines(many(50)))
+    path.write_bytes(packed[:200] + b"\xff" * 50 + packed[250:])
+    return path
+
+
 def no_parquet(tmp_path: Path) -> Path:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
     return tmp_path / "a.parquet"
@@ -347,6 +356,7 @@ def nothing_in_it(tmp_path: Path) -> Path:
     ("make", "message"),
     [
         (truncated, r"a\.jsonl\.gz: cannot be read to its end"),
+        (damaged, r"a\.jsonl\.gz: cannot be read to its end: .*decompressing"),
         (no_parquet, r"a\.parquet: not a Parquet file"),
         (no_column, 'no column "text"; it has content'),
         (no_kind, r"a\.csv: expected one of \.jsonl"),
@@ -369,6 +379,35 @@ def test_a_directory_is_read_by_name(tmp_path: Path) -> None:
     corpus = directory(tmp_path, TEXTS)
     names = [Path(name).name for name in files_of([str(corpus)])]
     assert names == ["a.jsonl", "b.json"]
+
+
+def test_sources_of_one_name_are_not_written_over_each_other(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from nemo_upcycle.cli import app
+
+    sources = [f"hf://allenai/ai2_arc?config=ARC-{kind}" for kind in ("Easy", "Challenge")]
+    words = ["data", "tokenize", *sources, "--tokenizer", str(tokenizer), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1
+    assert "2 sources are called ai2_arc; give a --name" in result.output
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("crawl/", "crawl"),
+        ("/data/web.jsonl.zst", "web"),
+        ("https://host/web.json.gz?signed=a/b", "web"),
+        ("hf://cais/mmlu?config=all", "mmlu"),
+        ("redpajama-v2://?snapshots=2023-06", "redpajama-v2"),
+        ("redpajama-v2:///data/rpv2?snapshots=2023-06", "rpv2"),
+    ],
+)
+def test_names_of_sources(source: str, name: str) -> None:
+    assert name_of(source) == name
 
 
 def test_missing_tokenizers_are_named(tokenizer: Path, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def test_special_tokens_and_size(directory: Path) -> None:
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("</s>", 1)
     assert len(tokenizer) == tokenizer.vocab_size == VOCAB_SIZE
     assert max(tokenizer.get_vocab().values()) == VOCAB_SIZE - 1
+    assert set(tokenizer(TEXTS[0])) == {"input_ids", "attention_mask"}, "as a Llama takes"
     tokens = tokenizer.encode(TEXTS[0])
     assert not {0, 1} & set(tokens), "no token of its own"
     assert len(tokens) < len(TEXTS[0].encode()) / 2, "it has learnt merges"

@@ -1,0 +1,126 @@
+"""RedPajama-V2 (arXiv 2411.12372): which of its files hold what was asked for.
+
+The hub's repository has a loading script in place of data, and nobody's code is run here, so its
+files are read as they are: `documents/SNAPSHOT/SHARD/LANGUAGE_BUCKET.json.gz`, of which
+`listings/LANGUAGE-SNAPSHOT-PARTITION.txt` has a line each without the ending. A bucket is CCNet's
+(arXiv 1911.00359): `head` is the third whose perplexity under a model of Wikipedia is lowest.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from nemo_upcycle.data.remote import is_url, read_text
+from nemo_upcycle.errors import UpcyclingError, listing
+
+SCHEME = "redpajama-v2://"
+TOGETHER = "https://data.together.xyz/redpajama-data-v2/v1.0.0"
+LANGUAGES = ("en", "de", "fr", "es", "it")
+PARTITIONS = {"head": "head_middle", "middle": "head_middle", "tail": "tail"}
+ENDING = ".json.gz"
+
+LOST = frozenset(
+    {
+        "2014-52/2811/en_head",
+        "2014-52/3215/en_middle",
+        "2014-52/4251/en_head",
+        "2015-40/0914/it_head",
+        "2015-40/0964/it_head",
+        "2015-40/1315/it_head",
+        "2015-40/2650/it_head",
+        "2017-04/4965/it_middle",
+    }
+)
+"""What is listed and is nowhere; `urls/missing-documents.txt` in the hub's repository."""
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A part of the data set.
+
+    Attributes:
+        base: Where it is: a URL, or a directory with the same layout.
+        snapshots: Of Common Crawl, such as 2023-06.
+        language: One of `LANGUAGES`.
+        bucket: One of `PARTITIONS`.
+        shards: Their numbers, of 5,000; None: all that there are.
+    """
+
+    base: str
+    snapshots: tuple[str, ...]
+    language: str = "en"
+    bucket: str = "head"
+    shards: range | None = None
+
+    def files(self) -> list[str]:
+        """Return its files, snapshot by snapshot.
+
+        Raises:
+            UpcyclingError: A snapshot or a shard is not there, or cannot be reached.
+        """
+        return [
+            f"{self.base}/documents/{name}{ENDING}"
+            for snapshot in self.snapshots
+            for name in self._of_snapshot(snapshot)
+        ]
+
+    def _of_snapshot(self, snapshot: str) -> list[str]:
+        there = self._listed(snapshot) if is_url(self.base) else self._found(snapshot)
+        if self.shards is not None:
+            wanted = {f"{snapshot}/{shard:04}/{self._file}" for shard in self.shards} - LOST
+            if absent := sorted(wanted - set(there)):
+                raise UpcyclingError(
+                    f"{self.base}: {len(absent)} of {len(wanted)} shards are not there: "
+                    f"{listing(absent, 3)}. Download them, or give other shards."
+                )
+            there = [name for name in there if name in wanted]
+        if not there:
+            raise UpcyclingError(f"{self.base}: no documents/{snapshot}/*/{self._file}{ENDING}.")
+        return there
+
+    @property
+    def _file(self) -> str:
+        return f"{self.language}_{self.bucket}"
+
+    def _listed(self, snapshot: str) -> list[str]:
+        partition = f"{self.language}-{snapshot}-{PARTITIONS[self.bucket]}"
+        listed = read_text(f"{self.base}/listings/{partition}.txt").split()
+        return sorted({name for name in listed if name.endswith(f"/{self._file}")} - LOST)
+
+    def _found(self, snapshot: str) -> list[str]:
+        found = Path(self.base, "documents", snapshot).glob(f"*/{self._file}{ENDING}")
+        return sorted(f"{snapshot}/{path.parent.name}/{self._file}" for path in found)
+
+
+def excerpt(source: str) -> Excerpt:
+    """Parse `redpajama-v2://[BASE]?snapshots=2023-06,…[&language=en][&bucket=head][&shards=0-99]`.
+
+    Raises:
+        UpcyclingError: It says something else.
+    """
+    base, _, query = source.removeprefix(SCHEME).partition("?")
+    options = dict(parse_qsl(query))
+    unknown = set(options) - {"snapshots", "language", "bucket", "shards"}
+    snapshots = tuple(options.get("snapshots", "").split(","))
+    language, bucket = options.get("language", "en"), options.get("bucket", "head")
+    if (
+        unknown
+        or not all(re.fullmatch(r"\d{4}-\d{2}", snapshot) for snapshot in snapshots)
+        or language not in LANGUAGES
+        or bucket not in PARTITIONS
+    ):
+        raise UpcyclingError(
+            f"{source}: expected {SCHEME}[BASE]?snapshots=2023-06,2022-49, and &language= one of "
+            f"{', '.join(LANGUAGES)}, &bucket= one of {', '.join(PARTITIONS)}, &shards=0-99 or 7."
+        )
+    shards = _range(source, options["shards"]) if "shards" in options else None
+    return Excerpt(base.rstrip("/") or TOGETHER, snapshots, language, bucket, shards)
+
+
+def _range(source: str, text: str) -> range:
+    matched = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
+    first, last = (int(matched[1]), int(matched[2] or matched[1])) if matched else (1, 0)
+    if first > last:
+        raise UpcyclingError(f"{source}: shards={text}: expected a number, or two: 0-99.")
+    return range(first, last + 1)

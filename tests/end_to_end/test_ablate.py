@@ -1,0 +1,167 @@
+"""`nemo-upcycle ablate`: real trainings, killed and gone on with; and the loss that it measures."""
+
+import json
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from nemo_upcycle_recipes.ablations import studies
+from nemo_upcycle_recipes.ablations.results import Workspace, jobs_of
+from transformers import AutoModelForCausalLM
+
+from tests.end_to_end import cli
+from tests.workspace import make_workspace
+
+ARMS, SEEDS, STEPS = ("e8t2", "lr_between", "lr_minimum"), (1, 2), 3
+ABLATE = (
+    "nemo-upcycle",
+    "ablate",
+    "--study",
+    "learning_rate",
+    "--seeds",
+    str(len(SEEDS)),
+    "--steps",
+    str(STEPS),
+    "--workers",
+    "2",
+    "--out",
+    "ablations",
+)
+
+
+def results(directory: Path) -> dict[str, bytes]:
+    """Return the results that are kept, by name."""
+    found = sorted((directory / "ablations" / "results").glob("*.json"))
+    return {path.stem: path.read_bytes() for path in found}
+
+
+def kill_after_a_result(directory: Path) -> None:
+    """Start the command and kill it, not what it started, when it has kept something."""
+    with open(directory / "killed.log", "w") as log:
+        process = subprocess.Popen(
+            cli.command(*ABLATE),
+            cwd=directory,
+            env=cli.environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    deadline = time.monotonic() + cli.TIMEOUT_S
+    while not results(directory) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert process.poll() is None, (directory / "killed.log").read_text()[-3000:]
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, left = psutil.wait_procs(started, timeout=30)
+    assert not left
+
+
+def held_out_loss(workspace: Path) -> float:
+    """Return what transformers' dense model loses on the last 3% of both corpora, at 7:3."""
+    model = AutoModelForCausalLM.from_pretrained(workspace / "dense_hf").eval()
+    total = 0.0
+    for name, weight in {"documentation": 0.7, "sources": 0.3}.items():
+        corpus = IndexedDataset(str(workspace / "data" / name))
+        documents = [corpus[n] for n in range(len(corpus.sequence_lengths))]
+        tokens = np.concatenate(documents[round(0.97 * len(documents)) :]).astype(np.int64)
+        rows = [tokens[at : at + 257] for at in range(0, len(tokens) - 256, 256)][:100]
+        with torch.no_grad():
+            found = [model(torch.tensor(row[None, :-1])).logits[0] for row in rows]
+        losses = [
+            torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]))
+            for logits, row in zip(found, rows, strict=True)
+        ]
+        total += weight * float(sum(losses)) / len(losses)
+    return total
+
+
+@pytest.mark.slow
+def test_the_recipes_are_the_factorys_with_what_the_arms_say(tmp_path: Path) -> None:
+    from nemo_upcycle_recipes.ablations.training import recipe_of
+
+    workspace = Workspace(make_workspace(tmp_path / "demo"))
+    arms = [studies.ARMS[name] for name in ("e8t2", "cf1", "lr_minimum", "dense", "scratch")]
+    jobs = jobs_of(arms, 2, STEPS, workspace, tmp_path)
+    made = {job.name: recipe_of(job, tmp_path / "scratch") for job in jobs}
+    for job in jobs:
+        recipe = made[job.name]
+        assert recipe.trainer.max_steps == job.steps == STEPS
+        assert (recipe.data.seed, recipe.data.num_train_samples) == (job.seed, job.samples)
+        assert recipe.data.global_batch_size == studies.BATCH["global_batch_size"]
+        upcycles = [c for c in recipe.trainer.callbacks if hasattr(c, "dense_checkpoint")]
+        assert len(upcycles) == (job.arm.start != "scratch")
+        if job.arm.start == "upcycled":
+            assert upcycles[0].seed == job.seed
+    assert made["cf1-1"].model.config.moe_expert_capacity_factor == 1.0
+    assert made["lr_minimum-1"].optim.config.lr == made["e8t2-1"].optim.config.min_lr
+    assert made["lr_minimum-1"].optim.lr_scheduler.warmup_steps == 0
+    assert made["e8t2-1"].optim.lr_scheduler.warmup_steps > 0
+    assert made["dense-1"].model.config.num_moe_experts is None
+    assert made["scratch-2"].model.config.num_moe_experts == 8
+
+
+@pytest.mark.slow
+def test_killed_ablations_go_on(tmp_path: Path) -> None:
+    make_workspace(tmp_path / "demo")
+    kill_after_a_result(tmp_path)
+    kept = results(tmp_path)
+    assert 0 < len(kept) < len(ARMS) * len(SEEDS)
+
+    output = cli.run(tmp_path, *ABLATE)
+    found = results(tmp_path)
+    assert set(found) == {f"{arm}-{seed}" for arm in ARMS for seed in SEEDS}, output
+    assert found.items() >= kept.items()  # not done again
+    assert "Resetting the learning rate ends lower than going on at the minimum: " in output
+    left = {path.name for path in (tmp_path / "ablations").iterdir()}
+    assert left == {".lock", "results", "ablations.json", "ablations.md", "ablations.png"}
+    _check_numbers(tmp_path, {name: json.loads(text)["result"] for name, text in found.items()})
+
+    # A training that is done again comes to the same; the others stay as they are.
+    (tmp_path / "ablations" / "results" / "lr_between-2.json").unlink()
+    cli.run(tmp_path, *ABLATE)
+    again = results(tmp_path)
+    assert _without_time(again.pop("lr_between-2")) == _without_time(found.pop("lr_between-2"))
+    assert again == found
+
+
+def _check_numbers(directory: Path, found: dict[str, dict[str, Any]]) -> None:
+    # The MoE begins as the dense model, whose loss transformers computes too.
+    expected = held_out_loss(directory / "demo")
+    for result in found.values():
+        assert result["start"] == pytest.approx(expected, abs=1e-5)
+    # Everything else makes a difference: the learning rate, and the seed.
+    assert len({result["end"] for result in found.values()}) == len(found)
+    written = json.loads((directory / "ablations" / "ablations.json").read_text())
+    assert {(one["arm"], one["seed"]): one["end"] for one in written["trainings"]} == {
+        (name[:-2], int(name[-1])): result["end"] for name, result in found.items()
+    }
+
+
+def _without_time(text: bytes) -> dict[str, Any]:
+    found = json.loads(text)
+    del found["result"]["seconds"]
+    return found
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_is_one_error(tmp_path: Path) -> None:
+    """The text is cut short, which only a training's own process sees."""
+    workspace = make_workspace(tmp_path / "demo")
+    index = workspace / "data" / "sources.idx"
+    index.write_bytes(index.read_bytes()[:20])
+    output = cli.run(tmp_path, *ABLATE)
+    error = output.splitlines()[-1]
+    assert re.match(r"Error: The training \w+-1 has failed: \w+: .* All it said is in ", error)
+    assert "Traceback" not in output
+    log = tmp_path / error.rpartition(" ")[2].rstrip(".")
+    assert "Traceback" in log.read_text()
+    assert not results(tmp_path)
+    assert not list((tmp_path / "ablations").glob(".training-*"))
