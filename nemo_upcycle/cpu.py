@@ -311,12 +311,21 @@ class CpuMegatronStrategy(MegatronStrategy):
         enable()
         super().__init__(*args, **kwargs)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is one rank in all, as in a notebook."""
+        return self.cluster_environment.world_size() == 1
+
     def _configure_launcher(self) -> None:
         # Lightning refuses to launch processes from a notebook; one rank has none to launch.
-        if self.num_processes * self.num_nodes > 1:
+        if not self.is_alone:
             super()._configure_launcher()
 
     def setup_distributed(self) -> None:
+        if self.is_alone:
+            # Without a port: it would stay open and in the environment, and a command that a
+            # notebook starts would find it in use.
+            self.store = torch.distributed.HashStore()
         super().setup_distributed()
         # NeMo seeds Megatron's RNG tracker only where there is a GPU.
         seed = int(os.environ.get("PL_GLOBAL_SEED", "1234"))

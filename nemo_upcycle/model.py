@@ -222,11 +222,9 @@ def trained_config(model: MoEModel, dtype: torch.dtype, **fields: Any) -> Upcycl
     """
     arch, length = model.arch, model.arch.max_position_embeddings
     on_cpu = cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
+    of_model = architecture_fields(arch) | window_fields(arch, length) | _trained_moe_fields(model)
     return UpcycledGPTConfig(
-        **architecture_fields(arch),
-        **window_fields(arch, length),
-        **_trained_moe_fields(model),
-        **({} if torch.cuda.is_available() else on_cpu),
+        **(of_model if torch.cuda.is_available() else of_model | on_cpu),
         **fields,
         seq_length=length,
         bf16=dtype == torch.bfloat16,

@@ -2,7 +2,8 @@
 
 Parameters, gradients and optimizer state are counted as Megatron lays them out. Activations are
 what Transformer Engine's layers with fused attention save for the backward pass, by formula
-(arXiv 2205.05198 §4, for grouped queries, gated layers and experts).
+(arXiv 2205.05198 §4, for grouped queries, gated layers and experts); `benchmarks/gpu.py` holds it
+against layers on a GPU.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from nemo_upcycle.mapping import dimensions
 from nemo_upcycle.planner.workload import Mapping, Workload
 
 UNEVEN_ROUTING = 1.5
-"""Tokens of the fullest expert over the mean that memory must have room for, where all are kept."""
+"""Tokens of the fullest rank over the mean that memory must have room for, where all are kept."""
 
 RESERVED = 5 * 2**30
 """Bytes of CUDA's context, NCCL's buffers and what the allocator cannot use."""
@@ -113,8 +114,8 @@ def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, Laye
     tokens = mapping.tokens(workload.seq_length)
     # Norm's input and output, both split over TP: sequence parallelism.
     norm = 2 * arch.hidden_size * each * tokens
-    # q, k, v before and after the rotary embedding, the output, and fp32 log-sum-exps.
-    attention = (2 * sizes["qkv"] + sizes["queries"]) * each + 4 * arch.num_attention_heads
+    # q, k, v after the rotary embedding, the output, and fp32 log-sum-exps.
+    attention = (sizes["qkv"] + sizes["queries"]) * each + 4 * arch.num_attention_heads
     attended = norm + attention * tokens
     neurons = (arch.fc1_rows + 1) * each
     dense = norm + arch.ffn_hidden_size * neurons * tokens
@@ -123,10 +124,11 @@ def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, Laye
     match mapping.recompute:
         case "full":
             kept = arch.hidden_size * each * tokens
-            layer = LayerBytes(attended + moe if workload.is_moe else 0, attended + dense)
+            layer = LayerBytes(attended + moe + routed if workload.is_moe else 0, attended + dense)
             return LayerBytes(kept, kept), layer
         case "moe":
-            return LayerBytes(attended + norm, attended + dense), LayerBytes(moe - norm, 0)
+            again = moe - norm + routed  # and its gradients
+            return LayerBytes(attended + norm, attended + dense), LayerBytes(again, 0)
         case "moe_act":
             return LayerBytes(attended + moe - activated, attended + dense), LayerBytes(
                 activated, 0
@@ -142,7 +144,9 @@ def _expert_bytes(workload: Workload, mapping: Mapping, tokens: float) -> tuple[
         return 0, 0
     arch, folding, each = workload.arch, mapping.folding, workload.element_bytes
     capacity = workload.upcycling.moe_expert_capacity_factor
-    uneven = min(UNEVEN_ROUTING, capacity or UNEVEN_ROUTING)
+    # A rank that has all experts gets all of its tokens' assignments and no more.
+    worst = UNEVEN_ROUTING if folding.expert_model_parallel_size > 1 else 1.0
+    uneven = min(worst, capacity or worst)
     assignments = tokens * workload.model.topk * uneven
     # Every expert-tensor-parallel rank has all of their tokens, and a part of the neurons.
     inputs = arch.hidden_size * each * folding.expert_tensor_parallel_size
@@ -169,9 +173,9 @@ def _layers_in_flight(workload: Workload, mapping: Mapping, stage: int) -> tuple
 
 
 def _logits(workload: Workload, mapping: Mapping) -> float:
-    """Return the bytes of the logits, and of their fp32 softmax."""
+    """Return the bytes of the logits, of their fp32 copy and its softmax."""
     tokens = mapping.tokens(workload.seq_length)
-    return tokens * workload.arch.vocab_size * (workload.element_bytes + 4)
+    return tokens * workload.arch.vocab_size * (workload.element_bytes + 8)
 
 
 def _gathered(workload: Workload, mapping: Mapping) -> float:

@@ -2,7 +2,7 @@
 
     python -m tests.end_to_end.notebooks [NUMBER …]
 
-executes each in an empty directory and writes it back with its outputs.
+executes them one after another in an empty directory and writes them back with their outputs.
 """
 
 import re
@@ -153,10 +153,10 @@ def text(notebook: NotebookNode) -> str:
 
 def main(numbers: list[str]) -> None:
     """Execute and store the notebooks of these numbers, without any all."""
-    for path in NOTEBOOKS:
-        if not numbers or path.name[:2] in numbers:
-            with tempfile.TemporaryDirectory() as scratch:
-                done = execute(read(path), Path(scratch) / "examples")
+    chosen = [path for path in NOTEBOOKS if not numbers or path.name[:2] in numbers]
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in chosen:
+            done = execute(read(path), Path(scratch) / "examples")
             for fault in faults(done):
                 print(f"{path.name}: {fault}", file=sys.stderr)
             path.write_text(text(done))
