@@ -72,34 +72,51 @@ def _serve(connection: Connection, jobs: "list[Job]", workers: int, logs: Path) 
 
     assert training
     torch.set_num_threads(1)
-    context = multiprocessing.get_context("fork")
-    waiting = list(enumerate(jobs))
     running: dict[Any, tuple[int, Any]] = {}
     with tempfile.TemporaryDirectory(dir=logs.parent, prefix=".training-") as scratch:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                number, job = waiting.pop(0)
-                process = context.Process(target=_train, args=(connection, job, scratch, logs))
-                process.start()
-                running[process.sentinel] = number, process
-            for ready in wait([connection, *running]):
-                if ready is connection:  # it was closed: nobody waits any more
-                    for _, process in running.values():
-                        process.kill()
-                        process.join()
-                    return
-                number, process = running.pop(ready)
+        try:
+            _start_all(connection, jobs, workers, running, Path(scratch), logs)
+        except (EOFError, OSError):
+            traceback.print_exc()  # as a rule nobody waits any more
+        finally:
+            for _, process in running.values():
+                process.kill()
                 process.join()
-                connection.send((number, process.exitcode))
+    os._exit(0)  # what NeMo has imported takes seconds to end in order
 
 
-def _train(connection: Connection, job: "Job", scratch: str, logs: Path) -> None:
+def _start_all(
+    connection: Connection,
+    jobs: "list[Job]",
+    workers: int,
+    running: dict[Any, tuple[int, Any]],
+    scratch: Path,
+    logs: Path,
+) -> None:
+    """Fork a process for each job and tell how it ended, until all have or the pipe is closed."""
+    context = multiprocessing.get_context("fork")
+    waiting = list(enumerate(jobs))
+    while waiting or running:
+        while waiting and len(running) < workers:
+            number, job = waiting.pop(0)
+            process = context.Process(target=_train, args=(connection, job, scratch, logs))
+            process.start()
+            running[process.sentinel] = number, process
+        for ready in wait([connection, *running]):
+            if ready is connection:
+                connection.recv()  # raises: nothing is ever sent, so it was closed
+            number, process = running.pop(ready)
+            process.join()
+            connection.send((number, process.exitcode))
+
+
+def _train(connection: Connection, job: "Job", scratch: Path, logs: Path) -> None:
     connection.close()
     log = logs / f"{job.name}.log"
     _print_to(log)
     from nemo_upcycle_recipes.ablations.training import train
 
-    directory = Path(scratch) / job.name
+    directory = scratch / job.name
     try:
         train(job, directory)
     except Exception as error:

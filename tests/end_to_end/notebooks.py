@@ -28,7 +28,7 @@ METADATA = {
 
 _CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _OVERWRITTEN = re.compile(r"^.*\r|[^\S\n]+$", re.MULTILINE)
-_SHOWS = re.compile(r"^(print|plt\.show|Image|Markdown|show)\(", re.MULTILINE)
+_SHOWS = re.compile(r"^\s*(print|plt\.show|Image|Markdown|show)\(", re.MULTILINE)
 _OF_A_MACHINE = re.compile(r"(?<![\w.~/])/(?:home|opt|private|root|tmp|usr|Users|work)/\S*")
 
 

@@ -60,7 +60,7 @@ def kill_after_a_result(directory: Path) -> None:
     started = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    _, left = psutil.wait_procs(started, timeout=30)
+    _, left = psutil.wait_procs(started, timeout=cli.TIMEOUT_S)
     assert not left
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nemo_upcycle_recipes
+import psutil
 import pytest
 
 from nemo_upcycle.data.choices import write_choices
@@ -83,12 +84,30 @@ def steps(events: Path) -> int:
         return 0
 
 
+def ranks_of(environment: dict[str, str]) -> list[psutil.Process]:
+    """Return the processes of the training that runs."""
+    home = environment["NEMORUN_HOME"]
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if "nemo_run.core.runners.fdl_runner" in (process.info["cmdline"] or [])
+        and "RANK" in (process.info["environ"] or {})
+        and any(home in word for word in process.info["cmdline"])
+    ]
+
+
 def stop_once(
     environment: dict[str, str], job: str, events: Path, signal: str = "TERM", after: int = 5
 ) -> None:
-    """Stop a training as a scheduler does, see it put back into the queue, and let it go on."""
+    """Stop a training, see it put back into the queue, and let it go on.
+
+    SIGTERM comes as from a scheduler; SIGKILL to one rank, as from a kernel without memory.
+    """
     until(lambda: steps(events) >= after, "no step was made")
-    cluster.run(environment, "scancel", f"--signal={signal}", job)
+    if signal == "KILL":
+        ranks_of(environment)[0].kill()
+    else:
+        cluster.run(environment, "scancel", f"--signal={signal}", job)
     until(lambda: restarts(environment, job) == 1, "it was not put back into the queue")
     # Slurm holds a job back for two minutes after it was requeued.
     cluster.run(environment, "scontrol", "update", f"jobid={job}", "starttime=now")
