@@ -105,7 +105,8 @@ def stop_once(
     """
     until(lambda: steps(events) >= after, "no step was made")
     if signal == "KILL":
-        ranks_of(environment)[0].kill()
+        # The oldest: ranks fork processes that look like them.
+        min(ranks_of(environment), key=psutil.Process.create_time).kill()
     else:
         cluster.run(environment, "scancel", f"--signal={signal}", job)
     until(lambda: restarts(environment, job) == 1, "it was not put back into the queue")
