@@ -110,7 +110,10 @@ def stop_once(
     else:
         cluster.run(environment, "scancel", f"--signal={signal}", job)
     until(lambda: restarts(environment, job) == 1, "it was not put back into the queue")
-    # Slurm holds a job back for two minutes after it was requeued.
+    until(lambda: not ranks_of(environment), "processes of the first start are left")
+    # Slurm holds a job back for two minutes after it was requeued. It needs some seconds of them:
+    # in the second in which the first start's credential was revoked a new one counts as revoked.
+    time.sleep(3)
     cluster.run(environment, "scontrol", "update", f"jobid={job}", "starttime=now")
 
 
