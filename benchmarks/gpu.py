@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
 
 from benchmarks.gpu_training import (
     CASES,
@@ -113,19 +112,25 @@ def filled_logits(
     dense: Path, upcycling: UpcyclingConfig, dtype: torch.dtype, ids: torch.Tensor, **overrides: Any
 ) -> torch.Tensor:
     """Upcycle and return fp32 logits, [rows, length, vocabulary]."""
+    return filled(dense, upcycling, dtype, **overrides)(**inputs(ids)).float()
+
+
+def filled(
+    dense: Path, upcycling: UpcyclingConfig, dtype: torch.dtype, **overrides: Any
+) -> torch.nn.Module:
+    """Build a model and fill it from a dense checkpoint."""
     checkpoint = HuggingFaceCheckpoint(dense)
     arch = family_of(checkpoint.config).architecture(checkpoint.config)
     model = build(arch, upcycling, dtype, **overrides).eval()
     upcycle([model], checkpoint, upcycling)
-    return model(**inputs(ids)).float()
+    return model
 
 
 def layers(small: bool) -> Lines:
     """Measure all cases beside the planner's prediction."""
     chip = hardware(CHIP)
     yield "Bytes in GiB. `kept` is what a layer keeps for its backward pass; `peak` is what a step"
-    yield "takes above parameters, gradients and optimizer. `even` is the planner's where no expert"
-    yield "gets more than its share. `×` is measured over predicted."
+    yield "takes above parameters, gradients and optimizer. `×` is measured over planned."
     yield ""
     yield "".join(f"| {head} " for head in HEADS) + "|"
     yield "|---" * len(HEADS) + "|"
@@ -137,10 +142,10 @@ def layers(small: bool) -> Lines:
             continue
         finally:
             free()
-        workload, even = case.workload(small), case.workload(small, even=True)
+        workload = case.workload(small)
         planned = step_time(workload, case.mapping, chip).total
         used = utilisation(workload.flops, 1, found.seconds, 1, chip.peak_tflops)
-        said, said_even = memory(workload, case.mapping), memory(even, case.mapping)
+        said = memory(workload, case.mapping)
         state = said.parameters + said.gradients + said.optimizer
         cells = [
             f"{found.seconds * 1e3:.0f} ± {found.spread * 1e3:.0f}",
@@ -153,11 +158,10 @@ def layers(small: bool) -> Lines:
             f"{found.routed / (workload.seq_length * 2):.3f}",
             f"{found.kept / GIB:.3f}",
             f"{said.activations / case.layers / GIB:.3f}",
-            f"{said_even.activations / case.layers / GIB:.3f}",
-            f"{found.kept * case.layers / said_even.activations:.3f}",
+            f"{found.kept * case.layers / said.activations:.3f}",
             f"{found.peak / GIB:.2f}",
-            f"{(said_even.activations + said_even.working) / GIB:.2f}",
-            f"{found.peak / (said_even.activations + said_even.working):.2f}",
+            f"{(said.activations + said.working) / GIB:.2f}",
+            f"{found.peak / (said.activations + said.working):.2f}",
             f"{found.losses[0]:.3f} → {found.losses[1]:.3f}",
         ]
         yield f"| {case} | {' | '.join(cells)} |"
@@ -166,8 +170,8 @@ def layers(small: bool) -> Lines:
 HEADS = (
     *("layers", "vocabulary", "CF", "experts", "weight gradients", "recompute"),
     *("step ms", "TFLOP/s", "MFU", "planned ms", "×"),
-    *("state", "×", "routed", "kept a layer", "planned", "even", "×"),
-    *("peak", "even", "×", "loss"),
+    *("state", "×", "routed", "kept a layer", "planned", "×"),
+    *("peak", "planned", "×", "loss"),
 )
 
 # --- Kernels ---------------------------------------------------------------------------------
@@ -248,7 +252,7 @@ def filling(small: bool) -> Lines:
     workload = Case().workload(small)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        write_random(directory, workload.arch)
+        write_random(directory, Case().config(small), workload.arch)
         yield "| experts | read GiB | written GiB | s | read GiB/s | written GiB/s |"
         yield "|---|---|---|---|---|---|"
         for kind, overrides in EXPERTS.items():
@@ -269,19 +273,10 @@ def fill(model: torch.nn.Module, directory: Path) -> LoadReport:
     return upcycle([model], HuggingFaceCheckpoint(directory), E8T2)
 
 
-def write_random(directory: Path, arch: Architecture) -> None:
+def write_random(directory: Path, config: dict[str, Any], arch: Architecture) -> None:
     """Write a dense Llama in bf16 with random weights."""
     from safetensors.torch import save_file
 
-    config = LLAMA3_8B_E8T2.config | {
-        "num_hidden_layers": arch.num_layers,
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.hidden_size,
-        "intermediate_size": arch.ffn_hidden_size,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_key_value_heads": arch.num_query_groups,
-        "head_dim": arch.kv_channels,
-    }
     (directory / "config.json").write_text(json.dumps(config))
     shapes = family_of(config).shapes(arch)
     weights = {

@@ -119,8 +119,8 @@ class Case:
     def upcycling(self) -> UpcyclingConfig:
         return replace(E8T2, moe_expert_capacity_factor=self.capacity)
 
-    def workload(self, small: bool, even: bool = False) -> Workload:
-        """Return what the planner plans; with `even`, that no expert gets more than its share."""
+    def config(self, small: bool) -> dict[str, Any]:
+        """Return the dense model's config."""
         config = LLAMA3_8B_E8T2.config | {
             "num_hidden_layers": self.layers,
             "vocab_size": self.vocab,
@@ -128,9 +128,13 @@ class Case:
         if small:
             config |= {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512}
             config |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
-        upcycling = replace(E8T2, moe_expert_capacity_factor=1.0) if even else self.upcycling
+        return config
+
+    def workload(self, small: bool) -> Workload:
+        """Return what the planner plans."""
         length = 128 if small else LLAMA3_8B_E8T2.schedule.seq_length
-        return Workload(architecture(config), upcycling, length, global_batch_size=1)
+        arch = architecture(self.config(small))
+        return Workload(arch, self.upcycling, length, global_batch_size=1)
 
     @property
     def mapping(self) -> Mapping:

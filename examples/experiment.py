@@ -25,6 +25,7 @@ import nemo_run as run
 from nemo.collections import llm
 
 from nemo_upcycle.callback import UpcyclingCallback
+from nemo_upcycle.checkpoint.huggingface import resolve_directory
 from nemo_upcycle.model import UpcycledGPTModel
 
 EVALUATION = "--tasks next_line --include-path demo/task --limit 200"
@@ -46,7 +47,7 @@ def add_jobs(
         The table of scores that the last job writes.
     """
     callback = next(c for c in train.trainer.callbacks if c.__fn_or_cls__ is UpcyclingCallback)
-    dense = Path(callback.dense_checkpoint).resolve()
+    dense = resolve_directory(callback.dense_checkpoint).resolve()
     train.log.log_dir = str(Path(train.log.log_dir).resolve())
     home = Path(train.log.log_dir, train.log.name)
     steps = train.trainer.max_steps
@@ -68,15 +69,19 @@ def add_jobs(
     )
     second = experiment.add(train, executor=executor, name="train", dependencies=[first])
     # Only a training that has come to its end has this checkpoint.
-    last = f"{shlex.quote(f'{home}/checkpoints')}/*-step={steps - 1}-*-last"
+    last = f"{quoted(home)}/checkpoints/*-step={steps - 1}-*-last"
+    there = f"test -e {quoted(exported)}/config.json"
     third = experiment.add(
-        script(f"test -e {exported}/config.json || nemo-upcycle export {last} {exported}"),
+        script(f"{there} || nemo-upcycle export {last} {quoted(exported)}"),
         executor=one_task,
         name="export",
         dependencies=[second],
     )
     experiment.add(
-        script(f"nemo-upcycle evaluate {exported} --dense {dense} --out {scores} {evaluation}"),
+        script(
+            f"nemo-upcycle evaluate {quoted(exported)} --dense {quoted(dense)} "
+            f"--out {quoted(scores)} {evaluation}"
+        ),
         executor=one_task,
         name="evaluate",
         dependencies=[third],
@@ -91,6 +96,11 @@ def alone(executor: run.Executor) -> run.Executor:
     if isinstance(one, run.SlurmExecutor):
         one.nodes = 1
     return one
+
+
+def quoted(path: Path) -> str:
+    """Return a path as Bash takes it."""
+    return shlex.quote(str(path))
 
 
 def script(line: str) -> run.Script:

@@ -7,6 +7,7 @@ import typer
 
 from nemo_upcycle.cli.ranks import EP, ETP, PP, TP, Ranks, check_there, folding_of, on_ranks
 from nemo_upcycle.cli.tools import one_line_errors, progress
+from nemo_upcycle.files import write_whole
 
 if TYPE_CHECKING:
     from nemo_upcycle.evaluation.parity import Parity
@@ -226,20 +227,20 @@ def generate(
         text = chosen.decode(output[0], skip_special_tokens=True)
         typer.echo(text)
         if out is not None:
-            harness.write_text(out, text + "\n")
+            write_whole(out, text + "\n")
     harness.end()
 
 
 def _show_scores(out: Path, models: dict[str, Any], paper: bool) -> None:
     from rich.console import Console
 
-    from nemo_upcycle.evaluation.harness import write_results, write_text
+    from nemo_upcycle.evaluation.harness import write_results
     from nemo_upcycle.evaluation.scores import markdown, render
 
     files = [file for name in models for file in write_results(out, name, models[name])]
     names = ["checkpoint", "dense"][: len(models)]
     results = list(models.values())
-    write_text(out / "scores.md", markdown(names, results, paper))
+    write_whole(out / "scores.md", markdown(names, results, paper))
     console = Console()
     for table in render(names, results, paper):
         console.print(table)

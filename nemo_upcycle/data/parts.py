@@ -13,6 +13,7 @@ from nemo_upcycle.data.decontamination import EvaluationItems
 from nemo_upcycle.data.documents import Document, Part, read_part
 from nemo_upcycle.data.encoder import Encoder
 from nemo_upcycle.data.selection import Selection
+from nemo_upcycle.files import write_whole
 
 # A batch keeps all cores of the tokenizer busy and still fits easily in memory.
 BATCH_DOCUMENTS = 512
@@ -161,7 +162,7 @@ def tokenize_part(
         os.replace(new, files.tokens)
     finally:
         new.unlink(missing_ok=True)
-    _write(files.lengths, np.array(lengths, np.int32).tobytes())
+    write_whole(files.lengths, np.array(lengths, np.int32).tobytes())
     record = PartRecord(
         part,
         documents=len(lengths),
@@ -172,7 +173,7 @@ def tokenize_part(
         contaminated=tuple(found.contaminated),
         sha256=sha256.hexdigest(),
     )
-    _write(files.record, json.dumps(asdict(record)).encode())
+    write_whole(files.record, json.dumps(asdict(record)).encode())
     return record
 
 
@@ -210,9 +211,3 @@ def _batches(texts: Iterable[tuple[str, int]]) -> Iterator[tuple[list[str], int]
             batch, characters, before = [], 0, end
     if batch:
         yield batch, end - before
-
-
-def _write(path: Path, content: bytes) -> None:
-    new = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    new.write_bytes(content)
-    os.replace(new, path)

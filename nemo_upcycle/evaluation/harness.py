@@ -13,6 +13,7 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.opening import is_first_rank
 from nemo_upcycle.evaluation.scores import Results
 from nemo_upcycle.evaluation.tasks import Request
+from nemo_upcycle.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,9 @@ def write_results(out: Path, name: str, results: Results) -> list[Path]:
         several = len(results) > 1 and request.num_fewshot is not None
         path = out / f"{name}{f'-{request.num_fewshot}-shot' if several else ''}.json"
         text = json.dumps(found, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        write_text(path, text)
+        write_whole(path, text)
         paths.append(path)
     return paths
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all; its directory is made where it is not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.rename(path)
 
 
 def end() -> None:

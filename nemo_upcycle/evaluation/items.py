@@ -1,7 +1,6 @@
 """The items of lm-eval's tasks, that training data must not have."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from nemo_upcycle.data.decontamination import Item
 from nemo_upcycle.evaluation.tasks import load_tasks, need_lm_eval, requests
+from nemo_upcycle.files import write_whole
 
 
 def write_items(tasks: Sequence[str], out: Path, include_path: Path | None = None) -> int:
@@ -30,10 +30,7 @@ def write_items(tasks: Sequence[str], out: Path, include_path: Path | None = Non
     (request,) = requests(tasks, None, paper=False)
     loaded = load_tasks([request], include_path)[request].load(list(tasks))["tasks"]
     found = [item for task in loaded.values() for item in _items_of(task)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = out.with_name(f".{out.name}.{os.getpid()}")
-    new.write_text("".join(json.dumps(asdict(item)) + "\n" for item in found))
-    os.replace(new, out)
+    write_whole(out, "".join(json.dumps(asdict(item)) + "\n" for item in found))
     return len(found)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from nemo_upcycle_recipes.ablations.studies import Arm, most_sequences
 
 from nemo_upcycle.checkpoint import is_checkpoint, open_checkpoint
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.files import write_whole
 from nemo_upcycle.mapping import Architecture, family_of
 from nemo_upcycle.probe import fingerprint
 
@@ -139,10 +139,7 @@ class Job:
     def keep(self, result: "Result") -> None:
         """Write the result, whole or not at all."""
         found = {"arm": self.arm.name, "key": self.key, "result": asdict(result)}
-        self.results.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(found | {"made_of": self.made_of}, indent=1) + "\n")
-        partial.replace(self.path)
+        write_whole(self.path, json.dumps(found | {"made_of": self.made_of}, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

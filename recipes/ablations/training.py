@@ -4,7 +4,6 @@ Legend of the shapes: R rows, L tokens of a row, V vocabulary.
 """
 
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +41,7 @@ def train(job: Job, scratch: Path) -> None:
     Raises:
         UpcyclingError: The training cannot be made.
     """
-    _alone(job.seed)
+    os.environ["PL_GLOBAL_SEED"] = str(job.seed)
     recipe = recipe_of(job, scratch)
     held_out = HeldOut(recipe.data.paths, recipe.data.split, recipe.data.seq_length)
     watch = _Watch(held_out)
@@ -80,23 +79,6 @@ def recipe_of(job: Job, scratch: Path) -> run.Partial:
     recipe.data.seed, recipe.data.num_train_samples = job.seed, job.samples
     recipe.data.index_mapping_dir = str(scratch / "index")
     return recipe
-
-
-def _alone(seed: int) -> None:
-    """Make this process the one rank of a job, with a seed."""
-    torch.set_num_threads(1)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_WORLD_SIZE": "1",
-        "GROUP_RANK": "0",
-        "PL_GLOBAL_SEED": str(seed),
-    }
 
 
 class HeldOut:

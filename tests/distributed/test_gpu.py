@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-from nemo_upcycle.config import UpcyclingConfig
-
 pytestmark = pytest.mark.gpu
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
@@ -26,18 +24,6 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     gpu.start(str(tmp_path_factory.mktemp("store")))
     yield gpu
     torch.distributed.destroy_process_group()
-
-
-def filled(gpu: Any, dense: Path, dtype: Any, kind: str) -> Any:
-    from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
-    from nemo_upcycle.load import upcycle
-    from nemo_upcycle.mapping import family_of
-
-    checkpoint = HuggingFaceCheckpoint(dense)
-    arch = family_of(checkpoint.config).architecture(checkpoint.config)
-    model = gpu.build(arch, UpcyclingConfig(), dtype, **gpu.EXPERTS[kind])
-    upcycle([model], checkpoint, UpcyclingConfig())
-    return model
 
 
 @pytest.mark.parametrize("kind", ["grouped", "sequential"])
@@ -60,7 +46,7 @@ def test_experts_in_one_gemm_get_the_weights_of_experts_in_turn(gpu: Any, dense:
 
     weights = []
     for kind in ("grouped", "sequential"):
-        owned = owned_shards(filled(gpu, dense, torch.float32, kind))
+        owned = owned_shards(gpu.filled(dense, gpu.E8T2, torch.float32, **gpu.EXPERTS[kind]))
         weights.append({(own.shard.name, own.shard.offset): own.data for own in owned})
     grouped, sequential = weights
     assert grouped.keys() == sequential.keys()
@@ -72,7 +58,7 @@ def test_the_check_above_can_fail(gpu: Any, dense: Path) -> None:
     import torch
 
     ids = gpu.tokens(2, 64)
-    model = filled(gpu, dense, torch.float32, "grouped").eval()
+    model = gpu.filled(dense, gpu.E8T2, torch.float32, **gpu.EXPERTS["grouped"])
     with torch.no_grad():
         expected = model(**gpu.inputs(ids)).float()
         for parameter in model.decoder.layers[1].mlp.experts.parameters():

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.end_to_end.zygote import zygote
@@ -40,6 +42,23 @@ def run_script(directory: Path, *words: str, timeout: int = TIMEOUT_S) -> str:
         check=False,
     )
     return result.stdout
+
+
+def start_until(
+    directory: Path, done: Callable[[], object], *words: str
+) -> subprocess.Popen[bytes]:
+    """Start a command, to be killed, and return it when something is so; it must still run."""
+    log = directory / "killed.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command(*words), cwd=directory, env=environment(), stdout=out, stderr=subprocess.STDOUT
+        )
+    deadline = time.monotonic() + TIMEOUT_S
+    while not done() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert process.poll() is None, log.read_text()[-3000:]
+    return process
 
 
 def environment() -> dict[str, str]:

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +42,7 @@ def results(directory: Path) -> dict[str, bytes]:
 
 def kill_after_a_result(directory: Path) -> None:
     """Start the command and kill it, not what it started, when it has kept something."""
-    with open(directory / "killed.log", "w") as log:
-        process = subprocess.Popen(
-            cli.command(*ABLATE),
-            cwd=directory,
-            env=cli.environment(),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    deadline = time.monotonic() + cli.TIMEOUT_S
-    while not results(directory) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert process.poll() is None, (directory / "killed.log").read_text()[-3000:]
+    process = cli.start_until(directory, lambda: results(directory), *ABLATE)
     started = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()

@@ -1,7 +1,5 @@
 """A training that is killed goes on where its last checkpoint was, and ends as if never killed."""
 
-import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -46,19 +44,7 @@ def checkpoint(directory: Path, step: int) -> Path | None:
 
 def kill_once_saved(directory: Path, step: int) -> None:
     """Start the training; kill every process of it as soon as the step's checkpoint is whole."""
-    with open(directory / "killed.log", "w") as log:
-        process = subprocess.Popen(
-            cli.command(*TRAIN),
-            cwd=directory,
-            env=cli.environment(),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    deadline = time.monotonic() + cli.TIMEOUT_S
-    while checkpoint(directory, step) is None and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert process.poll() is None, (directory / "killed.log").read_text()[-3000:]
+    process = cli.start_until(directory, lambda: checkpoint(directory, step), *TRAIN)
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.kill()
