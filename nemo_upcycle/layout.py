@@ -35,6 +35,11 @@ class Coordinates:
         return self.pp, self.tp, self.etp, self.ep
 
 
+def padded_vocabulary(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Return the rows of the embeddings: the vocabulary, padded so that TP divides them."""
+    return vocab_size + -vocab_size % tensor_model_parallel_size
+
+
 def coordinates(folding: ParallelFolding, world_size: int, rank: int) -> Coordinates:
     """Return where a rank stands in Megatron's order of ranks.
 
@@ -293,8 +298,8 @@ class _Owner:
 
     def _vocabulary(self, name: str) -> Shard:
         size = self.folding.tensor_model_parallel_size
-        padded = self.arch.vocab_size + -self.arch.vocab_size % size
-        return _split(name, (padded, self.arch.hidden_size), 0, self.place.tp, size)
+        rows = padded_vocabulary(self.arch.vocab_size, size)
+        return _split(name, (rows, self.arch.hidden_size), 0, self.place.tp, size)
 
     def _norm(self, prefix: str) -> Iterator[Shard]:
         yield _whole(prefix + "weight", self.arch.hidden_size)

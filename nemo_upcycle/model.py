@@ -1,11 +1,12 @@
 """The NeMo model: a dense model whose feed-forward layers became Mixture-of-Experts layers."""
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
 from nemo.collections.llm.fn.activation import squared_relu
@@ -19,6 +20,7 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.export import export
 from nemo_upcycle.layers import megatron_layer_freq
+from nemo_upcycle.layout import padded_vocabulary
 from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.mapping.moe import MoEModel
 from nemo_upcycle.source import open_source
@@ -55,8 +57,11 @@ class UpcycledGPTConfig(LlamaConfig):
     moe_token_dispatcher_type: str = "alltoall"
     # Routing decides by small differences; Megatron's default is the activations' dtype.
     moe_router_dtype: str | None = "fp32"
+    moe_expert_capacity_factor: float | None = None
     transformer_layer_spec: Callable[..., Any] = layer_spec
 
+    vocab_size: int | None = None
+    unpadded_vocab_size: int | None = field(default=None, init=False)
     scale_factor: float | None = None
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -70,15 +75,16 @@ class UpcycledGPTConfig(LlamaConfig):
         vp_stage: int | None = None,
     ) -> MCoreGPTModel:
         """Build this rank's Megatron-Core model."""
-        if self.vocab_size is not None:
-            # NeMo takes a given vocabulary as it is; Megatron wants it to divide by TP.
-            self.vocab_size += -self.vocab_size % self.tensor_model_parallel_size
+        self._pad_vocabulary()
+        self._limit_capacity()
         if self.pipeline_model_parallel_size == 2 and self.virtual_pipeline_model_parallel_size:
             # The next stage and the previous one are the same rank. Megatron would take what comes
             # from one for what comes from the other, unless it sends to each by itself.
             self.overlap_p2p_comm, self.batch_p2p_comm = True, False
         model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
-        _reduce_experts_over_their_own_group(model)
+        _mark_experts(model)
+        if self.unpadded_vocab_size is not None and model.post_process:
+            _leave_padding_out(model, self.unpadded_vocab_size)
         if self.scale_factor is not None:
             model.rotary_pos_emb.inv_freq = apply_rope_scaling(
                 model.rotary_pos_emb.inv_freq,
@@ -89,17 +95,58 @@ class UpcycledGPTConfig(LlamaConfig):
             )
         return model
 
+    def _pad_vocabulary(self) -> None:
+        """NeMo takes a given vocabulary as it is; Megatron wants it to divide by TP."""
+        if self.unpadded_vocab_size is None:  # the first of the virtual stages
+            self.unpadded_vocab_size = self.vocab_size
+        if self.vocab_size is not None:
+            self.vocab_size = padded_vocabulary(self.vocab_size, self.tensor_model_parallel_size)
 
-def _reduce_experts_over_their_own_group(model: MCoreGPTModel) -> None:
-    """Mark all experts' parameters for the expert-data-parallel gradient reduction.
+    def _limit_capacity(self) -> None:
+        """Limit the capacity to the tokens that there are: Megatron fails above
+        (NVIDIA/Megatron-LM#2214), and from there on no token is dropped anyway.
+        """
+        factor = self.moe_expert_capacity_factor
+        if self.num_moe_experts is not None and factor is not None:
+            # A little less: the product with the tokens is rounded up, and may be a bit above them.
+            most = self.num_moe_experts / self.moe_router_topk * (1 - 1e-12)
+            self.moe_expert_capacity_factor = min(factor, most)
 
-    Megatron does so only for EP > 1. With EP 1 and ETP ≠ TP the data-parallel groups of attention
-    and experts differ all the same, and experts would train on part of their gradients
-    (NVIDIA/Megatron-LM#1628).
+
+def _mark_experts(model: MCoreGPTModel) -> None:
+    """Mark all experts' parameters for the expert-data-parallel reduction and the gradient norm.
+
+    Megatron marks them for the reduction only for EP > 1. With EP 1 and ETP ≠ TP the data-parallel
+    groups of attention and experts differ all the same, and experts would train on part of their
+    gradients (NVIDIA/Megatron-LM#1628).
+
+    Megatron's gradient norm counts a parameter on every tensor-parallel rank if the parameter is
+    `tensor_model_parallel`, and on the first rank alone otherwise. Transformer Engine from 2.13 on
+    does not mark experts, so that the experts of the other ranks would be left out
+    (NVIDIA/Megatron-LM#5916).
     """
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False
+            parameter.tensor_model_parallel = True
+
+
+def _leave_padding_out(model: MCoreGPTModel, vocab_size: int) -> None:
+    """Take the rows that pad the vocabulary out of the softmax, and so out of the loss.
+
+    Megatron itself counts them as tokens with a logit of 0.
+    """
+    layer = model.output_layer
+    first = parallel_state.get_tensor_model_parallel_rank() * layer.output_size_per_partition
+    kept = min(max(vocab_size - first, 0), layer.output_size_per_partition)
+    if kept == layer.output_size_per_partition:
+        return
+
+    def mask(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> None:
+        logits = output[0]
+        logits[..., kept:] = torch.finfo(logits.dtype).min
+
+    layer.register_forward_hook(mask)
 
 
 class UpcycledGPTModel(GPTModel):
@@ -254,8 +301,8 @@ def _trained_moe_fields(model: MoEModel) -> dict[str, Any]:
 
 def is_llama(arch: Architecture) -> bool:
     """Say whether NeMo's own Llama computes the dense model."""
-    with_default = (field for field in fields(Architecture) if field.default is not MISSING)
-    return all(getattr(arch, field.name) == field.default for field in with_default)
+    with_default = (each for each in fields(Architecture) if each.default is not MISSING)
+    return all(getattr(arch, each.name) == each.default for each in with_default)
 
 
 def window_fields(arch: Architecture, seq_length: int) -> dict[str, Any]:

@@ -1,8 +1,16 @@
 """What NeMo-Run loads: recipes, executors and the commands of `nemo upcycle`."""
 
+import logging
+import re
+import traceback
+from functools import wraps
+from typing import Any
+
 import nemo_run as run
 import typer
-from nemo_run.cli.api import Entrypoint
+from nemo_run.cli import cli_parser
+from nemo_run.cli.api import Entrypoint, RunContext
+from nemo_run.cli.cli_parser import CLIException
 from nemo_upcycle_recipes import (
     executors,
     llama3_8b_e8t2,
@@ -16,6 +24,7 @@ from nemo_upcycle_recipes import (
 )
 
 from nemo_upcycle.cli import app
+from nemo_upcycle.errors import UpcyclingError
 
 __all__ = [
     "executors",
@@ -43,3 +52,45 @@ class Commands(Entrypoint):
 @run.cli.entrypoint(namespace="upcycle", entrypoint_cls=Commands)
 def commands() -> None:
     """Stand for all commands; NeMo-Run asks it for them by `Commands.cli`."""
+
+
+def _with_one_line_errors(execute: Any) -> Any:
+    """Make NeMo-Run say a user's mistake as one line.
+
+    NeMo-Run itself calls every error unexpected, adds what Fiddle was building or the whole
+    configuration, and prints nothing of an assertion without a message.
+    """
+
+    @wraps(execute)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return execute(*args, **kwargs)
+        except (UpcyclingError, CLIException) as error:
+            typer.secho(f"Error: {_one_line(error)}", err=True, fg=typer.colors.RED)
+        except Exception as error:
+            if str(error).strip():
+                raise
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise RuntimeError(
+                f"{type(error).__name__} at {place.filename}:{place.lineno}: {place.line}"
+            ) from error
+        # NeMo-Run takes typer's own exit for an unexpected error too.
+        raise SystemExit(1)
+
+    return wrapped
+
+
+def _one_line(error: Exception) -> str:
+    """Return what an error says of its cause."""
+    if isinstance(error, CLIException):
+        if isinstance(error.__cause__, UpcyclingError):
+            return _one_line(error.__cause__)
+        what = re.split(r": No matching type| exists for <| \(Argument: |\n", str(error))[0]
+        given = f"{error.arg}: " if error.arg not in what else ""
+        return f"{given}{what}. --dryrun shows the names and values that there are."
+    # Fiddle adds where it was in its configuration.
+    return str(getattr(error, "proxy_base_exception", error))
+
+
+logging.getLogger(cli_parser.__name__).setLevel(logging.CRITICAL)  # says the same, by the page
+RunContext.cli_execute = _with_one_line_errors(RunContext.cli_execute)

@@ -166,13 +166,16 @@ def _free_models() -> None:
     """Free trained models, which hold process groups, each of them with threads that keep polling.
 
     DistributedDataParallel is kept by its hooks on its parameters' gradient accumulators, which
-    Python cannot see: it is emptied.
+    Python cannot see: it is emptied. RotaryEmbedding is kept by the cache of its forward pass.
     """
     import gc
 
     from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-    trained = [o for o in gc.get_objects() if type(o) is DistributedDataParallel]
+    RotaryEmbedding.forward.cache_clear()
+    # NeMo's is a class of its own.
+    trained = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
     for model in trained:
         vars(model).clear()
     if trained:

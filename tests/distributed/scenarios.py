@@ -152,6 +152,15 @@ def prove(
     return Evidence(weights, step0, loss, _gradients(chunks), grad_norm)
 
 
+def upcycled_step(
+    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig, ids: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """Upcycle, make the experts differ and run one step; see `_step`."""
+    chunks = upcycled(dense, folding, upcycling)
+    _make_experts_differ(chunks)
+    return _step(chunks, ids)
+
+
 def step0_logits(
     dense: Path,
     folding: ParallelFolding,

@@ -147,6 +147,25 @@ def test_what_tune_says_can_be_run(tmp_path: Path, settings: list[str], words: l
 def test_bad_recipe_argument_is_refused_before_anything_starts(tmp_path: Path) -> None:
     factory = "llama_tiny_e8t2(num_moe_experts=6,expert_model_parallel_size=4)"
     output = cli.run(tmp_path, "nemo", "llm", "pretrain", "--factory", factory, "--yes")
-    assert "6 experts do not divide over expert_model_parallel_size=4" in output
+    assert "Error: 6 experts do not divide over expert_model_parallel_size=4" in output
     assert "Launching" not in output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model.config.nonsense=3"], "Error: model.config.nonsense=3: Invalid argument: No param"),
+        (["optim.config.lr=abc"], "Error: Failed to parse 'abc' as typing.Optional[float]. --dry"),
+        # Found while NeMo-Run builds the configuration, which Fiddle then describes.
+        (["--yes"], "Error: No dense checkpoint at 'demo/dense_hf'"),
+    ],
+    ids=["no such name", "no such value", "while it is built"],
+)
+def test_nemo_run_says_a_mistake_in_one_line(tmp_path: Path, words: list[str], said: str) -> None:
+    recipe = [] if "--yes" in words else ["--dryrun"]
+    command = ["--factory", "llama_tiny_e8t2", *words, *recipe]
+    output = cli.run(tmp_path, "nemo", "llm", "pretrain", *command)
+    assert said in output
+    after = output.split(said)[1].strip()
+    assert "\n" not in after and "Fiddle" not in output and "Unexpected" not in output
