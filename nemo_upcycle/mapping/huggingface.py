@@ -19,7 +19,8 @@ _LLAMA3_ROPE = (
 )
 _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "relu2": "squared_relu"}
 """transformers' names of activations, and what a family's feed-forward layers are with them."""
-_ONE_KEY_PER_QUERY = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+_FULL, _WINDOWED = "full_attention", "sliding_attention"
+_ONE_KEY_PER_QUERY = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 """Families for which transformers takes a `num_key_value_heads` of null for one per head."""
 
 
@@ -89,7 +90,7 @@ def _query_groups(values: Values, family: str) -> int:
 
 def _vocabulary(values: Values) -> int:
     size, padding = values.count("vocab_size"), values.said.get("pad_token_id")
-    if isinstance(padding, int) and not -size <= padding < size:
+    if padding is not None and not (isinstance(padding, int) and -size <= padding < size):
         raise unfit("pad_token_id", padding, f"one of the vocabulary's {size} tokens, or null")
     return size
 
@@ -151,44 +152,51 @@ def _window(values: Values, family: str) -> int | None:
 
     Megatron's model has one window for all layers.
     """
-    key = "sliding_window"
-    if key not in values.defaults:
-        return None
-    if "use_sliding_window" not in values.defaults:
-        return None if values.is_null(key) else values.count(key)
-    is_used = values.flag("use_sliding_window") and not values.is_null(key)
-    if is_used and family == "qwen2_moe":
+    size, layers = _window_size(values, family), values.count("num_hidden_layers")
+    first = 0 if size is not None else layers
+    if size is not None and "max_window_layers" in values.defaults:
+        first = values.count("max_window_layers", least=0)
+    kinds = [_WINDOWED if layer >= first else _FULL for layer in range(layers)]
+    said = _layer_types(values, layers)
+    if said is not None and size is not None and "layer_types" in values.defaults:
+        kinds = said
+    elif said not in (None, kinds):
         raise UpcyclingError(
-            "config.json says use_sliding_window=True of a Qwen2-MoE, in which transformers 4 and "
-            "5 have windows in different layers; only a model without windows can be read."
+            f"config.json says layer_types={said}, and else a sliding window of {size}, of which "
+            f"transformers makes no model or several; expected {kinds}, or no layer_types."
         )
-    if "layer_types" not in values.defaults:
-        return values.count(key) if is_used else None
-    windowed = _windowed_layers(values, is_used)
-    if not any(windowed):
-        return None
-    if not all(windowed):
-        where = [layer for layer, has in enumerate(windowed) if has]
+    windowed = [layer for layer, kind in enumerate(kinds) if kind == _WINDOWED]
+    if len(windowed) not in (0, layers):
         raise UpcyclingError(
-            f"config.json asks for a sliding window in layers {where} of {len(windowed)}; only a "
+            f"config.json asks for a sliding window in layers {windowed} of {layers}; only a "
             "window in all layers or in none can be upcycled."
         )
-    if not is_used:
+    return size if windowed else None
+
+
+def _window_size(values: Values, family: str) -> int | None:
+    key, switch = "sliding_window", "use_sliding_window"
+    if key not in values.defaults or values.is_null(key):
+        return None
+    if switch in values.defaults and not values.flag(switch):
+        return None
+    if family == "qwen2_moe":
         raise UpcyclingError(
-            "config.json says 'sliding_attention' in layer_types without use_sliding_window=true "
-            "and a sliding_window, which transformers does not compute."
+            f"config.json says {switch}=True of a Qwen2-MoE, in which transformers 4 and 5 have "
+            "windows in different layers; only a model without windows can be read."
         )
     return values.count(key)
 
 
-def _windowed_layers(values: Values, is_used: bool) -> list[bool]:
-    layers, kinds = values.count("num_hidden_layers"), values.said["layer_types"]
+def _layer_types(values: Values, layers: int) -> list[str] | None:
+    """Return the kind of attention of each layer, if the config says it.
+
+    Where a family's model does not read it, transformers' cache of keys and values does.
+    """
+    kinds = values.said.get("layer_types")
     if kinds is None:
-        if not is_used:
-            return [False] * layers
-        first = values.count("max_window_layers", least=0)
-        return [layer >= first for layer in range(layers)]
-    known = ("full_attention", "sliding_attention")
+        return None
+    known = (_FULL, _WINDOWED)
     if not isinstance(kinds, list) or len(kinds) != layers or not all(k in known for k in kinds):
-        raise unfit("layer_types", kinds, f"one of {', '.join(known)} for each of {layers} layers")
-    return [kind == "sliding_attention" for kind in kinds]
+        raise unfit("layer_types", kinds, f"{_FULL} or {_WINDOWED} for each of {layers} layers")
+    return kinds

@@ -35,6 +35,11 @@ def moe_model(config: Mapping[str, Any]) -> MoEModel:
             f"config.json says num_experts_per_tok={model.topk} of {model.num_experts} experts; "
             "expected no more than there are."
         )
+    if model.topk == 1 and not model.pre_softmax:
+        raise UpcyclingError(
+            "config.json gives each token one expert with a weight of 1, whatever the router says; "
+            "Megatron's router computes one expert only with its weight of all."
+        )
     return model
 
 
