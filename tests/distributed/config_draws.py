@@ -101,7 +101,7 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
     }
-    tied = random.choice([ABSENT, False, True, None])
+    tied = random.choice([ABSENT, False, True] * 8 + [None])
     _say(config, "tie_word_embeddings", tied)
     bias = family == "qwen2"
     experts, expert_width, shared, is_moe = 0, ffn, 0, (False,) * layers
@@ -114,14 +114,14 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
         config[name] = experts
         if random.random() < 0.1:
             config["num_experts"] = random.choice([experts, 4])
-        topk = random.choice([2, 2, 2, 2, experts, experts, 1, experts + 1, ABSENT])
+        topk = random.choice([2] * 6 + [experts, experts, 1, experts + 1, ABSENT])
         _say(config, "num_experts_per_tok", topk)
     if family in ("qwen2_moe", "qwen3_moe"):
         expert_width = random.choice([ffn, ffn // 2])
         config["moe_intermediate_size"] = expert_width
         _say(config, "norm_topk_prob", random.choice([ABSENT, True, False, None]))
-        step = random.choice([ABSENT, 1, 1, 2])
-        dense = random.choice([ABSENT, None, [], [0], [1], [5]])
+        step = random.choice([ABSENT, 1, 1, 1, 2])
+        dense = random.choice([ABSENT, None, [], [0], [0], [5], [1]])
         _say(config, "decoder_sparse_step", step)
         _say(config, "mlp_only_layers", dense)
         step, dense = 1 if step is ABSENT else step, dense if isinstance(dense, list) else []
@@ -149,18 +149,18 @@ def _rope(random: Random, family: str) -> dict[str, Any]:
     elif random.random() < 0.05:
         partial = random.choice([0.5, 1.0])
     scaling = _scaling(random, family)
-    words = random.choice(["4", "4", "5", "5", "both"])
+    words = random.choice(["4", "4", "5", "5", "5 and theta of 4", "both"])
     found: dict[str, Any] = {}
     if words == "4":
         _say(found, "rope_theta", theta)
         _say(found, "partial_rotary_factor", partial)
         _say(found, "rope_scaling", random.choice([ABSENT, None]) if scaling is None else scaling)
-    elif words == "5":
+    elif words != "both":
         inside = {"rope_type": "default"} if scaling is None else dict(scaling)
         if scaling is None and random.random() < 0.2:
             del inside["rope_type"]
-        _say(inside, "rope_theta", theta)
-        _say(inside, "partial_rotary_factor", partial)
+        _say(inside if words == "5" else found, "rope_theta", theta)
+        _say(random.choice([inside, inside, found]), "partial_rotary_factor", partial)
         found["rope_parameters"] = inside
     else:
         found = _mixture(random, theta, partial, scaling)
@@ -219,7 +219,7 @@ def _windows(random: Random, family: str, layers: int) -> dict[str, Any]:
     if random.random() < reads:
         _say(found, "sliding_window", random.choice([ABSENT, None, 4, 8, 36, 4096]))
     if family.startswith("qwen"):
-        often = 0.1 if family == "qwen2_moe" else 0.5
+        often = 0.05 if family == "qwen2_moe" else 0.5
         is_used = random.random() < often or random.choice([ABSENT, False])
         _say(found, "use_sliding_window", is_used)
         _say(found, "max_window_layers", random.choice([ABSENT, 0, 0, 1, layers]))

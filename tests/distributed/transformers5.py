@@ -1,6 +1,5 @@
 """transformers 5, which cannot be in the environment of the stack, in a directory of its own."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,15 +11,25 @@ LOGITS = """
 import json, sys, torch, transformers
 assert transformers.__version__ >= "5", transformers.__version__
 torch.set_num_threads(1)
-directories, ids, out = json.loads(sys.argv[1]), torch.load(sys.argv[2]), {}
+directories, ids, found = json.loads(sys.argv[1]), torch.load(sys.argv[2]), {}
 for directory in directories:
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         with torch.no_grad():
-            out[directory] = model.eval()(ids).logits
+            found[directory] = model.eval()(ids).logits
     except Exception as error:
-        out[directory] = f"{type(error).__name__}: {error}"
-torch.save(out, sys.argv[3])
+        found[directory] = f"{type(error).__name__}: {error}"
+torch.save(found, sys.argv[3])
+"""
+DEFAULTS = """
+import dataclasses, json, sys, transformers
+assert transformers.__version__ >= "5", transformers.__version__
+found = {}
+for family in sys.argv[1:]:
+    silent = transformers.CONFIG_MAPPING[family]()
+    defaults = {field.name: field.default for field in dataclasses.fields(silent)}
+    found[family] = defaults | silent.rope_parameters
+print(json.dumps(found, default=str))
 """
 
 
@@ -50,14 +59,18 @@ def start(target: Path, script: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments],
         env=os.environ | {"PYTHONPATH": str(target)},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def start_logits(
-    target: Path, directories: list[Path], ids: Path, out: Path
-) -> subprocess.Popen[str]:
-    """Start a process that computes logits of each directory, or says why it does not."""
-    return start(target, LOGITS, json.dumps([str(d) for d in directories]), str(ids), str(out))
+def end(process: subprocess.Popen[str]) -> str:
+    """Wait for a script and return what it has written.
+
+    Raises:
+        AssertionError: It failed.
+    """
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]
+    return output
