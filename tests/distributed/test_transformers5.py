@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,17 @@ from safetensors.torch import load_file
 
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.export import export
+from nemo_upcycle.mapping import FAMILIES
 from nemo_upcycle.mapping.defaults import DEFAULTS
+from nemo_upcycle.mapping.moe_config import MOE_FAMILIES, moe_model
 from nemo_upcycle.trained import open_trained
 from tests.distributed import transformers5
 from tests.distributed.pool import RankPool
 from tests.distributed.test_export import IDS, KINDS, trained
 from tests.distributed.test_step0 import TOLERANCE
+from tests.tiny import CONFIG
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 LOAD_AND_SAVE = """
 import sys, torch, transformers
 assert transformers.__version__ >= "5", transformers.__version__
@@ -45,8 +50,26 @@ def test_there_and_back(ranks: RankPool, transformers_5: Path, tmp_path: Path, k
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_defaults_are_those_of_transformers_5(transformers_5: Path) -> None:
-    process = transformers5.start(transformers_5, transformers5.DEFAULTS, *DEFAULTS)
-    found = json.loads(transformers5.end(process).splitlines()[-1])
-    for family, ours in DEFAULTS.items():
-        assert ours == {key: found[family][key] for key in ours}, family
+def configs(transformers_5: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of families of transformers 5, and what 5 saves of given configs."""
+    process = transformers5.start(transformers_5, transformers5.CONFIGS, json.dumps(given))
+    return json.loads(transformers5.end(process).splitlines()[-1])
+
+
+def test_configs_of_transformers_5(transformers_5: Path) -> None:
+    """The defaults are the same, and what 5 saves of a config of 4 is read as that one."""
+    given = {
+        family: CONFIG
+        | {"rope_theta": 5e5, "model_type": family}
+        | ({"partial_rotary_factor": 0.25} if family == "nemotron" else {"rope_scaling": LINEAR})
+        | ({"num_local_experts": 8} if family == "mixtral" else {"num_experts": 8})
+        | {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 1}
+        for family in DEFAULTS
+    }
+    found = configs(transformers_5, given)
+    for family, (defaults, saved) in found.items():
+        ours = DEFAULTS[family]
+        assert ours == {key: defaults[key] for key in ours}, family
+        assert "rope_theta" not in saved and "rope_parameters" in saved
+        read = moe_model if family in MOE_FAMILIES else FAMILIES[family].architecture
+        assert read(saved) == read(given[family]), family

@@ -21,14 +21,16 @@ for directory in directories:
         found[directory] = f"{type(error).__name__}: {error}"
 torch.save(found, sys.argv[3])
 """
-DEFAULTS = """
+CONFIGS = """
 import dataclasses, json, sys, transformers
 assert transformers.__version__ >= "5", transformers.__version__
 found = {}
-for family in sys.argv[1:]:
-    silent = transformers.CONFIG_MAPPING[family]()
+for family, config in json.loads(sys.argv[1]).items():
+    cls = transformers.CONFIG_MAPPING[family]
+    silent = cls()
     defaults = {field.name: field.default for field in dataclasses.fields(silent)}
-    found[family] = defaults | silent.rope_parameters
+    saved = json.loads(cls(**config).to_json_string())
+    found[family] = (defaults | silent.rope_parameters, saved)
 print(json.dumps(found, default=str))
 """
 
