@@ -1,5 +1,6 @@
 """The NeMo model: a dense model whose feed-forward layers became Mixture-of-Experts layers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -269,7 +270,7 @@ def trained_config(model: MoEModel, dtype: torch.dtype, **fields: Any) -> Upcycl
     """
     arch, length = model.arch, model.arch.max_position_embeddings
     on_cpu = cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
-    of_model = architecture_fields(arch) | window_fields(arch, length) | _trained_moe_fields(model)
+    of_model = architecture_fields(arch) | window_fields(arch) | _trained_moe_fields(model)
     return UpcycledGPTConfig(
         **(of_model if torch.cuda.is_available() else of_model | on_cpu),
         **fields,
@@ -305,12 +306,16 @@ def is_llama(arch: Architecture) -> bool:
     return all(getattr(arch, each.name) == each.default for each in with_default)
 
 
-def window_fields(arch: Architecture, seq_length: int) -> dict[str, Any]:
+def window_fields(arch: Architecture, seq_length: int | None = None) -> dict[str, Any]:
     """Return the field for a sliding window, where sequences are longer than it.
 
     Megatron counts the tokens before a token, the dense model's config the token too.
+
+    Args:
+        arch: The dense model's numbers.
+        seq_length: Tokens of a sequence at most; None where any number may come.
     """
-    if arch.sliding_window is None or seq_length <= arch.sliding_window:
+    if arch.sliding_window is None or (seq_length or math.inf) <= arch.sliding_window:
         return {}
     return {"window_size": (arch.sliding_window - 1, 0)}
 

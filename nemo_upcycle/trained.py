@@ -200,8 +200,25 @@ def _open_huggingface(directory: Path) -> Trained:
     model = moe_model(checkpoint.config)
     family = MOE_FAMILIES[checkpoint.config["model_type"]]
     opened = Trained(_HuggingFaceMoE(directory, family.doubled), model, family)
+    _check_shapes(opened)
     _check_zeros(opened)
     return opened
+
+
+def _check_shapes(opened: Trained) -> None:
+    """Check that tensors are as the config says: of a longer one, a part would be read."""
+    assert opened.family is not None
+    tensors = opened.checkpoint.tensors
+    wrong = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in opened.family.shapes(opened.model).items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if wrong:
+        raise UpcyclingError(
+            f"{opened.checkpoint.directory}: {len(wrong)} tensors of the wrong shape: "
+            f"{listing(wrong)}. Its config is another model's."
+        )
 
 
 def _check_zeros(opened: Trained) -> None:

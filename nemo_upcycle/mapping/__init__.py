@@ -23,7 +23,7 @@ def family_of(config: dict[str, Any]) -> Family:
         UpcyclingError: The family is not one that can be upcycled.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UpcyclingError(
             f"config.json says model_type={model_type!r}; "
             f"families that can be upcycled: {', '.join(FAMILIES)}."

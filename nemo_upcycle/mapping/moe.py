@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping.family import Architecture, DownMLP, GatedMLP, Operation, Rename
+from nemo_upcycle.mapping.family import (
+    Architecture,
+    DownMLP,
+    Family,
+    GatedMLP,
+    Operation,
+    Rename,
+)
 from nemo_upcycle.mapping.llama import LAYER, LLAMA, MEGATRON_LAYER, MLP
 from nemo_upcycle.mapping.qwen2 import QWEN2
 from nemo_upcycle.mapping.qwen3 import QWEN3
@@ -48,6 +55,7 @@ class MoEFamily:
     Attributes:
         model_type: Its name in `config.json`.
         class_name: That of its model.
+        dense: The family whose model it is but for the experts.
         parameters: Operation by Megatron parameter, `{layer}` and `{expert}` where they repeat.
         config: What its `config.json` says beside what all say.
         layer_zeros: Tensors of an MoE layer that Megatron has nothing for, and that must be 0.
@@ -56,12 +64,37 @@ class MoEFamily:
 
     model_type: str
     class_name: str
+    dense: Family
     parameters: Mapping[str, Operation]
     config: Callable[[MoEModel], dict[str, Any]]
     layer_zeros: Callable[[MoEModel], Mapping[str, tuple[int, int]]] = field(
         default=lambda model: {}
     )
     doubled: str | None = None
+
+    def shapes(self, model: MoEModel) -> dict[str, tuple[int, ...]]:
+        """Return the expected shape of every tensor, layers and experts filled in."""
+        moe = [layer for layer, is_moe in enumerate(model.is_moe) if is_moe]
+        replaced = tuple(MLP.format(layer=layer) for layer in moe)
+        dense = self.dense.shapes(model.arch).items()
+        found = {name: shape for name, shape in dense if not name.startswith(replaced)}
+        for layer in moe:
+            found |= self._moe_layer(model, layer)
+        return found | self.zeros(model)
+
+    def _moe_layer(self, model: MoEModel, layer: int) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        hidden = model.arch.hidden_size
+        for name in self.parameters.keys() - self.dense.parameters.keys():
+            if name.startswith(_SHARED) and not model.has_shared_expert:
+                continue
+            width = model.expert_width if name.startswith(_EXPERT) else model.arch.ffn_hidden_size
+            shape = (hidden, width) if name.endswith("linear_fc2.weight") else (width, hidden)
+            shape = (model.num_experts, hidden) if name == _ROUTER else shape
+            tensors = [rows.tensor for rows in self.parameters[name].rows(model.arch)]
+            for expert in range(model.num_experts if name.startswith(_EXPERT) else 1):
+                found |= {t.format(layer=layer, expert=expert): shape for t in tensors}
+        return found
 
     def zeros(self, model: MoEModel) -> dict[str, tuple[int, int]]:
         """Return what Megatron has nothing for and must be 0: names and shapes."""
@@ -98,6 +131,7 @@ _QWEN_EXPERTS = _experts(MLP, "gate", "gate_proj", "up_proj", "down_proj")
 MIXTRAL = MoEFamily(
     model_type="mixtral",
     class_name="MixtralForCausalLM",
+    dense=LLAMA,
     parameters={
         **LLAMA.parameters,
         **_experts(LAYER + "block_sparse_moe.", "gate", "w1", "w3", "w2"),
@@ -115,6 +149,7 @@ MIXTRAL = MoEFamily(
 QWEN3_MOE = MoEFamily(
     model_type="qwen3_moe",
     class_name="Qwen3MoeForCausalLM",
+    dense=QWEN3,
     parameters={**QWEN3.parameters, **_QWEN_EXPERTS},
     config=lambda model: {
         **_qwen_config(model),
@@ -142,6 +177,7 @@ def _inert(model: MoEModel) -> dict[str, tuple[int, int]]:
 QWEN2_MOE = MoEFamily(
     model_type="qwen2_moe",
     class_name="Qwen2MoeForCausalLM",
+    dense=QWEN2,
     parameters={
         **QWEN2.parameters,
         **_QWEN_EXPERTS,

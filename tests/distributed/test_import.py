@@ -128,3 +128,23 @@ def test_a_damaged_directory_is_refused(ranks: RankPool, tmp_path: Path, damage:
     with pytest.raises(AssertionError, match=r"experts\.[38]\."):
         ranks.run(import_ckpt, 1, source=first, output=tmp_path / "nemo")
     assert not (tmp_path / "nemo").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("plain", {"num_key_value_heads": 8}),
+        ("plain", {"num_key_value_heads": 2}),
+        ("plain", {"intermediate_size": 32}),
+        ("q and k norm", {"moe_intermediate_size": 48}),
+        ("q and k norm", {"num_experts": 4}),
+    ],
+)
+def test_a_config_that_contradicts_the_weights_is_refused(
+    ranks: RankPool, tmp_path: Path, kind: str, config: dict
+) -> None:
+    first = exported(ranks, tmp_path, kind)
+    open_trained(first)
+    change(first, **config)
+    with pytest.raises(UpcyclingError, match="of the wrong shape"):
+        open_trained(first)

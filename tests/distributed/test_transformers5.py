@@ -1,9 +1,8 @@
-"""transformers 5 loads what is exported, and what it saves is read back."""
+"""transformers 5 loads what is exported, saves what is read back, and has the same defaults."""
 
-import os
-import subprocess
-import sys
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +10,17 @@ from safetensors.torch import load_file
 
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.export import export
+from nemo_upcycle.mapping import FAMILIES
+from nemo_upcycle.mapping.defaults import DEFAULTS
+from nemo_upcycle.mapping.moe_config import MOE_FAMILIES, moe_model
 from nemo_upcycle.trained import open_trained
+from tests.distributed import transformers5
 from tests.distributed.pool import RankPool
 from tests.distributed.test_export import IDS, KINDS, trained
 from tests.distributed.test_step0 import TOLERANCE
+from tests.tiny import CONFIG
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 LOAD_AND_SAVE = """
 import sys, torch, transformers
 assert transformers.__version__ >= "5", transformers.__version__
@@ -30,32 +35,41 @@ model.save_pretrained(sys.argv[4])
 """
 
 
-@pytest.fixture(scope="module")
-def transformers5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with transformers 5, to be put before what is installed."""
-    target = tmp_path_factory.mktemp("transformers5")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(target)]
-    if subprocess.run([*pip, "transformers>=5,<6"], capture_output=True, timeout=600).returncode:
-        pytest.skip("transformers 5 cannot be installed here")
-    return target
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_there_and_back(ranks: RankPool, transformers5: Path, tmp_path: Path, kind: str) -> None:
+def test_there_and_back(ranks: RankPool, transformers_5: Path, tmp_path: Path, kind: str) -> None:
     saved, ((_, expected),) = trained(ranks, tmp_path, kind, ParallelFolding(), 1)
     export(saved, tmp_path / "hf")
     torch.save(IDS, tmp_path / "ids")
     arguments = [str(tmp_path / name) for name in ("hf", "ids", "logits", "again")]
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_SAVE, *arguments],
-        env=os.environ | {"PYTHONPATH": str(transformers5)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    transformers5.end(transformers5.start(transformers_5, LOAD_AND_SAVE, *arguments))
     assert (torch.load(tmp_path / "logits") - expected).abs().max() <= TOLERANCE
     assert open_trained(tmp_path / "again").model == open_trained(tmp_path / "hf").model
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def configs(transformers_5: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of families of transformers 5, and what 5 saves of given configs."""
+    process = transformers5.start(transformers_5, transformers5.CONFIGS, json.dumps(given))
+    return json.loads(transformers5.end(process).splitlines()[-1])
+
+
+def test_configs_of_transformers_5(transformers_5: Path) -> None:
+    """The defaults are the same, and what 5 saves of a config of 4 is read as that one."""
+    given = {
+        family: CONFIG
+        | {"rope_theta": 5e5, "model_type": family}
+        | ({"partial_rotary_factor": 0.25} if family == "nemotron" else {"rope_scaling": LINEAR})
+        | ({"num_local_experts": 8} if family == "mixtral" else {"num_experts": 8})
+        | {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 1}
+        for family in DEFAULTS
+    }
+    found = configs(transformers_5, given)
+    for family, (defaults, saved) in found.items():
+        ours = DEFAULTS[family]
+        assert ours == {key: defaults[key] for key in ours}, family
+        assert "rope_theta" not in saved and "rope_parameters" in saved
+        read = moe_model if family in MOE_FAMILIES else FAMILIES[family].architecture
+        assert read(saved) == read(given[family]), family

@@ -1,6 +1,5 @@
 """The plan covers every shard, whatever its rectangle, with the right rows of the right tensors."""
 
-import dataclasses
 import random
 
 import numpy as np
@@ -168,15 +167,6 @@ def test_configs_that_cannot_be_upcycled(change: dict, message: str) -> None:
     config = {**CONFIG, "model_type": "llama", **change}
     with pytest.raises(UpcyclingError, match=message):
         family_of(config).architecture(config)
-
-
-def test_transformers_5_config() -> None:
-    """transformers 5 writes rope_theta and the scaling into rope_parameters."""
-    config = {**CONFIG, "model_type": "llama"}
-    del config["rope_theta"]
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
-    expected = dataclasses.replace(ARCH, rotary_base=5e5)
-    assert LLAMA.architecture(config) == expected
 
 
 def test_random_rows_are_independent_of_each_other_and_of_their_order() -> None:

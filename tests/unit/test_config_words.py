@@ -1,0 +1,183 @@
+"""What a `config.json` means, in the words of transformers 4, of 5 and of both."""
+
+import inspect
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.mapping import FAMILIES, Architecture
+from nemo_upcycle.mapping.config_words import in_words_of_transformers_4
+from nemo_upcycle.mapping.defaults import DEFAULTS
+from nemo_upcycle.mapping.moe_config import MOE_FAMILIES, moe_model
+from tests.tiny import CONFIG, LLAMA31_ROPE
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+SIZES = {key: value for key, value in CONFIG.items() if key != "rope_theta"}
+THETA = 5e5
+
+
+def read(family: str, **config: Any) -> Architecture:
+    """Return what is read of a config of a tiny model."""
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 1,
+    }
+    if family in MOE_FAMILIES:
+        return moe_model({**SIZES, **experts, "model_type": family, **config}).arch
+    return FAMILIES[family].architecture({**SIZES, "model_type": family, **config})
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA31_ROPE], ids=["none", "linear", "llama3"])
+@pytest.mark.parametrize("words", ["all of 5", "theta at the top", "also null", "both, the same"])
+def test_words_of_transformers_5(family: str, scaling: dict | None, words: str) -> None:
+    expected = read(family, rope_theta=THETA, rope_scaling=scaling)
+    assert expected.rotary_base == THETA
+    inside: dict[str, Any] = {**(scaling or {"rope_type": "default"}), "rope_theta": THETA}
+    config: dict[str, Any] = {"rope_parameters": inside}
+    if words == "theta at the top":
+        config["rope_theta"] = inside.pop("rope_theta")
+    elif words == "also null":
+        config |= {"rope_theta": None, "rope_scaling": None}
+    elif words == "both, the same":
+        config |= {"rope_theta": THETA, "rope_scaling": scaling}
+    assert read(family, **config) == expected
+    assert read(family, **in_words_of_transformers_4(config)) == expected
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "expected"),
+    [(0.25, None, 0.25), (None, 0.25, 0.25), (0.25, 0.25, 0.25), (None, None, 0.5)],
+)
+def test_partial_rotary_factor(inside: Any, outside: Any, expected: float) -> None:
+    config: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": THETA}}
+    if inside is not None:
+        config["rope_parameters"]["partial_rotary_factor"] = inside
+    if outside is not None:
+        config["partial_rotary_factor"] = outside
+    arch = read("nemotron", **config)
+    assert (arch.rotary_percent, arch.rotary_base) == (expected, THETA)
+
+
+@pytest.mark.parametrize("family", sorted(MOE_FAMILIES))
+def test_number_of_experts_by_either_name(family: str) -> None:
+    names = ["num_experts"] if family == "qwen2_moe" else ["num_experts", "num_local_experts"]
+    for name in names:
+        config = {**SIZES, "model_type": family, "shared_expert_intermediate_size": 1, name: 16}
+        config["moe_intermediate_size"] = 48
+        assert moe_model(config).num_experts == 16
+
+
+def test_translation_is_the_same_again() -> None:
+    config = {"model_type": "llama", "rope_parameters": {**LLAMA31_ROPE, "rope_theta": THETA}}
+    once = in_words_of_transformers_4(config)
+    assert once == {"model_type": "llama", "rope_theta": THETA, "rope_scaling": LLAMA31_ROPE}
+    assert in_words_of_transformers_4(once) == once
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"hidden_act": "swish"}, {}),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, {"seq_len_interpolation_factor": 2}),
+        ({"rope_scaling": {"type": "default"}}, {}),
+        (
+            {"rope_scaling": {k: LLAMA31_ROPE[k] for k in list(LLAMA31_ROPE)[:4]}},
+            {"rope_scaling": {**dict(list(LLAMA31_ROPE.items())[1:4]),
+                              "original_max_position_embeddings": 128}},
+        ),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4}, {}),
+        ({"use_sliding_window": True, "sliding_window": 16}, {}),
+        ({"use_sliding_window": True, "sliding_window": None}, {}),
+        ({"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention"] * 4},
+         {}),
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+         {"sliding_window": 16}),
+        ({"use_sliding_window": True, "sliding_window": 16,
+          "layer_types": ["sliding_attention"] * 4}, {"sliding_window": 16}),
+        ({"attention_bias": True, "mlp_bias": True, "attention_dropout": 0.1}, {}),
+        ({"tie_word_embeddings": None, "num_key_value_heads": None},
+         {"num_query_groups": 8}),
+        ({"head_dim": 16}, {"kv_channels": 16}),
+    ],
+)  # fmt: skip
+def test_what_transformers_reads_is_read(config: dict, expected: dict) -> None:
+    from dataclasses import replace
+
+    assert read("qwen2", **config) == replace(read("qwen2"), **expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("llama", {"rope_theta": None}, "rope_theta=null; expected a number above 0"),
+        ("llama", {"rope_theta": "10000"}, "rope_theta='10000'; expected a number above 0"),
+        ("llama", {"rope_scaling": "linear"}, "rope_scaling='linear'; expected an object"),
+        ("llama", {"rope_parameters": []}, "expected an object"),
+        ("llama", {"rope_scaling": {"factor": 2.0}}, "without a rope_type"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "factor of RoPE scaling=null"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": True}}, "a number above 0"),
+        ("llama", {"rope_scaling": {**LINEAR, "type": "default"}}, "or the same"),
+        ("llama", {"rope_scaling": {**LINEAR, "rope_theta": 5.0}}, "say rope_theta beside"),
+        ("llama", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": THETA}}, "expected one"),
+        ("llama", {"rope_parameters": LINEAR, "rope_scaling": LLAMA31_ROPE}, "same in both"),
+        ("llama", {"rope_parameters": {"full_attention": LINEAR}}, "differs by kind of layer"),
+        ("llama", {"rope_scaling": LLAMA31_ROPE, "original_max_position_embeddings": 16}, "and 16"),
+        ("llama", {"partial_rotary_factor": 0.5}, "with which transformers 4 computes nothing"),
+        ("llama", {"num_hidden_layers": 4.0}, "num_hidden_layers=4.0; expected an integer"),
+        ("llama", {"hidden_size": "64"}, "hidden_size='64'; expected an integer"),
+        ("llama", {"tie_word_embeddings": "false"}, "expected true or false"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True; expected false"),
+        ("llama", {"pad_token_id": 256}, "one of the vocabulary's 256 tokens"),
+        ("llama", {"per_layer_config": {"0": {"head_dim": 4}}}, "of which transformers 5 makes"),
+        ("llama", {"head_dim": 7}, "expected pairs of them"),
+        ("mistral", {"sliding_window": 0}, "sliding_window=0; expected an integer"),
+        ("mistral", {"sliding_window": 16, "layer_types": ["full_attention"] * 4}, "layer_types="),
+        ("qwen2", {"head_dim": None}, "head_dim=null"),
+        ("qwen3", {"head_dim": None}, "head_dim=null"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "expected ['full_attention'"),
+        ("qwen2", {"layer_types": ["full_attention"] * 3}, "for each of 4 layers"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3},
+            "a sliding window in layers [3] of 4",
+        ),
+        ("nemotron", {"num_key_value_heads": None}, "num_key_value_heads=null"),
+        ("nemotron", {"partial_rotary_factor": 0.25,
+                      "rope_parameters": {"partial_rotary_factor": 0.5}}, "expected one"),
+        ("nemotron", {"rope_scaling": LINEAR}, "scaling 'linear' in a Nemotron"),
+        ("qwen2_moe", {"use_sliding_window": True}, "windows in different layers"),
+        ("qwen2_moe", {"head_dim": 16}, "attention heads of 128 numbers"),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "expected one at least"),
+        ("qwen3_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok=5 of 4 experts"),
+        ("qwen3_moe", {"num_local_experts": 8}, "num_local_experts=8 and num_experts=4"),
+        ("mixtral", {"num_experts_per_tok": 1}, "one expert with a weight of 1"),
+    ],
+)  # fmt: skip
+def test_what_transformers_or_megatron_do_not_compute_is_refused(
+    family: str, config: dict, message: str
+) -> None:
+    with pytest.raises(UpcyclingError) as error:
+        read(family, **config)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", sorted(DEFAULTS))
+def test_defaults_are_those_of_transformers_4(family: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    cls = CONFIG_MAPPING[family]
+    silent = cls()
+    assert DEFAULTS[family] == _as_in_signature(cls, DEFAULTS[family])
+    assert silent.rope_theta == DEFAULTS[family]["rope_theta"]
+
+
+def _as_in_signature(cls: type, keys: Any) -> dict[str, Any]:
+    """Return the defaults in a class's signature, which says null where the instance derives."""
+    parameters = inspect.signature(cls.__init__).parameters
+    # transformers 4 knows it of a Qwen2 and a Qwen3, not of a Qwen2-MoE; null does nothing.
+    return {key: parameters[key].default if key in parameters else None for key in keys}
