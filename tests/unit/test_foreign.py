@@ -279,7 +279,7 @@ def test_a_tied_base_model_is_read_as_transformers_reads_it(tmp_path: Path) -> N
 
 
 def test_a_moe_of_ours_is_named(tmp_path: Path) -> None:
-    """What `nemo-upcycle export` writes for a plain model, and what NeMo saves, are MoEs."""
+    """What `nemo-upcycle export` writes of a plain model is a Mixtral; its config is enough."""
     config = {**CONFIG, **MIXTRAL}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UpcyclingError, match="is an MoE already"):
