@@ -29,7 +29,7 @@ from nemo_upcycle.agreement import check_agreement, exactness_of
 from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.checkpoint.described import checked, described
-from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.config import Exactness, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.load import LoadReport, check_all_used, upcycle
 from nemo_upcycle.model import upcycling_of
@@ -91,6 +91,7 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
         self.timeout_s = timeout_s
         self._ranks: Ranks | None = None
         self._checkpoint: DenseCheckpoint | None = None
+        self._config: Any = None
         self._origin: Origin | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
             self._ranks = Ranks(self.timeout_s)
             error = None
             try:
-                self._check_start(trainer, pl_module)
+                self._check_start(trainer, self.upcycling(pl_module.config))
             except Exception as exception:
                 # Whatever it is, the other ranks must hear of it before this one stops.
                 error = exception
@@ -133,11 +134,10 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
             _print(f"[upcycle] resuming from {trainer.ckpt_path}: not upcycling again")
             return
         with _said_on_every_rank():
-            self._upcycle(trainer, pl_module.config)
+            self._upcycle(trainer, self.upcycling(pl_module.config))
 
-    def _upcycle(self, trainer: pl.Trainer, config: Any) -> None:
+    def _upcycle(self, trainer: pl.Trainer, upcycling: UpcyclingConfig) -> None:
         assert self._ranks is not None and self._checkpoint is not None
-        upcycling = self.upcycling(config)
         report, error = None, None
         try:
             chunks = [unwrap_model(chunk.module) for chunk in trainer.strategy.megatron_parallel]
@@ -152,10 +152,9 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
         for optimizer in trainer.optimizers:
             if hasattr(optimizer, "mcore_optimizer"):
                 optimizer.mcore_optimizer.reload_model_params()
-        self._print_report(reports, config)
+        self._print_report(reports, upcycling)
 
-    def _check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        upcycling = self.upcycling(pl_module.config)
+    def _check_start(self, trainer: pl.Trainer, upcycling: UpcyclingConfig) -> None:
         try:
             self._checkpoint = open_branches(self.dense_checkpoint)
             for branch in self._checkpoint.branches:
@@ -174,10 +173,7 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
                 self._origin.check(now, str(trainer.ckpt_path))
             return
         self._check_restore(trainer)
-        assert self._checkpoint is not None
-        _, arch = checked(self._checkpoint)
-        tokenizer = getattr(pl_module, "tokenizer", None)
-        check_agreement(pl_module.config, arch, getattr(tokenizer, "vocab_size", None))
+        self._check_agreement(trainer.lightning_module)
         self._origin = now
 
     def _saved_origin(self, weights: str | Path) -> Origin | None:
@@ -201,6 +197,13 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
             seed=self.seed,
         )
 
+    def _check_agreement(self, model: Any) -> None:
+        """Check that the model is the dense checkpoint's, by headers and configs alone."""
+        assert self._checkpoint is not None
+        _, arch = checked(self._checkpoint)
+        check_agreement(model.config, arch, getattr(model.tokenizer, "vocab_size", None))
+        self._config = model.config
+
     @staticmethod
     def _check_restore(trainer: pl.Trainer) -> None:
         restore = getattr(trainer.strategy, "restore_config", None)
@@ -210,11 +213,12 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
                 f"({restore.path}) were given; expected one source of weights. Drop one."
             )
 
-    def _print_report(self, reports: list[LoadReport], config: Any) -> None:
+    def _exactness(self, upcycling: UpcyclingConfig) -> Exactness:
         assert self._checkpoint is not None
-        upcycling, (_, arch) = self.upcycling(config), described(self._checkpoint)
-        branches = len(self._checkpoint.branches)
-        exactness = exactness_of(config, upcycling, arch, branches)
+        _, arch = described(self._checkpoint)
+        return exactness_of(self._config, upcycling, arch, len(self._checkpoint.branches))
+
+    def _print_report(self, reports: list[LoadReport], upcycling: UpcyclingConfig) -> None:
         tensors = frozenset().union(*(report.tensors for report in reports))
         most = max(reports, key=lambda r: r.bytes_read)
         _print(
@@ -229,7 +233,7 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
                     f"[upcycle]   time              {max(r.seconds for r in reports):.2f} s",
                     f"[upcycle]   peak memory       "
                     f"{_size(max(r.peak_resident_bytes for r in reports))} resident a rank",
-                    f"[upcycle]   step 0            {exactness}",
+                    f"[upcycle]   step 0            {self._exactness(upcycling)}",
                 ]
             )
         )

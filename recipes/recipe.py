@@ -142,7 +142,7 @@ class Recipe:
             return self.architecture
         found, absent = architecture_here(dense_checkpoint)
         if absent and dense_checkpoint != self.checkpoint:
-            shown = "the others" if found else f"the recipe's own, {self.dense} ({self.numbers})"
+            shown = "the others" if found else f"the recipe's own, {self.dense} ({self._size})"
             warnings.warn(
                 f"{', '.join(absent)} cannot be read on this machine: its architecture is taken "
                 f"to be that of {shown}. If it is another, upcycling stops before anything is "
@@ -154,7 +154,7 @@ class Recipe:
         return found or self.architecture
 
     @property
-    def numbers(self) -> str:
+    def _size(self) -> str:
         """The size of the recipe's own dense model, in a few words."""
         arch = self.architecture
         return (
