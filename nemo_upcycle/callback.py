@@ -201,7 +201,8 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
         """Check that the model is the dense checkpoint's, by headers and configs alone."""
         assert self._checkpoint is not None
         _, arch = checked(self._checkpoint)
-        check_agreement(model.config, arch, getattr(model.tokenizer, "vocab_size", None))
+        tokenizer = getattr(model, "tokenizer", None)
+        check_agreement(model.config, arch, getattr(tokenizer, "vocab_size", None))
         self._config = model.config
 
     @staticmethod
