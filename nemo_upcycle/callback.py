@@ -25,12 +25,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from nemo_upcycle.branches import open_branches
+from nemo_upcycle.agreement import check_agreement, exactness_of
 from nemo_upcycle.checkpoint import DenseCheckpoint
+from nemo_upcycle.checkpoint.branches import open_branches
+from nemo_upcycle.checkpoint.described import checked, described
 from nemo_upcycle.config import Exactness, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.load import LoadReport, check_all_used, upcycle
-from nemo_upcycle.mapping import family_of
 from nemo_upcycle.model import upcycling_of
 from nemo_upcycle.origin import Origin
 from nemo_upcycle.probe import fingerprint
@@ -90,6 +91,7 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
         self.timeout_s = timeout_s
         self._ranks: Ranks | None = None
         self._checkpoint: DenseCheckpoint | None = None
+        self._config: Any = None
         self._origin: Origin | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,6 +173,7 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
                 self._origin.check(now, str(trainer.ckpt_path))
             return
         self._check_restore(trainer)
+        self._check_agreement(trainer.lightning_module)
         self._origin = now
 
     def _saved_origin(self, weights: str | Path) -> Origin | None:
@@ -194,6 +197,14 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
             seed=self.seed,
         )
 
+    def _check_agreement(self, model: Any) -> None:
+        """Check that the model is the dense checkpoint's, by headers and configs alone."""
+        assert self._checkpoint is not None
+        _, arch = checked(self._checkpoint)
+        tokenizer = getattr(model, "tokenizer", None)
+        check_agreement(model.config, arch, getattr(tokenizer, "vocab_size", None))
+        self._config = model.config
+
     @staticmethod
     def _check_restore(trainer: pl.Trainer) -> None:
         restore = getattr(trainer.strategy, "restore_config", None)
@@ -205,8 +216,8 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
 
     def _exactness(self, upcycling: UpcyclingConfig) -> Exactness:
         assert self._checkpoint is not None
-        arch = family_of(self._checkpoint.config).architecture(self._checkpoint.config)
-        return upcycling.exactness(arch.gated_linear_unit, len(self._checkpoint.branches))
+        _, arch = described(self._checkpoint)
+        return exactness_of(self._config, upcycling, arch, len(self._checkpoint.branches))
 
     def _print_report(self, reports: list[LoadReport], upcycling: UpcyclingConfig) -> None:
         tensors = frozenset().union(*(report.tensors for report in reports))

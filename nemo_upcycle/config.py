@@ -255,7 +255,7 @@ class UpcyclingConfig:
         half = 0.5 if self.moe_shared_expert else 1.0
         return Scales(up=factor, down=half * factor, shared_down=half)
 
-    def exactness(self, gated: bool = True, dense_checkpoints: int = 1) -> Exactness:
+    def exactness(self, gated: bool, dense_checkpoints: int) -> Exactness:
         """Say whether the upcycled model computes the dense function at step 0.
 
         Args:

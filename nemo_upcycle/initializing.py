@@ -12,8 +12,8 @@ from threading import Lock
 import numpy as np
 import torch
 
-from nemo_upcycle.branches import branch_name
 from nemo_upcycle.checkpoint import DenseCheckpoint
+from nemo_upcycle.checkpoint.branches import branch_name
 from nemo_upcycle.config import Scales, UpcyclingConfig
 from nemo_upcycle.dtypes import TORCH_DTYPES
 from nemo_upcycle.initializers import Initializer, Neurons, make_initializer

@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from math import prod
-from pathlib import Path
-from typing import Any
 
-from nemo_upcycle.branches import open_branches
-from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo, read_config
-from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo
+from nemo_upcycle.checkpoint.described import Dense
+from nemo_upcycle.config import Exactness, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.layout import (
     Coordinates,
@@ -21,13 +19,11 @@ from nemo_upcycle.layout import (
     stage_layers,
     validate,
 )
-from nemo_upcycle.mapping import Architecture, Family, family_of
 from nemo_upcycle.plan import (
     Block,
     Plan,
     Shard,
     block_bytes,
-    check_tensors,
     make_plan,
     peak_bytes,
     read_bytes,
@@ -35,90 +31,6 @@ from nemo_upcycle.plan import (
 
 PARAMETER_DTYPES = {"bf16-mixed": "BF16", "32": "F32"}
 """The parameters' dtype, by the precision of the training."""
-
-CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A dense model to plan for.
-
-    Attributes:
-        source: Where it is.
-        note: What of it was there to look at.
-        family: Its family.
-        arch: Its numbers.
-        tensors: Its tensors; by its config where its weights are not there.
-        branches: How many dense checkpoints it is.
-    """
-
-    source: str
-    note: str
-    family: Family
-    arch: Architecture
-    tensors: Mapping[str, TensorInfo]
-    branches: int = 1
-
-    @property
-    def bytes(self) -> int:
-        """Its size."""
-        used = (info for name, info in self.tensors.items() if self._is_used(name))
-        return sum(_bytes(info) * info.sources for info in used)
-
-    @property
-    def parameters(self) -> int:
-        """Its elements."""
-        return sum(prod(shape) for shape in self.family.shapes(self.arch).values())
-
-    @property
-    def dtypes(self) -> list[str]:
-        """The dtypes of its tensors."""
-        return sorted({info.dtype for name, info in self.tensors.items() if self._is_used(name)})
-
-    def _is_used(self, name: str) -> bool:
-        return name in self.family.shapes(self.arch)
-
-
-def dense_of_config(config: dict[str, Any], source: str, note: str) -> Dense:
-    """Return the dense model that a Hugging Face config describes.
-
-    Args:
-        config: The parsed `config.json`; its dtype is taken, BF16 where it says none.
-        source: Where it is.
-        note: What to say of the weights, which are not there.
-
-    Raises:
-        UpcyclingError: It cannot be upcycled.
-    """
-    family = family_of(config)
-    arch = family.architecture(config)
-    said = config.get("dtype") or config.get("torch_dtype")  # transformers 5, and before
-    dtype = CONFIG_DTYPES.get(str(said), "BF16")
-    shapes = family.shapes(arch)
-    tensors = {name: TensorInfo(shape, dtype) for name, shape in shapes.items()}
-    return Dense(source, note, family, arch, tensors)
-
-
-def open_dense(source: str) -> Dense:
-    """Open a dense checkpoint by its headers, or by its `config.json` where nothing else is there.
-
-    Args:
-        source: A directory, or a hub name that is in the local Hugging Face cache.
-
-    Raises:
-        UpcyclingError: It cannot be read, or cannot be upcycled.
-    """
-    directory = Path(source).expanduser()
-    if {path.name for path in directory.glob("*")} == {"config.json"}:
-        note = "its config.json alone, the weights are not there"
-        return dense_of_config(read_config(directory), source, note)
-    checkpoint = open_branches(source)
-    family = family_of(checkpoint.config)
-    arch = family.architecture(checkpoint.config)
-    for branch in checkpoint.branches:
-        check_tensors(branch.tensors, family, arch, str(branch.directory))
-    branches = len(checkpoint.branches)
-    return Dense(source, "headers read and checked", family, arch, checkpoint.tensors, branches)
 
 
 @dataclass(frozen=True)
@@ -194,6 +106,12 @@ class JobPlan:
                 return owner
         raise UpcyclingError(f"There is no rank {rank}; expected 0 to {self.world_size - 1}.")
 
+    @property
+    def exactness(self) -> Exactness:
+        """Whether the model computes the dense function at step 0, and why."""
+        gated = self.dense.arch.gated_linear_unit
+        return self.upcycling.exactness(gated, self.dense.branches)
+
     @cached_property
     def parameters(self) -> int:
         """Elements of the model, each counted once."""
@@ -253,7 +171,7 @@ class JobPlan:
             for block, targets in owner.plan.copies.items():
                 size = block_bytes(block, self.dense.tensors)
                 written[block.tensor] += size * len(targets) * len(owner.ranks)
-        return {name: size // _bytes(self.dense.tensors[name]) for name, size in written.items()}
+        return {name: size // self.dense.tensors[name].bytes for name, size in written.items()}
 
 
 def plan_job(
@@ -345,7 +263,3 @@ def _area(blocks: set[Block], width: int) -> int:
             area += (right - left) * max(0, stop - max(first, last))
             last = max(last, stop)
     return area
-
-
-def _bytes(info: TensorInfo) -> int:
-    return prod(info.shape) * DTYPE_BYTES[info.dtype]

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from nemo_upcycle.branches import branch_name
 from nemo_upcycle.checkpoint import DenseCheckpoint
+from nemo_upcycle.checkpoint.branches import branch_name
+from nemo_upcycle.checkpoint.described import checked, described
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.initializers import initialize_router, make_initializer
 from nemo_upcycle.initializing import initialize_experts
-from nemo_upcycle.mapping import Architecture, family_of
+from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.owned import OwnedShard, owned_shards
-from nemo_upcycle.plan import Block, Plan, Target, check_tensors, make_plan
+from nemo_upcycle.plan import Block, Plan, Target, make_plan
 from nemo_upcycle.probe import check_tied
 from nemo_upcycle.reading import Chunk, chunk_bytes, copy_blocks
 from nemo_upcycle.sharing import Sharers, sharing
@@ -71,10 +72,8 @@ def upcycle(
             before anything is written, except for values that are not finite.
     """
     started = time.perf_counter()
-    family = family_of(checkpoint.config)
-    arch = family.architecture(checkpoint.config)
+    family, arch = checked(checkpoint)
     for branch in checkpoint.branches:
-        check_tensors(branch.tensors, family, arch, str(branch.directory))
         check_tied(branch)
     make_initializer(upcycling.initializer)  # before anything is written
     owned = [shard for module in modules for shard in owned_shards(module)]
@@ -135,8 +134,8 @@ def check_all_used(checkpoint: DenseCheckpoint, reports: Iterable[LoadReport]) -
         UpcyclingError: Some tensor went nowhere; the model is smaller than the checkpoint.
     """
     used = frozenset().union(*(report.tensors for report in reports))
-    family = family_of(checkpoint.config)
-    expected = family.shapes(family.architecture(checkpoint.config))
+    family, arch = described(checkpoint)
+    expected = family.shapes(arch)
     branches = range(len(checkpoint.branches))
     unused = [
         name

@@ -16,7 +16,6 @@ from nemo.collections.llm.gpt.model.llama import LlamaConfig, apply_rope_scaling
 from nemo.lightning import io, teardown
 
 from nemo_upcycle import cpu
-from nemo_upcycle.checkpoint.tokenizer_files import find_tokenizer
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.export import export
@@ -25,7 +24,7 @@ from nemo_upcycle.layout import padded_vocabulary
 from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.mapping.moe import MoEModel
 from nemo_upcycle.source import open_source
-from nemo_upcycle.tokenizer import checkpoint_tokenizer
+from nemo_upcycle.tokenizer import checkpoint_tokenizer, tokenizer_directory
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
@@ -191,7 +190,7 @@ class HuggingFaceImporter(io.ModelConnector):
         """Make the model that the directory is of; it has no weights yet."""
         source = open_source(str(self))
         config = trained_config(source.model, source.dtype)
-        has_tokenizer = find_tokenizer(Path(str(self)), None) is not None
+        has_tokenizer = tokenizer_directory(str(self)) is not None
         return UpcycledGPTModel(
             config, tokenizer=checkpoint_tokenizer(str(self)) if has_tokenizer else None
         )

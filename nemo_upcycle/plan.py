@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from nemo_upcycle.branches import branch_name
 from nemo_upcycle.checkpoint import DTYPE_BYTES, Span, TensorInfo
+from nemo_upcycle.checkpoint.branches import branch_name
 from nemo_upcycle.checkpoint.megatron import VOCABULARY
 from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping import Architecture, Family, Operation, Rows
 
 CHUNK_BYTES = 4 * 2**20
@@ -98,49 +98,6 @@ class Plan:
     zeros: tuple[Target, ...]
     bytes_to_read: int
     tensors: frozenset[str]
-
-
-def check_tensors(
-    tensors: Mapping[str, TensorInfo], family: Family, arch: Architecture, where: str
-) -> None:
-    """Check a dense checkpoint's tensors against its config.
-
-    Raises:
-        UpcyclingError: A tensor is missing, left over, of the wrong shape or dtype.
-    """
-    expected = family.shapes(arch)
-    missing = [name for name in expected if name not in tensors]
-    known = dict(expected)
-    if arch.share_embeddings_and_output_weights and family.tied:
-        output, embeddings = family.tied  # stored or not, it is the embeddings
-        known[output] = expected[embeddings]
-    extra = [name for name in tensors if name not in known and not name.endswith(family.ignored)]
-    shapes = [
-        f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
-        for name, shape in known.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    dtypes = [
-        f"{name} is {tensors[name].dtype}"
-        for name in known
-        if name in tensors and tensors[name].dtype not in DTYPE_BYTES
-    ]
-    problems = [
-        f"{len(found)} {what}: {listing(found)}"
-        for what, found in (
-            ("missing", missing),
-            ("not known", extra),
-            ("of the wrong shape", shapes),
-            (f"of a dtype other than {', '.join(DTYPE_BYTES)}", dtypes),
-        )
-        if found
-    ]
-    if problems:
-        raise UpcyclingError(
-            f"The tensors of {where} do not fit its config ({family.model_type}, "
-            f"{arch.num_layers} layers): {'; '.join(problems)}. "
-            "Use a complete checkpoint with its own config."
-        )
 
 
 @dataclass

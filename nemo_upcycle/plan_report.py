@@ -122,7 +122,7 @@ def _head(job: JobPlan, name: str) -> RenderableType:
         "experts": f"ETP{folding.expert_tensor_parallel_size} · "
         f"EP{folding.expert_model_parallel_size} · "
         f"EDP{folding.expert_data_parallel_size(world)} · {stages}",
-        "step 0": str(upcycling.exactness(dense.arch.gated_linear_unit, dense.branches)),
+        "step 0": str(job.exactness),
     }
     if not moe:
         del lines["experts"]
@@ -332,7 +332,7 @@ def to_json(job: JobPlan, name: str, rank: int | None = None) -> dict[str, Any]:
         },
         "upcycling": asdict(job.upcycling),
         "folding": asdict(job.folding),
-        "step_0": asdict(job.upcycling.exactness()),
+        "step_0": asdict(job.exactness),
         "job": _job_json(job),
         "owners": [_owner_json(owner) for owner in job.owners],
     }

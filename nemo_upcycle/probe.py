@@ -3,8 +3,8 @@
 import hashlib
 
 from nemo_upcycle.checkpoint import DTYPE_BYTES, DenseCheckpoint
+from nemo_upcycle.checkpoint.described import described
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping import family_of
 
 VALUES = 64
 """Values of a row that are looked at, at most."""
@@ -26,7 +26,7 @@ def fingerprint(checkpoint: DenseCheckpoint) -> str:
     Raises:
         UpcyclingError: The checkpoint is damaged.
     """
-    architecture = family_of(checkpoint.config).architecture(checkpoint.config)
+    _, architecture = described(checkpoint)
     digest = hashlib.sha256(repr(architecture).encode())
     for name, info in sorted(checkpoint.tensors.items()):
         digest.update(repr((name, info)).encode())
@@ -47,8 +47,8 @@ def check_tied(checkpoint: DenseCheckpoint) -> None:
     Raises:
         UpcyclingError: It is not.
     """
-    family = family_of(checkpoint.config)
-    is_tied = family.architecture(checkpoint.config).share_embeddings_and_output_weights
+    family, arch = described(checkpoint)
+    is_tied = arch.share_embeddings_and_output_weights
     if family.tied is None or not is_tied or family.tied[0] not in checkpoint.tensors:
         return
     output, embeddings = family.tied

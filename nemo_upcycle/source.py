@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
+from nemo_upcycle.checkpoint.described import checked
 from nemo_upcycle.checkpoint.huggingface import read_config, resolve_directory
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.dtypes import TORCH_DTYPES
 from nemo_upcycle.load import check_all_used, restore, upcycle
-from nemo_upcycle.mapping import FAMILIES, family_of
+from nemo_upcycle.mapping import FAMILIES
 from nemo_upcycle.mapping.moe import MoEModel
 from nemo_upcycle.trained import check_all_restored, open_trained, upcycled_model
 
@@ -67,8 +68,7 @@ def _is_dense_huggingface(directory: Path) -> bool:
 
 def _dense(directory: Path) -> Source:
     checkpoint, dense = HuggingFaceCheckpoint(directory), UpcyclingConfig(num_moe_experts=None)
-    family = family_of(checkpoint.config)
-    arch = family.architecture(checkpoint.config)
+    family, arch = checked(checkpoint)
     first = next(iter(family.shapes(arch)))
     return Source(
         upcycled_model(arch, dense),

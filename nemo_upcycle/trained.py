@@ -113,7 +113,7 @@ def open_trained(source: str | Path) -> Trained:
     return Trained(checkpoint, megatron_model(checkpoint.config), None)
 
 
-_ROUTER: dict[str, Any] = {
+ROUTER_FIELDS: dict[str, Any] = {
     "moe_router_score_function": "softmax",
     "moe_router_topk_scaling_factor": None,
     "moe_router_num_groups": None,
@@ -155,7 +155,9 @@ def megatron_model(config: Mapping[str, Any]) -> MoEModel:
         UpcyclingError: A number is missing, or it is no model that upcycling makes.
     """
     other = {
-        name: config[name] for name, usual in _ROUTER.items() if config.get(name, usual) != usual
+        name: config[name]
+        for name, usual in ROUTER_FIELDS.items()
+        if config.get(name, usual) != usual
     }
     if config.get("num_moe_experts") and other:
         said = ", ".join(f"{name}={value!r}" for name, value in other.items())

@@ -2,16 +2,17 @@
 
 from nemo_upcycle_recipes.recipe import Recipe
 
+from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.search import Prediction, predict
 from nemo_upcycle.planner.workload import Mapping, Workload
 
 
-def workload(recipe: Recipe) -> Workload:
-    """Return what a recipe trains."""
+def workload(recipe: Recipe, arch: Architecture | None = None) -> Workload:
+    """Return what a recipe trains: its own dense model, or another."""
     schedule = recipe.schedule
     return Workload(
-        recipe.architecture,
+        arch or recipe.architecture,
         recipe.upcycling,
         schedule.seq_length,
         schedule.global_batch_size,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, Union, get_args
 import nemo_run as run
 import torch
 from nemo.collections import llm
+from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 from nemo.utils.exp_manager import TimingCallback
@@ -17,8 +18,8 @@ from nemo_upcycle_recipes.arguments import arguments, defaults
 from nemo_upcycle_recipes.recipe import Recipe, Schedule
 
 from nemo_upcycle import cpu, layout
-from nemo_upcycle.branches import split_sources
 from nemo_upcycle.callback import UpcyclingCallback
+from nemo_upcycle.checkpoint.branches import split_sources
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.errors import UpcyclingError
@@ -87,7 +88,7 @@ def model(
     if upcycling.num_moe_experts is None:
         fields = {name: value for name, value in fields.items() if not name.startswith("moe_")}
         if is_llama(arch):
-            dense_config = llm.LlamaConfig if arch.rope_scaling is None else llm.Llama31Config
+            dense_config = LlamaConfig if arch.rope_scaling is None else Llama31Config
             return run.Config(
                 llm.LlamaModel, config=run.Config(dense_config, **fields), tokenizer=tokenizer
             )
@@ -159,7 +160,7 @@ def pretrain(
         if data_paths is not None:
             raise UpcyclingError("Both data_paths and data_blend are given; give one of them.")
         data_paths = read_blend(data_blend).data_paths
-    sources = split_sources(dense_checkpoint) if dense_checkpoint else []
+    sources = [] if dense_checkpoint is None else split_sources(dense_checkpoint)
     arch = recipe.architecture_of(dense_checkpoint)
     # On CPU the launcher decides how many ranks there are; the strategy checks them.
     layout.validate(arch, upcycling, folding, None if cpu_only else recipe.world_size)

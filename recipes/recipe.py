@@ -1,13 +1,13 @@
 """What a recipe is, as plain data: dense model, upcycling, folding, schedule."""
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.branches import split_sources
-from nemo_upcycle.checkpoint import is_checkpoint, open_checkpoint
+from nemo_upcycle.checkpoint.described import architecture_here
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping import Architecture, family_of
@@ -16,6 +16,10 @@ CONFIGS = Path(__file__).parent / "configs"
 OF_RECIPE = ("num_nodes", "num_gpus_per_node", "precision", "recompute")
 OF_SCHEDULE = ("seq_length", "global_batch_size", "micro_batch_size")
 """Fields that a recipe's factory takes by name."""
+
+
+class AssumedModel(UserWarning):
+    """A dense checkpoint that cannot be read here is taken for the recipe's own model."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +127,40 @@ class Recipe:
     def architecture_of(self, dense_checkpoint: str | None) -> Architecture:
         """Return the numbers of a dense checkpoint, of the recipe's own model if it is not here.
 
-        A recipe can be printed and planned without its checkpoint at hand.
+        A recipe can be made and planned where its checkpoint is not: on a login node, before a
+        download. Then it says what it takes the checkpoint for, and `UpcyclingCallback`, where
+        the checkpoint is, compares.
+
+        Args:
+            dense_checkpoint: A directory, a hub name in the local cache, or several; None where
+                none was asked for.
+
+        Raises:
+            UpcyclingError: What is here is no dense checkpoint, or not of one architecture.
         """
-        if dense_checkpoint is not None:
-            first = split_sources(dense_checkpoint)[0]
-            if is_checkpoint(Path(first)):
-                return architecture(open_checkpoint(first).config)
-        return self.architecture
+        if dense_checkpoint is None:
+            return self.architecture
+        found, absent = architecture_here(dense_checkpoint)
+        if absent and dense_checkpoint != self.checkpoint:
+            shown = "the others" if found else f"the recipe's own, {self.dense} ({self._size})"
+            warnings.warn(
+                f"{', '.join(absent)} cannot be read on this machine: its architecture is taken "
+                f"to be that of {shown}. If it is another, upcycling stops before anything is "
+                "written; a run from scratch does not compare. Give a path or a name that can be "
+                "read here to have the model made from it.",
+                AssumedModel,
+                stacklevel=2,
+            )
+        return found or self.architecture
+
+    @property
+    def _size(self) -> str:
+        """The size of the recipe's own dense model, in a few words."""
+        arch = self.architecture
+        return (
+            f"{arch.num_layers} layers, hidden_size {arch.hidden_size}, vocab_size "
+            f"{arch.vocab_size}, rotary_base {arch.rotary_base:g}"
+        )
 
 
 def architecture(config: dict[str, Any]) -> Architecture:

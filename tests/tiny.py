@@ -74,6 +74,20 @@ def write_dense(
     return directory
 
 
+def into_hub_cache(directory: Path, cache: Path, name: str) -> Path:
+    """Lay a directory out as the Hugging Face hub's cache keeps a model; return the snapshot."""
+    model = cache / f"models--{name.replace('/', '--')}"
+    snapshot = model / "snapshots" / "0123456789abcdef"
+    snapshot.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(snapshot.name)
+    (model / "blobs").mkdir()
+    for file in directory.iterdir():
+        (model / "blobs" / file.name).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    return snapshot
+
+
 def tokens(rows: int, length: int, vocab_size: int = CONFIG["vocab_size"], seed: int = 1) -> Any:
     """Return random token ids, [rows, length]."""
     import torch

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, DenseCheckpoint, Piece, Span, TensorInfo
+from nemo_upcycle.checkpoint.foreign import check_dense
 from nemo_upcycle.checkpoint.huggingface import (
     HuggingFaceCheckpoint,
     read_config,
@@ -35,11 +36,13 @@ def open_checkpoint(source: str) -> DenseCheckpoint:
         The checkpoint.
 
     Raises:
-        UpcyclingError: There is none, or not one that can be read.
+        UpcyclingError: There is none, or not one that can be read, or it is an MoE's.
     """
     directory = resolve_directory(source)
     if (directory / "config.json").is_file() or find_layout(directory) is None:
-        return HuggingFaceCheckpoint(directory)
+        checkpoint = HuggingFaceCheckpoint(directory)
+        check_dense(checkpoint.config, directory)
+        return checkpoint
     return MegatronCheckpoint(directory)
 
 

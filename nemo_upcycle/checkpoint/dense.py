@@ -6,6 +6,7 @@ differ in how these are found; reading is the same for all: the bytes that were 
 counts as memory of the process, and all processes of a node share the file system's cache.
 """
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,11 @@ class TensorInfo:
     def width(self) -> int:
         """Elements of a row: the columns, 1 in a vector."""
         return self.shape[1] if len(self.shape) > 1 else 1
+
+    @property
+    def bytes(self) -> int:
+        """Its size in one checkpoint."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)

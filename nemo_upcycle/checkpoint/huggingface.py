@@ -6,18 +6,30 @@ Nothing is unpickled: a directory with only `pytorch_model*.bin` is refused.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any
 
 from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, DenseCheckpoint, Piece, TensorInfo
+from nemo_upcycle.checkpoint.foreign import (
+    check_no_adapter,
+    check_not_quantised,
+    check_not_quantised_tensors,
+    get_again,
+    held_instead,
+)
 from nemo_upcycle.errors import UpcyclingError, listing
 
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BASE = "model"
+"""What transformers calls the model without its output layer, in all families that are known."""
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")
 """How files of `torch.save` begin, new and old."""
+
+_Entry = tuple[TensorInfo, Piece]
 
 
 def resolve_directory(source: str | Path) -> Path:
@@ -26,7 +38,26 @@ def resolve_directory(source: str | Path) -> Path:
     Raises:
         UpcyclingError: There is no such directory.
     """
-    path = Path(source).expanduser()
+    found = find_directory(source)
+    if found is None:
+        raise UpcyclingError(
+            f"No dense checkpoint at '{source}': expected a directory with config.json and "
+            "*.safetensors. Check the path (relative paths start where the command runs); "
+            "fetch a model from the Hugging Face hub first with `hf download NAME`."
+        )
+    return found
+
+
+def find_directory(source: str | Path) -> Path | None:
+    """Return the local directory of a checkpoint, None if there is none on this machine.
+
+    Args:
+        source: A path, `~` and relative ones too, or a hub name already downloaded.
+
+    Raises:
+        UpcyclingError: It is a file, or may not be read.
+    """
+    path = Path(os.path.expanduser(source))
     try:
         if path.is_dir():
             (path / "config.json").exists()
@@ -41,14 +72,7 @@ def resolve_directory(source: str | Path) -> Path:
         raise UpcyclingError(
             f"{path} is a file; expected the directory that holds config.json and *.safetensors."
         )
-    found = None if path.is_absolute() else _cached_snapshot(str(source))
-    if found is None:
-        raise UpcyclingError(
-            f"No dense checkpoint at '{source}': expected a directory with config.json and "
-            "*.safetensors. Check the path (relative paths start where the command runs); "
-            "fetch a model from the Hugging Face hub first with `hf download NAME`."
-        )
-    return found
+    return None if path.is_absolute() else _cached_snapshot(str(source))
 
 
 def _cached_snapshot(name: str) -> Path | None:
@@ -70,10 +94,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' mark is no JSON
     except FileNotFoundError:
+        what, way_out = held_instead(directory) or ("nothing that is known", get_again(directory))
         raise UpcyclingError(
-            f"{directory} has no config.json; expected a Hugging Face checkpoint directory."
+            f"{directory} has no config.json; expected a Hugging Face checkpoint directory. "
+            f"It holds {what}. {way_out}"
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UpcyclingError(f"{path} cannot be read as JSON: {error}.") from error
@@ -96,6 +122,8 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         super().__init__()
         self.directory = resolve_directory(source)
         self.config = read_config(self.directory)
+        check_no_adapter(self.directory)
+        check_not_quantised(self.config, self.directory)
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -107,8 +135,8 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         return (self._entries[name][1],)
 
     @cached_property
-    def _entries(self) -> dict[str, tuple[TensorInfo, Piece]]:
-        entries: dict[str, tuple[TensorInfo, Piece]] = {}
+    def _entries(self) -> dict[str, _Entry]:
+        entries: dict[str, _Entry] = {}
         for file in self._files():
             for name, entry in read_header(self.directory, file).items():
                 if name in entries:
@@ -117,12 +145,26 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
                         f"{self.directory}; expected it once. Remove the stale file."
                     )
                 entries[name] = entry
-        self._check_index(entries)
+        entries = self._as_indexed(entries)
+        check_not_quantised_tensors(entries, self.directory)
+        if _is_base_model(entries):
+            return {f"{BASE}.{name}": entry for name, entry in entries.items()}
         return entries
 
     def _files(self) -> list[str]:
+        """Return what transformers reads; other files in the directory are none of the model's."""
+        if self.config.get("transformers_weights"):
+            raise UpcyclingError(
+                f"The config.json of {self.directory} says transformers_weights="
+                f"{self.config['transformers_weights']!r}; expected {WEIGHTS} or {INDEX}. "
+                "Load the model with transformers and save_pretrained it."
+            )
+        if (self.directory / WEIGHTS).is_file():
+            return [WEIGHTS]
         index = self._index()
-        files = sorted(set(index.values())) if index else self._glob()
+        if not index:
+            raise self._no_weights()
+        files = sorted(set(index.values()))
         outside = [file for file in files if Path(file).name != file]
         if outside:
             raise UpcyclingError(
@@ -133,23 +175,18 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         if missing:
             raise UpcyclingError(
                 f"{self.directory} lacks {len(missing)} of the {len(files)} files its index "
-                f"names: {listing(missing)}. Download the checkpoint again."
+                f"names: {listing(missing)}. {get_again(self.directory)}"
             )
         return files
 
-    def _glob(self) -> list[str]:
-        files = sorted(path.name for path in self.directory.glob("*.safetensors"))
-        if files:
-            return files
-        pickles = sorted(path.name for path in self.directory.glob("*.bin"))
-        if pickles:
-            raise UpcyclingError(
-                f"{self.directory} holds pickled weights ({listing(pickles)}), which can run "
-                "code when loaded; expected *.safetensors. Convert it with "
-                "save_pretrained(..., safe_serialization=True)."
-            )
-        raise UpcyclingError(
-            f"{self.directory} holds no *.safetensors; expected a Hugging Face checkpoint."
+    def _no_weights(self) -> UpcyclingError:
+        what, way_out = held_instead(self.directory) or (
+            "no *.safetensors",
+            get_again(self.directory),
+        )
+        return UpcyclingError(
+            f"{self.directory} holds {what}; expected {WEIGHTS}, or {INDEX} and the files that it "
+            f"names. {way_out}"
         )
 
     def _index(self) -> dict[str, str]:
@@ -157,23 +194,39 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         if not path.exists():
             return {}
         try:
-            index = dict(json.loads(path.read_text())["weight_map"])
+            index = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
             return {name: str(PurePath(file)) for name, file in index.items()}
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UpcyclingError(
                 f"{path} cannot be read: {error!r}; expected JSON with a weight_map."
             ) from error
 
-    def _check_index(self, entries: Mapping[str, object]) -> None:
-        missing = [name for name in self._index() if name not in entries]
+    def _as_indexed(self, entries: dict[str, _Entry]) -> dict[str, _Entry]:
+        """Leave out what the index does not name, as transformers does."""
+        if (self.directory / WEIGHTS).is_file():
+            return entries
+        index = self._index()
+        missing = [name for name in index if name not in entries]
         if missing:
             raise UpcyclingError(
                 f"The index of {self.directory} names tensors that its files lack: "
-                f"{listing(missing)}. Download the checkpoint again."
+                f"{listing(missing)}. {get_again(self.directory)}"
             )
+        return {name: entries[name] for name in index}
 
 
-def read_header(directory: Path, file: str) -> dict[str, tuple[TensorInfo, Piece]]:
+def _is_base_model(names: Collection[str]) -> bool:
+    """Say whether transformers would read tensors as those of a model without its output layer.
+
+    So AutoModel saves them: without the name of the base model before theirs. An output layer
+    beside such names is refused by transformers, and by the check of all names here.
+    """
+    return {"embed_tokens.weight", "norm.weight"} <= set(names) and not any(
+        name.startswith((BASE, "lm_head")) for name in names
+    )
+
+
+def read_header(directory: Path, file: str) -> dict[str, _Entry]:
     """Read where the tensors of a safetensors file lie.
 
     The safetensors library tells names and shapes but not places, imports torch for it, and maps
@@ -223,9 +276,7 @@ def read_header(directory: Path, file: str) -> dict[str, tuple[TensorInfo, Piece
     return entries
 
 
-def _entry(
-    file: str, data: int, dtype: str, shape: list[int], data_offsets: list[int]
-) -> tuple[TensorInfo, Piece]:
+def _entry(file: str, data: int, dtype: str, shape: list[int], data_offsets: list[int]) -> _Entry:
     info = TensorInfo(tuple(shape), dtype)
     start, stop = data_offsets
     if any(size < 0 for size in shape) or not 0 <= start <= stop:

@@ -10,8 +10,17 @@ from nemo_upcycle.cli.tools import one_line_errors
 if TYPE_CHECKING:
     from nemo_upcycle_recipes.recipe import Recipe
 
+    from nemo_upcycle.checkpoint.described import Dense as DenseModel
     from nemo_upcycle.job import JobPlan
 
+Dense = Annotated[
+    str | None,
+    typer.Option(
+        help="The dense checkpoint: a directory, or one of its config.json alone, or a name in the "
+        "local hub cache; without it the recipe's own model.",
+        show_default=False,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Argument(
@@ -31,14 +40,7 @@ WorldSize = Annotated[
 def plan(
     settings: Settings = None,
     recipe: RecipeName = "llama3_8b_e8t2",
-    dense: Annotated[
-        str | None,
-        typer.Option(
-            help="Directory of the dense checkpoint, or of its config.json alone; without it the "
-            "recipe's own model.",
-            show_default=False,
-        ),
-    ] = None,
+    dense: Dense = None,
     rank: Annotated[
         int | None, typer.Option(help="Show this rank's part.", show_default=False)
     ] = None,
@@ -57,13 +59,11 @@ def plan(
       nemo-upcycle plan --recipe llama_tiny_e8t2 --world-size 4
       nemo-upcycle plan --json | jq .job.bytes_to_read
     """
-    from nemo_upcycle.job import dense_of_config, open_dense, plan_job
+    from nemo_upcycle.job import plan_job
 
     chosen = _recipe(recipe, settings, world_size)
     job = plan_job(
-        open_dense(dense)
-        if dense
-        else dense_of_config(chosen.config, chosen.dense, "the recipe's own config, no weights"),
+        dense_model(chosen, dense),
         chosen.upcycling,
         chosen.folding,
         chosen.num_nodes,
@@ -71,6 +71,15 @@ def plan(
         chosen.precision,
     )
     _print_plan(job, recipe, rank, as_json=json)
+
+
+def dense_model(recipe: "Recipe", source: str | None) -> "DenseModel":
+    """Return the dense model that a command is about."""
+    from nemo_upcycle.checkpoint.described import dense_of_config, open_dense
+
+    if source is not None:
+        return open_dense(source)
+    return dense_of_config(recipe.config, recipe.dense, "the recipe's own config, no weights")
 
 
 def _recipe(name: str, settings: list[str] | None, world_size: int | None) -> "Recipe":

@@ -6,22 +6,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemo_upcycle.cli.plan import RecipeName, Settings
+from nemo_upcycle.cli.plan import Dense, RecipeName, Settings, dense_model
 from nemo_upcycle.cli.tools import one_line_errors, progress
 
 if TYPE_CHECKING:
     from nemo_upcycle_recipes.recipe import Recipe
 
+    from nemo_upcycle.checkpoint.described import Dense as DenseModel
     from nemo_upcycle.planner.hardware import Hardware
     from nemo_upcycle.planner.scaling import Point
     from nemo_upcycle.planner.search import Allowed, Prediction
-    from nemo_upcycle.planner.workload import Mapping
+    from nemo_upcycle.planner.workload import Mapping, Workload
 
 
 @one_line_errors
 def tune(
     settings: Settings = None,
     recipe: RecipeName = "llama3_8b_e8t2",
+    dense: Dense = None,
     gpus: Annotated[
         int | None,
         typer.Option(
@@ -58,6 +60,7 @@ def tune(
     \b
     Examples:
       nemo-upcycle tune --gpus 128
+      nemo-upcycle tune --gpus 128 --dense /models/Meta-Llama-3-8B
       nemo-upcycle tune --recipe llama31_70b_e8t2 --gpus 512 --hardware h200
       nemo-upcycle tune --gpus 64 moe_expert_capacity_factor=1 recompute=none
       nemo-upcycle tune --hardware our.yaml --scaling scaling.png
@@ -77,16 +80,17 @@ def tune(
     chosen = override(recipe_named(recipe), settings or [])
     world_size = chosen.world_size if gpus is None else gpus
     allowed = _as_said(chosen, settings or [])
-    trained = workload(chosen)
-    found = tune(trained, world_size, kind, allowed, own=_own(chosen, world_size, kind))
-    points = _scaling(chosen, kind, allowed, scaling) if scaling else []
+    model = dense_model(chosen, dense)
+    trained = workload(chosen, model.arch)
+    found = tune(trained, world_size, kind, allowed, own=_own(chosen, trained, world_size, kind))
+    points = _scaling(chosen, trained, model, kind, allowed, scaling) if scaling else []
     if json:
         both = to_json(found, top) | ({"scaling": list(map(point_json, points))} if points else {})
         typer.echo(json_module.dumps(both))
         return
     console = Console(highlight=False)
     title = f"{recipe} on {world_size} {kind.name}, {trained.global_batch_size} sequences a step"
-    command = _command(chosen, found.best[0], settings or [], kind)
+    command = _command(chosen, found.best[0], settings or [], kind, dense)
     console.print(render(found, title, command, top))
     if scaling:
         console.print(scaling_table(points))
@@ -117,33 +121,36 @@ def _as_said(recipe: "Recipe", settings: list[str]) -> "Allowed":
     return allowed
 
 
-def _own(recipe: "Recipe", world_size: int, hardware: "Hardware") -> "Prediction | None":
+def _own(
+    recipe: "Recipe", trained: "Workload", world_size: int, hardware: "Hardware"
+) -> "Prediction | None":
     """Predict the recipe's own mapping, if so many GPUs can have it."""
-    from nemo_upcycle_recipes.expectations import mapping, workload
+    from nemo_upcycle_recipes.expectations import mapping
 
     from nemo_upcycle.errors import UpcyclingError
     from nemo_upcycle.planner.search import predict
 
     own = replace(mapping(recipe), world_size=world_size)
     try:
-        return predict(workload(recipe), own, hardware)
+        return predict(trained, own, hardware)
     except UpcyclingError:
         return None
 
 
 def _scaling(
-    recipe: "Recipe", hardware: "Hardware", allowed: "Allowed", path: Path
+    recipe: "Recipe",
+    trained: "Workload",
+    dense: "DenseModel",
+    hardware: "Hardware",
+    allowed: "Allowed",
+    path: Path,
 ) -> "list[Point]":
-    from nemo_upcycle_recipes.expectations import workload
-
-    from nemo_upcycle.job import dense_of_config
     from nemo_upcycle.planner.picture import draw_scaling
     from nemo_upcycle.planner.scaling import GPUS, scaling
 
-    dense = dense_of_config(recipe.config, recipe.dense, "")
     points = []
     with progress("scaling") as show:
-        for point in scaling(workload(recipe), dense, hardware, GPUS, allowed):
+        for point in scaling(trained, dense, hardware, GPUS, allowed):
             points.append(point)
             show(len(points), len(GPUS))
     batch = recipe.schedule.global_batch_size
@@ -153,7 +160,11 @@ def _scaling(
 
 
 def _command(
-    recipe: "Recipe", best: "Prediction", settings: list[str], hardware: "Hardware"
+    recipe: "Recipe",
+    best: "Prediction",
+    settings: list[str],
+    hardware: "Hardware",
+    dense: str | None,
 ) -> str:
     """Return what trains on a mapping."""
     from nemo_upcycle_recipes.arguments import defaults, plain_name
@@ -170,6 +181,8 @@ def _command(
     values |= {"micro_batch_size": mapping.micro_batch_size, "recompute": mapping.recompute}
     known = defaults(recipe)
     arguments = [f"{name}={_typed(value)}" for name, value in values.items() if name in known]
+    if dense is not None:
+        arguments.insert(0, f"dense_checkpoint={_typed(dense)}")
     return f'nemo llm pretrain --factory "{recipe.name}({", ".join(arguments)})"'
 
 

@@ -200,7 +200,7 @@ def _at_step_0(found: Drift, model: MoEModel, dense_ffn: int) -> Iterator[str]:
         for config_of in [replace(config, weight_scaling=name)]
     }
     chosen = replace(config, weight_scaling=min(near, key=lambda name: near[name]))
-    exactness = chosen.exactness()
+    exactness = chosen.exactness(model.arch.gated_linear_unit, 1)
     if not exactness.exact:
         yield exactness.reason
     elif granularity > 1:

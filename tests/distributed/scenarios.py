@@ -21,8 +21,8 @@ from nemo.collections.llm.gpt.model.base import gpt_data_step, gpt_forward_step
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
 from nemo_upcycle import cpu, load
-from nemo_upcycle.branches import open_branches
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
+from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.mapping import Architecture, family_of
 from nemo_upcycle.model import UpcycledGPTConfig, architecture_fields, moe_fields, window_fields

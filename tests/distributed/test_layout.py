@@ -10,8 +10,9 @@ from megatron.core import parallel_state
 
 from nemo_upcycle import load
 from nemo_upcycle.checkpoint import open_checkpoint
+from nemo_upcycle.checkpoint.described import open_dense
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.job import open_dense, plan_job
+from nemo_upcycle.job import plan_job
 from nemo_upcycle.layout import Coordinates, coordinates, shards
 from nemo_upcycle.mapping import Architecture, family_of
 from nemo_upcycle.owned import owned_shards

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemo_upcycle import load
-from nemo_upcycle.branches import open_branches
+from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_upcycle.branches import branch_name, open_branches, split_sources
 from nemo_upcycle.checkpoint import DenseCheckpoint
+from nemo_upcycle.checkpoint.branches import branch_name, open_branches, split_sources
+from nemo_upcycle.checkpoint.described import open_dense
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.dtypes import TORCH_DTYPES
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.job import open_dense
 from nemo_upcycle.mapping import family_of
 from nemo_upcycle.plan import Shard, make_plan
 from tests.tiny import write_dense, write_llama
@@ -99,8 +99,15 @@ def test_a_name_with_a_comma(tmp_path: Path) -> None:
     directory = write_llama(tmp_path / "a, b")
     assert split_sources(str(directory)) == [str(directory)]
     assert split_sources("a; b,c") == ["a", "b", "c"]
-    with pytest.raises(UpcyclingError, match="single commas"):
-        split_sources("a,,b")
+    for nothing in ("a,,b", "", " "):
+        with pytest.raises(UpcyclingError, match="single commas"):
+            split_sources(nothing)
+
+
+def test_what_computes_nothing_may_differ(sources: list[Path], tmp_path: Path) -> None:
+    """A branch trained on for longer contexts, or drawn otherwise, is of the same architecture."""
+    other = write_llama(tmp_path, max_position_embeddings=4096, initializer_range=0.02)
+    assert open_dense(f"{sources[0]},{other}").branches == 2
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, open_checkpoint
+from nemo_upcycle.checkpoint.checks import check_tensors
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping import family_of
-from nemo_upcycle.plan import check_tensors
 from nemo_upcycle.probe import check_tied, fingerprint
 from tests.tiny import write_llama
 
@@ -277,7 +277,9 @@ def test_not_a_directory(tmp_path: Path) -> None:
 def test_a_tensor_that_is_twice(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     for name in ("a", "b"):
-        save_file({"same": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+        save_file({"same": torch.ones(2), name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    index = {"a": "a.safetensors", "b": "b.safetensors", "same": "a.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
     with pytest.raises(UpcyclingError, match=r"in both a\.safetensors and b\.safetensors"):
         _ = HuggingFaceCheckpoint(tmp_path).tensors
 

@@ -56,7 +56,7 @@ def test_bad_upcycling_is_refused(values: dict, message: str) -> None:
     ],
 )
 def test_exactness_at_step_0(values: dict, exact: bool, words: str) -> None:
-    found = UpcyclingConfig(**values).exactness()
+    found = UpcyclingConfig(**values).exactness(gated=True, dense_checkpoints=1)
     assert found.exact is exact
     assert words in found.reason
 

@@ -10,9 +10,10 @@ import pytest
 from nemo_upcycle_recipes.expectations import expected, workload
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
 
+from nemo_upcycle.checkpoint.described import dense_of_config
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.job import dense_of_config, plan_job
+from nemo_upcycle.job import plan_job
 from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.tuning import tune
 

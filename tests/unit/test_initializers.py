@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_upcycle.branches import open_branches
+from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers import initialize_router, make_initializer, names

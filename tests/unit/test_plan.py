@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nemo_upcycle.checkpoint import TensorInfo
+from nemo_upcycle.checkpoint.checks import check_tensors
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers.random import normal_row
@@ -15,7 +16,6 @@ from nemo_upcycle.plan import (
     BUFFERS,
     Plan,
     Shard,
-    check_tensors,
     chunk_rows,
     make_plan,
     peak_bytes,

@@ -17,14 +17,15 @@ from nemo_upcycle_recipes.numbers import RECIPES
 from typer.testing import CliRunner
 
 from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo
+from nemo_upcycle.checkpoint.described import dense_of_config
 from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.job import dense_of_config, distinct_bytes, plan_job
+from nemo_upcycle.job import distinct_bytes, plan_job
 from nemo_upcycle.mapping.llama import LLAMA
 from nemo_upcycle.plan import BUFFERS, CHUNK_BYTES, Block
 from nemo_upcycle.plan_report import number, size, spans_of
-from tests.tiny import CONFIG
+from tests.tiny import CONFIG, into_hub_cache, write_dense, write_llama
 
 PAPER = RECIPES["llama3_8b_e8t2"]
 CONFIG_8B = PAPER.config
@@ -110,6 +111,62 @@ def test_sizes_of_the_papers_run() -> None:
     assert job["copies"]["model.layers.3.self_attn.k_proj.weight"] == 64
     assert job["copies"]["model.layers.3.mlp.up_proj.weight"] == 8 * 16
     assert job["copies"]["model.norm.weight"] == 128
+
+
+G2_PAPER = ("granularity=2", "moe_router_topk=4", "weight_scaling=paper")
+
+
+@pytest.mark.parametrize(
+    ("families", "settings", "exact", "words"),
+    [
+        (("llama",), (), True, "their weights sum to 1"),
+        (("llama", "llama"), (), False, "experts come from 2 dense models"),
+        (("llama",), G2_PAPER, False, "changes what a SwiGLU neuron computes"),
+        (("nemotron",), G2_PAPER, True, "whole copies of the dense layer"),
+    ],
+    ids=["one", "two", "SwiGLU", "squared ReLU"],
+)
+def test_json_and_table_say_the_same_of_step_0(
+    tmp_path: Path, families: tuple[str, ...], settings: tuple[str, ...], exact: bool, words: str
+) -> None:
+    parts = [write_dense(tmp_path / str(n), family, seed=n) for n, family in enumerate(families)]
+    command = ("--recipe", "llama_tiny_e8t2", "--dense", ";".join(map(str, parts)), *settings)
+    found = plan_json(*command)["step_0"]
+    assert found["exact"] is exact
+    assert words in found["reason"]
+    table = " ".join(plan(*command).stdout.split())
+    assert f"step 0 {'exact' if exact else 'not exact'}: {found['reason']}" in table
+
+
+def test_a_plan_takes_every_name_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    dense = write_llama(tmp_path / "dense")
+    snapshot = into_hub_cache(dense, tmp_path / "hub", "some-org/some-model")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sizes = [
+        plan_json("--recipe", "llama_tiny_e8t2", "--dense", name)["dense"]["bytes"]
+        for name in (str(dense), "~/dense", "some-org/some-model")
+    ]
+    assert len(set(sizes)) == 1
+    (snapshot / "model.safetensors").unlink()
+    for name in snapshot.iterdir():
+        if name.name != "config.json":
+            name.unlink()
+    found = plan_json("--recipe", "llama_tiny_e8t2", "--dense", "some-org/some-model")["dense"]
+    assert "its config.json alone" in found["note"]
+
+
+def test_tune_takes_a_dense_checkpoint(dense: Path) -> None:
+    command = ["tune", "--recipe", "llama_tiny_e8t2", "--gpus", "2", "precision=bf16-mixed"]
+    runner = CliRunner(env={"COLUMNS": "200"})
+    own, other = (runner.invoke(app, [*command, *words]) for words in ((), ("--dense", str(dense))))
+    assert (own.exit_code, other.exit_code) == (0, 0), other.output
+    assert f"dense_checkpoint='{dense}'" in " ".join(other.stdout.split())
+    assert "dense_checkpoint" not in own.stdout
 
 
 def test_memory_besides_the_model() -> None:

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from benchmarks import planner as benchmark
 from benchmarks.published import RUNS, Published
+from nemo_upcycle.checkpoint.described import dense_of_config
 from nemo_upcycle.cli import app
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.job import dense_of_config, plan_job
+from nemo_upcycle.job import plan_job
 from nemo_upcycle.planner.efficiency import CALIBRATED
 from nemo_upcycle.planner.hardware import Hardware, device_peak_tflops, hardware, shipped
 from nemo_upcycle.planner.memory import memory

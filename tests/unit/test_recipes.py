@@ -6,6 +6,7 @@ import pytest
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_DENSE, LLAMA3_8B_E8T2
 
 from nemo_upcycle.errors import UpcyclingError
+from tests.tiny import LLAMA31_ROPE, into_hub_cache, write_llama
 
 
 def test_paper_numbers() -> None:
@@ -15,7 +16,7 @@ def test_paper_numbers() -> None:
     assert (upcycling.num_moe_experts, upcycling.moe_router_topk) == (8, 2)
     assert upcycling.moe_expert_capacity_factor == 4
     assert not upcycling.moe_router_pre_softmax
-    assert upcycling.exactness().exact
+    assert upcycling.exactness(gated=True, dense_checkpoints=1).exact
     assert (schedule.lr, schedule.min_lr, schedule.warmup_steps) == (3e-5, 3e-7, 100)
     tokens = schedule.max_steps * schedule.tokens_per_step
     assert 0 <= tokens - 100e9 < schedule.tokens_per_step
@@ -52,6 +53,98 @@ def test_model_is_made_from_the_checkpoint_at_hand(dense: Path) -> None:
     config = upcycled_recipe(dense_checkpoint=str(dense)).model.config
     assert (config.hidden_size, config.ffn_hidden_size, config.vocab_size) == (64, 96, 256)
     assert upcycled_recipe().model.config.hidden_size == 128
+
+
+@pytest.fixture
+def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """One checkpoint under all the names that people give it; its RoPE base is no recipe's."""
+    import huggingface_hub.constants
+
+    home = tmp_path / "home"
+    dense = write_llama(home / "models" / "dense", rope_theta=5e5)
+    into_hub_cache(dense, tmp_path / "hub", "some-org/some-model")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    return {
+        "a path": str(dense),
+        "a hub name": "some-org/some-model",
+        "home": "~/models/dense",
+        "relative": "models/dense",
+        "two": "some-org/some-model; ~/models/dense",
+        "two, one of them elsewhere": "/only/on/nodes; ~/models/dense",
+    }
+
+
+NAMES = ("a path", "a hub name", "home", "relative", "two", "two, one of them elsewhere")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:/only/on/nodes cannot be read")
+def test_a_checkpoint_is_the_same_by_any_name(named: dict[str, str], name: str) -> None:
+    from nemo_upcycle_recipes.llama3_8b_e8t2 import pretrain_recipe
+    from nemo_upcycle_recipes.llama_tiny import dense_recipe, upcycled_recipe
+
+    one_stage = {"pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": None}
+    for factory, options in (
+        (dense_recipe, {}),
+        (upcycled_recipe, {}),
+        (upcycled_recipe, {"from_scratch": True}),
+        (pretrain_recipe, one_stage),
+    ):
+        config = factory(dense_checkpoint=named[name], tokenizer="t", **options).model.config
+        assert (config.rotary_base, config.hidden_size, config.vocab_size) == (5e5, 64, 256)
+
+
+def test_a_hub_name_keeps_its_rope_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+    from nemo_upcycle_recipes.llama_tiny import dense_recipe, upcycled_recipe
+
+    dense = write_llama(tmp_path / "dense", rope_scaling=LLAMA31_ROPE)
+    into_hub_cache(dense, tmp_path / "hub", "some-org/llama-3.1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for factory in (dense_recipe, upcycled_recipe):
+        config = factory(dense_checkpoint="some-org/llama-3.1").model.config
+        assert (config.scale_factor, config.old_context_len) == (4.0, 32)
+
+
+@pytest.mark.parametrize("source", ["/only/on/nodes", "some-org/not-downloaded", "~/gone"])
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_what_is_assumed_of_a_checkpoint_elsewhere_is_said(source: str, from_scratch: bool) -> None:
+    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+    from nemo_upcycle_recipes.recipe import AssumedModel
+
+    with pytest.warns(AssumedModel) as said:
+        recipe = upcycled_recipe(dense_checkpoint=source, from_scratch=from_scratch)
+    (text,) = [str(warning.message) for warning in said if warning.category is AssumedModel]
+    assert text.startswith(f"{source} cannot be read on this machine")
+    assert "the recipe's own, llama_tiny (4 layers, hidden_size 128" in text
+    assert recipe.model.config.hidden_size == 128
+
+
+def test_nothing_is_assumed_of_what_is_here(tmp_path: Path) -> None:
+    """A directory without a config is no reason to take the recipe's own numbers."""
+    from nemo_upcycle_recipes.llama_tiny import dense_recipe
+
+    (tmp_path / "file").touch()
+    for source, message in (
+        (str(tmp_path), "has no config.json"),
+        (str(tmp_path / "file"), "is a file"),
+        ("", "expected one checkpoint"),
+    ):
+        with pytest.raises(UpcyclingError, match=message):
+            dense_recipe(dense_checkpoint=source)
+
+
+def test_the_recipes_own_checkpoint_is_not_remarked_on() -> None:
+    import warnings
+
+    from nemo_upcycle_recipes.llama3_8b_e8t2 import pretrain_recipe
+    from nemo_upcycle_recipes.recipe import AssumedModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AssumedModel)
+        pretrain_recipe()
 
 
 @pytest.mark.parametrize("accelerator", ["gpu", "cpu"])

@@ -6,6 +6,7 @@ other tensor, it is the average over all branches.
 Source: Branch-Train-MiX, arXiv 2403.07816 §3.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -15,6 +16,9 @@ from pathlib import Path
 from nemo_upcycle.checkpoint import DenseCheckpoint, Piece, Span, TensorInfo, open_checkpoint
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.mapping import family_of
+
+_MAY_DIFFER = ("max_position_embeddings", "init_method_std")
+"""Fields of an architecture that change nothing of what it computes."""
 
 
 def branch_name(branch: int, tensor: str) -> str:
@@ -30,9 +34,9 @@ def split_sources(source: str) -> list[str]:
             cuts the arguments of a factory at commas.
 
     Raises:
-        UpcyclingError: There is nothing between two of them.
+        UpcyclingError: There is nothing, or nothing between two of them.
     """
-    if Path(source).expanduser().exists():
+    if source and Path(os.path.expanduser(source)).exists():
         return [source]
     sources = [part.strip() for part in re.split("[,;]", source)]
     if not all(sources):
@@ -55,7 +59,12 @@ def open_branches(source: str) -> DenseCheckpoint:
     Raises:
         UpcyclingError: One cannot be read, or they are not of one architecture.
     """
-    opened = [open_checkpoint(part) for part in split_sources(source)]
+    return open_parts(split_sources(source))
+
+
+def open_parts(parts: Sequence[str]) -> DenseCheckpoint:
+    """Open the dense checkpoints that `split_sources` returns; see `open_branches`."""
+    opened = [open_checkpoint(part) for part in parts]
     return opened[0] if len(opened) == 1 else BranchedCheckpoint(opened)
 
 
@@ -146,7 +155,8 @@ class BranchedCheckpoint(DenseCheckpoint):
         different = [
             f"{field.name} {getattr(self._arch, field.name)} and {getattr(arch, field.name)}"
             for field in fields(arch)
-            if getattr(self._arch, field.name) != getattr(arch, field.name)
+            if field.name not in _MAY_DIFFER
+            and getattr(self._arch, field.name) != getattr(arch, field.name)
         ]
         if family.model_type != self._family.model_type:
             different.append(f"model_type {self._family.model_type} and {family.model_type}")

@@ -1,0 +1,212 @@
+"""What is no dense checkpoint, called by its name, with the way out."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.checkpoint.tokenizer_files import NEEDED
+from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.mapping import FAMILIES
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of file that is not what a dense checkpoint is read from."""
+
+    names: str
+    what: str
+    way_out: str
+
+
+_KINDS = (
+    _Kind(
+        r"adapter_(config\.json|model\..+)",
+        "an adapter (PEFT), which changes a base model that is elsewhere ({names})",
+        "Merge the two (PEFT's merge_and_unload), save_pretrained, and give that directory.",
+    ),
+    _Kind(
+        r"model-\d+-of-\d+\.safetensors",
+        "shards without model.safetensors.index.json, which says what belongs together ({names})",
+        "Copy the index too.",
+    ),
+    _Kind(
+        r"model\.(?!safetensors)[^.]+\.safetensors|model\.[^.]+-\d+-of-\d+\.safetensors"
+        r"|model\.safetensors\.index\..+\.json",
+        "a variant of the weights alone ({names})",
+        "Load it with from_pretrained(..., variant=...) and save_pretrained it without one.",
+    ),
+    _Kind(
+        r"consolidated.*\.(safetensors|pth)",
+        "weights under Mistral's or Meta's own names ({names})",
+        "Get the model in Hugging Face's format, or convert it with transformers' "
+        "convert_*_weights_to_hf.py.",
+    ),
+    _Kind(
+        r".+\.gguf",
+        "GGUF, llama.cpp's format, quantised as a rule ({names})",
+        "Get the original weights; or load the file with from_pretrained(..., gguf_file=...), "
+        "which dequantises it, and save_pretrained that.",
+    ),
+    _Kind(
+        r"global_step\d+|zero_to_fp32\.py|.*zero_pp_rank_.+",
+        "DeepSpeed's own checkpoint ({names})",
+        "Run `python zero_to_fp32.py . OUT --safe_serialization` in it.",
+    ),
+    _Kind(
+        r"(?!training_args|optimizer|scheduler|scaler|rng_state|random_states).+\.(bin|pt|pth|ckpt)",
+        "pickled weights ({names}), which can run code when loaded",
+        "Convert it with save_pretrained(..., safe_serialization=True).",
+    ),
+    _Kind(r".+\.onnx", "an ONNX graph ({names})", "Get the model that it was exported from."),
+    _Kind(
+        r"tf_model.*|.+\.h5|model\.ckpt.*\.index",
+        "TensorFlow's weights ({names})",
+        "Load it with from_pretrained(..., from_tf=True) and save_pretrained it.",
+    ),
+    _Kind(
+        r"flax_model.*|.+\.msgpack",
+        "Flax's weights ({names})",
+        "Load it with from_pretrained(..., from_flax=True) and save_pretrained it.",
+    ),
+    _Kind(r".+\.npz", "MLX's or NumPy's weights ({names})", "Get the original weights."),
+    _Kind(
+        r".+\.safetensors",
+        "files of other names ({names}), which transformers does not read",
+        "If one is the whole model, name it model.safetensors.",
+    ),
+)
+_QUANTISED_TENSORS = {
+    r"\.(weight_scale_inv|weight_scale|input_scale)": "FP8",
+    r"\.(qweight|qzeros|scales|g_idx)": "GPTQ or AWQ",
+    r"\.(SCB|(nested_)?absmax|(nested_)?quant_map|quant_state\..+)": "bitsandbytes",
+    r"\.weight_(packed|shape|zero_point)": "compressed-tensors",
+    r"_(blocks|scales)": "MXFP4",
+}
+"""How names of tensors end that are parts of quantised weights."""
+_SNAPSHOT = re.compile(r"models--(?P<name>[^/]+)/snapshots/[^/]+$")
+_PARTS = ("text_config", "llm_config", "language_config", "vision_config", "audio_config")
+"""Keys of a config under which a model of several parts has one of them."""
+
+
+def get_again(directory: Path) -> str:
+    """Say how to get what a directory lacks."""
+    found = _SNAPSHOT.search(str(directory))
+    if found is None:
+        return "Get the checkpoint again."
+    name = found["name"].replace("--", "/")
+    return f"Not all of the model was downloaded; `hf download {name}` gets the rest."
+
+
+def held_instead(directory: Path) -> tuple[str, str] | None:
+    """Return what a directory without a dense checkpoint's weights holds, and what to do.
+
+    Args:
+        directory: The directory.
+
+    Returns:
+        The two, in words; None if it holds nothing that is known.
+    """
+    entries = {path.name: path for path in directory.iterdir()}
+    dangling = [name for name, path in entries.items() if path.is_symlink() and not path.exists()]
+    if any(name.endswith((".safetensors", ".json")) for name in dangling):
+        return f"links to files that are not there ({listing(dangling)})", get_again(directory)
+    if {"model.safetensors", "model.safetensors.index.json"} & entries.keys():
+        return "weights without what they are", "Copy the config.json that belongs to them too."
+    for kind in _KINDS:
+        names = [name for name in entries if re.fullmatch(kind.names, name)]
+        if names:
+            return kind.what.format(names=listing(names)), kind.way_out
+    inside = [name for name, path in entries.items() if (path / "config.json").is_file()]
+    if inside:
+        return f"directories that are checkpoints ({listing(inside)})", "Give one of these."
+    if _SNAPSHOT.search(str(directory)):
+        return "a part of the model's files", get_again(directory)
+    if any(name in entries for name in NEEDED):
+        return "a tokenizer and no model", "Give the directory of the model's weights."
+    return None
+
+
+def check_no_adapter(directory: Path) -> None:
+    """Check that weights are not changed by an adapter beside them, as transformers has it.
+
+    Raises:
+        UpcyclingError: They are.
+    """
+    if (directory / "adapter_config.json").is_file():
+        adapter = _KINDS[0]
+        raise UpcyclingError(
+            f"{directory} holds {adapter.what.format(names='adapter_config.json')}; expected a "
+            f"dense model's weights as they are. {adapter.way_out}"
+        )
+
+
+def check_not_quantised(config: Mapping[str, Any], directory: Path) -> None:
+    """Check that a config does not say that the weights are quantised.
+
+    Raises:
+        UpcyclingError: It does.
+    """
+    said = config.get("quantization_config") or config.get("compression_config")
+    if said:
+        method = said.get("quant_method") if isinstance(said, Mapping) else None
+        key = "quantization_config" if config.get("quantization_config") else "compression_config"
+        if method is None and isinstance(said, Mapping):
+            bits = [name for name in said if str(name).startswith("load_in_") and said[name]]
+            method = "bitsandbytes" if bits else None
+        raise _quantised(directory, f"{method or 'a method that it does not name'} (its {key})")
+
+
+def check_not_quantised_tensors(names: Collection[str], directory: Path) -> None:
+    """Check that no tensor is a part of quantised weights.
+
+    Raises:
+        UpcyclingError: Some are.
+    """
+    for ending, method in _QUANTISED_TENSORS.items():
+        found = [name for name in names if re.search(f"{ending}$", name)]
+        if found:
+            raise _quantised(directory, f"{method} (it has {listing(found, 3)})")
+
+
+def _quantised(directory: Path, by: str) -> UpcyclingError:
+    return UpcyclingError(
+        f"{directory} is quantised by {by}; expected weights in F32, BF16 or F16. Give the "
+        "checkpoint that it was made from; or load it with from_pretrained, call the model's "
+        "dequantize(), and save_pretrained that."
+    )
+
+
+def check_dense(config: Mapping[str, Any], directory: Path) -> None:
+    """Check that a config is not that of an MoE, or of a model with more parts than one.
+
+    What else is unknown is `family_of`'s to refuse.
+
+    Raises:
+        UpcyclingError: It is.
+    """
+    kind = config.get("model_type")
+    if kind in FAMILIES:
+        return
+    parts = [name for name in _PARTS if isinstance(config.get(name), Mapping)]
+    experts = {
+        name: count
+        for part in (config, *(config[name] for name in parts))
+        for name, count in part.items()
+        if re.fullmatch(r"(\w+_)?experts", str(name)) and isinstance(count, int) and count > 1
+    }
+    if experts or "moe" in str(kind):
+        said = "".join(f", {name}={count}" for name, count in experts.items())
+        raise UpcyclingError(
+            f"{directory} is an MoE already (config.json says model_type={kind!r}{said}); expected "
+            "a dense checkpoint. Give the dense model that it was made from. A Mixtral, Qwen2-MoE "
+            "or Qwen3-MoE is trained on as it is: `nemo llm import model=upcycled_gpt "
+            "source=hf://DIR`, and resume from what that writes."
+        )
+    if parts:
+        raise UpcyclingError(
+            f"{directory} is a model of several parts (config.json says model_type={kind!r} and "
+            f"has {', '.join(parts)}); expected a language model alone. Load it with "
+            "transformers, save_pretrained its language model, and give that directory."
+        )
