@@ -26,8 +26,10 @@ SEEDS = int(os.environ.get("UPCYCLE_FUZZ", "60"))
 
 SUFFIXES = (".jsonl", ".JSONL", ".json", ".ndjson", ".jsonl.gz", ".JSON.GZ", ".jsonl.zst")
 
-PIECES = ("a", "expert ", "\n", "\t", "\0", "\u2028", "日本", "é", "e\u0301", "🚀", "\ufeff",
-          "\x85", "</s>", "<tool_call>", '"', "\\", "\r", "{", "\x7f", "\U0010ffff", " " * 9)  # fmt: skip
+PIECES = (
+    *("a", "expert ", "\n", "\t", "\0", "\u2028", "日本", "é", "e\u0301", "🚀", "\ufeff", "\x85"),
+    *("</s>", "<tool_call>", '"', "\\", "\r", "{", "\x7f", "\U0010ffff", " " * 9),
+)
 
 
 @dataclass(frozen=True)
