@@ -25,7 +25,10 @@ PROBES = (
     "👩🏽\u200d🚀 e\u0301 \u00a0\u2028\u200b\ufeff",
     "  two  spaces   three    four\n \n  \n\t\tTitle CASE lower_snake camelCase https://host/p?q=1#x",
 )
-"""Texts on which tokenizers that differ differ: digits, spaces, case, scripts, normal forms."""
+"""Texts on which tokenizers that differ differ: digits, spaces, case, scripts, normal forms.
+
+Manifests have what comes of them: another text here would make all tokenizers others.
+"""
 
 
 @dataclass(frozen=True)
