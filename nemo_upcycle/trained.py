@@ -19,8 +19,8 @@ from nemo_upcycle.checkpoint import (
     Span,
     TensorInfo,
 )
-from nemo_upcycle.checkpoint.huggingface import resolve_directory
 from nemo_upcycle.checkpoint.megatron import VOCABULARY
+from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.layers import moe_layers
@@ -100,13 +100,13 @@ def open_trained(source: str | Path) -> Trained:
     """Open a trained model by its headers.
 
     Args:
-        source: A NeMo 2 or Megatron-LM checkpoint saved under any mapping, dense or MoE; or a
-            Hugging Face directory of an MoE.
+        source: A NeMo 2 or Megatron-LM checkpoint saved under any mapping, dense or MoE, or the
+            directory of the run that saved it; or a Hugging Face directory of an MoE.
 
     Raises:
         UpcyclingError: It cannot be read, or Megatron's model does not compute it.
     """
-    directory = resolve_directory(source)
+    directory = resolve_trained(source)
     if (directory / "config.json").is_file():
         return _open_huggingface(directory)
     checkpoint = MegatronCheckpoint(directory, experts=True)
