@@ -5,7 +5,7 @@ model is exported, imported and loaded under any mapping slice by slice, and no 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -25,6 +25,7 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.layers import moe_layers
 from nemo_upcycle.mapping.family import Architecture, Operation, Rename
+from nemo_upcycle.mapping.kept import kept_in
 from nemo_upcycle.mapping.megatron import moe_architecture
 from nemo_upcycle.mapping.moe import MoEFamily, MoEModel
 from nemo_upcycle.mapping.moe_config import MOE_FAMILIES, moe_model
@@ -49,11 +50,14 @@ class Trained:
         checkpoint: Where its tensors are.
         model: What it is.
         family: That of its Hugging Face directory; None for Megatron's own names.
+        kept: What its run has recorded of the dense model's configs, see `mapping.kept`; None
+            where nothing is.
     """
 
     checkpoint: DenseCheckpoint
     model: MoEModel
     family: MoEFamily | None
+    kept: Mapping[str, Any] | None = None
 
     @property
     def dtype(self) -> str:
@@ -110,7 +114,22 @@ def open_trained(source: str | Path) -> Trained:
     if (directory / "config.json").is_file():
         return _open_huggingface(directory)
     checkpoint = MegatronCheckpoint(directory, experts=True)
-    return Trained(checkpoint, megatron_model(checkpoint.config), None)
+    model, kept = megatron_model(checkpoint.config), kept_in(checkpoint.directory)
+    if kept is not None:
+        model = replace(model, arch=_with_context(model.arch, kept))
+    return Trained(checkpoint, model, None, kept)
+
+
+def _with_context(arch: Architecture, kept: Mapping[str, Any]) -> Architecture:
+    """Return the numbers with the dense model's context.
+
+    The run's config has the length of its sequences, and no window that is not shorter.
+    """
+    trained_at, window = arch.max_position_embeddings, kept.get("sliding_window")
+    if arch.sliding_window is not None or (window is not None and trained_at > window):
+        window = arch.sliding_window
+    length = max(trained_at, kept["max_position_embeddings"])
+    return replace(arch, max_position_embeddings=length, sliding_window=window)
 
 
 _ROUTER: dict[str, Any] = {
