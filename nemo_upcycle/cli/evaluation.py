@@ -155,7 +155,7 @@ def verify(
 
     \b
     Examples:
-      nemo-upcycle verify demo/dense_hf demo/e8t2/checkpoints/*-last
+      nemo-upcycle verify demo/dense_hf demo/e8t2
       nemo-upcycle verify /models/Meta-Llama-3-8B e8t2_hf --text book.txt --dtype bfloat16 --tp 8
     """
     folding = folding_of(tp, pp, ep, etp)
