@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from nemo_upcycle.agreement import check_agreement, exactness_of
 from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.checkpoint.described import checked, described
+from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.config import Exactness, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.load import LoadReport, check_all_used, upcycle
@@ -99,8 +100,7 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
         return asdict(self._origin) if self._origin else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what the run was upcycled from."""
-        self._origin = Origin(**state_dict) if state_dict else None
+        """Nothing: `setup` has read it, before the model was made."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check, before the model is made, what the run starts from or resumes.
@@ -159,18 +159,20 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
             self._checkpoint = open_branches(self.dense_checkpoint)
             for branch in self._checkpoint.branches:
                 _check_not_own_output(branch.directory)
-            found = fingerprint(self._checkpoint)
+            found, kept = fingerprint(self._checkpoint), kept_of(self._checkpoint.branches[0])
         except UpcyclingError as error:
             if not trainer.ckpt_path:
                 raise
             # The weights are in the run's own checkpoint by now.
             _print(f"[upcycle] the resume does not need the dense checkpoint: {error}")
-            found = None
-        now = Origin.of(self.dense_checkpoint, found, upcycling)
+            found, kept = None, None
+        now = Origin.of(self.dense_checkpoint, found, upcycling, kept)
         if trainer.ckpt_path:
             self._origin = self._saved_origin(trainer.ckpt_path)
             if self._origin is not None:
                 self._origin.check(now, str(trainer.ckpt_path))
+                # An older version has not recorded it.
+                self._origin = replace(self._origin, kept=self._origin.kept or now.kept)
             return
         self._check_restore(trainer)
         self._check_agreement(trainer.lightning_module)

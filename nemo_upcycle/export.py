@@ -9,6 +9,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.checkpoint import DTYPE_BYTES, MegatronCheckpoint, TensorInfo
-from nemo_upcycle.checkpoint.tokenizer_files import copy_tokenizer, find_tokenizer
 from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.exported_configs import write_configs, write_json
 from nemo_upcycle.mapping.moe import MoEFamily, MoEModel, moe_family_of
 from nemo_upcycle.plan import CHUNK_BYTES, expert_of, layer_of, pattern_of
 from nemo_upcycle.trained import open_trained
@@ -25,7 +26,6 @@ from nemo_upcycle.trained import open_trained
 SHARD_BYTES = 5 * 10**9
 """Bytes of an output file at most, as in transformers."""
 
-_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 Progress = Callable[[int, int], None]
 
 
@@ -60,12 +60,23 @@ class Output:
 
 @dataclass(frozen=True)
 class Export:
-    """What is to be written, known before anything is."""
+    """What is to be written, known before anything is.
+
+    Attributes:
+        checkpoint: The MoE's.
+        model: What it is.
+        family: What it becomes.
+        outputs: The tensors, by name.
+        kept: What the dense model's configs say; see `mapping.kept`.
+        notes: What whoever exports should know.
+    """
 
     checkpoint: MegatronCheckpoint
     model: MoEModel
     family: MoEFamily
     outputs: Mapping[str, Output]
+    kept: Mapping[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @cached_property
     def bytes(self) -> int:
@@ -84,7 +95,8 @@ def plan_export(source: str | Path) -> Export:
     """Say how a trained MoE becomes a Hugging Face model; nothing is read but headers.
 
     Args:
-        source: A NeMo 2 or Megatron-LM checkpoint of an upcycled model, saved under any mapping.
+        source: A NeMo 2 or Megatron-LM checkpoint of an upcycled model, saved under any mapping,
+            or the directory of the run, which stands for its last complete one.
 
     Raises:
         UpcyclingError: It is not one, or no architecture of transformers computes it.
@@ -99,7 +111,8 @@ def plan_export(source: str | Path) -> Export:
             "nemo llm export path=… target=hf output_path=…"
         )
     family = moe_family_of(model)
-    return Export(checkpoint, model, family, dict(sorted(_outputs(checkpoint, model, family))))
+    outputs = dict(sorted(_outputs(checkpoint, model, family)))
+    return Export(checkpoint, model, family, outputs, trained.kept)
 
 
 def _outputs(
@@ -170,7 +183,7 @@ def export(
     """Write a trained MoE as a directory that transformers loads.
 
     Args:
-        source: A NeMo 2 or Megatron-LM checkpoint of an upcycled model, saved under any mapping.
+        source: As for `plan_export`.
         directory: Where to; must not exist. It appears once all is written.
         progress: Called with bytes written and bytes to write.
         shard_bytes: Bytes of a file at most.
@@ -179,48 +192,46 @@ def export(
         What was written.
 
     Raises:
-        UpcyclingError: There is nothing to export, no architecture fits, or `directory` exists.
+        UpcyclingError: There is nothing to export, no architecture fits, or `directory` exists or
+            cannot be written. Nothing is left then.
     """
     plan = plan_export(source)
-    if directory.exists():
+    directory = directory.expanduser()
+    if directory.exists() or directory.is_symlink():
         raise UpcyclingError(f"{directory} exists; expected a directory to make. Name another.")
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_tensors(plan, partial, progress or (lambda done, total: None), shard_bytes)
-    config = config_of(plan)
-    _copy_tokenizer(plan.checkpoint, partial, config)
-    _write_json(partial / "config.json", config)
-    partial.rename(directory)
+    try:
+        with _made_whole(directory) as partial:
+            # What is small first: a mistake shows before the weights are written.
+            dtype = plan.outputs["model.norm.weight"].info.dtype
+            plan.notes.extend(
+                write_configs(plan.checkpoint, plan.model, plan.family, dtype, plan.kept, partial)
+            )
+            _write_tensors(plan, partial, progress or (lambda done, total: None), shard_bytes)
+    except OSError as error:
+        raise UpcyclingError(
+            f"{directory} cannot be written: {error.strerror or error}. Name a directory that may "
+            f"be written, on a disk with {plan.bytes / 2**30:.1f} GiB free."
+        ) from error
     return plan
 
 
-def config_of(plan: Export) -> dict[str, Any]:
-    """Return the `config.json` of what is exported."""
-    model, arch = plan.model, plan.model.arch
-    rope: dict[str, Any] | None = None
-    if arch.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **arch.rope_scaling}
-    elif arch.seq_len_interpolation_factor is not None:
-        rope = {"rope_type": "linear", "factor": arch.seq_len_interpolation_factor}
-    return {
-        "architectures": [plan.family.class_name],
-        "model_type": plan.family.model_type,
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.hidden_size,
-        "num_hidden_layers": arch.num_layers,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_key_value_heads": arch.num_query_groups,
-        "hidden_act": "silu",
-        "max_position_embeddings": arch.max_position_embeddings,
-        "initializer_range": arch.init_method_std,
-        "rms_norm_eps": arch.layernorm_epsilon,
-        "rope_theta": arch.rotary_base,
-        "rope_scaling": rope,
-        "tie_word_embeddings": arch.share_embeddings_and_output_weights,
-        "torch_dtype": _DTYPE_NAMES[plan.outputs["model.norm.weight"].info.dtype],
-        **plan.family.config(model),
-    }
+@contextmanager
+def _made_whole(directory: Path) -> Iterator[Path]:
+    """Give a directory to write to, which gets its name at the end; after an error all is gone."""
+    partial = directory.with_name(directory.name + ".partial")
+    made = [parent for parent in partial.parents if not parent.exists()]
+    try:
+        if partial.exists():  # a killed export has left it
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 def _write_tensors(plan: Export, directory: Path, progress: Progress, shard_bytes: int) -> None:
@@ -243,7 +254,7 @@ def _write_tensors(plan: Export, directory: Path, progress: Progress, shard_byte
     if len(files) > 1:
         places = {name: file for file, o in zip(names, files, strict=True) for name in o}
         index = {"metadata": {"total_size": plan.bytes}, "weight_map": places}
-        _write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / "model.safetensors.index.json", index)
 
 
 def _write_file(plan: Export, path: Path, outputs: Mapping[str, Output]) -> Iterator[int]:
@@ -288,27 +299,3 @@ def _doubled(raw: bytearray, dtype: str) -> bytes:
 
     values = torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype]) * 2
     return values.view(torch.uint8).numpy().tobytes()
-
-
-def _copy_tokenizer(
-    checkpoint: MegatronCheckpoint, directory: Path, config: dict[str, Any]
-) -> None:
-    """Copy the tokenizer's files and say its first and last token in the configs."""
-    tokenizer_directory = find_tokenizer(checkpoint.directory, checkpoint.context)
-    if tokenizer_directory is None:
-        return
-    copy_tokenizer(tokenizer_directory, directory)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    ids = {
-        name: value
-        for name in ("bos_token_id", "eos_token_id")
-        if (value := getattr(tokenizer, name)) is not None
-    }
-    config |= ids
-    _write_json(directory / "generation_config.json", {"_from_model_config": True, **ids})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

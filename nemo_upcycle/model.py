@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -16,6 +17,7 @@ from nemo.collections.llm.gpt.model.llama import LlamaConfig, apply_rope_scaling
 from nemo.lightning import io, teardown
 
 from nemo_upcycle import cpu
+from nemo_upcycle.checkpoint.kept import FIELD, kept_of
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.export import export
@@ -175,7 +177,8 @@ class HuggingFaceExporter(io.ModelConnector):
 
     def apply(self, output_path: Path) -> Path:
         """Write the checkpoint as a Hugging Face directory."""
-        export(str(self), output_path)
+        for note in export(str(self), output_path).notes:
+            print(f"[export] {note}")
         return output_path
 
 
@@ -203,9 +206,20 @@ class HuggingFaceImporter(io.ModelConnector):
             trainer = cpu.trainer(ckpt_save_optimizer=False, always_save_context=True)
         trainer = self.nemo_setup(model, trainer)
         source.check([source.fill([model.module])])
+        trainer.callbacks.append(_Kept(kept_of(str(self))))
         self.nemo_save(output_path, trainer)
         teardown(trainer, model)
         return output_path
+
+
+class _Kept(pl.Callback):
+    """Puts into a checkpoint what the directory says beside the model."""
+
+    def __init__(self, kept: dict[str, Any]) -> None:
+        self._kept = kept
+
+    def state_dict(self) -> dict[str, Any]:
+        return {FIELD: self._kept}
 
 
 # The names in checkpoints' contexts from before there were other families than Llama.

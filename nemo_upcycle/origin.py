@@ -28,18 +28,25 @@ class Origin:
         dense_checkpoint: Where the checkpoint was.
         fingerprint: What tells it from others; None where it could not be read.
         upcycling: The fields of `UpcyclingConfig`.
+        kept: What the dense model's configs say and training does not change; see `mapping.kept`.
+            None where nothing is known of it.
     """
 
     dense_checkpoint: str
     fingerprint: str | None
     upcycling: Mapping[str, Any]
+    kept: Mapping[str, Any] | None = None
 
     @classmethod
     def of(
-        cls, dense_checkpoint: str, fingerprint: str | None, config: UpcyclingConfig
+        cls,
+        dense_checkpoint: str,
+        fingerprint: str | None,
+        config: UpcyclingConfig,
+        kept: Mapping[str, Any] | None = None,
     ) -> "Origin":
         """Make it of the arguments of a run."""
-        return cls(dense_checkpoint, fingerprint, asdict(config))
+        return cls(dense_checkpoint, fingerprint, asdict(config), kept=kept)
 
     def check(self, now: "Origin", run: str) -> None:
         """Check that a resume continues what was begun.

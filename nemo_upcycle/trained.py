@@ -5,7 +5,7 @@ model is exported, imported and loaded under any mapping slice by slice, and no 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -19,8 +19,9 @@ from nemo_upcycle.checkpoint import (
     Span,
     TensorInfo,
 )
-from nemo_upcycle.checkpoint.huggingface import resolve_directory
+from nemo_upcycle.checkpoint.kept import kept_in
 from nemo_upcycle.checkpoint.megatron import VOCABULARY
+from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.layers import moe_layers
@@ -49,11 +50,14 @@ class Trained:
         checkpoint: Where its tensors are.
         model: What it is.
         family: That of its Hugging Face directory; None for Megatron's own names.
+        kept: What its run has recorded of the dense model's configs, see `mapping.kept`; None
+            where nothing is.
     """
 
     checkpoint: DenseCheckpoint
     model: MoEModel
     family: MoEFamily | None
+    kept: Mapping[str, Any] | None = None
 
     @property
     def dtype(self) -> str:
@@ -100,17 +104,32 @@ def open_trained(source: str | Path) -> Trained:
     """Open a trained model by its headers.
 
     Args:
-        source: A NeMo 2 or Megatron-LM checkpoint saved under any mapping, dense or MoE; or a
-            Hugging Face directory of an MoE.
+        source: A NeMo 2 or Megatron-LM checkpoint saved under any mapping, dense or MoE, or the
+            directory of the run that saved it; or a Hugging Face directory of an MoE.
 
     Raises:
         UpcyclingError: It cannot be read, or Megatron's model does not compute it.
     """
-    directory = resolve_directory(source)
+    directory = resolve_trained(source)
     if (directory / "config.json").is_file():
         return _open_huggingface(directory)
     checkpoint = MegatronCheckpoint(directory, experts=True)
-    return Trained(checkpoint, megatron_model(checkpoint.config), None)
+    model, kept = megatron_model(checkpoint.config), kept_in(checkpoint.directory)
+    if kept is not None:
+        model = replace(model, arch=_with_context(model.arch, kept))
+    return Trained(checkpoint, model, None, kept)
+
+
+def _with_context(arch: Architecture, kept: Mapping[str, Any]) -> Architecture:
+    """Return the numbers with the dense model's context.
+
+    The run's config has the length of its sequences, and no window that is not shorter.
+    """
+    trained_at, window = arch.max_position_embeddings, kept.get("sliding_window")
+    if arch.sliding_window is not None or (window is not None and trained_at > window):
+        window = arch.sliding_window
+    length = max(trained_at, kept["max_position_embeddings"])
+    return replace(arch, max_position_embeddings=length, sliding_window=window)
 
 
 ROUTER_FIELDS: dict[str, Any] = {

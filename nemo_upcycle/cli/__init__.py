@@ -12,7 +12,7 @@ import typer
 from nemo_upcycle.cli import data, evaluation
 from nemo_upcycle.cli.ablate import ablate
 from nemo_upcycle.cli.plan import groups, plan
-from nemo_upcycle.cli.tools import Directory, one_line_errors, progress
+from nemo_upcycle.cli.tools import Directory, last_checkpoint, one_line_errors, progress
 from nemo_upcycle.cli.tune import tune
 
 app = typer.Typer(
@@ -70,7 +70,11 @@ def compare(
 @one_line_errors
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(help="NeMo 2 or Megatron-LM checkpoint of an upcycled model.")
+        Path,
+        typer.Argument(
+            help="NeMo 2 or Megatron-LM checkpoint of an upcycled model; or the directory of a "
+            "run, whose last complete checkpoint is taken."
+        ),
     ],
     directory: Annotated[Path, typer.Argument(help="Directory to make.")],
 ) -> None:
@@ -82,12 +86,13 @@ def export(
 
     \b
     Example:
-      nemo-upcycle export demo/e8t2/checkpoints/*-last demo/e8t2_hf
+      nemo-upcycle export demo/e8t2 demo/e8t2_hf
     """
     from nemo_upcycle.export import export
 
+    chosen = last_checkpoint(checkpoint)
     with progress(directory.name) as show:
-        plan = export(checkpoint, directory, show)
+        plan = export(chosen, directory, show)
     typer.echo(
         f"{directory}: {plan.family.class_name}, {len(plan.outputs)} tensors, "
         f"{plan.bytes / 2**20:,.1f} MiB"
@@ -97,6 +102,8 @@ def export(
             f"It was trained with capacity factor {plan.capacity_factor:g}, which may drop tokens; "
             "transformers drops none."
         )
+    for note in plan.notes:
+        typer.echo(f"Note: {note}.")
 
 
 app.command()(evaluation.evaluate)

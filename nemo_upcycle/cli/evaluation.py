@@ -129,7 +129,12 @@ def verify(
         Path | None,
         typer.Option(help="Text or JSONL file; without it the documentation of Python itself."),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of it at most.", min=1)] = 4096,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            help="Tokens of it at most; one row beyond a sliding window all the same.", min=1
+        ),
+    ] = 4096,
     weights: Annotated[
         bool, typer.Option(help="Read all weights too, to say why the models differ.")
     ] = True,
@@ -150,7 +155,7 @@ def verify(
 
     \b
     Examples:
-      nemo-upcycle verify demo/dense_hf demo/e8t2/checkpoints/*-last
+      nemo-upcycle verify demo/dense_hf demo/e8t2
       nemo-upcycle verify /models/Meta-Llama-3-8B e8t2_hf --text book.txt --dtype bfloat16 --tp 8
     """
     folding = folding_of(tp, pp, ep, etp)
@@ -159,12 +164,14 @@ def verify(
 
     from nemo_upcycle.evaluation import harness, parity
     from nemo_upcycle.evaluation.opening import is_first_rank, open_model, open_tokenizer
+    from nemo_upcycle.source import open_source
 
     chosen = open_tokenizer(*([tokenizer] if tokenizer else [moe, dense]))
     models = [open_model(source, folding, dtype) for source in (dense, moe)]
     length = min(model.config.max_position_embeddings for model in models)
     words = parity.default_text() if text is None else parity.read_text(text)
-    ids = parity.rows_of(words, chosen, tokens, length)
+    beyond = parity.length_beyond(open_source(dense).model.arch, tokens)
+    ids = parity.rows_of(words, chosen, tokens, length, beyond)
     with progress("text") as show:
         found = parity.compare(models[0], models[1], ids, batch_size, show)
     if is_first_rank():
@@ -250,6 +257,8 @@ def _show_scores(out: Path, models: dict[str, Any], paper: bool) -> None:
 
 def _why(dense: Path, moe: Path) -> list[str]:
     from nemo_upcycle.checkpoint import open_checkpoint
+    from nemo_upcycle.checkpoint.branches import split_sources
+    from nemo_upcycle.checkpoint.kept import dense_checkpoints_in
     from nemo_upcycle.evaluation.drift import drift
     from nemo_upcycle.evaluation.parity import reasons
     from nemo_upcycle.mapping import family_of
@@ -258,8 +267,9 @@ def _why(dense: Path, moe: Path) -> list[str]:
     checkpoint, trained = open_checkpoint(str(dense)), open_trained(moe)
     with progress("weights") as show:
         found = drift(checkpoint, trained, show)
-    width = family_of(checkpoint.config).architecture(checkpoint.config).ffn_hidden_size
-    return list(reasons(found, trained.model, width))
+    arch = family_of(checkpoint.config).architecture(checkpoint.config)
+    sources = dense_checkpoints_in(trained.checkpoint.directory) or ""
+    return list(reasons(found, trained.model, arch, len(split_sources(sources or str(dense)))))
 
 
 def _show_parity(found: "Parity", why: list[str], title: str, as_json: bool) -> None:
@@ -279,6 +289,8 @@ def _show_parity(found: "Parity", why: list[str], title: str, as_json: bool) -> 
         f"  KL           {found.kl:.3g} nats a token, from the dense model to the MoE\n"
         f"  top-1        {found.top1:.2%} of the predictions are the same\n"
         f"  logits       differ by {found.difference:.3g} at most; a token's by "
-        f"{found.relative:.3g} of their norm (up to {found.tolerance:.1g} is rounding)\n"
+        f"{found.relative:.3g} of their norm\n"
+        f"  rounding     alone makes {found.rounding:.3g} of that in the dense model, added up in "
+        f"another order; up to {found.tolerance:.3g} is taken for rounding\n"
         f"  {verdict}"
     )

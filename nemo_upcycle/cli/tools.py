@@ -1,5 +1,6 @@
 """What all commands share: errors of one line, progress."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,24 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+def last_checkpoint(source: Path) -> Path:
+    """Return the checkpoint that is meant, and say which where a run's directory was given.
+
+    Raises:
+        UpcyclingError: See `resolve_trained`.
+    """
+    from nemo_upcycle.checkpoint.run_directory import resolve_trained
+
+    found = resolve_trained(source)
+    if found.name != source.name and source in found.parents and _is_first_rank():
+        typer.echo(f"{source}: taking its last complete checkpoint, {found.name}", err=True)
+    return found
+
+
+def _is_first_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from nemo import lightning as nl
 from nemo.utils import AppState
 from nemo.utils.get_rank import is_global_rank_zero
 
+from nemo_upcycle.checkpoint.run_directory import age, is_complete
 from nemo_upcycle.errors import UpcyclingError
 
 _LAST = re.compile(r"-last(-v\d+)?$")
-_STEP = re.compile(r"step=(\d+)")
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,7 @@ class AutoResume(nl.AutoResume):
     def _find_trainer_ckpt_path(self) -> Path | None:
         directory = self._directory()
         checkpoints = sorted(
-            (path for path in directory.glob("*-last*") if _LAST.search(path.name)), key=_age
+            (path for path in directory.glob("*-last*") if _LAST.search(path.name)), key=age
         )
         complete = [path for path in checkpoints if is_complete(path)]
         found = complete[-1] if complete else None
@@ -62,23 +62,6 @@ class AutoResume(nl.AutoResume):
         return Path(self.resume_from_directory or Path(AppState().log_dir) / "checkpoints")
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Say whether all of a checkpoint is there.
-
-    Args:
-        checkpoint: Its directory.
-
-    Returns:
-        False while it is written or removed, and where a kill has ended either.
-    """
-    unfinished = nl.ModelCheckpoint.is_checkpoint_unfinished(checkpoint)
-    # Megatron writes it last.
-    written = any(
-        (checkpoint / name).is_file() for name in ("weights/metadata.json", "metadata.json")
-    )
-    return written and not unfinished
-
-
 def saved_step(weights: Path | str) -> int:
     """Return how many steps had been made when a checkpoint was saved.
 
@@ -95,12 +78,6 @@ def saved_step(weights: Path | str) -> int:
             f"The run cannot be resumed from {weights}: {error}. It is damaged; remove it to go "
             "on from an older checkpoint of the run, or to start anew."
         ) from error
-
-
-def _age(checkpoint: Path) -> tuple[int, float]:
-    """Order by the step in the name, and where it has none by time."""
-    step = _STEP.search(checkpoint.name)
-    return int(step[1]) if step else -1, checkpoint.stat().st_mtime
 
 
 def _print(text: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.checkpoint import MegatronCheckpoint
+from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.export import export
@@ -44,6 +45,30 @@ def test_there_and_back_is_the_same(ranks: RankPool, tmp_path: Path, kind: str) 
     export(tmp_path / "nemo", tmp_path / "again")
     for name in (WEIGHTS, "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes(), name
+
+
+SAID = {"bos_token_id": 3, "eos_token_id": [7, 9], "pad_token_id": 5, "sliding_window": 16}
+GENERATION = {"do_sample": True, "temperature": 0.6, "eos_token_id": [7, 9, 11]}
+
+
+def test_what_the_configs_say_comes_back(ranks: RankPool, tmp_path: Path) -> None:
+    """Of an MoE, through NeMo and out again; and of a dense model, for what it will become."""
+    first = exported(ranks, tmp_path, "plain")
+    change(first, **SAID)
+    (first / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
+    ranks.run(import_ckpt, 1, source=first, output=tmp_path / "nemo")
+    export(tmp_path / "nemo", tmp_path / "again")
+    ours, theirs = (
+        json.loads((path / "config.json").read_text()) for path in (first, tmp_path / "again")
+    )
+    assert ours == theirs
+    name = "generation_config.json"
+    assert (first / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    dense = write_dense(tmp_path / "mistral", "mistral", **SAID)
+    (dense / name).write_text(json.dumps(GENERATION))
+    ranks.run(import_ckpt, 1, source=dense, output=tmp_path / "dense_nemo")
+    assert kept_of(tmp_path / "dense_nemo") == kept_of(dense)
+    assert kept_of(dense)["generation_config"] == GENERATION
 
 
 @nemo_recipe

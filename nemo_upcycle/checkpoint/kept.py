@@ -1,0 +1,175 @@
+"""What a dense model's configs say that training does not change, and an exported MoE keeps.
+
+A run records it in its checkpoints as plain data, because the run's own config does not have it:
+its sequences may be shorter than the model's context, and Megatron knows no tokens.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.checkpoint import DenseCheckpoint, HuggingFaceCheckpoint, MegatronCheckpoint
+from nemo_upcycle.checkpoint.huggingface import resolve_directory
+from nemo_upcycle.checkpoint.torch_save import read_pickle
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.mapping import family_of
+from nemo_upcycle.mapping.family import Architecture
+from nemo_upcycle.mapping.megatron import moe_architecture
+from nemo_upcycle.mapping.moe_config import MOE_FAMILIES, moe_model
+
+FIELD = "kept"
+"""Under this name a callback's state in a checkpoint has it."""
+
+CHAT_TEMPLATES = "additional_chat_templates"
+"""Directory of named templates beside `chat_template.jinja`, as transformers writes it."""
+
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# First and last token; other families have none.
+_DEFAULT_TOKENS: dict[str, tuple[int, int]] = {
+    "llama": (1, 2),
+    "mistral": (1, 2),
+    "mixtral": (1, 2),
+    "nemotron": (2, 3),
+}
+_OTHERS = ("sep_token_id", "tokenizer_class", "attention_dropout", "use_cache")
+CONFIG = _TOKENS + _OTHERS
+"""Keys of config.json that an exported MoE takes over."""
+
+# What older config.json say in generation_config.json's place.
+_GENERATION = (
+    "max_length",
+    "min_length",
+    "do_sample",
+    "early_stopping",
+    "num_beams",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "repetition_penalty",
+    "length_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+)
+
+
+def kept_of(source: DenseCheckpoint | str | Path) -> dict[str, Any]:
+    """Return what a checkpoint says of its model beside its weights and its shape.
+
+    Args:
+        source: The checkpoint that is upcycled, imported, or gives a run its config: opened, or
+            its directory, of any format, dense or MoE.
+
+    Returns:
+        Plain data: `max_position_embeddings` and `sliding_window` (None for none); and where a
+        Hugging Face directory is known: its `model_type`; `config`, the keys of its config.json
+        that an exported MoE has too; `generation_config`; `chat_templates`, those beside the
+        tokenizer's own, by file name.
+
+    Raises:
+        UpcyclingError: A file cannot be read.
+    """
+    checkpoint = source if isinstance(source, DenseCheckpoint) else _open(resolve_directory(source))
+    if not isinstance(checkpoint, HuggingFaceCheckpoint):
+        return kept_in(checkpoint.directory) or _context(_architecture(checkpoint.config))
+    config, kind = checkpoint.config, str(checkpoint.config.get("model_type"))
+    templates = sorted(checkpoint.directory.glob(f"{CHAT_TEMPLATES}/*.jinja"))
+    return {
+        **_context(_architecture(config)),
+        "model_type": kind,
+        "config": {name: config[name] for name in CONFIG if name in config},
+        "generation_config": _generation_config(checkpoint.directory, config),
+        "chat_templates": {path.name: path.read_text() for path in templates},
+    }
+
+
+def _open(directory: Path) -> DenseCheckpoint:
+    if (directory / "config.json").is_file():
+        return HuggingFaceCheckpoint(directory)
+    return MegatronCheckpoint(directory, experts=True)
+
+
+def _architecture(config: dict[str, Any]) -> Architecture:
+    if str(config.get("model_type")) in MOE_FAMILIES:
+        return moe_model(config).arch
+    if config.get("num_moe_experts"):
+        return moe_architecture(config)
+    return family_of(config).architecture(config)
+
+
+def _context(arch: Architecture) -> dict[str, Any]:
+    return {
+        "max_position_embeddings": arch.max_position_embeddings,
+        "sliding_window": arch.sliding_window,
+    }
+
+
+def default_tokens(model_type: str) -> dict[str, int | None]:
+    """Return the special tokens that transformers takes where a config.json is silent."""
+    bos, eos = _DEFAULT_TOKENS.get(model_type, (None, None))
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None}
+
+
+def _generation_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the directory's own, or what config.json says in its place."""
+    path = directory / "generation_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        said = {name: config.get(name) for name in _TOKENS + _GENERATION}
+        known = {name: value for name, value in said.items() if value is not None}
+        return {"_from_model_config": True, **known} if known else None
+    except (OSError, ValueError) as error:
+        raise UpcyclingError(
+            f"{path} cannot be read as JSON: {error}. Mend it, or remove it if the model has none."
+        ) from error
+    if not isinstance(found, dict):
+        raise UpcyclingError(f"{path} holds a {type(found).__name__}; expected a JSON object.")
+    return found
+
+
+def kept_in(weights: Path) -> dict[str, Any] | None:
+    """Return what a run has recorded of the dense model, None where nothing is.
+
+    Only plain data are looked at, whatever else the checkpoint's callbacks have stored.
+
+    Args:
+        weights: The directory of a checkpoint's `common.pt`.
+
+    Raises:
+        UpcyclingError: The file is damaged.
+    """
+    found = (_plain(state.get(FIELD)) for state in _states(weights))
+    return next((kept for kept in found if kept is not None), None)
+
+
+def dense_checkpoints_in(weights: Path) -> str | None:
+    """Return what a run has recorded as its dense checkpoint, or several, None for nothing."""
+    found = (state.get("dense_checkpoint") for state in _states(weights) if FIELD in state)
+    return next((source for source in found if isinstance(source, str)), None)
+
+
+def _states(weights: Path) -> Iterator[dict[str, Any]]:
+    """Yield what callbacks have stored in a checkpoint, as far as it is plain."""
+    path = weights / "common.pt"
+    common = read_pickle(path) if path.is_file() else None
+    callbacks = common.get("callbacks") if isinstance(common, dict) else None
+    for state in callbacks.values() if isinstance(callbacks, dict) else ():
+        if isinstance(state, dict):
+            yield state
+
+
+def _plain(found: Any) -> dict[str, Any] | None:
+    """Return a record that is one: of JSON's types, with a context length."""
+    try:
+        plain = json.loads(json.dumps(found))
+    except (TypeError, ValueError):
+        return None
+    known = isinstance(plain, dict) and type(plain.get("max_position_embeddings")) is int
+    return plain if known else None
