@@ -32,7 +32,7 @@ _DEFAULT_TOKENS: dict[str, tuple[int, int]] = {
     "mixtral": (1, 2),
     "nemotron": (2, 3),
 }
-_OTHERS = ("sep_token_id", "tokenizer_class", "attention_dropout", "use_cache")
+_OTHERS = ("unk_token_id", "sep_token_id", "tokenizer_class", "attention_dropout", "use_cache")
 CONFIG = _TOKENS + _OTHERS
 """Keys of config.json that an exported MoE takes over."""
 

@@ -113,7 +113,7 @@ def test_smollm2_is_itself_as_an_moe(smollm2: Path, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert written == dense["generation_config"]
 
-    write_choices(corpora, tmp_path / "task", "next_line", 100)
+    write_choices(corpora, tmp_path / "task", "next_line", 40)
     task = ("--tasks", "next_line", "--include-path", tmp_path / "task", "--limit", "20")
     out = tmp_path / "evaluation"
     command(tmp_path, "evaluate", run, "--dense", smollm2, *task, "--out", out)
