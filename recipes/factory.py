@@ -36,6 +36,8 @@ from nemo_upcycle.training.auto_resume import AutoResume
 from nemo_upcycle.training.mfu import MFUCallback
 from nemo_upcycle.training.moe_health import MoEHealthCallback
 from nemo_upcycle.training.preemption import PreemptionCallback
+from nemo_upcycle.training.provenance import Provenance
+from nemo_upcycle.training.run_numbers import check_max_steps
 
 F = TypeVar("F", bound=Callable[..., run.Partial])
 
@@ -153,6 +155,8 @@ def pretrain(
         UpcyclingError: The mapping does not fit the ranks or the model, or the experts are not as
             wide as a shard of the dense feed-forward layer.
     """
+    if max_steps is not None:
+        check_max_steps(max_steps)
     cpu_only = on_cpu(accelerator)
     upcycling, folding, schedule = recipe.upcycling, recipe.folding, recipe.schedule
     if data_blend is not None:
@@ -185,6 +189,8 @@ def pretrain(
         all_callbacks += _performance(folding, cpu_only)
     if upcycles:
         all_callbacks.append(_upcycling_callback(dense_checkpoint, upcycling, read_once))
+    else:
+        all_callbacks.append(run.Config(Provenance))
     return run.Partial(
         fn,
         model=model(arch, upcycling, schedule.seq_length, tokenizer_config, overrides),

@@ -12,6 +12,8 @@ from nemo.utils import AppState
 from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.training import run_lock
+from nemo_upcycle.training.provenance import Provenance, say
 
 _LAST = re.compile(r"-last(-v\d+)?$")
 _STEP = re.compile(r"step=(\d+)")
@@ -23,15 +25,31 @@ class AutoResume(nl.AutoResume):
 
     NeMo refuses to start where the only checkpoint is one that was being written when the run was
     killed, and takes the newest of several by the time stamps of their directories, which a copy
-    changes.
+    changes. Before it looks, the run's directory is locked.
+
+    Args:
+        seconds_to_wait: How long to wait for another start of the run to end.
     """
+
+    seconds_to_wait: float = run_lock.SECONDS_TO_WAIT
 
     def setup(self, trainer: pl.Trainer, model: Any = None) -> None:
         """Tell the trainer what to resume from.
 
         Raises:
-            UpcyclingError: The run has made all its steps.
+            UpcyclingError: The run has made all its steps, or another start of it is at work; of
+                that `Provenance` tells all ranks where it is among the callbacks.
         """
+        provenance = next((c for c in trainer.callbacks if isinstance(c, Provenance)), None)
+        if is_global_rank_zero():
+            try:
+                run_lock.take(Path(AppState().log_dir), self.seconds_to_wait)
+            except UpcyclingError as error:
+                if provenance is None:
+                    raise
+                provenance.lock_error = error
+        if provenance is not None and self.restore_config is not None:
+            provenance.restored = str(self.restore_config.path)
         super().setup(trainer, model)
         if trainer.ckpt_path and 0 < trainer.max_steps <= (step := saved_step(trainer.ckpt_path)):
             raise UpcyclingError(
@@ -48,12 +66,12 @@ class AutoResume(nl.AutoResume):
         found = complete[-1] if complete else None
         for path in checkpoints:
             if path not in complete:
-                _print(f"[resume] {path} is not complete: the run was killed as it was written")
+                say(f"[resume] {path} is not complete: the run was killed as it was written")
             elif path != found:
-                _print(f"[resume] {path} is older and not used: remove it if you need the room")
+                say(f"[resume] {path} is older and not used: remove it if you need the room")
         if found is None:
             # What is not complete is none: NeMo's own message and choice for that.
-            _print(f"[resume] no complete checkpoint in {directory}: starting anew")
+            say(f"[resume] no complete checkpoint in {directory}: starting anew")
             if not self.resume_ignore_no_checkpoint:
                 return super()._find_trainer_ckpt_path()
         return found
@@ -101,8 +119,3 @@ def _age(checkpoint: Path) -> tuple[int, float]:
     """Order by the step in the name, and where it has none by time."""
     step = _STEP.search(checkpoint.name)
     return int(step[1]) if step else -1, checkpoint.stat().st_mtime
-
-
-def _print(text: str) -> None:
-    if is_global_rank_zero():
-        print(text, flush=True)

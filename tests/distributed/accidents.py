@@ -23,6 +23,16 @@ class StopAfter(pl.Callback, io.IOMixin):
         trainer.should_stop = trainer.global_step >= self.step
 
 
+class SayRates(pl.Callback, io.IOMixin):
+    """Print what each step is made with: learning rate, weight decay, betas."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        groups = trainer.optimizers[0].param_groups
+        decay = max(group["weight_decay"] for group in groups)
+        group = groups[0]
+        print(f"[rates] {group['lr']:.8g} {decay:g} {tuple(group['betas'])}", flush=True)
+
+
 class FullDisk(pl.Callback, io.IOMixin):
     """Let no file grow beyond a size, from the saving of a step on; until the run has failed.
 

@@ -1,5 +1,7 @@
 """What may change between a run's starts, and what may not."""
 
+import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ class Runs:
         options: dict[str, Any] | None = None,
         overrides: dict[str, Any] | None = None,
         accident: tuple[str, dict[str, Any]] | None = None,
+        factory: str = "upcycled_recipe",
     ) -> tuple[list[Any], str]:
         """Start `directory/run`; return each rank's losses or error, and what rank 0 said."""
         for part in ("data", "tokenizer", "dense_hf"):
@@ -57,6 +60,7 @@ class Runs:
             options={"name": "run", "max_steps": STEPS, **(EP2 if options is None else options)},
             overrides=OVERRIDES | (overrides or {}),
             accident=accident,
+            factory=factory,
         )
         assert run.wait() == [0] * world_size, run.said(0)[-3000:]
         results = [run.result(rank) for rank in range(world_size)]
@@ -200,3 +204,61 @@ def test_a_dense_checkpoint_in_the_runs_own_directory_is_refused(
     assert len(set(errors)) == 1
     assert "lies in the run's own directory" in errors[0]
     assert set(before) <= {file.name for file in dense.iterdir()}
+
+
+def rates(said: str) -> list[tuple[float, float, str]]:
+    """Return learning rate, weight decay and betas of each step."""
+    lines = re.findall(r"^\[rates\] (\S+) (\S+) (.+)$", said, re.MULTILINE)
+    return [(float(lr), float(decay), betas) for lr, decay, betas in lines]
+
+
+def cosine(step: int, lr: float, min_lr: float, warmup: int, steps: int) -> float:
+    """Return the recipes' learning rate."""
+    if step <= warmup:
+        return lr * (step + 1) / (warmup + 1)
+    part = (step - warmup) / (steps - warmup)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * part))
+
+
+LR = ("optim.config.lr", "optim.lr_scheduler.min_lr", "optim.lr_scheduler.warmup_steps")
+TAKEN: dict[str, tuple[dict[str, Any], str, tuple[float, float, int, int]]] = {
+    "learning rate": (
+        {"optim.config.lr": 1e-6},
+        "[resume] optim.config.lr 0.003 → 1e-06",
+        (1e-6, 3e-4, 20, STEPS + 2),
+    ),
+    "schedule": (
+        dict(zip(LR, (1e-2, 1e-3, 1), strict=True)),
+        "[resume] optim.lr_scheduler.warmup_steps 20 → 1",
+        (1e-2, 1e-3, 1, STEPS + 2),
+    ),
+    "weight decay and betas": (
+        {"optim.config.weight_decay": 0.5, "optim.config.adam_beta2": 0.99},
+        "[resume] optim.config.weight_decay 0.1 → 0.5",
+        (3e-3, 3e-4, 20, STEPS + 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", TAKEN)
+def test_a_run_takes_the_learning_rate_of_its_command(
+    runs: Runs, resumable: Path, change: str
+) -> None:
+    """And that of a longer run: each step is made with what a fresh start would make it with."""
+    overrides, line, schedule = TAKEN[change]
+    losses, said = runs.start(
+        resumable,
+        options=EP2 | {"max_steps": STEPS + 2},
+        overrides=overrides,
+        accident=("SayRates", {}),
+    )
+    assert len(losses[0]) == STEPS + 2 - STOPPED
+    assert line in said
+    assert f"[resume] trainer.max_steps {STEPS} → {STEPS + 2}" in said
+    steps = range(STOPPED, STEPS + 2)
+    assert [lr for lr, _, _ in rates(said)] == pytest.approx(
+        [cosine(step, *schedule) for step in steps]
+    )
+    decay = overrides.get("optim.config.weight_decay", 0.1)
+    betas = str((0.9, overrides.get("optim.config.adam_beta2", 0.95)))
+    assert {(decay, betas)} == {(found, pair) for _, found, pair in rates(said)}
