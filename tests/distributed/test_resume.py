@@ -262,3 +262,82 @@ def test_a_run_takes_the_learning_rate_of_its_command(
     decay = overrides.get("optim.config.weight_decay", 0.1)
     betas = str((0.9, overrides.get("optim.config.adam_beta2", 0.95)))
     assert {(decay, betas)} == {(found, pair) for _, found, pair in rates(said)}
+
+
+MOE, DENSE = "an MoE of 8 experts, top-2 from", "a dense model from"
+BEGINNINGS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "upcycled": ("upcycled_recipe", EP2 | {"dense_checkpoint": "dense_hf"}, f"{MOE} dense_hf"),
+    "scratch": ("upcycled_recipe", EP2 | {"from_scratch": True}, f"{MOE} random weights"),
+    "dense": ("dense_recipe", {"dense_checkpoint": "dense_hf"}, f"{DENSE} dense_hf"),
+    "dense random": ("dense_recipe", {}, f"{DENSE} random weights"),
+}
+
+
+class Beginnings:
+    """Runs of one name that begin in different ways."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs, self.dense = runs, str(runs.workspace / "dense_hf")
+
+    def start(self, directory: Path, beginning: str, max_steps: int) -> tuple[list[Any], str]:
+        factory, options, _ = BEGINNINGS[beginning]
+        given = options | {"max_steps": max_steps}
+        if "dense_checkpoint" in given:
+            given["dense_checkpoint"] = self.dense
+        return self.runs.start(directory, options=given, factory=factory)
+
+    def said(self, beginning: str) -> str:
+        return BEGINNINGS[beginning][2].replace("dense_hf", self.dense)
+
+
+@pytest.fixture(scope="module")
+def beginnings(runs: Runs) -> Beginnings:
+    return Beginnings(runs)
+
+
+@pytest.fixture(scope="module")
+def begun(beginnings: Beginnings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The directories of runs that began in each way, and have made a step."""
+    found = {}
+    for name in BEGINNINGS:
+        directory = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        losses, said = beginnings.start(directory, name, 1)
+        assert len(losses[0]) == 1, said[-3000:]
+        found[name] = directory / "run"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("scratch", "upcycled"),
+        ("upcycled", "scratch"),
+        ("dense random", "dense"),
+        ("dense", "dense random"),
+        ("upcycled", "dense"),
+        ("scratch", "dense random"),
+        ("dense", "upcycled"),
+        ("dense random", "scratch"),
+    ],
+)
+def test_one_name_for_two_beginnings_is_refused(
+    beginnings: Beginnings, begun: dict[str, Path], tmp_path: Path, before: str, now: str
+) -> None:
+    """Or a control would go on with the weights of what it is compared with."""
+    shutil.copytree(begun[before], tmp_path / "run")
+    errors, _ = beginnings.start(tmp_path, now, 2)
+    assert len(set(errors)) == 1
+    assert f"is {beginnings.said(before)}; the command says {beginnings.said(now)}" in errors[0]
+    assert "another name for a new run" in errors[0]
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_the_same_beginning_goes_on(
+    beginnings: Beginnings, begun: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(begun[name], tmp_path / "run")
+    losses, said = beginnings.start(tmp_path, name, 2)
+    assert len(losses[0]) == 1
+    assert re.findall(r"^\[resume\] .* → .*$", said, re.MULTILINE) == [
+        "[resume] trainer.max_steps 1 → 2"
+    ]
