@@ -2,7 +2,8 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args
 
@@ -182,6 +183,7 @@ def pretrain(
         overrides |= cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
     elif upcycling.num_moe_experts is not None:
         overrides |= {"moe_grouped_gemm": True, "moe_permute_fusion": True}
+    _check_inputs_outside(components.run_directory(dir, name), [tokenizer, *_prefixes(data_paths)])
     source = tokenizer or (sources[0] if sources else None)
     tokenizer_config = run.Config(checkpoint_tokenizer, source=source) if source else None
     all_callbacks = [*_observers(upcycling, schedule), *(callbacks or [])]
@@ -205,6 +207,21 @@ def pretrain(
         optim=components.optim(schedule, recipe.precision),
         resume=run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
     )
+
+
+def _prefixes(data_paths: str | None) -> list[str]:
+    """Return the paths among weights and paths."""
+    return [part for part in (data_paths or "").split() if Path(part).name]
+
+
+def _check_inputs_outside(run_directory: Path, inputs: Iterable[str | None]) -> None:
+    """NeMo moves away the files in a run's directory as a new start begins."""
+    for path in filter(None, inputs):
+        if run_directory.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise UpcyclingError(
+                f"{path} lies in the run's own directory {run_directory}, which the run would "
+                "change; expected one outside. Give the run another name or directory."
+            )
 
 
 def _observers(upcycling: UpcyclingConfig, schedule: Schedule) -> list[run.Config]:

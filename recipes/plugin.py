@@ -16,6 +16,7 @@ from nemo_upcycle_recipes import (
 )
 
 from nemo_upcycle.cli import app
+from nemo_upcycle.cli.interrupt import listen
 
 __all__ = [
     "executors",
@@ -43,3 +44,6 @@ class Commands(Entrypoint):
 @run.cli.entrypoint(namespace="upcycle", entrypoint_cls=Commands)
 def commands() -> None:
     """Stand for all commands; NeMo-Run asks it for them by `Commands.cli`."""
+
+
+listen()

@@ -1,7 +1,7 @@
 """NeMo's resume, for runs that were killed at any moment."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class AutoResume(nl.AutoResume):
     """
 
     seconds_to_wait: float = run_lock.SECONDS_TO_WAIT
+    _prefix: str = field(default="", init=False, repr=False)
 
     def setup(self, trainer: pl.Trainer, model: Any = None) -> None:
         """Tell the trainer what to resume from.
@@ -40,7 +41,15 @@ class AutoResume(nl.AutoResume):
             UpcyclingError: The run has made all its steps, or another start of it is at work; of
                 that `Provenance` tells all ranks where it is among the callbacks.
         """
-        provenance = next((c for c in trainer.callbacks if isinstance(c, Provenance)), None)
+        self._lock(next((c for c in trainer.callbacks if isinstance(c, Provenance)), None))
+        try:
+            self._choose(trainer, model)
+        except BaseException:
+            run_lock.release(Path(AppState().log_dir))
+            raise
+
+    def _lock(self, provenance: Provenance | None) -> None:
+        """Lock the run's directory; the checks of all ranks hear where that is refused."""
         if is_global_rank_zero():
             try:
                 run_lock.take(Path(AppState().log_dir), self.seconds_to_wait)
@@ -50,6 +59,15 @@ class AutoResume(nl.AutoResume):
                 provenance.lock_error = error
         if provenance is not None and self.restore_config is not None:
             provenance.restored = str(self.restore_config.path)
+
+    def _choose(self, trainer: pl.Trainer, model: Any) -> None:
+        filename = str(getattr(trainer.checkpoint_callback, "filename", None) or "")
+        if "/" in filename:
+            raise UpcyclingError(
+                f"log.ckpt.filename is {filename!r}: checkpoints in directories of their own are "
+                "not found again. Leave the / out; the run's name may have one."
+            )
+        self._prefix = filename.partition("{")[0]
         super().setup(trainer, model)
         if trainer.ckpt_path and 0 < trainer.max_steps <= (step := saved_step(trainer.ckpt_path)):
             raise UpcyclingError(
@@ -63,12 +81,18 @@ class AutoResume(nl.AutoResume):
             (path for path in directory.glob("*-last*") if _LAST.search(path.name)), key=_age
         )
         complete = [path for path in checkpoints if is_complete(path)]
-        found = complete[-1] if complete else None
+        # A copy of another run's checkpoint is gone on from where there is none of this run's.
+        own = [path for path in complete if path.name.startswith(self._prefix)]
+        found = own[-1] if own else complete[-1] if complete else None
         for path in checkpoints:
             if path not in complete:
                 say(f"[resume] {path} is not complete: the run was killed as it was written")
+            elif own and path not in own:
+                say(f"[resume] {path} was saved under another name and is not used")
             elif path != found:
                 say(f"[resume] {path} is older and not used: remove it if you need the room")
+        if found is not None and not own:
+            say(f"[resume] {found} was saved under another name: this run goes on from it")
         if found is None:
             # What is not complete is none: NeMo's own message and choice for that.
             say(f"[resume] no complete checkpoint in {directory}: starting anew")
@@ -117,5 +141,6 @@ def saved_step(weights: Path | str) -> int:
 
 def _age(checkpoint: Path) -> tuple[int, float]:
     """Order by the step in the name, and where it has none by time."""
-    step = _STEP.search(checkpoint.name)
-    return int(step[1]) if step else -1, checkpoint.stat().st_mtime
+    # The run's name, which comes first, may have a step in it too.
+    steps = _STEP.findall(checkpoint.name)
+    return int(steps[-1]) if steps else -1, checkpoint.stat().st_mtime

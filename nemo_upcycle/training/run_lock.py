@@ -53,19 +53,14 @@ def take(directory: Path, seconds_to_wait: float = SECONDS_TO_WAIT) -> None:
     json.dump(_holder(), file)
     file.flush()
     _held[directory] = file
-    os.register_at_fork(after_in_child=lambda: _forget(file))
+    # What a forked process has inherited is closed there; the lock stays with its parent.
+    os.register_at_fork(after_in_child=file.close)
 
 
 def release(directory: Path) -> None:
     """Let other processes have a run's directory."""
     if (file := _held.pop(directory, None)) is not None:
         file.close()
-
-
-def _forget(file: IO[Any]) -> None:
-    """Close what a forked process has inherited; the lock stays with its parent."""
-    if not file.closed:
-        os.close(file.fileno())
 
 
 def _holder() -> dict[str, Any]:

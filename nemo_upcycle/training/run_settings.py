@@ -38,7 +38,8 @@ _ARCHITECTURE = (
 """Fields of the model's config that say which function its weights compute."""
 
 _REFUSED = frozenset(
-    {"data.seq_length", "data.tokenizer", "optim.config.optimizer", "trainer.plugins.precision"}
+    {"data.seq_length", "data.tokenizer"}
+    | {"optim.config.optimizer", "optim.config.use_distributed_optimizer"}
     | {f"model.config.{name}" for name in _ARCHITECTURE}
 )
 
@@ -56,6 +57,7 @@ _OF_DATA = (
 )
 _OF_OPTIMIZER = (
     *("optimizer", "lr", "decoupled_lr", "decoupled_min_lr", "weight_decay", "clip_grad"),
+    "use_distributed_optimizer",
     *("adam_beta1", "adam_beta2", "adam_eps", "decoupled_weight_decay", "sgd_momentum"),
 )
 _SAMPLE_BYTES = 2**16
