@@ -95,7 +95,7 @@ class PreemptionCallback(pl.Callback, io.IOMixin):
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, handler)
-            if number in found:
+            if found.get(number) == self._receive:
                 found[number] = handler
 
 
