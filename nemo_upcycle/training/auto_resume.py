@@ -14,6 +14,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.training import run_lock
 from nemo_upcycle.training.provenance import Provenance, say
+from nemo_upcycle.training.run_numbers import check_trainer
 
 _LAST = re.compile(r"-last(-v\d+)?$")
 _STEP = re.compile(r"step=(\d+)")
@@ -38,9 +39,10 @@ class AutoResume(nl.AutoResume):
         """Tell the trainer what to resume from.
 
         Raises:
-            UpcyclingError: The run has made all its steps, or another start of it is at work; of
+            UpcyclingError: The run has no steps or has made all of them, or another start of it is at work; of
                 that `Provenance` tells all ranks where it is among the callbacks.
         """
+        check_trainer(trainer)
         self._lock(next((c for c in trainer.callbacks if isinstance(c, Provenance)), None))
         try:
             self._choose(trainer, model)

@@ -25,6 +25,21 @@ def check_max_steps(max_steps: int) -> None:
         raise UpcyclingError(f"max_steps is {max_steps}; expected 1 or more: a run has an end.")
 
 
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Check how long a run is, and how often it validates: the data are made by these numbers.
+
+    Raises:
+        UpcyclingError: A number is out of range.
+    """
+    check_max_steps(trainer.max_steps)
+    interval = trainer.val_check_interval  # steps, or a share of an epoch
+    if interval is not None and not interval > 0:
+        raise UpcyclingError(
+            f"trainer.val_check_interval is {interval}; expected 1 step or more. To leave "
+            "validation out, set trainer.limit_val_batches=0."
+        )
+
+
 def check_numbers(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
     """Check the numbers of trainer, data, optimizer and schedule.
 
@@ -38,8 +53,7 @@ def check_numbers(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
     Raises:
         UpcyclingError: A number is out of range, or contradicts another.
     """
-    check_max_steps(trainer.max_steps)
-    _check_interval(trainer.val_check_interval)
+    check_trainer(trainer)
     found = {"data": getattr(trainer, "datamodule", None)}
     for name in _AT_LEAST_1:
         value = getattr(found["data"], name.removeprefix("data."), None)
@@ -53,15 +67,6 @@ def check_numbers(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
             if isinstance(value, int | float) and not value >= 0:
                 raise UpcyclingError(f"{place}.{name} is {value}; expected 0 or more.")
     return list(_check_schedule(config, scheduler, trainer.max_steps))
-
-
-def _check_interval(interval: Any) -> None:
-    """Check how often a run validates: after so many steps, or that share of an epoch."""
-    if interval is not None and not interval > 0:
-        raise UpcyclingError(
-            f"trainer.val_check_interval is {interval}; expected 1 step or more. To leave "
-            "validation out, set trainer.limit_val_batches=0."
-        )
 
 
 def _check_schedule(config: Any, scheduler: Any, max_steps: int) -> Iterator[str]:
