@@ -39,8 +39,8 @@ class AutoResume(nl.AutoResume):
         """Tell the trainer what to resume from.
 
         Raises:
-            UpcyclingError: The run has no steps or has made all of them, or another start of it is at work; of
-                that `Provenance` tells all ranks where it is among the callbacks.
+            UpcyclingError: The run has no steps or has made all of them, or another start of it is
+                at work; of that `Provenance` tells all ranks where it is among the callbacks.
         """
         check_trainer(trainer)
         self._lock(next((c for c in trainer.callbacks if isinstance(c, Provenance)), None))

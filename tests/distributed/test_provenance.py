@@ -268,6 +268,22 @@ def test_a_copied_checkpoint_of_another_run(runs: Runs, resumable: Path) -> None
     assert "other--step=99-last was saved under another name and is not used" in said
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"trainer.max_steps": -1}, "max_steps is -1; expected 1 or more"),
+        ({"trainer.val_check_interval": 0}, "trainer.val_check_interval is 0; expected 1 step"),
+        ({"optim.config.lr": -1.0}, "optim.config.lr is -1.0; expected 0 or more"),
+    ],
+)
+def test_nonsense_on_the_command_line_is_refused(
+    runs: Runs, tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    errors, _ = runs.start(tmp_path, overrides=overrides)
+    assert len(set(errors)) == 1
+    assert errors[0].startswith(f"UpcyclingError: {message}")
+
+
 NAMES = ["group/run 1", "größe[1]*?-step=9-last"]
 
 
