@@ -2,16 +2,10 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from megatron.core import dist_checkpointing
-from nemo.lightning import io
 from nemo.utils import AppState
 from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.model_utils import unwrap_model
@@ -36,13 +30,14 @@ from nemo_upcycle.load import LoadReport, check_all_used, upcycle
 from nemo_upcycle.model import upcycling_of
 from nemo_upcycle.origin import Origin
 from nemo_upcycle.probe import fingerprint
-from nemo_upcycle.ranks import TIMEOUT_S, Ranks
+from nemo_upcycle.ranks import TIMEOUT_S
+from nemo_upcycle.training.provenance import Provenance, said_on_every_rank, say
 
 SECONDS_BETWEEN_LINES = 5.0
 """How often a log, which is no terminal, gets a line of progress."""
 
 
-class UpcyclingCallback(pl.Callback, io.IOMixin):
+class UpcyclingCallback(Provenance):
     """Fill the model from a dense checkpoint on a fresh start; do nothing on a resume.
 
     Every rank reads only the slices of the dense checkpoint that fill its own shards and writes
@@ -71,6 +66,8 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
     Source: online upcycling, arXiv 2412.09952 §3.
     """
 
+    prefix = "[upcycle]"
+
     def __init__(
         self,
         dense_checkpoint: str,
@@ -90,39 +87,9 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
         self.seed = seed
         self.read_once = read_once
         self.timeout_s = timeout_s
-        self._ranks: Ranks | None = None
         self._checkpoint: DenseCheckpoint | None = None
         self._config: Any = None
-        self._origin: Origin | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the run was upcycled from, for its checkpoints."""
-        return asdict(self._origin) if self._origin else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: `setup` has read it, before the model was made."""
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check, before the model is made, what the run starts from or resumes.
-
-        Raises:
-            UpcyclingError: The dense checkpoint cannot be used, or a resume contradicts what the
-                run was upcycled from; raised on every rank.
-        """
-        if stage != "fit":
-            return
-        with _said_on_every_rank():
-            self._ranks = Ranks(self.timeout_s)
-            error = None
-            try:
-                self._check_start(trainer, self.upcycling(pl_module.config))
-            except Exception as exception:
-                # Whatever it is, the other ranks must hear of it before this one stops.
-                error = exception
-            self._ranks.raise_on_all(error)
-            views = self._ranks.gather((str(trainer.ckpt_path), self._origin))
-            _check_same("checkpoints to resume from", [path for path, _ in views])
-            _check_same("dense checkpoints", [found and found.fingerprint for _, found in views])
+        self._reset()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Upcycle, unless the trainer resumes.
@@ -130,10 +97,11 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
         Raises:
             UpcyclingError: The checkpoint cannot be used; raised on every rank.
         """
+        super().on_fit_start(trainer, pl_module)
         if trainer.ckpt_path:
-            _print(f"[upcycle] resuming from {trainer.ckpt_path}: not upcycling again")
+            say(f"[upcycle] resuming from {trainer.ckpt_path}: not upcycling again")
             return
-        with _said_on_every_rank():
+        with said_on_every_rank(self.prefix):
             self._upcycle(trainer, self.upcycling(pl_module.config))
 
     def _upcycle(self, trainer: pl.Trainer, upcycling: UpcyclingConfig) -> None:
@@ -154,7 +122,8 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
                 optimizer.mcore_optimizer.reload_model_params()
         self._print_report(reports, upcycling)
 
-    def _check_start(self, trainer: pl.Trainer, upcycling: UpcyclingConfig) -> None:
+    def begin(self, trainer: pl.Trainer, config: Any) -> Origin:
+        """Return the dense checkpoint and what it becomes, once it is known to be usable."""
         try:
             self._checkpoint = open_branches(self.dense_checkpoint)
             for branch in self._checkpoint.branches:
@@ -164,28 +133,12 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
             if not trainer.ckpt_path:
                 raise
             # The weights are in the run's own checkpoint by now.
-            _print(f"[upcycle] the resume does not need the dense checkpoint: {error}")
+            say(f"[upcycle] the resume does not need the dense checkpoint: {error}")
             found, kept = None, None
-        now = Origin.of(self.dense_checkpoint, found, upcycling, kept)
-        if trainer.ckpt_path:
-            self._origin = self._saved_origin(trainer.ckpt_path)
-            if self._origin is not None:
-                self._origin.check(now, str(trainer.ckpt_path))
-                # An older version has not recorded it.
-                self._origin = replace(self._origin, kept=self._origin.kept or now.kept)
-            return
-        self._check_restore(trainer)
-        self._check_agreement(trainer.lightning_module)
-        self._origin = now
-
-    def _saved_origin(self, weights: str | Path) -> Origin | None:
-        """Read what a checkpoint of the run says, if it was upcycled.
-
-        Before the model is made: one of another shape could not be loaded.
-        """
-        common = dist_checkpointing.load_common_state_dict(str(weights))
-        saved = common.get("callbacks", {}).get(self.state_key)
-        return Origin(**saved) if saved else None
+        if not trainer.ckpt_path:
+            self._check_restore(trainer)
+            self._check_agreement(trainer.lightning_module)
+        return Origin.of(self.dense_checkpoint, found, self.upcycling(config), kept)
 
     def upcycling(self, config: Any) -> UpcyclingConfig:
         """Return what the model's config and this callback say the dense model becomes."""
@@ -224,7 +177,7 @@ class UpcyclingCallback(pl.Callback, io.IOMixin):
     def _print_report(self, reports: list[LoadReport], upcycling: UpcyclingConfig) -> None:
         tensors = frozenset().union(*(report.tensors for report in reports))
         most = max(reports, key=lambda r: r.bytes_read)
-        _print(
+        say(
             "\n".join(
                 [
                     f"[upcycle] {self.dense_checkpoint} → {upcycling.label} "
@@ -250,35 +203,6 @@ def _check_not_own_output(dense: Path) -> None:
             f"The dense checkpoint {dense} lies in the run's own directory {run}, which the run "
             "would change; expected one outside. Give the run another name or directory."
         )
-
-
-def _check_same(what: str, views: Sequence[str | None]) -> None:
-    """Check that all nodes see the same files; all ranks have all views."""
-    first = {view: rank for rank, view in reversed(list(enumerate(views)))}
-    if len(first) > 1:
-        seen = "; ".join(f"rank {rank}: {view}" for view, rank in sorted(first.items(), key=str))
-        raise UpcyclingError(
-            f"Ranks see different {what} ({seen}); expected the same on all nodes."
-        )
-
-
-@contextmanager
-def _said_on_every_rank() -> Iterator[None]:
-    """Print an error as a line of its own on every rank.
-
-    The launcher may end the other ranks before their tracebacks are out.
-    """
-    try:
-        yield
-    except UpcyclingError as error:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        print(f"[upcycle] rank {rank}: {error}", file=sys.stderr, flush=True)
-        raise
-
-
-def _print(text: str) -> None:
-    if is_global_rank_zero():
-        print(text, flush=True)
 
 
 def _size(count: float) -> str:

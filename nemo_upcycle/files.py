@@ -1,8 +1,11 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and files that one process has at a time."""
 
+import errno
+import fcntl
 import os
 import tempfile
 from pathlib import Path
+from typing import IO, Any
 
 from nemo_upcycle.errors import UpcyclingError
 
@@ -43,3 +46,24 @@ def write_whole(path: Path, content: str | bytes) -> None:
     new = path.with_name(f"{path.name}.{os.getpid()}.partial")
     new.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(new, path)
+
+
+def lock(file: IO[Any]) -> bool:
+    """Lock an open file for whoever has it open, until the last of them has closed it or ended.
+
+    Args:
+        file: The file, open for writing: over NFS the kernel asks for that.
+
+    Returns:
+        False where another process has it.
+
+    Raises:
+        OSError: The file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        return False
+    return True

@@ -1,11 +1,13 @@
 """NeMo's Megatron strategy without one of its faults, and with its mapping checked."""
 
 import os
+import re
 from dataclasses import fields
 from functools import wraps
 from typing import Any
 
 import lightning.pytorch as pl
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from nemo import lightning as nl
 
 from nemo_upcycle.config import ParallelFolding
@@ -42,6 +44,22 @@ class MegatronStrategy(nl.MegatronStrategy):
             )
         super().connect(model)
 
+    def load_checkpoint(self, checkpoint_path: Any, selective_restore: bool = False) -> Any:
+        """Load a checkpoint.
+
+        Raises:
+            UpcyclingError: It cannot be loaded into the model; instead of a page of each rank's
+                tracebacks.
+        """
+        try:
+            return super().load_checkpoint(checkpoint_path, selective_restore)
+        except (CheckpointingException, RuntimeError) as error:
+            raise UpcyclingError(
+                f"{checkpoint_path} cannot be loaded: {_cause(error)}. It is damaged, or of "
+                "another model than the command says: give the architecture that the run began "
+                "with, or another name for a new run."
+            ) from error
+
     def folding(self) -> ParallelFolding:
         """Return the mapping that the strategy's arguments say.
 
@@ -53,3 +71,11 @@ class MegatronStrategy(nl.MegatronStrategy):
         if values["expert_tensor_parallel_size"] is None:  # Megatron takes TP then
             values["expert_tensor_parallel_size"] = self.tensor_model_parallel_size
         return ParallelFolding(**values)
+
+
+def _cause(error: Exception) -> str:
+    """Return the last thing that the first rank said, of torch's page of tracebacks."""
+    lines = [
+        line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)
+    ]
+    return lines[0] if lines else str(error).splitlines()[0]

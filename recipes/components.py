@@ -1,6 +1,8 @@
 """The parts of a training run, as NeMo-Run configurations: trainer, data, optimizer, logs."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import nemo_run as run
 import torch
@@ -18,6 +20,7 @@ from nemo_upcycle.data.module import PreTrainingDataModule
 from nemo_upcycle.data.paths import DataPath, words_of
 from nemo_upcycle.strategy import MegatronStrategy
 from nemo_upcycle.training.model_checkpoint import ModelCheckpoint
+from nemo_upcycle.training.run_name import check_name, checkpoint_prefix
 
 
 def trainer(
@@ -114,6 +117,16 @@ def optim(schedule: Schedule, precision: str) -> run.Config:
     )
 
 
+def run_directory(dir: str | None, name: str) -> Path:
+    """Return where NeMo puts a run.
+
+    Raises:
+        UpcyclingError: The name cannot be a directory's under `dir`.
+    """
+    check_name(name)
+    return Path(dir or "nemo_experiments") / name
+
+
 def log(
     dir: str | None, name: str, schedule: Schedule, wandb_project: str | None = None
 ) -> run.Config:
@@ -121,7 +134,8 @@ def log(
     wandb = None
     if wandb_project is not None:
         # With an id a resumed run goes on in the same page.
-        wandb = run.Config(WandbLogger, project=wandb_project, name=name, id=name, resume="allow")
+        page = re.sub(r"[/\\#?%:]", "-", name)
+        wandb = run.Config(WandbLogger, project=wandb_project, name=name, id=page, resume="allow")
     return run.Config(
         nl.NeMoLogger,
         log_dir=dir,
@@ -138,7 +152,7 @@ def log(
             save_last=True,
             save_top_k=0,
             monitor="reduced_train_loss",
-            filename=f"{name}--{{reduced_train_loss:.2f}}-{{step}}-{{consumed_samples}}",
+            filename=f"{checkpoint_prefix(name)}--{{reduced_train_loss:.2f}}-{{step}}-{{consumed_samples}}",
             # Without it the last checkpoint has no optimizer and cannot be trained on.
             save_optim_on_train_end=True,
         ),

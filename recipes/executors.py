@@ -12,6 +12,9 @@ from nemo_run.config import get_nemorun_home
 SECONDS_TO_SAVE = 300
 """How long before its time limit a job is told to save and end."""
 
+_PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_SAVE)}
+"""torchrun kills ranks that have not ended in time after it told them to: after 30 s by itself."""
+
 
 @run.cli.factory
 def cpu(ntasks_per_node: int = 1) -> run.Config[run.LocalExecutor]:
@@ -32,7 +35,12 @@ def cpu(ntasks_per_node: int = 1) -> run.Config[run.LocalExecutor]:
             >>> run.run(recipe, executor=cpu(ntasks_per_node=2))
     """
     _find_torchrun()
-    return run.Config(run.LocalExecutor, ntasks_per_node=ntasks_per_node, launcher="torchrun")
+    return run.Config(
+        run.LocalExecutor,
+        ntasks_per_node=ntasks_per_node,
+        launcher="torchrun",
+        env_vars=dict(_PATIENCE),
+    )
 
 
 @run.cli.factory
@@ -138,6 +146,7 @@ def _slurm(**options: Any) -> run.Config[run.SlurmExecutor]:
         tunnel=run.Config(run.LocalTunnel, job_dir=experiments),
         # The run saves and ends with 143; NeMo-Run's script then puts it back into the queue.
         signal=f"TERM@{SECONDS_TO_SAVE}",
+        env_vars=dict(_PATIENCE),
         # A job that waits for one that has failed is taken out of the queue.
         additional_parameters={"requeue": True, "kill_on_invalid_dep": "yes"},
         **options,

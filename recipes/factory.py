@@ -2,7 +2,8 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args
 
@@ -39,6 +40,8 @@ from nemo_upcycle.training.auto_resume import AutoResume
 from nemo_upcycle.training.mfu import MFUCallback
 from nemo_upcycle.training.moe_health import MoEHealthCallback
 from nemo_upcycle.training.preemption import PreemptionCallback
+from nemo_upcycle.training.provenance import Provenance
+from nemo_upcycle.training.run_numbers import check_max_steps
 
 F = TypeVar("F", bound=Callable[..., run.Partial])
 
@@ -158,6 +161,8 @@ def pretrain(
             wide as a shard of the dense feed-forward layer; `data_paths` are none, or a dataset
             that is here is not what it says, or has tokens that the model has not.
     """
+    if max_steps is not None:
+        check_max_steps(max_steps)
     cpu_only = on_cpu(accelerator)
     upcycling, folding, schedule = recipe.upcycling, recipe.folding, recipe.schedule
     if data_blend is not None:
@@ -185,6 +190,7 @@ def pretrain(
         overrides |= cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
     elif upcycling.num_moe_experts is not None:
         overrides |= {"moe_grouped_gemm": True, "moe_permute_fusion": True}
+    _check_inputs_outside(components.run_directory(dir, name), [tokenizer, *_prefixes(data_paths)])
     source = tokenizer or (sources[0] if sources else None)
     model_of_tokenizer = {"model": sources[0]} if tokenizer and sources else {}
     tokenizer_config = (
@@ -195,6 +201,8 @@ def pretrain(
         all_callbacks += _performance(folding, cpu_only)
     if upcycles:
         all_callbacks.append(_upcycling_callback(dense_checkpoint, upcycling, read_once))
+    else:
+        all_callbacks.append(run.Config(Provenance, model_of=sources[0] if sources else None))
     return run.Partial(
         fn,
         model=model(arch, upcycling, schedule.seq_length, tokenizer_config, overrides),
@@ -209,6 +217,21 @@ def pretrain(
         optim=components.optim(schedule, recipe.precision),
         resume=run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
     )
+
+
+def _prefixes(data_paths: str | None) -> list[str]:
+    """Return the paths among weights and paths."""
+    return [part for part in (data_paths or "").split() if Path(part).name]
+
+
+def _check_inputs_outside(run_directory: Path, inputs: Iterable[str | None]) -> None:
+    """NeMo moves away the files in a run's directory as a new start begins."""
+    for path in filter(None, inputs):
+        if run_directory.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise UpcyclingError(
+                f"{path} lies in the run's own directory {run_directory}, which the run would "
+                "change; expected one outside. Give the run another name or directory."
+            )
 
 
 def _observers(upcycling: UpcyclingConfig, schedule: Schedule) -> list[run.Config]:

@@ -24,6 +24,7 @@ from nemo_upcycle_recipes import (
 )
 
 from nemo_upcycle.cli import app
+from nemo_upcycle.cli.interrupt import listen
 from nemo_upcycle.errors import UpcyclingError
 
 __all__ = [
@@ -94,3 +95,4 @@ def _one_line(error: Exception) -> str:
 
 logging.getLogger(cli_parser.__name__).setLevel(logging.CRITICAL)  # says the same, by the page
 RunContext.cli_execute = _with_one_line_errors(RunContext.cli_execute)
+listen()

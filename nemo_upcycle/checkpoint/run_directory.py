@@ -77,9 +77,10 @@ def is_complete(checkpoint: Path) -> bool:
 
 def age(checkpoint: Path) -> tuple[int, bool, float]:
     """Order by the step in the name, and where it has none by time; `-last` after its equal."""
-    step = _STEP.search(checkpoint.name)
+    # The run's name, which comes first, may have a step in it too.
+    steps = _STEP.findall(checkpoint.name)
     return (
-        int(step[1]) if step else -1,
+        int(steps[-1]) if steps else -1,
         bool(_LAST.search(checkpoint.name)),
         checkpoint.stat().st_mtime,
     )

@@ -6,7 +6,6 @@ order, so that the files are the same however often the work was interrupted, an
 processes it was done.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -37,7 +36,7 @@ from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.data.sources import HUB, files_of
 from nemo_upcycle.data.workers import tokenize_parts
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.files import check_writable
+from nemo_upcycle.files import check_writable, lock
 
 FORMAT = 2
 REPORTS = ("malformed", "contaminated")
@@ -206,9 +205,13 @@ def _begin(work: Path, file: IO[str], job: dict[str, Any]) -> None:
 
 def _lock(file: IO[str], work: Path) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UpcyclingError(f"Another process is at work in {work}; wait for it.") from None
+        taken = lock(file)
+    except OSError as error:
+        raise UpcyclingError(
+            f"{work} cannot be locked: {error}. Use another file system."
+        ) from error
+    if not taken:
+        raise UpcyclingError(f"Another process is at work in {work}; wait for it.")
 
 
 def _remove_parts(preparation: Preparation) -> None:

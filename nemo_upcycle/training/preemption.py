@@ -1,6 +1,8 @@
-"""Save and stop when a scheduler takes the machine back."""
+"""Save and stop when a scheduler takes the machine back, or a user presses Ctrl-C."""
 
+import os
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -10,26 +12,53 @@ from nemo.lightning import io
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from nemo.utils.get_rank import is_global_rank_zero
 
+NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+SECONDS_OF_ONE_KEY = 1.0
+"""A terminal tells all ranks and torchrun, and torchrun then tells the ranks again."""
+
 
 class PreemptionCallback(pl.Callback, io.IOMixin):
-    """On SIGTERM save at the end of the step and exit with 143; the same command goes on.
+    """On SIGTERM or Ctrl-C save at the end of the step and exit; the same command goes on.
+
+    The exit code is 143 or 130. A second Ctrl-C ends at once, and so does one before training has
+    begun, when there is nothing to save.
 
     Slurm sends SIGTERM before it preempts or at `--signal=TERM@SECONDS` before a time limit, to any
     of the ranks. NeMo's own callback looks at the first rank alone, needs CUDA, and ends with 0: a
-    job that waits for this one would go on with half a model.
+    job that waits for this one would go on with half a model. Lightning ends at Ctrl-C where it is.
     """
 
     def __init__(self) -> None:
-        self._received = False
-        self._previous: Any = signal.SIG_DFL
+        self._received, self._at = 0, 0.0
+        self._training = False
+        self._previous: dict[int, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Listen for Ctrl-C; at SIGTERM the process ends as yet."""
+        self._received, self._training = 0, False
+        self._listen(signal.SIGINT)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen."""
-        self._received = False
-        self._previous = signal.signal(signal.SIGTERM, self._receive)
+        self._training = True
+        self._listen(signal.SIGTERM)
 
-    def _receive(self, signal_number: int, frame: FrameType | None) -> None:
-        self._received = True
+    def _listen(self, number: int) -> None:
+        # A shell has background jobs ignore Ctrl-C.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            self._previous.setdefault(number, signal.signal(number, self._receive))
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._training:
+            _write(f"[preemption] {NAMES[number]} before the first step: there is nothing to save")
+            raise SystemExit(128 + number)
+        if not self._received:
+            self._received, self._at = number, time.monotonic()
+            _write(f"[preemption] {NAMES[number]}: saving at the end of this step, then stopping")
+        elif number == signal.SIGINT and time.monotonic() - self._at > SECONDS_OF_ONE_KEY:
+            _write("[preemption] Ctrl-C again: ended at once")
+            os._exit(128 + number)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
@@ -41,27 +70,39 @@ class PreemptionCallback(pl.Callback, io.IOMixin):
         """
         told = torch.tensor(self._received, dtype=torch.int32, device=pl_module.device)
         torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-        if not told.item():
+        if not (number := int(told)):
             return
         _save(trainer)
         if is_global_rank_zero():
             print(
-                f"[preemption] SIGTERM: step {trainer.global_step} is saved; the same command "
-                "goes on from it",
+                f"[preemption] {NAMES[number]}: step {trainer.global_step} is saved; the same "
+                "command goes on from it",
                 flush=True,
             )
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(128 + number)
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
         """Stop listening."""
-        self._restore()
+        self._restore(trainer)
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Stop listening."""
-        self._restore()
+        self._restore(trainer)
 
-    def _restore(self) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+    def _restore(self, trainer: pl.Trainer) -> None:
+        # Lightning puts back, later, what it found as training began: this callback's.
+        found = trainer._signal_connector._original_handlers
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)
+            if found.get(number) == self._receive:
+                found[number] = handler
+
+
+def _write(line: str) -> None:
+    """Print once for all ranks: in the middle of another line's printing, as a signal comes."""
+    if is_global_rank_zero():
+        os.write(1, f"\n{line}\n".encode())
 
 
 def _save(trainer: pl.Trainer) -> None:

@@ -4,7 +4,9 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +23,30 @@ class StopAfter(pl.Callback, io.IOMixin):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         trainer.should_stop = trainer.global_step >= self.step
+
+
+class Hang(pl.Callback, io.IOMixin):
+    """Do not begin a step; a process that rank 0 has forked would outlive it."""
+
+    def __init__(self, step: int, says: str) -> None:
+        self.step, self.says = step, says
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step + 1 == self.step:
+            if os.environ["RANK"] == "0" and os.fork() != 0:
+                Path(self.says).touch()
+            while True:
+                time.sleep(60)
+
+
+class SayRates(pl.Callback, io.IOMixin):
+    """Print what each step is made with: learning rate, weight decay, betas."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        groups = trainer.optimizers[0].param_groups
+        decay = max(group["weight_decay"] for group in groups)
+        group = groups[0]
+        print(f"[rates] {group['lr']:.8g} {decay:g} {tuple(group['betas'])}", flush=True)
 
 
 class FullDisk(pl.Callback, io.IOMixin):

@@ -1,12 +1,16 @@
 """Fixtures of the tests over several ranks."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.distributed import transformers5
 from tests.distributed.grid import Grid
+from tests.distributed.nursery import Nursery
 from tests.distributed.pool import RankPool
+from tests.distributed.runs import STOPPED, Runs
+from tests.workspace import make_workspace
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +26,31 @@ def transformers_5() -> Path:
     if target is None:
         pytest.skip(f"pip cannot install {transformers5.REQUIREMENT} here")
     return target
+
+
+@pytest.fixture(scope="session")
+def runs(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(nursery, make_workspace(tmp_path_factory.mktemp("workspace")))
+
+
+@pytest.fixture(scope="session")
+def stopped(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has stopped half-way."""
+    directory = tmp_path_factory.mktemp("stopped")
+    runs.start(directory, accident=("StopAfter", {"step": STOPPED}))
+    return directory / "run"
+
+
+@pytest.fixture
+def resumable(stopped: Path, tmp_path: Path) -> Path:
+    """A directory with a copy of it."""
+    shutil.copytree(stopped, tmp_path / "run")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def expected(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of a run that was not stopped."""
+    losses, _ = runs.start(tmp_path_factory.mktemp("uninterrupted"))
+    assert losses[0] == losses[1]
+    return losses[0]

@@ -1,11 +1,15 @@
 """A run that a scheduler stops saves first, and goes on when it is started again."""
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nemo_upcycle.training.auto_resume import saved_step
+from tests.distributed.nursery import Nursery
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.workspace import make_workspace
 
@@ -14,11 +18,17 @@ TOLD_AT = 2
 
 
 @nemo_recipe
-def train(directory: Path, told: int | None) -> tuple[int | None, list[int]]:
-    """Train; SIGTERM reaches one rank after some steps. Return the exit code and the steps made."""
-    import os
-    import signal
+def train(
+    directory: Path,
+    told: int | None,
+    number: int = signal.SIGTERM,
+    times: int = 1,
+    ep: int = 2,
+) -> tuple[Any, list[int]]:
+    """Train; a signal reaches one rank after some steps. Return the exit code and the steps made.
 
+    More than one signal come as a user presses a key again.
+    """
     import fiddle
     import lightning.pytorch as pl
     from nemo.lightning import io
@@ -31,32 +41,80 @@ def train(directory: Path, told: int | None) -> tuple[int | None, list[int]]:
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             self.steps.append(trainer.global_step + 1)
             if trainer.global_step + 1 == TOLD_AT and int(os.environ["RANK"]) == told:
-                os.kill(os.getpid(), signal.SIGTERM)
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
+                    time.sleep(1.1 * (times - 1))
 
     recipe = llama_tiny.upcycled_recipe(
-        dir=str(directory), name="stopped", max_steps=STEPS, expert_model_parallel_size=2
+        dir=str(directory), name="stopped", max_steps=STEPS, expert_model_parallel_size=ep
     )
     recipe.trainer.limit_val_batches = 0
     run = fiddle.build(recipe)
     tell = Tell()
     run.keywords["trainer"].callbacks.append(tell)
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     code = None
     try:
         run()
     except SystemExit as stopped:
         code = stopped.code
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert before == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     return code, tell.steps
 
 
-@pytest.mark.parametrize("told", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_sigterm_saves_and_the_same_command_goes_on(
-    ranks: RankPool, tmp_path: Path, told: int
+@pytest.mark.parametrize(
+    ("number", "told", "code"),
+    [
+        pytest.param(signal.SIGTERM, 0, 143, marks=pytest.mark.slow),
+        (signal.SIGTERM, 1, 143),
+        (signal.SIGINT, 0, 130),
+    ],
+    ids=["SIGTERM on rank 0", "SIGTERM on rank 1", "Ctrl-C"],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(
+    ranks: RankPool, tmp_path: Path, number: int, told: int, code: int
 ) -> None:
     make_workspace(tmp_path)
     options: dict[str, Any] = {"directory": tmp_path}
-    assert ranks.run(train, 2, told=told, **options) == [(143, [1, 2])] * 2
+    assert ranks.run(train, 2, told=told, number=number, **options) == [(code, [1, 2])] * 2
     (saved,) = (tmp_path / "stopped" / "checkpoints").glob("*-last")
     assert saved_step(saved / "weights") == TOLD_AT
     assert ranks.run(train, 2, told=None, **options) == [(None, [3, 4])] * 2
+
+
+def test_a_second_interrupt_ends_at_once(nursery: Nursery, tmp_path: Path) -> None:
+    make_workspace(tmp_path)
+    run = nursery.start(train, 1, directory=tmp_path, told=0, number=signal.SIGINT, times=2, ep=1)
+    assert run.wait() == [130], run.said(0)[-3000:]
+    assert "[preemption] Ctrl-C: saving at the end of this step" in run.said(0)
+    assert "[preemption] Ctrl-C again: ended at once" in run.said(0)
+    assert not list((tmp_path / "stopped" / "checkpoints").glob("*"))
+
+
+@nemo_recipe
+def interrupt_upcycling(directory: Path) -> Any:
+    """Ctrl-C reaches rank 0 as it upcycles, and nothing else happens to the others."""
+    import fiddle
+    from nemo_upcycle_recipes import llama_tiny
+
+    from nemo_upcycle import callback
+
+    recipe = llama_tiny.upcycled_recipe(dir=str(directory), name="early", max_steps=STEPS)
+    upcycle = callback.upcycle
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return upcycle(*arguments, **options)
+
+    callback.upcycle = interrupted
+    fiddle.build(recipe)()
+
+
+def test_an_interrupt_before_training_is_one_line(nursery: Nursery, tmp_path: Path) -> None:
+    make_workspace(tmp_path)
+    run = nursery.start(interrupt_upcycling, 1, directory=tmp_path)
+    assert run.wait() == [130], run.said(0)[-3000:]
+    said = run.said(0)
+    assert "[preemption] Ctrl-C before the first step: there is nothing to save" in said
+    assert "Traceback" not in said
+    assert not list((tmp_path / "early").glob("checkpoints/*"))

@@ -7,16 +7,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.distributed.nursery import Nursery
-from tests.distributed.test_training import EP2, FOLDED, train
-from tests.workspace import make_workspace
+from tests.distributed.runs import STEPS, STOPPED, Runs
+from tests.distributed.test_training import EP2, FOLDED
 
-STEPS, STOPPED = 4, 2
-OVERRIDES = {
-    "trainer.limit_val_batches": 0,
-    "data.global_batch_size": 8,
-    "data.micro_batch_size": 2,
-}
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 
@@ -30,65 +23,6 @@ MAPPINGS: dict[str, tuple[int, dict[str, int]]] = {
     "EP4": (4, {"expert_model_parallel_size": 4}),
     "TP2 PP2 EP2": (4, FOLDED),
 }
-
-
-class Runs:
-    """Runs of the tiny recipe on 2 ranks, and what they can be resumed as."""
-
-    def __init__(self, nursery: Nursery, workspace: Path) -> None:
-        self.nursery, self.workspace = nursery, workspace
-
-    def start(
-        self,
-        directory: Path,
-        world_size: int = 2,
-        options: dict[str, Any] | None = None,
-        overrides: dict[str, Any] | None = None,
-        accident: tuple[str, dict[str, Any]] | None = None,
-    ) -> tuple[list[Any], str]:
-        """Start `directory/run`; return each rank's losses or error, and what rank 0 said."""
-        for part in ("data", "tokenizer", "dense_hf"):
-            if not (directory / part).exists():
-                (directory / part).symlink_to(self.workspace / part)
-        run = self.nursery.start(
-            train,
-            world_size,
-            directory=directory,
-            options={"name": "run", "max_steps": STEPS, **(EP2 if options is None else options)},
-            overrides=OVERRIDES | (overrides or {}),
-            accident=accident,
-        )
-        assert run.wait() == [0] * world_size, run.said(0)[-3000:]
-        results = [run.result(rank) for rank in range(world_size)]
-        return [r if isinstance(r, str) else r[0] for r in results], run.said(0)
-
-
-@pytest.fixture(scope="module")
-def runs(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(nursery, make_workspace(tmp_path_factory.mktemp("workspace")))
-
-
-@pytest.fixture(scope="module")
-def stopped(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has stopped half-way."""
-    directory = tmp_path_factory.mktemp("stopped")
-    runs.start(directory, accident=("StopAfter", {"step": STOPPED}))
-    return directory / "run"
-
-
-@pytest.fixture
-def resumable(stopped: Path, tmp_path: Path) -> Path:
-    """A directory with a copy of it."""
-    shutil.copytree(stopped, tmp_path / "run")
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def expected(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of a run that was not stopped."""
-    losses, _ = runs.start(tmp_path_factory.mktemp("uninterrupted"))
-    assert losses[0] == losses[1]
-    return losses[0]
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS)

@@ -218,6 +218,22 @@ def test_experts_are_expansion_rate_times_granularity(values: dict, experts: int
         ({"moe_layer_freq": "[1]*3"}, "says 3 layers"),
         ({"granularity": 128, "expert_tensor_parallel_size": 4}, "ffn_hidden_size / 128=2"),
         ({"moe_router_topk": 1}, "would not learn"),
+        ({"max_steps": 0}, "max_steps is 0; expected 1 or more"),
+        ({"max_steps": -1}, "max_steps is -1; expected 1 or more"),
+        ({"global_batch_size": 0}, "global_batch_size is 0; expected 1 or more"),
+        ({"name": ""}, "name is '', empty"),
+        ({"name": "runs/"}, "name is 'runs/', empty, or with an empty part"),
+        ({"name": "../run"}, "name is '../run', which leads elsewhere"),
+        ({"name": "/tmp/run"}, "name is '/tmp/run', an absolute path"),
+        ({"name": "~/run"}, "name is '~/run', which looks like a home directory"),
+        ({"name": "run{step}"}, "name is 'run{step}', with { }"),
+        ({"name": "run\n"}, "with characters that cannot be printed"),
+        ({"name": "r" * 121}, "with a part of more than 120 bytes"),
+        ({"name": "data"}, "demo/data/documentation lies in the run's own directory demo/data"),
+        (
+            {"name": "bpe", "tokenizer": "demo/bpe"},
+            "demo/bpe lies in the run's own directory demo/bpe",
+        ),
     ],
 )
 def test_bad_choices_are_refused_by_the_factory(values: dict, message: str) -> None:
@@ -248,7 +264,8 @@ def test_the_scratch_control_has_the_same_model_and_no_upcycling(dense: Path) ->
     scratch = upcycled_recipe(dense_checkpoint=str(dense), from_scratch=True)
     assert scratch.model == upcycled.model
     assert scratch.data == upcycled.data
-    assert scratch.trainer.callbacks == upcycled.trainer.callbacks[:-1]
+    assert scratch.trainer.callbacks[:-1] == upcycled.trainer.callbacks[:-1]
+    assert scratch.trainer.callbacks[-1].__fn_or_cls__.__name__ == "Provenance"
 
 
 def test_the_dense_control_has_the_same_data_and_schedule() -> None:

@@ -1,0 +1,216 @@
+"""What decides the result of a training, by the names that the command line has for it.
+
+A run keeps its settings in its checkpoints. When it resumes, those of the command are compared with
+them: a change is refused by name, or taken and said. Neither what spreads a model over ranks nor
+what makes it faster is a setting.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from nemo_upcycle.errors import UpcyclingError, listing
+
+Settings = dict[str, Any]
+
+_ARCHITECTURE = (
+    *("activation_func", "activation_func_clamp_value", "add_bias_linear", "add_qkv_bias"),
+    *("apply_query_key_layer_scaling", "apply_residual_connection_post_layernorm"),
+    *("ffn_hidden_size", "gated_linear_unit", "glu_linear_offset", "hidden_size"),
+    *("high_freq_factor", "kv_channels", "layernorm_epsilon"),
+    *("layernorm_zero_centered_gamma", "low_freq_factor", "moe_apply_probs_on_input"),
+    *("moe_ffn_hidden_size", "moe_layer_freq", "moe_router_enable_expert_bias"),
+    *("moe_router_group_topk", "moe_router_num_groups", "moe_router_pre_softmax"),
+    *("moe_router_score_function", "moe_router_topk", "moe_router_topk_scaling_factor"),
+    *("moe_shared_expert_intermediate_size", "mtp_num_layers", "multi_latent_attention"),
+    *("no_rope_freq", "normalization", "num_attention_heads", "num_layers"),
+    *("num_moe_experts", "num_query_groups", "old_context_len", "position_embedding_type"),
+    *("qk_layernorm", "rotary_base", "rotary_interleaved", "rotary_percent"),
+    *("scale_factor", "seq_len_interpolation_factor"),
+    *("share_embeddings_and_output_weights", "softmax_scale", "softmax_type", "vocab_size"),
+    *("window_attn_skip_freq", "window_size"),
+)
+"""Fields of the model's config that say which function its weights compute."""
+
+_REFUSED = frozenset(
+    {"data.seq_length", "data.tokenizer"}
+    | {"optim.config.optimizer", "optim.config.use_distributed_optimizer"}
+    | {f"model.config.{name}" for name in _ARCHITECTURE}
+)
+
+# How the model is spread, computed and begun. What is in no list is a setting that may change.
+_NO_SETTING = re.compile(
+    "parallel|comm|p2p|overlap|recompute|offload|cuda_graph|fusion|fused|pipeline|microbatch|wgrad|"
+    "timers|_func$|grouped_gemm|rng|transformer_engine|^use_|_te_|_spec$|init|deepep|logg|"
+    "deallocate|barrier|generation|step_fn|test_mode|persist|memory_efficient|inference|flash|"
+    "divisible|scatter|attention_backend|dtype|autocast|deterministic|^bf16|^fp16|^seq_length$|"
+    "moe_layer_recompute|mlp_chunks|^_|mamba|heterogeneous|hetereogenous|cp_comm|meta_device"
+)
+_OF_DATA = (
+    *("seq_length", "seed", "split", "num_train_samples", "dataloader_type"),
+    *("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
+)
+_OF_OPTIMIZER = (
+    *("optimizer", "lr", "decoupled_lr", "decoupled_min_lr", "weight_decay", "clip_grad"),
+    "use_distributed_optimizer",
+    *("adam_beta1", "adam_beta2", "adam_eps", "decoupled_weight_decay", "sgd_momentum"),
+)
+_SAMPLE_BYTES = 2**16
+
+
+def settings_of(trainer: pl.Trainer, module: pl.LightningModule) -> Settings:
+    """Return what decides the result of a training.
+
+    Args:
+        trainer: The trainer, with its data.
+        module: NeMo's model, with its config and optimizer.
+
+    Returns:
+        By name, plain values: what a checkpoint can keep.
+    """
+    found: Settings = {"trainer.max_steps": trainer.max_steps}
+    found |= _of_plugins(trainer) | _of_optimizer(getattr(module, "optim", None))
+    found |= _of_data(getattr(trainer, "datamodule", None))
+    return found | _of_config(getattr(module, "config", None))
+
+
+def compare(before: Mapping[str, Any], now: Mapping[str, Any], run: str) -> list[str]:
+    """Compare the settings of a run with those of the command that resumes it.
+
+    Args:
+        before: What its checkpoint says.
+        now: What the command says.
+        run: Where the run is, for the message.
+
+    Returns:
+        What changes, a line each.
+
+    Raises:
+        UpcyclingError: Something changes that a run cannot change.
+    """
+    # A setting that another version has added is in one of them alone.
+    names = sorted(before.keys() & now.keys())
+    changed = [name for name in names if _compared(before[name]) != _compared(now[name])]
+    if refused := [name for name in changed if name in _REFUSED]:
+        was = listing([f"{name}={_shown(before[name])}" for name in refused])
+        given = listing([f"{name}={_shown(now[name])}" for name in refused])
+        raise UpcyclingError(
+            f"The run in {run} was trained with {was}; now {given} is given. A run goes on as it "
+            "began: give the first values, or another name for a new run."
+        )
+    return [f"{name} {_change(before[name], now[name])}" for name in changed]
+
+
+def _of_plugins(trainer: pl.Trainer) -> Settings:
+    precision = getattr(trainer.precision_plugin, "precision", None)
+    return {"trainer.plugins.precision": str(precision)}
+
+
+def _of_optimizer(optim: Any) -> Settings:
+    config, scheduler = getattr(optim, "config", None), getattr(optim, "lr_scheduler", None)
+    found = {
+        f"optim.config.{name}": getattr(config, name)
+        for name in _OF_OPTIMIZER
+        if hasattr(config, name)
+    }
+    if scheduler is not None:
+        found["optim.lr_scheduler"] = type(scheduler).__name__
+        # NeMo sets max_steps to the trainer's; `monitor` is for other schedulers.
+        found |= {
+            f"optim.lr_scheduler.{name}": value
+            for name, value in vars(scheduler).items()
+            if not name.startswith("_")
+            and name not in ("max_steps", "monitor")
+            and _is_plain(value)
+        }
+    return found
+
+
+def _of_data(data: Any) -> Settings:
+    found = {f"data.{name}": getattr(data, name) for name in _OF_DATA if hasattr(data, name)}
+    found["data"] = type(data).__name__
+    sources = getattr(data, "build_kwargs", {})
+    blends = [sources["blend"]] if "blend" in sources else sources.get("blend_per_split") or []
+    found["data.paths"] = [
+        [None if weights is None else float(weights[index]), str(prefix), _content(str(prefix))]
+        for prefixes, weights in filter(None, blends)
+        for index, prefix in enumerate(prefixes)
+    ]
+    found["data.tokenizer"] = _of_tokenizer(getattr(data, "tokenizer", None))
+    return found
+
+
+def _of_tokenizer(tokenizer: Any) -> str | None:
+    """Return what tells a tokenizer from others: what training knows of one is ids."""
+    vocabulary = getattr(tokenizer, "vocab", None)
+    if vocabulary is None:
+        return None
+    tokens = vocabulary.items() if isinstance(vocabulary, Mapping) else enumerate(vocabulary)
+    digest = hashlib.sha256(repr(sorted(map(str, tokens))).encode()).hexdigest()
+    return f"{len(vocabulary)} tokens, end {getattr(tokenizer, 'eos_id', None)}, {digest[:16]}"
+
+
+def _of_config(config: Any) -> Settings:
+    if config is None:
+        return {}
+    found = {}
+    for name in (field.name for field in fields(config)):
+        value = getattr(config, name, None)
+        if name in _ARCHITECTURE or (_is_plain(value) and not _NO_SETTING.search(name)):
+            found[f"model.config.{name}"] = _plain(value)
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str | list | tuple)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value if _is_plain(value) else getattr(value, "__name__", type(value).__name__)
+
+
+def _content(prefix: str) -> str | None:
+    """Return what tells a dataset's files from others: their sizes, first and last bytes.
+
+    Paths do not count: a directory may move between two starts.
+    """
+    digest = hashlib.sha256()
+    for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                for start in (0, max(0, size - _SAMPLE_BYTES)):
+                    file.seek(start)
+                    digest.update(b"%d:" % size + file.read(_SAMPLE_BYTES))
+        except OSError:
+            return None
+    return digest.hexdigest()[:16]
+
+
+def _compared(value: Any) -> Any:
+    """Return what must be equal: of a dataset's [weight, prefix, content] not where it is."""
+    if isinstance(value, list | tuple):
+        is_dataset = len(value) == 3 and isinstance(value[1], str) and value[2] is not None
+        kept = (value[0], value[2]) if is_dataset else value
+        return [_compared(each) for each in kept]
+    return value
+
+
+def _change(before: Any, now: Any) -> str:
+    if _shown(before) == _shown(now):
+        return f"{_shown(now)}: the content has changed since"
+    return f"{_shown(before)} → {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple):
+        parts = [part for weight, prefix, _ in value for part in (weight, prefix)]
+        return " ".join(str(part) for part in parts if part is not None)
+    return str(value)

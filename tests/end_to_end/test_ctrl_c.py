@@ -1,0 +1,74 @@
+"""Ctrl-C on the real command, as a terminal does it: to the whole process group."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end import cli
+from tests.workspace import make_workspace
+
+STEPS = 200
+COMMAND = (
+    "nemo",
+    "llm",
+    "pretrain",
+    "--factory",
+    "llama_tiny_e8t2(max_steps={steps},expert_model_parallel_size={ranks})",
+    "trainer.limit_val_batches=0",
+    "data.global_batch_size=8",
+    "run.executor=cpu",
+    "run.executor.ntasks_per_node={ranks}",
+    "--yes",
+)
+
+
+def words(ranks: int, steps: int = STEPS) -> list[str]:
+    return [word.format(ranks=ranks, steps=steps) for word in COMMAND]
+
+
+def press(directory: Path, ranks: int, when: str) -> tuple[int, str]:
+    """Start the command, press Ctrl-C once a line is there; return the exit code and the log."""
+    log = directory / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            cli.command(*words(ranks)),
+            cwd=directory,
+            env=cli.environment(),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    while when not in log.read_text(errors="replace"):
+        assert process.poll() is None, log.read_text()[-3000:]
+    os.killpg(process.pid, signal.SIGINT)
+    return process.wait(timeout=120), log.read_text(errors="replace")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, ranks: int) -> None:
+    make_workspace(tmp_path / "demo")
+    code, log = press(tmp_path, ranks, "iteration 2/")
+    assert code == 130
+    assert "the ranks save at the end of their step and stop" in log
+    assert "[preemption] Ctrl-C: step " in log
+    (saved,) = (tmp_path / "demo" / "e8t2" / "checkpoints").glob("*-last")
+    step = int(saved.name.split("step=")[1].split("-")[0])
+    output = cli.run(tmp_path, *words(ranks, steps=step + 3))
+    assert "not upcycling again" in output
+    assert "[resume] trainer.max_steps 200 →" in output
+    assert len(list(saved.parent.glob(f"*-step={step + 2}-*-last"))) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_training_leaves_nothing(tmp_path: Path) -> None:
+    make_workspace(tmp_path / "demo")
+    code, log = press(tmp_path, 2, "Launched app")
+    assert code == 130
+    assert "there was nothing to save" in log
+    assert "Traceback" not in log
+    assert not list((tmp_path / "demo").glob("e8t2/checkpoints/*"))

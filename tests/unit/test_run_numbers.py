@@ -1,0 +1,63 @@
+"""Numbers of trainer, data, optimizer and schedule that make no sense."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.training.run_numbers import check_numbers
+
+
+def checked(**changes: Any) -> list[str]:
+    """Check the numbers of a run of 100 steps with some of them changed."""
+    values = {
+        "trainer": {"max_steps": 100, "val_check_interval": 50},
+        "data": {"seq_length": 256, "global_batch_size": 16, "micro_batch_size": 4},
+        "config": {"lr": 3e-3, "min_lr": 3e-4, "weight_decay": 0.1, "clip_grad": 1.0},
+        "scheduler": {"min_lr": 3e-4, "warmup_steps": 20, "constant_steps": 0},
+    }
+    for name, value in changes.items():
+        owner, _, field = name.partition("__")
+        values[owner][field] = value
+    made = {name: SimpleNamespace(**each) for name, each in values.items()}
+    trainer: Any = SimpleNamespace(**values["trainer"], datamodule=made["data"])
+    optim = SimpleNamespace(config=made["config"], lr_scheduler=made["scheduler"])
+    module: Any = SimpleNamespace(optim=optim)
+    return check_numbers(trainer, module)
+
+
+def test_usual_numbers_are_not_mentioned() -> None:
+    assert checked() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainer__max_steps": 0}, "max_steps is 0; expected 1 or more"),
+        ({"trainer__max_steps": -1}, "max_steps is -1; expected 1 or more"),
+        ({"trainer__val_check_interval": 0}, "trainer.val_check_interval is 0"),
+        ({"trainer__val_check_interval": -5}, "trainer.val_check_interval is -5"),
+        ({"data__micro_batch_size": 0}, "data.micro_batch_size is 0; expected 1 or more"),
+        ({"data__seq_length": -1}, "data.seq_length is -1; expected 1 or more"),
+        ({"config__lr": -1e-3}, "optim.config.lr is -0.001; expected 0 or more"),
+        ({"config__lr": float("nan")}, "optim.config.lr is nan; expected 0 or more"),
+        ({"config__weight_decay": -0.1}, "optim.config.weight_decay is -0.1"),
+        ({"scheduler__warmup_steps": -3}, "optim.lr_scheduler.warmup_steps is -3"),
+        ({"config__lr": 1e-6}, "below optim.lr_scheduler.min_lr"),
+    ],
+)
+def test_nonsense_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UpcyclingError, match=message):
+        checked(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"trainer__max_steps": 6, "config__lr": 1e-6}, "warmup_steps is 20, trainer.max_steps 6"),
+        ({"config__min_lr": 0.0}, "optim.config.min_lr=0.0 is not used"),
+    ],
+)
+def test_what_may_not_be_meant_is_said(change: dict[str, Any], line: str) -> None:
+    assert any(line in remark for remark in checked(**change))
