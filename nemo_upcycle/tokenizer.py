@@ -1,25 +1,29 @@
 """The tokenizer of a dense checkpoint."""
 
-import atexit
-import shutil
-import tempfile
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
 from nemo_upcycle.checkpoint.megatron import find_layout
-from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, copy_tokenizer, find_tokenizer
+from nemo_upcycle.checkpoint.tokenizer_files import (
+    NEEDED,
+    doubtful_end,
+    find_tokenizer,
+    load_alone,
+)
 from nemo_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
     from nemo.collections.common.tokenizers import AutoTokenizer
 
 
-def checkpoint_tokenizer(source: str) -> "AutoTokenizer":
+def checkpoint_tokenizer(source: str, model: str | None = None) -> "AutoTokenizer":
     """Load the tokenizer of a dense checkpoint, never from the network.
 
     Args:
         source: A directory of Hugging Face's or NeMo 2's, or a hub name that is in the local cache.
+        model: The dense checkpoint that it is to train on, where that is another.
 
     Returns:
         NeMo's tokenizer.
@@ -34,8 +38,21 @@ def checkpoint_tokenizer(source: str) -> "AutoTokenizer":
             "Put the model's tokenizer there, or name its directory: tokenizer=DIR."
         )
     from nemo.collections.common.tokenizers import AutoTokenizer
+    from nemo.utils.get_rank import is_global_rank_zero
 
-    return AutoTokenizer(str(_alone(found)))
+    tokenizer, alone = load_alone(found)
+    doubt = doubtful_end(tokenizer, _directory(model) or resolve_directory(source))
+    if doubt and is_global_rank_zero():
+        print(f"[data] {doubt}", file=sys.stderr, flush=True)
+    return AutoTokenizer(str(alone))
+
+
+def _directory(model: str | None) -> Path | None:
+    """Return a checkpoint's directory; None where it is gone, for a resume does not need it."""
+    try:
+        return None if model is None else resolve_directory(model)
+    except UpcyclingError:
+        return None
 
 
 def tokenizer_directory(source: str | Path) -> Path | None:
@@ -50,16 +67,3 @@ def tokenizer_directory(source: str | Path) -> Path | None:
     directory = resolve_directory(source)
     layout = None if (directory / "config.json").is_file() else find_layout(directory)
     return find_tokenizer(directory, layout.context if layout else None)
-
-
-def _alone(directory: Path) -> Path:
-    """Return a directory with the tokenizer's files alone, which lives as long as the process.
-
-    NeMo copies the whole directory of a tokenizer into every checkpoint's context: beside weights,
-    these too.
-    """
-    scratch = Path(tempfile.mkdtemp(prefix="nemo-upcycle-"))
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    (scratch / "tokenizer").mkdir()
-    copy_tokenizer(directory, scratch / "tokenizer")
-    return scratch / "tokenizer"

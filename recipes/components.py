@@ -1,5 +1,7 @@
 """The parts of a training run, as NeMo-Run configurations: trainer, data, optimizer, logs."""
 
+from collections.abc import Sequence
+
 import nemo_run as run
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -12,6 +14,8 @@ from nemo_upcycle_recipes.recipe import Recipe, Schedule
 
 from nemo_upcycle import cpu
 from nemo_upcycle.data.gpt_dataset import GPTDataset
+from nemo_upcycle.data.module import PreTrainingDataModule
+from nemo_upcycle.data.paths import DataPath, words_of
 from nemo_upcycle.strategy import MegatronStrategy
 from nemo_upcycle.training.model_checkpoint import ModelCheckpoint
 
@@ -61,7 +65,7 @@ def trainer(
 
 def data(
     schedule: Schedule,
-    paths: str | None,
+    paths: Sequence[DataPath] | None,
     tokenizer: run.Config | None,
     cpu_only: bool,
 ) -> run.Config:
@@ -76,8 +80,8 @@ def data(
     if paths is None:
         return run.Config(llm.MockDataModule, **sizes)
     return run.Config(
-        llm.PreTrainingDataModule,
-        paths=paths.split(),
+        PreTrainingDataModule,
+        paths=words_of(paths),
         split="970,20,10",
         dataset_cls=GPTDataset,
         **sizes,

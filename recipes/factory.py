@@ -21,6 +21,8 @@ from nemo_upcycle.branches import split_sources
 from nemo_upcycle.callback import UpcyclingCallback
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.data.blend import read_blend
+from nemo_upcycle.data.checks import check_on_login
+from nemo_upcycle.data.paths import parse
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.model import (
@@ -133,7 +135,8 @@ def pretrain(
             random ones.
         tokenizer: Directory of the tokenizer; None takes the dense checkpoint's.
         data_paths: Megatron `.bin/.idx` prefixes, separated by spaces, with weights before each
-            where they are blended (Megatron's `--data-path`); None trains on NeMo's mock data.
+            where they are blended (Megatron's `--data-path`); one with spaces is in quotes. None
+            trains on NeMo's mock data.
         data_blend: A blend's YAML, or the name of one that the package has; instead of
             `data_paths`.
         max_steps: Steps; None takes the recipe's.
@@ -151,7 +154,8 @@ def pretrain(
 
     Raises:
         UpcyclingError: The mapping does not fit the ranks or the model, or the experts are not as
-            wide as a shard of the dense feed-forward layer.
+            wide as a shard of the dense feed-forward layer; `data_paths` are none, or a dataset
+            that is here is not what it says, or has tokens that the model has not.
     """
     cpu_only = on_cpu(accelerator)
     upcycling, folding, schedule = recipe.upcycling, recipe.folding, recipe.schedule
@@ -159,8 +163,10 @@ def pretrain(
         if data_paths is not None:
             raise UpcyclingError("Both data_paths and data_blend are given; give one of them.")
         data_paths = read_blend(data_blend).data_paths
+    paths = None if data_paths is None else parse(data_paths)
     sources = split_sources(dense_checkpoint) if dense_checkpoint else []
     arch = recipe.architecture_of(dense_checkpoint)
+    check_on_login(paths or (), arch.vocab_size)
     # On CPU the launcher decides how many ranks there are; the strategy checks them.
     layout.validate(arch, upcycling, folding, None if cpu_only else recipe.world_size)
     overrides = dict(model_overrides or {})
@@ -179,7 +185,10 @@ def pretrain(
     elif upcycling.num_moe_experts is not None:
         overrides |= {"moe_grouped_gemm": True, "moe_permute_fusion": True}
     source = tokenizer or (sources[0] if sources else None)
-    tokenizer_config = run.Config(checkpoint_tokenizer, source=source) if source else None
+    model_of_tokenizer = {"model": sources[0]} if tokenizer and sources else {}
+    tokenizer_config = (
+        run.Config(checkpoint_tokenizer, source=source, **model_of_tokenizer) if source else None
+    )
     all_callbacks = [*_observers(upcycling, schedule), *(callbacks or [])]
     if performance_mode:
         all_callbacks += _performance(folding, cpu_only)
@@ -194,7 +203,7 @@ def pretrain(
             cpu_only=cpu_only,
             callbacks=all_callbacks,
         ),
-        data=components.data(schedule, data_paths, tokenizer_config, cpu_only),
+        data=components.data(schedule, paths, tokenizer_config, cpu_only),
         log=components.log(dir, name, schedule, wandb_project),
         optim=components.optim(schedule, recipe.precision),
         resume=run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),

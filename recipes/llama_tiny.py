@@ -10,6 +10,8 @@ from nemo_upcycle_recipes.arguments import with_arguments
 from nemo_upcycle_recipes.numbers import LLAMA_TINY, LLAMA_TINY_E8T2
 from nemo_upcycle_recipes.recipe import Recipe
 
+from nemo_upcycle.data.paths import DataPath, text_of
+
 DIR = "demo"
 
 
@@ -35,8 +37,8 @@ def dense_recipe(
         dense_checkpoint: Directory to train on from, the control of an upcycled run; None starts
             from scratch.
         tokenizer: Its directory; None takes the dense checkpoint's, else `dir/tokenizer`.
-        data_paths: Megatron prefixes, weights before each, separated by spaces; None takes the
-            demo's 7:3 blend.
+        data_paths: Megatron prefixes, weights before each, separated by spaces, in quotes where
+            they have spaces; None takes the demo's 7:3 blend.
         data_blend: A blend's YAML instead.
         max_steps: Steps. With as many as an upcycled run's, the same tokens in the same order.
         accelerator: `auto`, `cpu` or `gpu`.
@@ -92,8 +94,8 @@ def upcycled_recipe(
         dense_checkpoint: Directory to upcycle; None takes `dir/dense_hf`. Several, separated by
             semicolons, give experts from each.
         tokenizer: Its directory; None takes the dense checkpoint's.
-        data_paths: Megatron prefixes, weights before each, separated by spaces; None takes the
-            demo's 7:3 blend.
+        data_paths: Megatron prefixes, weights before each, separated by spaces, in quotes where
+            they have spaces; None takes the demo's 7:3 blend.
         data_blend: A blend's YAML instead.
         max_steps: Steps.
         from_scratch: The control: the same MoE from random weights.
@@ -144,7 +146,7 @@ def _pretrain(
     **options: Any,
 ) -> run.Partial:
     """Fill in what the demo's directory gives."""
-    documentation, sources = f"{dir}/data/documentation", f"{dir}/data/sources"
+    demo = [DataPath(f"{dir}/data/documentation", 0.7), DataPath(f"{dir}/data/sources", 0.3)]
     if tokenizer is None and dense_checkpoint is None:
         tokenizer = f"{dir}/tokenizer"
     return factory.pretrain(
@@ -152,7 +154,7 @@ def _pretrain(
         dir=dir,
         dense_checkpoint=dense_checkpoint,
         tokenizer=tokenizer,
-        data_paths=data_paths or (None if data_blend else f"0.7 {documentation} 0.3 {sources}"),
+        data_paths=data_paths or (None if data_blend else text_of(demo)),
         data_blend=data_blend,
         **options,
     )

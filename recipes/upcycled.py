@@ -68,8 +68,8 @@ def _doc(recipe: Recipe, title: str) -> str:
         dense_checkpoint: Directory, or a name in the local hub cache; several, separated by
             semicolons, give experts from each.
         tokenizer: Its directory; None takes the dense checkpoint's.
-        data_paths: Megatron prefixes, weights before each where blended, separated by spaces;
-            None is NeMo's mock data.
+        data_paths: Megatron prefixes, weights before each where blended, separated by spaces, in
+            quotes where they have spaces; None is NeMo's mock data.
         data_blend: A blend's YAML, or `llama3_moe`, the paper's, instead.
         max_steps: Steps; None is 100B tokens.
         from_scratch: The control: the same model from random weights.

@@ -1,10 +1,23 @@
-"""The files of a tokenizer, among all that a checkpoint's directory holds."""
+"""The files of a tokenizer: found among all that a directory holds, copied, loaded."""
 
+import atexit
+import json
 import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NEEDED = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of these is a tokenizer."""
+
+SETTINGS = "tokenizer_config.json"
 
 _PATTERNS = (
     "tokenizer*",
@@ -14,6 +27,27 @@ _PATTERNS = (
     "merges.txt",
     "chat_template*",
 )
+
+_GENERIC = "PreTrainedTokenizerFast"
+"""transformers' class for any `tokenizer.json`; `TokenizersBackend` in transformers 5."""
+
+_ENDS_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<｜end▁of▁sentence｜>")
+"""What well-known base models end a document with."""
+
+
+_ENDS_OF_TURN = (
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+)
+"""What chats put after a turn; a document that is no chat ends with something else."""
+
+
+class TokenizerWarning(UserWarning):
+    """A tokenizer that can be used, and may not be what is meant."""
 
 
 def find_tokenizer(directory: Path, context: Path | None) -> Path | None:
@@ -36,3 +70,181 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copy(path, target / path.name)
+
+
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer from disk, as transformers does; nothing is executed, nobody is asked.
+
+    Args:
+        directory: The tokenizer's, or that of a checkpoint which holds one. `tokenizer.json` or
+            `tokenizer.model` is enough.
+
+    Raises:
+        UpcyclingError: There is none, or it cannot be loaded.
+    """
+    return load_alone(directory)[0]
+
+
+def load_alone(directory: Path) -> "tuple[PreTrainedTokenizerBase, Path]":
+    """Load a tokenizer; return a directory of it alone too, which lives as long as the process.
+
+    The directory says in `tokenizer_config.json`, in transformers 4's words, all that decides how
+    the tokenizer is loaded. NeMo copies the whole of it into every checkpoint's context.
+
+    Raises:
+        UpcyclingError: As `load_tokenizer`.
+    """
+    if not directory.is_dir():  # otherwise taken for the name of a model on the hub
+        raise UpcyclingError(f"no tokenizer directory at {directory}")
+    if not any((directory / name).is_file() for name in NEEDED):
+        raise UpcyclingError(
+            f"{directory} holds no tokenizer; expected one of {', '.join(NEEDED)}."
+        )
+    scratch = Path(tempfile.mkdtemp(prefix="nemo-upcycle-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    alone = scratch / "tokenizer"
+    alone.mkdir()
+    copy_tokenizer(directory, alone)
+    said = _read(directory / SETTINGS)
+    settings = _settings(directory, said)
+    _write(alone, said, settings)
+    tokenizer = _load(directory, alone)
+    if eos := _missing_eos(directory, settings, tokenizer):
+        _write(alone, said, settings | {"eos_token": eos})
+        tokenizer = _load(directory, alone)
+    tokenizer.name_or_path = str(directory)
+    return tokenizer, alone
+
+
+def model_eos(directory: Path) -> list[int]:
+    """Return the tokens at which a checkpoint's model stops, as its configs say; may be none."""
+    for name in ("generation_config.json", "config.json"):
+        eos = _read(directory / name).get("eos_token_id")
+        if eos is not None:
+            return list(eos) if isinstance(eos, Sequence) else [eos]
+    return []
+
+
+def doubtful_end(tokenizer: "PreTrainedTokenizerBase", model: Path) -> str | None:
+    """Say why the token that ends documents may not be what is meant; None where it may be.
+
+    Args:
+        tokenizer: The tokenizer.
+        model: Directory of the dense checkpoint whose configs count.
+    """
+    eos, expected = tokenizer.eos_token_id, model_eos(model)
+    if eos is None:
+        return None
+    found = f"{tokenizer.name_or_path}: documents end with its eos token {tokenizer.eos_token}"
+    if expected and eos not in expected:
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(expected)))
+        return f"{found} (id {eos}), but the model in {model} stops at {names}, as its configs say."
+    if tokenizer.eos_token in _ENDS_OF_TURN:
+        return f"{found}, which is the end of a turn in a chat; text is ended by another one."
+    return None
+
+
+def _settings(directory: Path, said: dict[str, Any]) -> dict[str, Any]:
+    """Return `tokenizer_config.json` in transformers 4's words, with the tokenizer's class."""
+    settings = dict(said)
+    # A list in transformers 5; a mapping, of a model's own tokens by name, in transformers 4.
+    if isinstance(settings.get("extra_special_tokens"), list):
+        extra = settings.pop("extra_special_tokens")
+        settings.setdefault("additional_special_tokens", extra)
+    if isinstance(own := settings.pop("model_specific_special_tokens", None), dict):
+        settings["extra_special_tokens"] = own
+    config = _read(directory / "config.json")
+    named = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    known = _class_of(named, str(config.get("model_type")))
+    code = settings.pop("auto_map", None) or (not named and config.get("auto_map"))
+    if not known and (not isinstance(code, dict) or "AutoTokenizer" in code) and code:
+        raise UpcyclingError(
+            f"{directory}: its tokenizer is code of its own (auto_map in {SETTINGS}), and no code "
+            "of a checkpoint is executed. Give a directory with a tokenizer.json and a "
+            "tokenizer_class that transformers has."
+        )
+    if not known and (directory / "tokenizer.json").is_file():
+        known = _GENERIC
+    settings["tokenizer_class"] = known or named or "LlamaTokenizerFast"
+    return settings
+
+
+def _class_of(named: str | None, model_type: str) -> str | None:
+    """Return the class that transformers takes; None where it has none."""
+    from transformers.models.auto.tokenization_auto import (
+        TOKENIZER_MAPPING_NAMES,
+        tokenizer_class_from_name,
+    )
+
+    if named is None:
+        slow, fast = TOKENIZER_MAPPING_NAMES.get(model_type, (None, None))
+        return fast or slow
+    found = (tokenizer_class_from_name(name) for name in (named, f"{named}Fast"))
+    return named if any(found) else None
+
+
+def _load(directory: Path, alone: Path) -> "PreTrainedTokenizerBase":
+    import transformers
+
+    auto_tokenizer: Any = transformers.AutoTokenizer  # has no type annotations
+    try:
+        return auto_tokenizer.from_pretrained(
+            str(alone), use_fast=True, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever transformers, tokenizers and sentencepiece raise
+        said = str(error).replace(str(alone), str(directory)).strip() or "no reason given"
+        raise UpcyclingError(
+            f"the tokenizer in {directory} cannot be loaded: {type(error).__name__}: "
+            f"{said.splitlines()[0]}"
+        ) from error
+
+
+def _missing_eos(
+    directory: Path, settings: dict[str, Any], tokenizer: "PreTrainedTokenizerBase"
+) -> str | None:
+    """Return what ends a document where the tokenizer's own files do not say so.
+
+    A class's default may be a token that the vocabulary lacks.
+    """
+    said = "eos_token" in settings or "eos_token" in _read(directory / "special_tokens_map.json")
+    vocabulary = _vocabulary(directory)
+    if said or (tokenizer.eos_token is not None and tokenizer.eos_token in vocabulary):
+        return None
+    by_id = {number: token for token, number in vocabulary.items()}
+    if eos := next((by_id[each] for each in model_eos(directory) if each in by_id), None):
+        return eos
+    known = [token for token in _ENDS_OF_TEXT if token in vocabulary]
+    if len(known) != 1 or (directory / SETTINGS).is_file():  # which then says that there is none
+        return None
+    warnings.warn(
+        f"{directory}: nothing says which token ends a document; taken is {known[0]}. Say it as "
+        f'"eos_token" in its {SETTINGS}.',
+        TokenizerWarning,
+        stacklevel=3,
+    )
+    return known[0]
+
+
+def _vocabulary(directory: Path) -> dict[str, int]:
+    """Return tokens and ids as the files have them, before a class adds its own."""
+    from tokenizers import Tokenizer
+
+    if not (directory / "tokenizer.json").is_file():
+        return {}
+    return Tokenizer.from_file(str(directory / "tokenizer.json")).get_vocab()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UpcyclingError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise UpcyclingError(f"{path}: expected a JSON object, found {type(found).__name__}.")
+    return found
+
+
+def _write(alone: Path, said: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Write the settings where they are not what was said."""
+    if settings != said:
+        (alone / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False))

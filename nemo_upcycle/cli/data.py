@@ -10,6 +10,7 @@ import typer
 
 from nemo_upcycle.cli.tools import Directory, Progress, one_line_errors, progress
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.files import check_writable
 
 if TYPE_CHECKING:
     from nemo_upcycle.data.manifest import Manifest
@@ -29,6 +30,14 @@ Evaluations = Annotated[
 ]
 MaxMalformed = Annotated[
     float, typer.Option(help="Share of the lines that may be malformed.", min=0, max=1)
+]
+
+ParseSpecial = Annotated[
+    bool,
+    typer.Option(
+        "--parse-special",
+        help="Take what spells a special token, such as </s>, for the token; otherwise it is text.",
+    ),
 ]
 
 app = typer.Typer(help="Text, tokenizer and Megatron .bin/.idx files.", no_args_is_help=True)
@@ -90,6 +99,7 @@ def tokenize(
     ] = None,
     without: Evaluations = None,
     max_malformed: MaxMalformed = 0.01,
+    parse_special: ParseSpecial = False,
 ) -> None:
     """Write Megatron .bin/.idx files, with an end-of-document token after each document.
 
@@ -117,11 +127,10 @@ def tokenize(
         raise UpcyclingError(
             f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
         )
+    _warn_of_its_end(tokenizer)
     for dataset, of_dataset in groups.items():
-        prefix = out / dataset
-        _prepare(
-            Preparation(of_dataset, tokenizer, prefix, selection, without, max_malformed), workers
-        )
+        of_job = of_dataset, tokenizer, out / dataset, selection, without, max_malformed
+        _prepare(Preparation(*of_job, parse_special=parse_special), workers)
 
 
 def _prepare(preparation: "Preparation", workers: int | None) -> "Manifest":
@@ -131,10 +140,21 @@ def _prepare(preparation: "Preparation", workers: int | None) -> "Manifest":
     with progress(prefix.name) as show:
         manifest = prepare(preparation, workers or os.cpu_count() or 1, _speed(show))
     typer.echo(f"{prefix}: {manifest.documents} documents, {manifest.tokens} tokens")
+    if manifest.spelled:
+        taken = "taken for them" if preparation.parse_special else "text: --parse-special"
+        typer.echo(f"{manifest.spelled} spelled special tokens are {taken}", err=True)
     for kind in ("malformed", "contaminated"):
         if count := getattr(manifest, kind):
             typer.echo(f"{count} {kind} left out: {prefix}.{kind}.jsonl", err=True)
     return manifest
+
+
+def _warn_of_its_end(tokenizer: Path) -> None:
+    """Say, before the work, if documents would end with a token that may not be what is meant."""
+    from nemo_upcycle.checkpoint.tokenizer_files import doubtful_end, load_tokenizer
+
+    if doubt := doubtful_end(load_tokenizer(tokenizer), tokenizer):
+        typer.echo(f"Warning: {doubt}", err=True)
 
 
 @app.command()
@@ -155,6 +175,7 @@ def blend(
     workers: Workers = None,
     without: Evaluations = None,
     max_malformed: MaxMalformed = 0.01,
+    parse_special: ParseSpecial = False,
 ) -> None:
     """Prepare all datasets of a blend; the recipes take the same YAML as `data_blend`.
 
@@ -175,10 +196,11 @@ def blend(
     for name in only or ():
         if name not in names:
             raise UpcyclingError(f"There is no dataset {name!r}; expected one of {names}.")
+    _warn_of_its_end(tokenizer)
     for each in found.datasets:
         if only is None or each.name in only:
-            settings = each.sources, tokenizer, each.prefix, each.selection
-            manifest = _prepare(Preparation(*settings, without, max_malformed), workers)
+            of_job = each.sources, tokenizer, each.prefix, each.selection, without, max_malformed
+            manifest = _prepare(Preparation(*of_job, parse_special=parse_special), workers)
             lasts[each.name] = int(manifest.tokens / each.weight)
     first = min(lasts, key=lambda name: lasts[name])
     typer.echo(f"Training reads {first} the most often: once every {lasts[first]:,} tokens.")
@@ -197,6 +219,7 @@ def items(
     """Write the items of evaluations, that training data must not have: for `--without`."""
     from nemo_upcycle.evaluation.items import write_items
 
+    check_writable(out.parent)
     count = write_items([name for name in tasks.split(",") if name], out, include_path)
     typer.echo(f"{out}: {count} items")
 

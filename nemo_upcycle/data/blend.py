@@ -1,9 +1,11 @@
 """A blend of datasets as one YAML: where they come from, what of them, and their weights."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_upcycle import settings
+from nemo_upcycle.data.paths import DataPath, text_of
 from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.data.sources import resolved
 from nemo_upcycle.errors import UpcyclingError
@@ -83,7 +85,9 @@ class Blend:
     @property
     def data_paths(self) -> str:
         """What Megatron's `--data-path` takes: weights and prefixes."""
-        return " ".join(f"{each.weight:.6g} {each.prefix}" for each in self.datasets)
+        return text_of(
+            DataPath(str(each.prefix), float(f"{each.weight:.6g}")) for each in self.datasets
+        )
 
 
 def shipped() -> list[str]:
@@ -136,7 +140,7 @@ def _datasets(
 
 
 def _check(path: Path, place: str, group: GroupSettings, each: DatasetSettings) -> None:
-    if not (group.weight > 0 and each.weight > 0):
+    if not (0 < group.weight < math.inf and 0 < each.weight < math.inf):
         raise UpcyclingError(f"{path}: {place}: weights must be more than 0.")
     if not each.sources:
         raise UpcyclingError(f"{path}: {place}: no sources.")

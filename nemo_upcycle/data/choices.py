@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from nemo_upcycle.data.tokenizer import read_documents
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.files import check_writable
 
 MIN_CONTEXT, MAX_CONTEXT = 100, 400
 MIN_LINE, MAX_LINE = 20, 120
@@ -80,6 +81,7 @@ def write_choices(
         UpcyclingError: If an argument, a file or a line is bad, or a file has too few items.
     """
     _check_arguments(files, name, items, choices, held_out)
+    check_writable(out)
     rng = random.Random(seed)
     parts = [
         _items(file, len(range(i, items, len(files))), choices, held_out, rng)

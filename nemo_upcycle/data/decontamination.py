@@ -4,12 +4,12 @@ Two texts overlap if they share a run of words, case and punctuation apart. 13 w
 upper bound (arXiv 2005.14165, appendix C), items that are shorter count whole, down to 8 words.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_upcycle.data.documents import parse_line
 from nemo_upcycle.errors import UpcyclingError
 
 WORDS = 13
@@ -95,9 +95,9 @@ def read_items(path: Path) -> EvaluationItems:
     if not path.is_file():
         raise UpcyclingError(f"no file {path}; `nemo-upcycle data items` writes one")
     items = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            items.append(Item(**json.loads(line)))
+            items.append(Item(**parse_line(line)))
         except (ValueError, TypeError) as error:
             raise UpcyclingError(
                 f"{path}:{number}: expected an object with task, number and text: {error}"

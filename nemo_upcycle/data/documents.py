@@ -6,6 +6,7 @@ A part is small enough to be done again, and the same wherever and whenever it i
 passed over silently: what is no document comes out as one with an error, and where it is.
 """
 
+import codecs
 import gzip
 import io
 import json
@@ -19,7 +20,7 @@ from urllib.parse import parse_qsl
 
 from nemo_upcycle.data.remote import is_url
 from nemo_upcycle.data.selection import Selection
-from nemo_upcycle.data.sources import COMPRESSED, HUB, PARQUET, open_file, path_of, size_of
+from nemo_upcycle.data.sources import COMPRESSED, HUB, PARQUET, kind_of, open_file, size_of
 from nemo_upcycle.errors import UpcyclingError
 
 
@@ -69,7 +70,7 @@ def parts_of(source: str, part_bytes: int) -> list[Part]:
     """
     if source.startswith(HUB):
         return [Part(source, shard, shard + 1, 1) for shard in range(_data_set(source).num_shards)]
-    kind = path_of(source).suffix
+    kind = kind_of(source)
     if kind == PARQUET:
         return list(_row_groups(source, part_bytes))
     size = size_of(source)
@@ -89,7 +90,7 @@ def read_part(part: Part, selection: Selection) -> Iterator[Document]:
     try:
         if part.source.startswith(HUB):
             yield from _read_data_set(part, selection)
-        elif path_of(part.source).suffix == PARQUET:
+        elif kind_of(part.source) == PARQUET:
             yield from _read_parquet(part, selection)
         else:
             yield from _read_lines(part, selection)
@@ -107,8 +108,13 @@ def _read_lines(part: Part, selection: Selection) -> Iterator[Document]:
         if at and not compressed:
             file.seek(at - 1)
             at += len(file.readline()) - 1  # the rest of a line that began before
+        number = 0
         while compressed or at < part.stop:
-            line = lines.readline()
+            try:
+                line = lines.readline()
+            except (OSError, EOFError, ValueError, zlib.error) as error:
+                raise OSError(f"after {number} lines, at byte {at}: {error}") from error
+            number += 1
             if not line:
                 return
             read = file.tell() if compressed else at + len(line) - part.start
@@ -117,7 +123,7 @@ def _read_lines(part: Part, selection: Selection) -> Iterator[Document]:
 
 
 def _unpacked(file: BinaryIO, part: Part) -> tuple[BinaryIO, bool]:
-    kind = path_of(part.source).suffix
+    kind = kind_of(part.source)
     if kind == ".gz":
         return gzip.open(file), True  # type: ignore[return-value]
     if kind == ".zst":
@@ -128,13 +134,33 @@ def _unpacked(file: BinaryIO, part: Part) -> tuple[BinaryIO, bool]:
     return file, False
 
 
+def parse_line(line: bytes) -> Any:
+    """Return the record of a line of JSON.
+
+    Raises:
+        ValueError: It is none; says why.
+    """
+    try:
+        # A byte order mark begins a file, or one of several that were put together.
+        return json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+    except RecursionError:
+        raise ValueError("not a line of JSON that Python reads: too deeply nested") from None
+    except ValueError as error:  # bad JSON or bad UTF-8
+        raise ValueError(f"not a line of JSON in UTF-8: {error}") from None
+
+
+def is_blank(line: bytes) -> bool:
+    """Say whether a line has nothing in it."""
+    return not line.removeprefix(codecs.BOM_UTF8).strip()
+
+
 def _parsed(line: bytes, selection: Selection) -> tuple[str | None, str | None]:
-    if not line.strip():
+    if is_blank(line):
         return "", None
     try:
-        record = json.loads(line.decode("utf-8"))
-    except ValueError as error:  # bad JSON or bad UTF-8
-        return None, f"not a line of JSON in UTF-8: {error}"
+        record = parse_line(line)
+    except ValueError as error:
+        return None, str(error)
     return selection.of(record)
 
 
@@ -164,11 +190,13 @@ def _row_groups(source: str, part_bytes: int) -> Iterator[Part]:
 
 def _read_parquet(part: Part, selection: Selection) -> Iterator[Document]:
     file = _parquet(part.source)
-    columns = selection.columns
-    missing = [name for name in columns or () if name not in file.schema_arrow.names]
+    names = file.schema_arrow.names
+    columns = selection.columns_of(names)
+    missing = [name for name in columns or () if name not in names]
     if missing:
         raise UpcyclingError(
-            f'{part.source}: no column "{missing[0]}"; it has {", ".join(file.schema_arrow.names)}.'
+            f'{part.source}: no column "{missing[0]}"; it has {", ".join(names)}: say which with '
+            "--text-key."
         )
     groups = list(range(part.start, part.stop))
     rows = sum(file.metadata.row_group(group).num_rows for group in groups)

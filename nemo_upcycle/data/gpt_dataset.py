@@ -1,18 +1,42 @@
-"""Megatron's GPT dataset, which says so when a split has nothing in it."""
+"""Megatron's GPT dataset, with indices that are of the data that are there."""
 
+import contextlib
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from hashlib import md5
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset as MegatronGPTDataset
 
+from nemo_upcycle.data.index import read_index
 from nemo_upcycle.errors import UpcyclingError
+
+CONTENT = "content"
+"""What says, among all that decides an index, what the dataset holds."""
+
+DESCRIPTION = "-description.txt"
+NO_TOKEN = -1
 
 
 class GPTDataset(MegatronGPTDataset):
-    """Megatron's dataset; over a split without documents Megatron's own loops for ever.
+    """Megatron's dataset.
+
+    Megatron knows an index of samples by the path of the data and goes on using the index when
+    other data are there; here the index is known by the data's content too. An index is written
+    whole or not at all, and those of other content are removed.
+
+    Megatron takes padding for token 0 and leaves it out of the loss, by the tokenizer's padding
+    token: where that is the eos token, the ends of all documents too. Here no token is padding.
 
     Raises:
-        UpcyclingError: The corpus is too small for the split.
+        UpcyclingError: The corpus is too small for the split; Megatron's own loops for ever over a
+            split without documents.
     """
 
     def __init__(
@@ -34,3 +58,66 @@ class GPTDataset(MegatronGPTDataset):
         super().__init__(
             indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config
         )
+        self._pad_token_id = NO_TOKEN
+
+    def _build_document_sample_shuffle_indices(self) -> Any:
+        """Build the indices, or load those that were built of the same data."""
+        index = Path(f"{self.dataset_path}.idx")
+        if self.config.mock or not index.is_file():  # data of an object store
+            return super()._build_document_sample_shuffle_indices()
+        self.unique_identifiers[CONTENT] = read_index(index).sha256
+        self.unique_description = json.dumps(
+            self.unique_identifiers, indent=4, default=lambda each: each.unique_identifiers
+        )
+        self.unique_description_hash = md5(
+            self.unique_description.encode(), usedforsecurity=False
+        ).hexdigest()
+        place = Path(self.config.path_to_cache or cache_directory(self.dataset_path))
+        name = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        built = (place / f"{name}{DESCRIPTION}").is_file()
+        if built or (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+            return super()._build_document_sample_shuffle_indices()
+        place.mkdir(parents=True, exist_ok=True)
+        _remove_others(place, self.dataset_path, self.unique_identifiers[CONTENT])
+        with tempfile.TemporaryDirectory(dir=place, prefix=".building-") as new:
+            with _config(self, path_to_cache=new):
+                indices = super()._build_document_sample_shuffle_indices()
+            # The description last: where it is, the index is complete.
+            for file in sorted(
+                Path(new).iterdir(), key=lambda file: file.name.endswith(DESCRIPTION)
+            ):
+                os.replace(file, place / file.name)
+        return indices
+
+
+def cache_directory(prefix: str) -> Path:
+    """Return where Megatron keeps the indices of a dataset."""
+    return Path(prefix) / "cache" / f"{MegatronGPTDataset.__name__}_indices"
+
+
+@contextlib.contextmanager
+def _config(dataset: Any, **values: Any) -> Iterator[None]:
+    """Change a dataset's own config for a while; the others' is the same object."""
+    shared = dataset.config
+    dataset.config = copy.copy(shared)
+    vars(dataset.config).update(values)
+    try:
+        yield
+    finally:
+        dataset.config = shared
+
+
+def _remove_others(place: Path, dataset_path: str, content: str) -> None:
+    """Remove indices of what a dataset held before, and of blends with that."""
+    for description in place.glob(f"*{DESCRIPTION}"):
+        try:
+            said = json.loads(description.read_text())
+        except (OSError, ValueError):
+            continue
+        datasets = said.get("datasets", [said])
+        if any(
+            each.get("dataset_path") == dataset_path and each.get(CONTENT, content) != content
+            for each in datasets
+        ):
+            for file in place.glob(f"{description.name.removesuffix(DESCRIPTION)}-*"):
+                file.unlink(missing_ok=True)

@@ -28,6 +28,11 @@ class Manifest:
         job: What it was made from: sources with their sizes, tokenizer, selection.
         sources: The numbers of each source.
         files: Bytes and sha256 of the dataset's files.
+        tokenizer: `Encoder.fingerprint` under `fingerprint`, the id that ends documents under
+            `eos`, and whether special tokens that texts spell out were taken for them under
+            `parse_special`. None where an older version wrote this.
+        spelled: Special tokens that texts spelled out.
+        largest_id: The largest token id written; None where an older version wrote this.
     """
 
     documents: int
@@ -40,17 +45,36 @@ class Manifest:
     job: dict[str, Any]
     sources: list[dict[str, Any]]
     files: dict[str, dict[str, Any]]
+    tokenizer: dict[str, Any] | None = None
+    spelled: int = 0
+    largest_id: int | None = None
+
+
+def manifest_of(prefix: Path) -> Manifest | None:
+    """Return what a dataset's manifest says, whether or not its files are as it says.
+
+    Raises:
+        UpcyclingError: It is no manifest.
+    """
+    path = manifest_path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        return Manifest(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UpcyclingError(f"{path}: not a manifest: {error}. Remove it to start anew.") from None
+
+
+def manifest_path(prefix: Path) -> Path:
+    """Return where a dataset's manifest is."""
+    return prefix.with_name(prefix.name + ".manifest.json")
 
 
 def read_manifest(prefix: Path) -> Manifest | None:
     """Return a dataset's manifest, None where it is not complete."""
-    path = prefix.with_name(prefix.name + ".manifest.json")
-    if not path.is_file():
+    manifest = manifest_of(prefix)
+    if manifest is None:
         return None
-    try:
-        manifest = Manifest(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UpcyclingError(f"{path}: not a manifest: {error}. Remove it to start anew.") from None
     sizes = {name: prefix.with_name(name) for name in manifest.files}
     complete = all(
         file.is_file() and file.stat().st_size == manifest.files[name]["bytes"]

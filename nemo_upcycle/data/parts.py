@@ -70,6 +70,8 @@ class PartRecord:
         malformed: What is no document.
         contaminated: What is in an evaluation.
         sha256: Of the tokens' bytes.
+        spelled: Special tokens that texts spelled out.
+        largest_id: The largest token id written.
     """
 
     part: Part
@@ -80,6 +82,8 @@ class PartRecord:
     malformed: tuple[Malformed, ...]
     contaminated: tuple[Contaminated, ...]
     sha256: str
+    spelled: int
+    largest_id: int
 
     @property
     def lines(self) -> int:
@@ -136,13 +140,13 @@ def tokenize_part(
 ) -> PartRecord:
     """Tokenise a part and write its files; leave out what is in an evaluation.
 
-    Each document is its text's tokens without special tokens, then the tokenizer's eos.
+    Each document is its text's tokens, with none put around them, then the tokenizer's eos.
 
     Raises:
         UpcyclingError: The source cannot be read to its end.
     """
     lengths: list[int] = []
-    sha256, empty = hashlib.sha256(), 0
+    sha256, empty, spelled, largest = hashlib.sha256(), 0, 0, 0
     found = _Found(evaluations)
     # Of this process alone: another may still be at work on the same part, with the same result.
     new = files.tokens.with_suffix(f".{os.getpid()}.partial")
@@ -150,11 +154,14 @@ def tokenize_part(
         with new.open("wb") as out:
             for texts, read in _batches(found.texts(read_part(part, selection))):
                 count = len(lengths)
+                spelled += encoder.spelled(texts)
                 for tokens in encoder.tokens(texts):
                     if not tokens:
                         empty += 1
                         continue
-                    document = np.array([*tokens, encoder.eos], encoder.dtype).tobytes()
+                    ids = np.array([*tokens, encoder.eos], encoder.dtype)
+                    largest = max(largest, int(ids.max()))
+                    document = ids.tobytes()
                     sha256.update(document)
                     out.write(document)
                     lengths.append(len(tokens) + 1)
@@ -172,6 +179,8 @@ def tokenize_part(
         malformed=tuple(found.malformed),
         contaminated=tuple(found.contaminated),
         sha256=sha256.hexdigest(),
+        spelled=spelled,
+        largest_id=largest,
     )
     write_whole(files.record, json.dumps(asdict(record)).encode())
     return record

@@ -24,15 +24,22 @@ import numpy as np
 from nemo_upcycle.data.decontamination import EvaluationItems, read_items
 from nemo_upcycle.data.documents import Part, parts_of
 from nemo_upcycle.data.encoder import Encoder, load_encoder
-from nemo_upcycle.data.manifest import COPY_BYTES, Manifest, read_manifest, sha256_of
+from nemo_upcycle.data.manifest import (
+    COPY_BYTES,
+    Manifest,
+    manifest_path,
+    read_manifest,
+    sha256_of,
+)
 from nemo_upcycle.data.parts import PartFiles, PartRecord, tokenize_part
 from nemo_upcycle.data.remote import is_url
 from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.data.sources import HUB, files_of
 from nemo_upcycle.data.workers import tokenize_parts
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.files import check_writable
 
-FORMAT = 1
+FORMAT = 2
 REPORTS = ("malformed", "contaminated")
 """What is located in a file of its own beside the dataset."""
 
@@ -56,6 +63,7 @@ class Preparation:
         evaluations: File of evaluation items, whose documents are left out.
         max_malformed: Share of the lines that may be malformed.
         part_bytes: About how large parts are.
+        parse_special: Take what spells a special token for it; otherwise text is text.
     """
 
     sources: tuple[str, ...]
@@ -65,6 +73,7 @@ class Preparation:
     evaluations: Path | None = None
     max_malformed: float = 0.01
     part_bytes: int = PART_BYTES
+    parse_special: bool = False
 
     def file(self, suffix: str) -> Path:
         """Return one of the dataset's files."""
@@ -97,17 +106,24 @@ def prepare(
             another job are in the way. Nothing is left but complete parts.
     """
     names = files_of(preparation.sources)
-    encoder = load_encoder(preparation.tokenizer)
+    encoder = load_encoder(preparation.tokenizer, preparation.parse_special)
     evaluations = read_items(preparation.evaluations) if preparation.evaluations else None
-    job = _job(preparation, names)
+    job = _job(preparation, names, encoder)
     if (there := read_manifest(preparation.prefix)) is not None and there.job == job:
         _remove_parts(preparation)
         return there
+    check_writable(preparation.prefix.parent)
     parts = _parts(names, preparation.part_bytes)
-    with _work_directory(preparation, job):
-        records = _records(preparation, parts, (encoder, evaluations), workers, progress)
-        _check(preparation, records)
-        manifest = _put_together(preparation, job, records, encoder.dtype)
+    try:
+        with _work_directory(preparation, job):
+            records = _records(preparation, parts, (encoder, evaluations), workers, progress)
+            _check(preparation, records)
+            manifest = _put_together(preparation, job, records, encoder)
+    except OSError as error:  # a disk that is full, or gone
+        raise UpcyclingError(
+            f"{preparation.prefix} cannot be written: {error}. Parts that are complete are kept, "
+            "and the same command goes on."
+        ) from error
     _remove_parts(preparation)
     return manifest
 
@@ -115,17 +131,14 @@ def prepare(
 # --- Parts ---------------------------------------------------------------------------------------
 
 
-def _job(preparation: Preparation, names: Sequence[str]) -> dict[str, Any]:
+def _job(preparation: Preparation, names: Sequence[str], encoder: Encoder) -> dict[str, Any]:
     """Return what decides the dataset."""
-    tokenizer = hashlib.sha256()
-    for path in sorted(preparation.tokenizer.iterdir()):
-        # A dense checkpoint's directory is a tokenizer's too.
-        if path.is_file() and path.suffix in (".json", ".model", ".txt", ".jinja"):
-            tokenizer.update(path.name.encode() + b"\0" + path.read_bytes())
     return {
         "format": FORMAT,
         "sources": [_identity(name) for name in names],
-        "tokenizer": tokenizer.hexdigest(),
+        "tokenizer": encoder.fingerprint(),
+        "eos": encoder.eos,
+        "parse_special": preparation.parse_special,
         "text_key": preparation.selection.text_key,
         "where": dict(preparation.selection.where),
         "template": preparation.selection.template,
@@ -254,11 +267,11 @@ def _check(preparation: Preparation, records: Sequence[PartRecord]) -> None:
 
 
 def _put_together(
-    preparation: Preparation, job: dict[str, Any], records: Sequence[PartRecord], dtype: str
+    preparation: Preparation, job: dict[str, Any], records: Sequence[PartRecord], encoder: Encoder
 ) -> Manifest:
     """Write the dataset's files, each complete or not at all, the manifest last."""
     new = {suffix: preparation.work / f"new{suffix}" for suffix in (".bin", ".idx")}
-    _write_dataset(preparation, records, dtype, new)
+    _write_dataset(preparation, records, encoder.dtype, new)
     for kind in REPORTS:
         if located := "".join(json.dumps(each) + "\n" for each in _located(records, kind)):
             new[f".{kind}.jsonl"] = preparation.work / f"new.{kind}.jsonl"
@@ -270,22 +283,30 @@ def _put_together(
         left_out=sum(record.left_out for record in records),
         malformed=sum(len(record.malformed) for record in records),
         contaminated=sum(len(record.contaminated) for record in records),
-        dtype=dtype,
+        dtype=encoder.dtype,
         job=job,
         sources=_of_sources(records),
         files={
             preparation.file(suffix).name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             for suffix, path in new.items()
         },
+        tokenizer={
+            "fingerprint": job["tokenizer"],
+            "eos": encoder.eos,
+            "parse_special": preparation.parse_special,
+        },
+        spelled=sum(record.spelled for record in records),
+        largest_id=max(record.largest_id for record in records),
     )
     # Never an index or a manifest beside tokens that are not its own, not even for a moment.
-    for suffix in (".manifest.json", ".idx", *(f".{kind}.jsonl" for kind in REPORTS)):
+    manifest_path(preparation.prefix).unlink(missing_ok=True)
+    for suffix in (".idx", *(f".{kind}.jsonl" for kind in REPORTS)):
         preparation.file(suffix).unlink(missing_ok=True)
     for suffix, path in new.items():
         os.replace(path, preparation.file(suffix))
     written = preparation.work / "new.manifest.json"
     written.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
-    os.replace(written, preparation.file(".manifest.json"))
+    os.replace(written, manifest_path(preparation.prefix))
     return manifest
 
 

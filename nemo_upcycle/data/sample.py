@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.files import check_writable
 
 MIN_CHARACTERS = 200
 """Shorter documents are left out: they are stubs, not text."""
@@ -60,6 +61,7 @@ def write_stdlib_sample(out: Path, *, stdlib: Path | None = None) -> dict[str, P
     Raises:
         UpcyclingError: If there are no standard library sources (zipped or frozen Python).
     """
+    check_writable(out)
     root = Path(sysconfig.get_path("stdlib")) if stdlib is None else stdlib
     modules = list(_parsed_modules(root))
     if not modules:

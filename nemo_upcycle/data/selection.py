@@ -1,11 +1,11 @@
 """What of a record is a document: a field or a prompt format, and which records at all."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.errors import UpcyclingError, listing
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Selection:
     """What of a record is a document.
 
     Attributes:
-        text_key: The field with the text.
+        text_key: The field with the text; `a.b` is the field b of an object under a.
         where: Fields that must have these values, as text; other records are left out.
         template: A prompt format in Jinja over the record's fields, instead of `text_key`.
     """
@@ -22,33 +22,71 @@ class Selection:
     where: Mapping[str, str] = field(default_factory=dict)
     template: str | None = None
 
-    @property
-    def columns(self) -> list[str] | None:
-        """The fields that are read; None: all of them."""
-        return None if self.template else [self.text_key, *self.where]
+    def columns_of(self, names: Collection[str]) -> list[str] | None:
+        """Return which of a table's columns are read; None: all of them."""
+        if self.template:
+            return None
+        keys = [self.text_key, *self.where]
+        return list(dict.fromkeys(k if k in names else k.partition(".")[0] for k in keys))
 
     def of(self, record: Any) -> tuple[str | None, str | None]:
         """Return a record's text, or why it has none; neither where it is left out."""
         if not isinstance(record, dict):
             return None, f"expected an object, found {type(record).__name__}"
         for key, value in self.where.items():
-            if key not in record:
-                return None, f'no "{key}"'
-            if str(record[key]) != value:
+            found = _field(record, key)
+            if found is _MISSING:
+                return None, f'no "{key}"; there is {_keys(record)}'
+            if str(found) != value:
                 return None, None
         if self.template is not None:
             text, error = _rendered(self.template, record)
             if error:
                 return None, error
         else:
-            text = record.get(self.text_key)
+            text = _field(record, self.text_key)
+        if text is _MISSING:
+            return None, (
+                f'expected a string under "{self.text_key}", there is {_keys(record)}: say which '
+                "with --text-key"
+            )
         if not isinstance(text, str):
-            return None, f'expected a string under "{self.text_key}"'
+            return None, (
+                f'expected a string under "{self.text_key}", found {type(text).__name__}'
+                f"{_hint(text)}"
+            )
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # a lone \ud800 escape, which tokenizers refuse
             return None, f"not valid Unicode: {error}"
         return text, None
+
+
+_MISSING = object()
+
+
+def _field(record: dict[str, Any], key: str) -> Any:
+    """Return a field, or one of a nested object; `_MISSING` where there is none."""
+    if key in record:
+        return record[key]
+    outer, dot, inner = key.partition(".")
+    if dot and isinstance(record.get(outer), dict):
+        return _field(record[outer], inner)
+    return _MISSING
+
+
+def _keys(record: dict[str, Any]) -> str:
+    names = [f'"{name}"' for name in record]
+    return listing(names) if names else "nothing"
+
+
+def _hint(value: Any) -> str:
+    """Say what to do with a field that is no string."""
+    if isinstance(value, dict):
+        return f" with {_keys(value)}: a nested one is OUTER.INNER to --text-key"
+    if isinstance(value, bytes):
+        return ": a column without the type of a string; cast it"
+    return ": say another with --text-key"
 
 
 @cache

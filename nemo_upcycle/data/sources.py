@@ -43,8 +43,13 @@ def _files_of(source: str) -> list[str]:
 
 
 def _is_known(path: PurePath) -> bool:
-    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return plain.suffix in LINES or path.suffix == PARQUET
+    plain = path.with_suffix("") if kind_of(str(path)) in COMPRESSED else path
+    return plain.suffix.lower() in LINES or kind_of(str(path)) == PARQUET
+
+
+def kind_of(source: str) -> str:
+    """Return a file's last ending in small letters."""
+    return path_of(source).suffix.lower()
 
 
 def path_of(source: str) -> PurePath:
@@ -68,7 +73,8 @@ def name_of(source: str) -> str:
         source = urlsplit(source).path
     name = PurePath(source.partition("?")[0].replace("://", "/")).name.rstrip(":")
     for kind in (*COMPRESSED, *LINES, PARQUET):
-        name = name.removesuffix(kind)
+        if name.lower().endswith(kind):
+            name = name[: -len(kind)]
     return name
 
 

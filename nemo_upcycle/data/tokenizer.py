@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_upcycle.data.documents import is_blank, parse_line
+from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.files import check_writable
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,6 +49,7 @@ def train_tokenizer(files: Sequence[Path], out: Path, vocab_size: int = 4096) ->
             f"(256 bytes and {len(_SPECIAL_TOKENS)} special tokens)"
         )
     _check_replaceable(out)
+    check_writable(out.parent)
     tokenizer = _train_bpe(files, vocab_size)
     reached: int = tokenizer.get_vocab_size()
     if reached < vocab_size:
@@ -77,23 +80,18 @@ def read_documents(jsonl: Path) -> Iterator[tuple[str, int]]:
     with jsonl.open("rb") as file:  # binary, for byte positions and `\n` as the only line end
         for number, line in enumerate(file, start=1):
             end += len(line)
-            if line.strip():
+            if not is_blank(line):
                 yield _parse_document(line, f"{jsonl}:{number}"), end
 
 
 def _parse_document(line: bytes, where: str) -> str:
     """Returns the text of one JSONL line; errors begin with `where`."""
     try:
-        document = json.loads(line.decode("utf-8"))
-    except ValueError as error:  # bad JSON or bad UTF-8
-        raise UpcyclingError(f"{where}: not a line of JSON in UTF-8: {error}") from error
-    text = document.get("text") if isinstance(document, dict) else None
-    if not isinstance(text, str):
-        raise UpcyclingError(f'{where}: expected a JSON object with a string under "text"')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # a lone \ud800 escape, which tokenizers refuse
-        raise UpcyclingError(f'{where}: "text" is not valid Unicode: {error}') from error
+        text, error = Selection().of(parse_line(line))
+    except ValueError as failed:
+        text, error = None, str(failed)
+    if text is None:
+        raise UpcyclingError(f"{where}: {error}")
     return text
 
 

@@ -1,0 +1,217 @@
+"""Whether datasets are what they say, and fit the model: asked before a training starts."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.data.encoder import Encoder, encoder_of
+from nemo_upcycle.data.index import largest_id, read_index
+from nemo_upcycle.data.manifest import Manifest, manifest_of, manifest_path
+from nemo_upcycle.data.paths import SUFFIXES, DataPath
+from nemo_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANEW = "Make the dataset anew with `nemo-upcycle data tokenize`, or copy it again."
+
+
+class DataWarning(UserWarning):
+    """Data that can be trained on, and may not be what is meant."""
+
+
+class Dataset:
+    """A dataset as it is on the disk.
+
+    Args:
+        path: Where it is.
+
+    Raises:
+        UpcyclingError: A file is missing, or is not as long as the others say, or has changed.
+    """
+
+    def __init__(self, path: DataPath) -> None:
+        self.prefix = path.prefix
+        self.files = {suffix: path.file(suffix) for suffix in SUFFIXES}
+        check_there(path)
+        self.manifest: Manifest | None = manifest_of(Path(path.prefix))
+        self.index = read_index(self.files[".idx"])
+        self._check_sizes()
+
+    @property
+    def known_largest_id(self) -> int | None:
+        """The largest token id, if it is known without reading all of them."""
+        return self.manifest.largest_id if self.manifest else None
+
+    def largest_id(self, part: int, parts: int) -> int:
+        """Return the largest token id in one of so many parts of the dataset."""
+        known = self.known_largest_id
+        return (
+            largest_id(self.files[".bin"], self.index.dtype, part, parts)
+            if known is None
+            else known
+        )
+
+    def documents(self, count: int, tokens: int) -> Iterator[list[int]]:
+        """Yield how some documents begin."""
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        dataset = IndexedDataset(self.prefix)
+        for number in range(min(count, len(dataset))):
+            yield dataset[number][:tokens].tolist()
+
+    def _check_sizes(self) -> None:
+        found = self.files[".bin"].stat().st_size
+        if found < self.index.bin_bytes:
+            raise UpcyclingError(
+                f"{self.files['.bin']} has {found:,} bytes, and {self.files['.idx'].name} says "
+                f"{self.index.bin_bytes:,}: it is cut off, or of another dataset. {ANEW}"
+            )
+        for suffix, said in _said(self.manifest).items():
+            size = self.files[suffix].stat().st_size
+            changed = suffix == ".idx" and self.index.sha256 != said["sha256"]
+            if size != said["bytes"] or changed:
+                raise UpcyclingError(
+                    f"{self.files[suffix]} is not what {manifest_path(Path(self.prefix)).name} "
+                    f"says: {size:,} bytes, and {said['bytes']:,} were written"
+                    f"{', others' if changed else ''}. {ANEW} Where another tool has written it, "
+                    "remove the manifest."
+                )
+
+
+def _said(manifest: Manifest | None) -> dict[str, dict[str, Any]]:
+    """Return what a manifest says of the files, by ending: both may have been renamed."""
+    files = manifest.files.items() if manifest else ()
+    return {s: said for s in SUFFIXES for name, said in files if name.endswith(s)}
+
+
+def check_there(path: DataPath) -> None:
+    """Check that both files of a dataset can be read.
+
+    Raises:
+        UpcyclingError: One cannot.
+    """
+    for suffix in SUFFIXES:
+        file = path.file(suffix)
+        try:
+            with file.open("rb"):
+                pass
+        except OSError as error:
+            raise UpcyclingError(
+                f"No dataset at {path.prefix}: {file} cannot be read: {error.strerror}. Expected "
+                "the path of a .bin and a .idx file without the ending; `nemo-upcycle data "
+                "tokenize` writes them."
+            ) from None
+
+
+def check_vocabulary(prefix: str, largest: int, rows: int) -> None:
+    """Check that the model has an embedding for each token of a dataset.
+
+    Raises:
+        UpcyclingError: It has not.
+    """
+    if largest >= rows:
+        raise UpcyclingError(
+            f"{prefix} has the token id {largest}, and the model has {rows} embeddings, for ids "
+            f"up to {rows - 1}. Tokenize the text with the dense checkpoint's own tokenizer, "
+            "without tokens that were added to it; or resize the checkpoint's embeddings."
+        )
+
+
+def check_tokenizer_fits(tokenizer: Any, rows: int) -> None:
+    """Check that the model has an embedding for the token that ends a document.
+
+    Tokens that no document has may lie beyond the embeddings.
+
+    Raises:
+        UpcyclingError: It has not.
+    """
+    eos = getattr(tokenizer, "eos_id", None)
+    if eos is not None and eos >= rows:
+        raise UpcyclingError(
+            f"the tokenizer's eos token {getattr(tokenizer, 'eos_token', '')} has the id {eos}, "
+            f"and the model has {rows} embeddings, for ids up to {rows - 1}. Give the dense "
+            "checkpoint's own tokenizer: tokenizer=DIR; or resize the checkpoint's embeddings."
+        )
+
+
+class TokenizerCheck:
+    """Compares a tokenizer with those that made datasets.
+
+    Args:
+        tokenizer: The one that is trained with.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self._fingerprints: dict[bool, str] = {}
+
+    def check(self, dataset: Dataset) -> None:
+        """Check that a dataset was made with the same tokenizer.
+
+        Where the dataset does not say, a doubt is a warning.
+
+        Raises:
+            UpcyclingError: It says that it was made with another one.
+        """
+        said = dataset.manifest.tokenizer if dataset.manifest else None
+        if said is None:
+            self._warn_of_another(dataset)
+            return
+        way_out = (
+            "Give the tokenizer that the dataset was made with: tokenizer=DIR; or make the dataset "
+            "anew with this one: `nemo-upcycle data tokenize`."
+        )
+        if said["eos"] != self._tokenizer.eos_token_id:
+            raise UpcyclingError(
+                f"the documents of {dataset.prefix} end with the token id {said['eos']}, and the "
+                f"tokenizer's eos token {self._tokenizer.eos_token} has the id "
+                f"{self._tokenizer.eos_token_id}. {way_out}"
+            )
+        if said["fingerprint"] != self._fingerprint(said["parse_special"]):
+            raise UpcyclingError(
+                f"{dataset.prefix} was made with another tokenizer, which gives texts other token "
+                f"ids. {way_out}"
+            )
+
+    def _fingerprint(self, parse_special: bool) -> str:
+        if parse_special not in self._fingerprints:
+            encoder = encoder_of(self._tokenizer, parse_special)
+            self._fingerprints[parse_special] = encoder.fingerprint()
+        return self._fingerprints[parse_special]
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return encoder_of(self._tokenizer, parse_special=True)
+
+    def _warn_of_another(self, dataset: Dataset, count: int = 8, tokens: int = 64) -> None:
+        """Warn where tokens are not those that the tokenizer gives the text which they spell."""
+        begins = [ids for ids in dataset.documents(count, 2 * tokens) if len(ids) >= 4]
+        texts = [self._tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in begins]
+        again = self._encoder.tokens(texts)
+        same = [ids[:k] == list(islice(new, k)) for ids, new in zip(begins, again, strict=True)
+                for k in [min(tokens, len(ids) // 2)]]  # fmt: skip
+        if len(same) >= 4 and not any(same):
+            warnings.warn(
+                f"{dataset.prefix} seems to be made with another tokenizer: the texts of its first "
+                f"{len(same)} documents get other token ids from this one. Its manifest, which "
+                "would say so, is missing or of an older version.",
+                DataWarning,
+                stacklevel=2,
+            )
+
+
+def check_on_login(paths: Sequence[DataPath], rows: int) -> None:
+    """Check, before ranks are started, what of the datasets can be seen from here.
+
+    Raises:
+        UpcyclingError: A dataset that is here is not what it says, or does not fit the model.
+    """
+    for path in paths:
+        if path.is_local and path.file(".idx").is_file() and path.file(".bin").is_file():
+            dataset = Dataset(path)
+            if dataset.known_largest_id is not None:
+                check_vocabulary(path.prefix, dataset.known_largest_id, rows)

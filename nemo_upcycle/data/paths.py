@@ -1,0 +1,138 @@
+"""`data_paths`: prefixes of Megatron's datasets, with weights before each where blended."""
+
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_upcycle.errors import UpcyclingError
+
+SUFFIXES = (".bin", ".idx")
+
+EXPECTED = (
+    "expected prefixes of .bin and .idx files, separated by spaces, or a weight above 0 before "
+    "each of them; a prefix with a space is put in quotes: "
+    "data_paths='0.7 \"/my data/web\" 0.3 /data/academic'"
+)
+
+
+@dataclass(frozen=True)
+class DataPath:
+    """A dataset of a blend.
+
+    Attributes:
+        prefix: Its path without `.bin` and `.idx`.
+        weight: Its share, relative to the others'; None where no weights are given.
+    """
+
+    prefix: str
+    weight: float | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its files are on this machine's file systems, not in an object store."""
+        return "://" not in self.prefix
+
+    def file(self, suffix: str) -> Path:
+        """Return one of the dataset's files."""
+        return Path(self.prefix + suffix)
+
+
+def parse(text: str) -> list[DataPath]:
+    """Parse `data_paths`: words with a shell's quotes.
+
+    Args:
+        text: Prefixes, with weights before each where they are blended. A prefix may begin with
+            `~`, and end with `.bin` or `.idx`.
+
+    Raises:
+        UpcyclingError: It says something else; says what.
+    """
+    if _is_dataset(text.strip()):  # a single one may have spaces without quotes
+        return of_words([text.strip()])
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UpcyclingError(f"data_paths is {text!r}: {error}; {EXPECTED}.") from None
+    return of_words(_joined(words))
+
+
+def of_words(words: Sequence[str | Path | float]) -> list[DataPath]:
+    """Parse a list of prefixes, or of weights and prefixes in turn.
+
+    Raises:
+        UpcyclingError: As `parse`.
+    """
+    texts = [str(word).strip() for word in words]
+    if not texts:
+        raise UpcyclingError(f"data_paths is empty; {EXPECTED}.")
+    if not _is_weight(texts[0]):
+        if weight := next(filter(_is_weight, texts), None):
+            raise UpcyclingError(
+                f"data_paths: {texts[0]} has no weight, and others have ({weight}); {EXPECTED}."
+            )
+        return [DataPath(_prefix(text)) for text in texts]
+    found = []
+    for weight, prefix in zip(texts[::2], [*texts[1::2], ""], strict=False):
+        if not _is_weight(weight):
+            raise UpcyclingError(f"data_paths: {weight} has no weight before it; {EXPECTED}.")
+        if not prefix or _is_weight(prefix):
+            raise UpcyclingError(f"data_paths: no prefix after the weight {weight}; {EXPECTED}.")
+        if not 0 < float(weight) < math.inf:
+            raise UpcyclingError(
+                f"data_paths: the weight of {prefix} is {weight}; expected more than 0. Leave out "
+                "what is not to be trained on."
+            )
+        found.append(DataPath(_prefix(prefix), float(weight)))
+    return found
+
+
+def words_of(paths: Iterable[DataPath]) -> list[str]:
+    """Return what NeMo and Megatron take: weights and prefixes in turn, or prefixes."""
+    words = []
+    for path in paths:
+        words += [path.prefix] if path.weight is None else [repr(path.weight), path.prefix]
+    return words
+
+
+def text_of(paths: Iterable[DataPath]) -> str:
+    """Return what `parse` takes."""
+    return shlex.join(words_of(paths))
+
+
+def _is_weight(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _prefix(word: str) -> str:
+    expanded = str(Path(word).expanduser()) if word.startswith("~") else word
+    for suffix in SUFFIXES:
+        if expanded.endswith(suffix) and not _is_dataset(expanded):
+            return expanded.removesuffix(suffix)
+    return expanded
+
+
+def _is_dataset(prefix: str) -> bool:
+    path = Path(prefix).expanduser()
+    try:
+        return bool(prefix) and path.with_name(path.name + SUFFIXES[1]).is_file()
+    except (OSError, ValueError):  # no file's name
+        return False
+
+
+def _joined(words: list[str]) -> list[str]:
+    """Put together what is a dataset's prefix only together: it has spaces without quotes."""
+    found = []
+    while words:
+        ends = range(len(words), 1, -1)
+        whole = _is_weight(words[0]) or _is_dataset(_prefix(words[0]))
+        joins = (end for end in ends if _is_dataset(_prefix(" ".join(words[:end]))))
+        end = 1 if whole else next(joins, 1)
+        found.append(" ".join(words[:end]))
+        words = words[end:]
+    return found
