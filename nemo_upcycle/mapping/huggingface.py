@@ -1,10 +1,15 @@
-"""Read the numbers of a model out of a Hugging Face `config.json`."""
+"""Read the numbers of a model out of a Hugging Face `config.json`, as transformers does.
+
+A key that transformers does not read of a family is ignored, such as `attention_bias` of a
+Mistral. So is what counts in training alone: `attention_dropout` and the like are the recipe's.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping.family import Architecture
+from nemo_upcycle.mapping.values import Values, positive, unfit
 
 _LLAMA3_ROPE = (
     "factor",
@@ -12,54 +17,53 @@ _LLAMA3_ROPE = (
     "high_freq_factor",
     "original_max_position_embeddings",
 )
+_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "relu2": "squared_relu"}
+"""transformers' names of activations, and what a family's feed-forward layers are with them."""
+_ONE_KEY_PER_QUERY = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+"""Families for which transformers takes a `num_key_value_heads` of null for one per head."""
 
 
-def read_architecture(
-    config: Mapping[str, Any], expected: Mapping[str, Any], **fields: Any
-) -> Architecture:
-    """Read the numbers that all families write alike.
+def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> Architecture:
+    """Read the numbers of a model.
 
     Args:
-        config: The parsed `config.json`.
-        expected: Keys that must have this value where they are there: what Megatron's model would
-            compute otherwise.
-        fields: What the family decides by itself, instead of or beside what is read.
+        config: The parsed `config.json`, in the words of transformers 4 or 5.
+        family: Its model type.
+        fields: What the family decides by itself.
 
     Returns:
         The numbers.
 
     Raises:
-        UpcyclingError: A number is missing, or the config asks for something that Megatron's
-            model does not compute.
+        UpcyclingError: A value is of the wrong kind, or transformers or Megatron do not compute
+            such a model.
     """
-    for key, value in expected.items():
-        if config.get(key, value) != value:
-            raise UpcyclingError(
-                f"config.json says {key}={config[key]!r}; only {value!r} can be upcycled."
-            )
-    try:
-        heads = config["num_attention_heads"]
-        rope = config.get("rope_parameters") or config  # transformers 5 moved rope_theta there
-        read = {
-            "num_layers": config["num_hidden_layers"],
-            "hidden_size": config["hidden_size"],
-            "ffn_hidden_size": config["intermediate_size"],
-            "num_attention_heads": heads,
-            "num_query_groups": config.get("num_key_value_heads") or heads,
-            "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
-            "vocab_size": config["vocab_size"],
-            "max_position_embeddings": config.get("max_position_embeddings", 2048),
-            "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
-            "rotary_base": rope.get("rope_theta", 10000.0),
-            "share_embeddings_and_output_weights": config.get("tie_word_embeddings", False),
-            "init_method_std": config.get("initializer_range", 0.02),
-            **_rope(config),
-        }
-    except KeyError as error:
-        raise UpcyclingError(
-            f"config.json lacks {error}; expected the config of a {config.get('model_type')} model."
-        ) from None
-    arch = Architecture(**(read | fields))
+    values = Values(config, family)
+    for bias in ("attention_bias", "mlp_bias"):
+        if bias in values.defaults and values.flag(bias):
+            raise unfit(bias, True, "false: only a model without it can be upcycled")
+    head_width = _head_width(values)
+    arch = Architecture(
+        num_layers=values.count("num_hidden_layers"),
+        hidden_size=values.count("hidden_size"),
+        ffn_hidden_size=values.count("intermediate_size"),
+        num_attention_heads=values.count("num_attention_heads"),
+        num_query_groups=_query_groups(values, family),
+        kv_channels=head_width,
+        vocab_size=_vocabulary(values),
+        max_position_embeddings=values.count("max_position_embeddings"),
+        layernorm_epsilon=values.number(
+            "norm_eps" if "norm_eps" in values.defaults else "rms_norm_eps"
+        ),
+        rotary_base=values.number("rope_theta"),
+        rotary_percent=_rotary_percent(values, head_width),
+        share_embeddings_and_output_weights=values.flag("tie_word_embeddings"),
+        init_method_std=values.number("initializer_range"),
+        activation=_activation(values),
+        sliding_window=_window(values, family),
+        **_rope_scaling(values),
+        **fields,
+    )
     if arch.num_attention_heads % arch.num_query_groups:
         raise UpcyclingError(
             f"config.json says {arch.num_attention_heads} attention heads and "
@@ -68,17 +72,123 @@ def read_architecture(
     return arch
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def _head_width(values: Values) -> int:
+    """Return what the config says, or what is left of the hidden size for each head."""
+    key = "head_dim"
+    null_fits = values.defaults.get(key, 0) is None  # the classes that derive it
+    if key in values.said and not (null_fits and values.is_null(key)):
+        return values.count(key)
+    return values.count("hidden_size") // values.count("num_attention_heads")
+
+
+def _query_groups(values: Values, family: str) -> int:
+    key = "num_key_value_heads"
+    one_each = values.is_null(key) and family in _ONE_KEY_PER_QUERY
+    return values.count("num_attention_heads" if one_each else key)
+
+
+def _vocabulary(values: Values) -> int:
+    size, padding = values.count("vocab_size"), values.said.get("pad_token_id")
+    if isinstance(padding, int) and not -size <= padding < size:
+        raise unfit("pad_token_id", padding, f"one of the vocabulary's {size} tokens, or null")
+    return size
+
+
+def _activation(values: Values) -> str:
+    said, usual = values.said["hidden_act"], values.defaults["hidden_act"]
+    found = _ACTIVATIONS.get(str(said))
+    if found is None or found != _ACTIVATIONS[usual]:
+        raise unfit("hidden_act", said, f"{usual!r}: only that can be upcycled")
+    return found
+
+
+# --- RoPE ----------------------------------------------------------------------------------------
+
+
+def _rotary_percent(values: Values, head_width: int) -> float:
+    """Return the part of a head that is rotated: all, but for a Nemotron."""
+    key = "partial_rotary_factor"
+    part = values.number(key) if key in values.said else 1.0
+    if key not in values.defaults and part != 1:
+        raise UpcyclingError(
+            f"config.json says {key}={part}, with which transformers 4 computes nothing and "
+            "transformers 5 what it computes without; remove it."
+        )
+    rotated = int(head_width * part)
+    if not 0 < rotated + rotated % 2 <= head_width:
+        raise UpcyclingError(
+            f"config.json asks for RoPE over {rotated} of the {head_width} numbers of a head; "
+            "expected pairs of them, at least one."
+        )
+    return part
+
+
+def _rope_scaling(values: Values) -> dict[str, Any]:
     """Return Llama 3.1's RoPE scaling, or the factor of a linear one (Code Llama, Llama 2 long)."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
+    scaling = values.said.get("rope_scaling")
+    if scaling is None:
         return {"rope_scaling": None}
+    kind = scaling["rope_type"]
     if kind == "linear":
-        return {"rope_scaling": None, "seq_len_interpolation_factor": scaling["factor"]}
+        factor = positive("factor of RoPE scaling", scaling.get("factor"))
+        return {"rope_scaling": None, "seq_len_interpolation_factor": factor}
     if kind == "llama3":
-        return {"rope_scaling": {key: scaling[key] for key in _LLAMA3_ROPE}}
+        numbers = {
+            key: positive(f"{key} of RoPE scaling", scaling.get(key)) for key in _LLAMA3_ROPE
+        }
+        return {"rope_scaling": numbers}
     raise UpcyclingError(
         f"config.json asks for RoPE scaling {kind!r}; only 'llama3', 'linear' or none can be "
         "upcycled."
     )
+
+
+# --- Sliding windows -----------------------------------------------------------------------------
+
+
+def _window(values: Values, family: str) -> int | None:
+    """Return how many tokens a token sees, or None where all before it.
+
+    Megatron's model has one window for all layers.
+    """
+    key = "sliding_window"
+    if key not in values.defaults:
+        return None
+    if "use_sliding_window" not in values.defaults:
+        return None if values.is_null(key) else values.count(key)
+    is_used = values.flag("use_sliding_window") and not values.is_null(key)
+    if is_used and family == "qwen2_moe":
+        raise UpcyclingError(
+            "config.json says use_sliding_window=True of a Qwen2-MoE, in which transformers 4 and "
+            "5 have windows in different layers; only a model without windows can be read."
+        )
+    if "layer_types" not in values.defaults:
+        return values.count(key) if is_used else None
+    windowed = _windowed_layers(values, is_used)
+    if not any(windowed):
+        return None
+    if not all(windowed):
+        where = [layer for layer, has in enumerate(windowed) if has]
+        raise UpcyclingError(
+            f"config.json asks for a sliding window in layers {where} of {len(windowed)}; only a "
+            "window in all layers or in none can be upcycled."
+        )
+    if not is_used:
+        raise UpcyclingError(
+            "config.json says 'sliding_attention' in layer_types without use_sliding_window=true "
+            "and a sliding_window, which transformers does not compute."
+        )
+    return values.count(key)
+
+
+def _windowed_layers(values: Values, is_used: bool) -> list[bool]:
+    layers, kinds = values.count("num_hidden_layers"), values.said["layer_types"]
+    if kinds is None:
+        if not is_used:
+            return [False] * layers
+        first = values.count("max_window_layers", least=0)
+        return [layer >= first for layer in range(layers)]
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(k in known for k in kinds):
+        raise unfit("layer_types", kinds, f"one of {', '.join(known)} for each of {layers} layers")
+    return [kind == "sliding_attention" for kind in kinds]

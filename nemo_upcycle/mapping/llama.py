@@ -45,11 +45,9 @@ TENSORS: dict[str, tuple[str, ...]] = {
     "lm_head.weight": ("vocab", "hidden"),
 }
 
-EXPECTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
-
 LLAMA = Family(
     model_type="llama",
-    architecture=partial(read_architecture, expected=EXPECTED),
+    architecture=partial(read_architecture, family="llama"),
     parameters=PARAMETERS,
     tensors=TENSORS,
     ignored=("rotary_emb.inv_freq",),

@@ -6,29 +6,22 @@ from typing import Any
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping.huggingface import read_architecture
 from nemo_upcycle.mapping.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE, MoEFamily, MoEModel
+from nemo_upcycle.mapping.values import Values, unfit
 
 MOE_FAMILIES: dict[str, MoEFamily] = {
     family.model_type: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE)
 }
-
-# What transformers takes where config.json is silent, as far as it is not what all families take.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "mixtral": {"rope_theta": 1e6, "rms_norm_eps": 1e-5},
-    "qwen2_moe": {"qkv_bias": True},
-    "qwen3_moe": {},
-}
-_EXPECTED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
 
 
 def moe_model(config: Mapping[str, Any]) -> MoEModel:
     """Read an MoE's numbers.
 
     Args:
-        config: The parsed `config.json`.
+        config: The parsed `config.json`, in the words of transformers 4 or 5.
 
     Raises:
-        UpcyclingError: It is of another family, a number is missing, or Megatron's model does not
-            compute what it asks for.
+        UpcyclingError: It is of another family, a value is of the wrong kind, or transformers or
+            Megatron do not compute such a model.
     """
     kind = str(config.get("model_type"))
     if kind not in MOE_FAMILIES:
@@ -36,21 +29,21 @@ def moe_model(config: Mapping[str, Any]) -> MoEModel:
             f"config.json says model_type={kind!r}; MoE families that can be read: "
             f"{', '.join(MOE_FAMILIES)}."
         )
-    config = {**_DEFAULTS[kind], **config}
-    try:
-        return _mixtral(config) if kind == "mixtral" else _qwen(config, kind)
-    except KeyError as error:
+    model = _mixtral(config) if kind == "mixtral" else _qwen(config, kind)
+    if model.topk > model.num_experts:
         raise UpcyclingError(
-            f"config.json lacks {error}; expected the config of a {kind} model."
-        ) from None
+            f"config.json says num_experts_per_tok={model.topk} of {model.num_experts} experts; "
+            "expected no more than there are."
+        )
+    return model
 
 
 def _mixtral(config: Mapping[str, Any]) -> MoEModel:
-    arch = read_architecture(config, _EXPECTED, sliding_window=config.get("sliding_window"))
+    values, arch = Values(config, "mixtral"), read_architecture(config, "mixtral")
     return MoEModel(
         arch=arch,
-        num_experts=config["num_local_experts"],
-        topk=config["num_experts_per_tok"],
+        num_experts=values.count("num_local_experts"),
+        topk=values.count("num_experts_per_tok"),
         pre_softmax=False,
         # A granular model's dense width is not said; no layer is that wide.
         expert_width=arch.ffn_hidden_size,
@@ -60,10 +53,13 @@ def _mixtral(config: Mapping[str, Any]) -> MoEModel:
 
 
 def _qwen(config: Mapping[str, Any], kind: str) -> MoEModel:
-    own = {"qk_layernorm": True} if kind == "qwen3_moe" else {"add_qkv_bias": config["qkv_bias"]}
-    arch = read_architecture(config, _EXPECTED, **own)
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    shared = config.get("shared_expert_intermediate_size", 1)
+    values = Values(config, kind)
+    if kind == "qwen3_moe":
+        arch, shared = read_architecture(config, kind, qk_layernorm=True), 1
+    else:
+        arch = read_architecture(config, kind, add_qkv_bias=values.flag("qkv_bias"))
+        shared = values.count("shared_expert_intermediate_size")
+        _check_heads(arch.num_attention_heads * arch.kv_channels, arch.hidden_size)
     if shared not in (1, arch.ffn_hidden_size):
         raise UpcyclingError(
             f"config.json says shared_expert_intermediate_size={shared}; expected the dense "
@@ -71,13 +67,33 @@ def _qwen(config: Mapping[str, Any], kind: str) -> MoEModel:
         )
     return MoEModel(
         arch=arch,
-        # transformers 5 writes the second for Qwen3-MoE.
-        num_experts=config.get("num_experts") or config["num_local_experts"],
-        topk=config["num_experts_per_tok"],
-        pre_softmax=not config.get("norm_topk_prob", False),
-        expert_width=config["moe_intermediate_size"],
-        is_moe=tuple(
-            layer not in dense and (layer + 1) % step == 0 for layer in range(arch.num_layers)
-        ),
+        num_experts=values.count("num_experts"),
+        topk=values.count("num_experts_per_tok"),
+        pre_softmax=not values.flag("norm_topk_prob"),
+        expert_width=values.count("moe_intermediate_size"),
+        is_moe=_moe_layers(values, arch.num_layers),
         has_shared_expert=shared != 1,
     )
+
+
+def _check_heads(heads: int, hidden: int) -> None:
+    if heads != hidden:
+        raise UpcyclingError(
+            f"config.json makes attention heads of {heads} numbers together of a hidden size of "
+            f"{hidden}; a Qwen2-MoE of transformers 4 has as many."
+        )
+
+
+def _moe_layers(values: Values, layers: int) -> tuple[bool, ...]:
+    step, dense = values.count("decoder_sparse_step"), values.said["mlp_only_layers"]
+    if not isinstance(dense, list | None):
+        raise unfit("mlp_only_layers", dense, "a list of layers, or null")
+    is_moe = tuple(
+        layer not in (dense or ()) and (layer + 1) % step == 0 for layer in range(layers)
+    )
+    if not any(is_moe):
+        raise UpcyclingError(
+            f"config.json says decoder_sparse_step={step} and mlp_only_layers={dense}, which "
+            f"leave none of {layers} layers with experts; expected one at least."
+        )
+    return is_moe

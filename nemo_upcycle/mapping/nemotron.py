@@ -4,33 +4,17 @@ Squared ReLU without a gate: a neuron is a row of up and a column of down. Norms
 whose weight is stored less 1, and a part of each head is rotated.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
-from nemo_upcycle.mapping.family import Architecture, Rename, UpMLP
+from nemo_upcycle.mapping.family import Rename, UpMLP
 from nemo_upcycle.mapping.huggingface import read_architecture
 from nemo_upcycle.mapping.llama import LAYER, LLAMA, MEGATRON_LAYER, MLP
-
-EXPECTED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "relu2"}
-
-
-def architecture(config: Mapping[str, Any]) -> Architecture:
-    """Read the numbers of a Nemotron `config.json`; see `read_architecture`."""
-    return read_architecture(
-        config,
-        EXPECTED,
-        activation="squared_relu",
-        normalization="LayerNorm1p",
-        layernorm_epsilon=config.get("norm_eps", 1e-5),
-        rotary_percent=config.get("partial_rotary_factor", 0.5),
-    )
-
 
 NEMOTRON = replace(
     LLAMA,
     model_type="nemotron",
-    architecture=architecture,
+    architecture=partial(read_architecture, family="nemotron", normalization="LayerNorm1p"),
     parameters={
         **LLAMA.parameters,
         MEGATRON_LAYER + "self_attention.linear_qkv.layer_norm_bias": Rename(

@@ -7,12 +7,10 @@ from nemo_upcycle.mapping.family import QKV
 from nemo_upcycle.mapping.huggingface import read_architecture
 from nemo_upcycle.mapping.llama import ATTENTION, LLAMA, MEGATRON_LAYER
 
-EXPECTED = {"hidden_act": "silu", "use_sliding_window": False}
-
 QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
-    architecture=partial(read_architecture, expected=EXPECTED, add_qkv_bias=True),
+    architecture=partial(read_architecture, family="qwen2", add_qkv_bias=True),
     parameters={
         **LLAMA.parameters,
         MEGATRON_LAYER + "self_attention.linear_qkv.bias": QKV(

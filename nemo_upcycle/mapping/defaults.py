@@ -1,0 +1,120 @@
+"""What transformers takes where a `config.json` is silent, by family.
+
+The defaults of the configs' classes in transformers 4 and 5, which are the same, of the keys that
+change what is computed.
+"""
+
+from typing import Any
+
+_ALL: dict[str, Any] = {
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+}
+_LLAMA: dict[str, Any] = {
+    **_ALL,
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_MISTRAL: dict[str, Any] = {
+    **_ALL,
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": None,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+_QWEN2: dict[str, Any] = {
+    **_ALL,
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+_QWEN2_MOE: dict[str, Any] = {
+    **_QWEN2,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_experts_per_tok": 4,
+    "num_experts": 60,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+    "qkv_bias": True,
+}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": _MISTRAL,
+    "qwen2": _QWEN2,
+    "qwen3": {**_QWEN2, "head_dim": 128, "attention_bias": False},
+    "nemotron": {
+        **{key: value for key, value in _LLAMA.items() if key != "rms_norm_eps"},
+        "vocab_size": 256000,
+        "hidden_size": 6144,
+        "intermediate_size": 24576,
+        "num_attention_heads": 48,
+        "hidden_act": "relu2",
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.0134,
+        "norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+    },
+    "mixtral": {
+        **_MISTRAL,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+    },
+    "qwen2_moe": _QWEN2_MOE,
+    "qwen3_moe": {
+        **{
+            key: value
+            for key, value in _QWEN2_MOE.items()
+            if key
+            not in (
+                "qkv_bias",
+                "shared_expert_intermediate_size",
+                "max_window_layers",
+                "layer_types",
+            )
+        },
+        "intermediate_size": 6144,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "num_experts": 128,
+        "attention_bias": False,
+    },
+}
+"""By model type and key. A key that is not here is one that the family's class does not read, but
+for `head_dim` of Qwen2 and Qwen2-MoE, which their models read where it is there."""
