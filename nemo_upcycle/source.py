@@ -15,6 +15,7 @@ from nemo_upcycle.dtypes import TORCH_DTYPES
 from nemo_upcycle.load import check_all_used, restore, upcycle
 from nemo_upcycle.mapping import FAMILIES, family_of
 from nemo_upcycle.mapping.moe import MoEModel
+from nemo_upcycle.plan import check_tensors
 from nemo_upcycle.trained import check_all_restored, open_trained, upcycled_model
 
 
@@ -69,6 +70,7 @@ def _dense(directory: Path) -> Source:
     checkpoint, dense = HuggingFaceCheckpoint(directory), UpcyclingConfig(num_moe_experts=None)
     family = family_of(checkpoint.config)
     arch = family.architecture(checkpoint.config)
+    check_tensors(checkpoint.tensors, family, arch, str(directory))
     first = next(iter(family.shapes(arch)))
     return Source(
         upcycled_model(arch, dense),
