@@ -138,13 +138,13 @@ def evaluate(
     checks.dtype_of(dtype)
     described = [checks.describe(model) for model in models]
     length = checks.row_length(described, max_length, row_length(earlier))
+    on_ranks(folding, ranks)
+    loaded = load_tasks(wanted, include_path)
     for known in described:
         chosen = checks.open_tokenizer(tokenizer or known.source)
         checks.check_tokenizer(chosen, known)
         if apply_chat_template:
             checks.check_chat_template(chosen)
-    on_ranks(folding, ranks)
-    loaded = load_tasks(wanted, include_path)
     for told in check_tasks(loaded, length):
         if is_first_rank():
             typer.echo(told, err=True)
