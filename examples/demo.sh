@@ -71,7 +71,7 @@ step "8 comparison: loss of both over tokens" "demo/comparison.png" \
   --tokens-per-step 4096 --out demo
 
 step "9 out: write the MoE as a Hugging Face checkpoint" "demo/e8t2_hf/config.json" \
-  nemo-upcycle export demo/e8t2/checkpoints/*-step=99-*-last demo/e8t2_hf
+  nemo-upcycle export demo/e8t2 demo/e8t2_hf
 
 step "10 sample: let it go on from a line" "demo/sample.txt" \
   nemo-upcycle generate demo/e8t2_hf "def __init__(self" --out demo/sample.txt

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
 from nemo_upcycle.checkpoint.megatron import find_layout
+from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.checkpoint.tokenizer_files import (
     NEEDED,
     doubtful_end,
@@ -64,6 +65,6 @@ def tokenizer_directory(source: str | Path) -> Path | None:
     Raises:
         UpcyclingError: There is no such checkpoint.
     """
-    directory = resolve_directory(source)
+    directory = resolve_trained(source)
     layout = None if (directory / "config.json").is_file() else find_layout(directory)
     return find_tokenizer(directory, layout.context if layout else None)

@@ -191,7 +191,10 @@ def verify(
         Path | None,
         typer.Option(help="Text or JSONL file; without it the documentation of Python itself."),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of it at most.")] = 4096,
+    tokens: Annotated[
+        int,
+        typer.Option(help="Tokens of it at most; one row beyond a sliding window all the same."),
+    ] = 4096,
     weights: Annotated[
         bool, typer.Option(help="Read all weights too, to say why the models differ.")
     ] = True,
@@ -230,7 +233,10 @@ def verify(
     for known in described:
         checks.check_tokenizer(chosen, known)
     words = parity.default_text() if text is None else parity.read_text(text)
-    ids = parity.rows_of(words, chosen, tokens, checks.row_length(described) or tokens)
+    arch = described[0].arch
+    beyond = parity.length_beyond(arch, tokens) if arch is not None else 0
+    length = checks.row_length(described) or tokens
+    ids = parity.rows_of(words, chosen, tokens, length, beyond)
     on_ranks(folding, ranks)
 
     from nemo_upcycle.evaluation import harness
@@ -326,17 +332,20 @@ def _show_scores(written: "Written", models: dict[str, Any], paper: bool) -> Non
 
 
 def _why(dense: Path, moe: Path) -> list[str]:
+    from nemo_upcycle.branches import split_sources
     from nemo_upcycle.checkpoint import open_checkpoint
     from nemo_upcycle.evaluation.drift import drift
     from nemo_upcycle.evaluation.parity import reasons
     from nemo_upcycle.mapping import family_of
+    from nemo_upcycle.mapping.kept import dense_checkpoints_in
     from nemo_upcycle.trained import open_trained
 
     checkpoint, trained = open_checkpoint(str(dense)), open_trained(moe)
     with progress("weights") as show:
         found = drift(checkpoint, trained, show)
-    width = family_of(checkpoint.config).architecture(checkpoint.config).ffn_hidden_size
-    return list(reasons(found, trained.model, width))
+    arch = family_of(checkpoint.config).architecture(checkpoint.config)
+    sources = dense_checkpoints_in(trained.checkpoint.directory) or ""
+    return list(reasons(found, trained.model, arch, len(split_sources(sources or str(dense)))))
 
 
 def _show_parity(found: "Parity", why: list[str], title: str, as_json: bool) -> None:
@@ -356,6 +365,8 @@ def _show_parity(found: "Parity", why: list[str], title: str, as_json: bool) -> 
         f"  KL           {found.kl:.3g} nats a token, from the dense model to the MoE\n"
         f"  top-1        {found.top1:.2%} of the predictions are the same\n"
         f"  logits       differ by {found.difference:.3g} at most; a token's by "
-        f"{found.relative:.3g} of their norm (up to {found.tolerance:.1g} is rounding)\n"
+        f"{found.relative:.3g} of their norm\n"
+        f"  rounding     alone makes {found.rounding:.3g} of that in the dense model, added up in "
+        f"another order; up to {found.tolerance:.3g} is taken for rounding\n"
         f"  {verdict}"
     )

@@ -46,10 +46,10 @@ def folding_of(tp: int, pp: int, ep: int, etp: int) -> "ParallelFolding":
 def check_there(*sources: Path | None) -> None:
     """Check what can be checked before ranks are started and NeMo is imported."""
     from nemo_upcycle.checkpoint import is_checkpoint
-    from nemo_upcycle.checkpoint.huggingface import resolve_directory
+    from nemo_upcycle.checkpoint.run_directory import resolve_trained
 
     for source in sources:
-        if source is not None and not is_checkpoint(resolve_directory(source)):
+        if source is not None and not is_checkpoint(resolve_trained(source)):
             raise UpcyclingError(
                 f"{source} is no checkpoint; expected a directory with config.json and "
                 "*.safetensors, or one that NeMo 2 or Megatron-LM has saved."

@@ -29,11 +29,13 @@ class Described:
         source: What the user calls it.
         vocab_size: Tokens that it knows; None where its config does not say.
         context_length: Tokens of a row that it takes; None where its config does not say.
+        arch: Its numbers, of a family that Megatron computes.
     """
 
     source: str
     vocab_size: int | None
     context_length: int | None
+    arch: Architecture | None = None
 
 
 def describe(source: str | Path) -> Described:
@@ -48,7 +50,7 @@ def describe(source: str | Path) -> Described:
     directory = resolve_trained(source)
     arch = _architecture(directory)
     if arch is not None:
-        return Described(str(source), arch.vocab_size, arch.max_position_embeddings)
+        return Described(str(source), arch.vocab_size, arch.max_position_embeddings, arch)
     # The words of other families; composite models have their text model's apart.
     config = read_config(directory)
     config = config.get("text_config") or config

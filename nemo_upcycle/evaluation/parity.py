@@ -1,6 +1,7 @@
 """A dense model and the MoE that it became on the same text: equal, or how far apart and why."""
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,19 +13,24 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.data.tokenizer import read_documents
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.drift import EXACT, Drift
+from nemo_upcycle.evaluation.rounding import reorder
+from nemo_upcycle.mapping import Architecture
 from nemo_upcycle.mapping.moe import MoEModel
 
-TOLERANCES = {
-    torch.float32: 1e-5,
-    torch.bfloat16: 8 * torch.finfo(torch.bfloat16).eps,
-    torch.float16: 8 * torch.finfo(torch.float16).eps,
-}
-"""Distance of a token's logits, relative to their norm, up to which two models are the same.
+MULTIPLE = 4
+"""Of what rounding alone does to the dense model, what the MoE may differ by.
 
-The MoE adds up several experts' outputs where the dense model has one: that rounds differently.
+The MoE adds up several experts' outputs, weighted, where the dense model has one, and on one rank
+its attention is another program's: measured, that is 0.6 to 1.4 times the same in fp32.
 """
 
 ROW_TOKENS = 512
+WINDOWS = 1.5
+"""How often a row is as long as the window: its last third does not see the first tokens."""
+
+KEPT_BYTES = 2**30
+"""Logits that are kept, to be compared with those of the reordered model."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -40,7 +46,8 @@ class Parity:
         top1: Share of tokens for which both predict the same.
         difference: Largest difference of two logits.
         relative: Largest distance of a token's logits, |MoE − dense| / |dense|.
-        tolerance: What that may be in an exact model.
+        rounding: What that is between the dense model and itself, added up in another order.
+        tolerance: What it may be in an exact model.
     """
 
     tokens: int
@@ -50,6 +57,7 @@ class Parity:
     top1: float
     difference: float
     relative: float
+    rounding: float
     tolerance: float
 
     @property
@@ -79,16 +87,38 @@ def read_text(path: Path) -> str:
         raise UpcyclingError(f"{path} cannot be read as text: {error}.") from error
 
 
+def length_beyond(arch: Architecture, tokens: int) -> int:
+    """Return how long a row is that shows what a model does with distant tokens.
+
+    Args:
+        arch: The model's numbers.
+        tokens: What is not too much for a row beyond the context before a RoPE scaling. A sliding
+            window has to be left behind, however long the window is.
+
+    Returns:
+        Tokens of a row; 0 where any length does.
+    """
+    before = int((arch.rope_scaling or {}).get("original_max_position_embeddings", 0) * WINDOWS)
+    window = math.ceil((arch.sliding_window or 0) * WINDOWS)
+    return max(window, before if before <= tokens else 0)
+
+
 def rows_of(
-    text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, max_length: int
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    max_length: int,
+    beyond: int = 0,
 ) -> torch.Tensor:
     """Return the first tokens of a text as rows.
 
     Args:
         text: The text.
         tokenizer: The models'.
-        tokens: Tokens to predict, at most.
+        tokens: Tokens to predict, at most; but one row in any case.
         max_length: Tokens of a row that the models take.
+        beyond: Tokens that a row should have; see `length_beyond`. A text that is shorter than
+            that is one row.
 
     Returns:
         Ids [rows, length + 1].
@@ -96,9 +126,12 @@ def rows_of(
     Raises:
         UpcyclingError: The text is too short for a row.
     """
-    length = min(ROW_TOKENS, max_length, tokens)
+    length = min(max(beyond, min(ROW_TOKENS, tokens)), max_length)
+    tokens = max(tokens, length)
     # So much text is more than enough tokens: none is longer on average.
     ids = tokenizer(text[: 16 * (tokens + 1)], return_tensors="pt")["input_ids"][0]
+    if ROW_TOKENS < len(ids) <= length:
+        length = len(ids) - 1
     count = min(tokens, len(ids) - 1) // length
     if count < 1:
         raise UpcyclingError(
@@ -119,7 +152,7 @@ def compare(
     """Run both models over the same tokens.
 
     Args:
-        dense: The dense model.
+        dense: The dense model; its hidden units come out in another order.
         moe: The MoE.
         ids: [rows, length + 1].
         batch_size: Rows at a time.
@@ -130,45 +163,89 @@ def compare(
     """
     sums = torch.zeros(4, dtype=torch.float64)
     difference = relative = 0.0
-    for index, batch in enumerate(ids.split(batch_size)):
-        labels = batch[:, 1:]
-        one, other = (
-            model(batch[:, :-1].to(model.device)).logits.float().cpu() for model in (dense, moe)
-        )
+    kept: list[torch.Tensor] = []
+    batches = ids.split(max(1, batch_size * ROW_TOKENS // ids.shape[1]))
+    room = KEPT_BYTES
+    steps = 2 * len(batches)
+    for done, batch in enumerate(batches, 1):
+        one, other = (_logits(model, batch) for model in (dense, moe))
         if one.shape != other.shape:
             raise UpcyclingError(
                 f"The dense model has {one.shape[-1]} tokens in its vocabulary, the MoE "
                 f"{other.shape[-1]}; expected the same."
             )
-        sums += torch.stack(list(_sums(one, other, labels)))
+        sums += _sums(one, other, batch[:, 1:])
         difference = max(difference, float((one - other).abs().max()))
-        distances = (one - other).norm(dim=-1) / one.norm(dim=-1).clamp(min=1e-30)
-        relative = max(relative, float(distances.max()))
+        relative = max(relative, _distance(one, other))
+        room -= one.nbytes
+        if room > 0 or not kept:
+            kept.append(one)
         if progress:
-            progress(index * batch_size + len(batch), len(ids))
+            progress(done, steps)
+    reorder(dense, dense.config.hidden_size)
+    rounding = 0.0
+    for batch, before in zip(batches, kept, strict=False):
+        rounding = max(rounding, _distance(before, _logits(dense, batch)))
+    if progress:
+        progress(steps, steps)
     count = ids[:, 1:].numel()
-    tolerance = max(TOLERANCES.get(model.dtype, 1e-5) for model in (dense, moe))
     dense_loss, moe_loss, kl, same = (float(value) / count for value in sums)
-    return Parity(count, dense_loss, moe_loss, kl, same, difference, relative, tolerance)
+    tolerance = _tolerance(rounding, max(torch.finfo(m.dtype).eps for m in (dense, moe)))
+    return Parity(count, dense_loss, moe_loss, kl, same, difference, relative, rounding, tolerance)
 
 
-def _sums(one: torch.Tensor, other: torch.Tensor, labels: torch.Tensor) -> Iterable[torch.Tensor]:
-    dense, moe = (logits.double().log_softmax(-1) for logits in (one, other))
-    for log_p in (dense, moe):
-        yield -log_p.gather(-1, labels[..., None]).sum()
-    yield (dense.exp() * (dense - moe)).sum()
-    yield (one.argmax(-1) == other.argmax(-1)).sum().double()
+def _logits(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch[:, :-1].to(model.device)).logits.float().cpu()
 
 
-def reasons(found: Drift, model: MoEModel, dense_ffn: int) -> Iterator[str]:
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    distances = (one - other).norm(dim=-1) / one.norm(dim=-1).clamp(min=1e-30)
+    return float(distances.max())
+
+
+def _tolerance(rounding: float, eps: float) -> float:
+    """Return what rounding may do to the MoE.
+
+    At least 8 ulps: in half precision each expert's output is rounded once more, which reordering
+    does not show. At most half of the dtype's digits: beyond, nothing is to be seen.
+    """
+    return min(max(8 * eps, MULTIPLE * rounding), max(8 * eps, eps**0.5))
+
+
+def _sums(one: torch.Tensor, other: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Add up losses, KL and agreement, some tokens at a time: they take much memory in fp64."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    parts = (x.flatten(0, 1).split(ROW_TOKENS) for x in (one, other, labels))
+    for dense, moe, wanted in zip(*parts, strict=True):
+        p, q = (logits.double().log_softmax(-1) for logits in (dense, moe))
+        sums += torch.stack(
+            [
+                -p.gather(-1, wanted[:, None]).sum(),
+                -q.gather(-1, wanted[:, None]).sum(),
+                (p.exp() * (p - q)).sum(),
+                (dense.argmax(-1) == moe.argmax(-1)).sum().double(),
+            ]
+        )
+    return sums
+
+
+def reasons(
+    found: Drift, model: MoEModel, dense: Architecture, dense_checkpoints: int
+) -> Iterator[str]:
     """Yield why an MoE does not compute what the dense model computes.
 
     Args:
         found: How far its weights are from the dense ones.
         model: The MoE.
-        dense_ffn: Neurons of the dense feed-forward layer.
+        dense: The dense model's numbers.
+        dense_checkpoints: How many dense models the MoE was made of.
     """
-    if found.others > EXACT:
+    if dense_checkpoints > 1:
+        yield (
+            f"experts come from {dense_checkpoints} dense models, and everything else is their "
+            "average"
+        )
+    elif found.others > EXACT:
         yield (
             f"attention, norms, embeddings or dense layers have changed by up to "
             f"{found.others:.2%}: it was trained on, or is another dense model's"
@@ -179,12 +256,24 @@ def reasons(found: Drift, model: MoEModel, dense_ffn: int) -> Iterator[str]:
             "an initializer"
         )
     if found.untouched:
-        yield from _at_step_0(found, model, dense_ffn)
+        yield from _other_numbers(model.arch, dense)
+        yield from _at_step_0(found, model, dense, dense_checkpoints)
 
 
-def _at_step_0(found: Drift, model: MoEModel, dense_ffn: int) -> Iterator[str]:
+def _other_numbers(moe: Architecture, dense: Architecture) -> Iterator[str]:
+    """Yield in which numbers that no weight shows the MoE is another model."""
+    names = ("rotary_base", "rope_scaling", "seq_len_interpolation_factor", "rotary_percent")
+    for name in (*names, "layernorm_epsilon", "sliding_window"):
+        here, there = getattr(moe, name), getattr(dense, name)
+        if here != there:
+            yield f"its {name} is {here}, the dense model's {there}"
+
+
+def _at_step_0(
+    found: Drift, model: MoEModel, dense: Architecture, dense_checkpoints: int
+) -> Iterator[str]:
     """Yield what upcycling itself says of the choices that show in the model."""
-    granularity = dense_ffn // model.expert_width
+    granularity = dense.ffn_hidden_size // model.expert_width
     config = UpcyclingConfig(
         num_moe_experts=model.num_experts,
         granularity=granularity,
@@ -192,15 +281,16 @@ def _at_step_0(found: Drift, model: MoEModel, dense_ffn: int) -> Iterator[str]:
         moe_router_pre_softmax=model.pre_softmax,
         moe_shared_expert=model.has_shared_expert,
     )
-    down = found.scales.get("down", 1.0)
-    near = {
-        name: abs(config_of.scales(gated=True).down - down)
-        + abs(config_of.scales(gated=True).gate - found.scales.get("gate", 1.0))
-        for name in ("exact", "paper", "none")
-        for config_of in [replace(config, weight_scaling=name)]
-    }
-    chosen = replace(config, weight_scaling=min(near, key=lambda name: near[name]))
-    exactness = chosen.exactness()
+    gated = dense.gated_linear_unit
+    # Squared ReLU has no gate, and all it scales shows in up and down.
+    shown = ("gate", "up", "down") if gated else ("up", "down")
+    choices = [replace(config, weight_scaling=name) for name in ("exact", "paper", "none")]
+
+    def apart(choice: UpcyclingConfig) -> float:
+        scales = choice.scales(gated)
+        return sum(abs(getattr(scales, part) - found.scales.get(part, 1.0)) for part in shown)
+
+    exactness = min(choices, key=apart).exactness(gated, dense_checkpoints)
     if not exactness.exact:
         yield exactness.reason
     elif granularity > 1:

