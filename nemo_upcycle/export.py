@@ -67,7 +67,7 @@ class Export:
         model: What it is.
         family: What it becomes.
         outputs: The tensors, by name.
-        kept: What the dense model's configs say; see `mapping.kept`.
+        kept: What the dense model's configs say; see `checkpoint.kept`.
         notes: What whoever exports should know.
     """
 

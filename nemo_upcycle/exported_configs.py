@@ -39,7 +39,7 @@ def write_configs(
         model: What it is.
         family: What it becomes.
         dtype: Of the weights, by safetensors' name.
-        kept: What its run has recorded of the dense model; see `mapping.kept`.
+        kept: What its run has recorded of the dense model; see `checkpoint.kept`.
         directory: Where to.
 
     Returns:

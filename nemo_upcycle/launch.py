@@ -1,5 +1,6 @@
 """Run a command of ours on several ranks of this machine, as torchrun would."""
 
+import logging
 import os
 import sys
 import tempfile
@@ -21,21 +22,30 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
-def launch(arguments: list[str], ranks: int) -> int:
+def is_first_rank() -> bool:
+    """Say whether this process is rank 0, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def launch(arguments: list[str], ranks: int, errors: str) -> int:
     """Run `nemo-upcycle ARGUMENTS` on ranks of this machine; rank 0 shows what it says.
 
     Args:
         arguments: The command and its arguments.
         ranks: How many.
+        errors: The variable that tells ranks in which directory to leave what went wrong.
 
     Returns:
-        An exit code; what the first rank that failed has said is printed, unless it is rank 0.
+        An exit code. What went wrong is said once, in one line where all ranks say the same; of a
+        rank that has left nothing, unless it is rank 0, the end of what it has printed.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    with tempfile.TemporaryDirectory() as directory:
+    # They say at length that a rank has failed, which says why itself.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryDirectory() as said:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -51,14 +61,30 @@ def launch(arguments: list[str], ranks: int) -> int:
             ),
         )
         command = (sys.executable, "-m", "nemo_upcycle.cli", *arguments)
+        os.environ[errors] = said
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if rank != 0:
+            left = (Path(said) / str(rank)).exists()
+            _say(Path(said))
+            if not left and rank != 0:
                 _show(Path(directory), rank)
             return max(1, failure.exitcode)
+        except SignalException as error:
+            print("Error: interrupted.", file=sys.stderr)
+            return 128 + error.sigval
     return 0
+
+
+def _say(directory: Path) -> None:
+    """Say what ranks have left."""
+    by_message: dict[str, list[str]] = {}
+    for file in sorted(directory.iterdir(), key=lambda file: int(file.name)):
+        by_message.setdefault(file.read_text(), []).append(file.name)
+    for message, ranks in by_message.items():
+        who = f"rank {','.join(ranks)}: " if len(by_message) > 1 else ""
+        print(f"Error: {who}{message}", file=sys.stderr)
 
 
 def _show(directory: Path, rank: int) -> None:

@@ -50,7 +50,7 @@ class Trained:
         checkpoint: Where its tensors are.
         model: What it is.
         family: That of its Hugging Face directory; None for Megatron's own names.
-        kept: What its run has recorded of the dense model's configs, see `mapping.kept`; None
+        kept: What its run has recorded of the dense model's configs, see `checkpoint.kept`; None
             where nothing is.
     """
 

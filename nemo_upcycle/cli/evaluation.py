@@ -1,25 +1,43 @@
 """`nemo-upcycle evaluate`, `verify` and `generate`: commands that run a model."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nemo_upcycle.cli.ranks import EP, ETP, PP, TP, Ranks, check_there, folding_of, on_ranks
-from nemo_upcycle.cli.tools import one_line_errors, progress
-from nemo_upcycle.files import write_whole
+from nemo_upcycle.cli.ranks import EP, ETP, PP, TP, Ranks, check_there, folding_of, on_ranks, quiet
+from nemo_upcycle.cli.tools import (
+    at_least,
+    check_file_writable,
+    last_checkpoint,
+    note,
+    one_line_errors,
+    one_of,
+    progress,
+)
+from nemo_upcycle.files import check_writable, write_whole
+from nemo_upcycle.launch import is_first_rank
 
 if TYPE_CHECKING:
+    from nemo_upcycle.evaluation.harness import Written
     from nemo_upcycle.evaluation.parity import Parity
+    from nemo_upcycle.evaluation.scores import Results
 
-Checkpoint = Annotated[
-    Path, typer.Argument(help="NeMo 2, Megatron-LM or Hugging Face checkpoint.", show_default=False)
+Checkpoints = Annotated[
+    list[Path],
+    typer.Argument(
+        help="NeMo 2, Megatron-LM or Hugging Face checkpoint; or a run's directory, for the last "
+        "one in it.",
+        metavar="CHECKPOINT",
+        show_default=False,
+    ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16; without it the checkpoint's."),
 ]
-BatchSize = Annotated[int, typer.Option(help="Rows at a time, over all ranks.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Rows at a time, over all ranks.")]
 Tokenizer = Annotated[
     str | None,
     typer.Option(help="Directory of the tokenizer; without it the checkpoint's."),
@@ -28,7 +46,7 @@ Tokenizer = Annotated[
 
 @one_line_errors
 def evaluate(
-    checkpoint: Checkpoint,
+    checkpoints: Checkpoints,
     tasks: Annotated[
         str, typer.Option(help="lm-eval's tasks or groups, separated by commas.")
     ] = "",
@@ -75,45 +93,85 @@ def evaluate(
 
     Writes lm-eval's JSON (`results.json`, `dense.json`) and a table (`scores.md`). Nothing is
     downloaded that is here; a data set that is missing is named. Experts drop no tokens, as in
-    transformers.
+    transformers. Both models are given rows of the same length: `--max-length`, or the shorter of
+    their context lengths.
 
     \b
     Examples:
-      nemo-upcycle evaluate demo/e8t2/checkpoints/*-last --tasks next_line --include-path demo/task
+      nemo-upcycle evaluate demo/e8t2 --tasks next_line --include-path demo/task
       nemo-upcycle evaluate RUN/checkpoints/LAST --tasks mmlu --num-fewshot 5 --tp 2 --ep 4
-      nemo-upcycle evaluate RUN/checkpoints/LAST --paper --dense /models/Meta-Llama-3-8B --ep 8
+      nemo-upcycle evaluate RUN --paper --dense /models/Meta-Llama-3-8B --ep 8
     """
-    from nemo_upcycle.evaluation.tasks import load_tasks, need_lm_eval, requests
+    from nemo_upcycle.evaluation.tasks import (
+        check_tasks,
+        load_tasks,
+        need_lm_eval,
+        requests,
+        stay_offline_without_a_hub,
+    )
 
-    wanted = requests([name for name in tasks.split(",") if name], num_fewshot, paper)
+    quiet()
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    wanted = requests(names, num_fewshot, paper)
+    at_least("--num-fewshot", num_fewshot, 0)
+    for option, value in (
+        ("--limit", limit),
+        ("--batch-size", batch_size),
+        ("--max-length", max_length),
+    ):
+        at_least(option, value, 1)
     folding = folding_of(tp, pp, ep, etp)
-    dense_is_json = dense is not None and dense.suffix == ".json"
-    check_there(checkpoint, None if dense_is_json else dense)
+    check_writable(out)
+    models = [last_checkpoint(one_of(checkpoints))]
+    if dense is not None and dense.suffix != ".json":
+        models.append(last_checkpoint(dense))
+    check_there(*models)
     need_lm_eval()
+    stay_offline_without_a_hub()
+
+    from nemo_upcycle.evaluation import checks, harness
+    from nemo_upcycle.evaluation.scores import row_length
+
+    earlier: Results = {}
+    if dense is not None and dense.suffix == ".json":
+        earlier = harness.read_results(dense, wanted)
+    checks.dtype_of(dtype)
+    described = [checks.describe(model) for model in models]
+    length = checks.row_length(described, max_length, row_length(earlier))
     on_ranks(folding, ranks)
     loaded = load_tasks(wanted, include_path)
-
-    from nemo_upcycle.evaluation import harness
-    from nemo_upcycle.evaluation.opening import is_first_rank
+    for known in described:
+        chosen = checks.open_tokenizer(tokenizer or known.source)
+        checks.check_tokenizer(chosen, known)
+        if apply_chat_template:
+            checks.check_chat_template(chosen)
+    for told in check_tasks(loaded, length):
+        if is_first_rank():
+            typer.echo(told, err=True)
 
     options = harness.Options(
         folding,
         batch_size,
         limit,
         dtype,
-        max_length,
+        length,
         tokenizer,
         log_samples,
         apply_chat_template,
     )
-    models = {"results": harness.evaluate(checkpoint, loaded, options)}
-    if dense is not None and dense_is_json:
-        models["dense"] = harness.read_results(dense, wanted)
-    elif dense is not None:
-        models["dense"] = harness.evaluate(dense, loaded, options)
+    written = harness.Written(out, several=len(wanted) > 1)
+    results = {}
+    for name, model in zip(("results", "dense"), models, strict=False):
+        results[name] = harness.evaluate(model, loaded, options, partial(written.results, name))
+    if earlier:
+        results["dense"] = earlier
+        if is_first_rank():
+            for request, found in earlier.items():
+                written.results("dense", request, found)
     if is_first_rank():
-        _show_scores(out, models, paper)
+        _show_scores(written, results, paper)
     harness.end()
+    written.check()
 
 
 @one_line_errors
@@ -121,9 +179,13 @@ def verify(
     dense: Annotated[
         Path, typer.Argument(help="The dense checkpoint: Hugging Face.", show_default=False)
     ],
-    moe: Annotated[
-        Path,
-        typer.Argument(help="The MoE: NeMo 2, Megatron-LM or Hugging Face.", show_default=False),
+    moes: Annotated[
+        list[Path],
+        typer.Argument(
+            help="The MoE: NeMo 2, Megatron-LM or Hugging Face; or its run's directory.",
+            metavar="MOE",
+            show_default=False,
+        ),
     ],
     text: Annotated[
         Path | None,
@@ -131,9 +193,7 @@ def verify(
     ] = None,
     tokens: Annotated[
         int,
-        typer.Option(
-            help="Tokens of it at most; one row beyond a sliding window all the same.", min=1
-        ),
+        typer.Option(help="Tokens of it at most; one row beyond a sliding window all the same."),
     ] = 4096,
     weights: Annotated[
         bool, typer.Option(help="Read all weights too, to say why the models differ.")
@@ -158,20 +218,31 @@ def verify(
       nemo-upcycle verify demo/dense_hf demo/e8t2
       nemo-upcycle verify /models/Meta-Llama-3-8B e8t2_hf --text book.txt --dtype bfloat16 --tp 8
     """
+    quiet()
+    at_least("--tokens", tokens, 1)
+    at_least("--batch-size", batch_size, 1)
     folding = folding_of(tp, pp, ep, etp)
+    dense, moe = last_checkpoint(dense), last_checkpoint(one_of(moes))
     check_there(dense, moe)
+
+    from nemo_upcycle.evaluation import checks, parity
+
+    checks.dtype_of(dtype)
+    described = [checks.describe(source) for source in (dense, moe)]
+    chosen = checks.open_tokenizer(*([tokenizer] if tokenizer else [moe, dense]))
+    for known in described:
+        checks.check_tokenizer(chosen, known)
+    words = parity.default_text() if text is None else parity.read_text(text)
+    arch = described[0].arch
+    beyond = parity.length_beyond(arch, tokens) if arch is not None else 0
+    length = checks.row_length(described) or tokens
+    ids = parity.rows_of(words, chosen, tokens, length, beyond)
     on_ranks(folding, ranks)
 
-    from nemo_upcycle.evaluation import harness, parity
-    from nemo_upcycle.evaluation.opening import is_first_rank, open_model, open_tokenizer
-    from nemo_upcycle.source import open_source
+    from nemo_upcycle.evaluation import harness
+    from nemo_upcycle.evaluation.opening import open_model
 
-    chosen = open_tokenizer(*([tokenizer] if tokenizer else [moe, dense]))
     models = [open_model(source, folding, dtype) for source in (dense, moe)]
-    length = min(model.config.max_position_embeddings for model in models)
-    words = parity.default_text() if text is None else parity.read_text(text)
-    beyond = parity.length_beyond(open_source(dense).model.arch, tokens)
-    ids = parity.rows_of(words, chosen, tokens, length, beyond)
     with progress("text") as show:
         found = parity.compare(models[0], models[1], ids, batch_size, show)
     if is_first_rank():
@@ -182,11 +253,11 @@ def verify(
 
 @one_line_errors
 def generate(
-    checkpoint: Checkpoint,
+    checkpoints: Checkpoints,
     prompt: Annotated[str, typer.Argument(help="What to go on from.", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.", min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 64,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token each time.", min=0)
+        float, typer.Option(help="0 takes the likeliest token each time.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 1234,
     out: Annotated[
@@ -200,58 +271,63 @@ def generate(
     etp: ETP = 1,
     ranks: Ranks = None,
 ) -> None:
-    """Let a checkpoint go on from a text.
+    """Let a checkpoint go on from a text, until it ends the text itself.
 
     \b
     Example:
       nemo-upcycle generate demo/e8t2_hf "def main():"
     """
+    quiet()
+    at_least("--max-new-tokens", max_new_tokens, 1)
+    at_least("--temperature", temperature, 0)
     folding = folding_of(tp, pp, ep, etp)
+    if out is not None:
+        check_file_writable(out)
+    checkpoint = last_checkpoint(one_of(checkpoints))
     check_there(checkpoint)
+
+    from nemo_upcycle.evaluation import checks
+    from nemo_upcycle.evaluation.generation import generation_config, go_on, prompt_ids
+
+    checks.dtype_of(dtype)
+    model = checks.describe(checkpoint)
+    chosen = checks.open_tokenizer(tokenizer or checkpoint)
+    checks.check_tokenizer(chosen, model)
+    generation_config(checkpoint)
+    ids = prompt_ids(chosen, prompt, model.context_length)
+    room = max_new_tokens if model.context_length is None else model.context_length - len(ids)
+    if room < max_new_tokens:
+        note(
+            f"--max-new-tokens is {max_new_tokens}; {room} are made, for the prompt has {len(ids)} "
+            f"tokens and the model's context length is {model.context_length}"
+        )
     on_ranks(folding, ranks)
 
-    import torch
-
     from nemo_upcycle.evaluation import harness
-    from nemo_upcycle.evaluation.opening import is_first_rank, open_model, open_tokenizer
+    from nemo_upcycle.evaluation.opening import open_model
 
-    chosen = open_tokenizer(tokenizer or checkpoint)
-    model = open_model(checkpoint, folding, dtype)
-    inputs = chosen(prompt, return_tensors="pt").to(model.device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature}
-    output = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        eos_token_id=chosen.eos_token_id,
-        pad_token_id=chosen.eos_token_id,
-        **sampling,
-    )
+    opened = open_model(checkpoint, folding, dtype)
+    text = go_on(opened, chosen, ids, min(room, max_new_tokens), temperature, seed)
     if is_first_rank():
-        text = chosen.decode(output[0], skip_special_tokens=True)
         typer.echo(text)
         if out is not None:
             write_whole(out, text + "\n")
     harness.end()
 
 
-def _show_scores(out: Path, models: dict[str, Any], paper: bool) -> None:
+def _show_scores(written: "Written", models: dict[str, Any], paper: bool) -> None:
     from rich.console import Console
 
-    from nemo_upcycle.evaluation.harness import write_results
-    from nemo_upcycle.evaluation.scores import markdown, render
+    from nemo_upcycle.evaluation.scores import markdown, render, row_lengths
 
-    files = [file for name in models for file in write_results(out, name, models[name])]
     names = ["checkpoint", "dense"][: len(models)]
     results = list(models.values())
-    write_whole(out / "scores.md", markdown(names, results, paper))
+    written.text("scores.md", markdown(names, results, paper))
     console = Console()
     for table in render(names, results, paper):
         console.print(table)
-    for file in (out / "scores.md", *files):
+    typer.echo(row_lengths(names, results))
+    for file in written.files:
         typer.echo(file)
 
 

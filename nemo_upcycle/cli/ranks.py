@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nemo_upcycle.cli.tools import ERRORS, hand_over
 from nemo_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
@@ -55,19 +56,23 @@ def check_there(*sources: Path | None) -> None:
             )
 
 
+def quiet() -> None:
+    """Keep NeMo, Megatron, transformers and lm-eval from talking of themselves."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
 def on_ranks(folding: "ParallelFolding", ranks: int | None) -> None:
     """Go on as one of several ranks, or start them, wait and exit as they do."""
     from nemo_upcycle.launch import fewest_ranks, launch, launched
 
-    # What NeMo, Megatron and lm-eval say of themselves is of no use here.
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     count = ranks or fewest_ranks(folding)
     if not launched():
         folding.validate(count)
     if count > 1 and not launched():
         command = next(n for n, word in enumerate(sys.argv) if word in COMMANDS)
-        raise typer.Exit(launch(sys.argv[command:], count))
+        hand_over()
+        raise typer.Exit(launch(sys.argv[command:], count, ERRORS))
     if int(os.environ.get("RANK", "0")):
         os.environ["TQDM_DISABLE"] = "1"
     elif not sys.stderr.isatty():

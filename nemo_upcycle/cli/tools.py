@@ -1,8 +1,10 @@
 """What all commands share: errors of one line, progress."""
 
+import errno
+import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Annotated, ParamSpec
 
 import typer
 
-from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.files import check_writable
+from nemo_upcycle.launch import is_first_rank
 
 P = ParamSpec("P")
 Directory = Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")]
@@ -20,18 +24,90 @@ Progress = Callable[..., None]
 SECONDS_BETWEEN_LINES = 15.0
 
 
+ERRORS = "NEMO_UPCYCLE_ERRORS"
+"""Where set: the directory in which each rank leaves what went wrong, to be said once."""
+
+TAKEN = "NEMO_UPCYCLE_TAKEN"
+"""Where set: the checkpoints that the first process has taken of runs, for the ranks it starts."""
+
+_OF_THE_MACHINE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ESTALE, errno.EMFILE, errno.ENFILE),
+}
+"""What files and disks do to a program that is right."""
+
+
 def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Make a command end with one line and exit code 1 on bad input, under `nemo` too."""
+    """Make a command end with one line and exit code 1 on bad input, under `nemo` too.
+
+    So do errors of files and disks; an interrupt ends it with one line and 130. A fault of the
+    program keeps its traceback.
+    """
 
     @wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
         except UpcyclingError as error:
-            typer.secho(f"Error: {error}", err=True, fg=typer.colors.RED)
+            _say(str(error))
             raise typer.Exit(1) from None
+        except OSError as error:
+            if error.errno not in _OF_THE_MACHINE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            _say(f"{where}{error.strerror}. Check the path, the permissions and the disk.")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _say("interrupted.")
+            raise typer.Exit(130) from None
 
     return wrapped
+
+
+def _say(message: str) -> None:
+    if directory := os.environ.get(ERRORS):
+        (Path(directory) / os.environ["RANK"]).write_text(message)
+    else:
+        typer.secho(f"Error: {message}", err=True, fg=typer.colors.RED)
+
+
+def at_least(name: str, value: float | None, least: float) -> None:
+    """Check a number that an option was given.
+
+    Raises:
+        UpcyclingError: It is too small.
+    """
+    if value is not None and value < least:
+        raise UpcyclingError(f"{name} is {value:g}; expected {least:g} or more.")
+
+
+def check_file_writable(out: Path) -> None:
+    """Check before the work that a file can be written.
+
+    Raises:
+        UpcyclingError: It cannot.
+    """
+    if out.is_dir():
+        raise UpcyclingError(f"{out} is a directory; expected a file to write.")
+    check_writable(out.parent)
+
+
+def one_of(checkpoints: Sequence[Path]) -> Path:
+    """Return the one checkpoint that was given.
+
+    Raises:
+        UpcyclingError: There are several: a pattern of the shell's has found them.
+    """
+    if len(checkpoints) > 1:
+        raise UpcyclingError(
+            f"{len(checkpoints)} checkpoints were given: {listing(list(map(str, checkpoints)))}; "
+            "expected one. The directory of a run stands for its last complete checkpoint."
+        )
+    return checkpoints[0]
+
+
+_taken: dict[str, str] = {}
 
 
 def last_checkpoint(source: Path) -> Path:
@@ -42,14 +118,25 @@ def last_checkpoint(source: Path) -> Path:
     """
     from nemo_upcycle.checkpoint.run_directory import resolve_trained
 
+    taken = json.loads(os.environ.get(TAKEN, "{}"))
+    if str(source) in taken:
+        return Path(taken[str(source)])
     found = resolve_trained(source)
-    if found.name != source.name and source in found.parents and _is_first_rank():
-        typer.echo(f"{source}: taking its last complete checkpoint, {found.name}", err=True)
+    if found.name != source.name and source in found.parents:
+        _taken[str(source)] = str(found)
+        note(f"{source}: taking its last complete checkpoint, {found.name}")
     return found
 
 
-def _is_first_rank() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+def note(text: str) -> None:
+    """Say what the user did not ask for, once."""
+    if is_first_rank() and TAKEN not in os.environ:
+        typer.echo(text, err=True)
+
+
+def hand_over() -> None:
+    """Tell the ranks that this process starts which checkpoints are meant; a run may go on."""
+    os.environ[TAKEN] = json.dumps(_taken)
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Run lm-eval on a checkpoint and keep what it says."""
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,10 @@ import torch
 
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.evaluation.opening import is_first_rank
 from nemo_upcycle.evaluation.scores import Results
 from nemo_upcycle.evaluation.tasks import Request
 from nemo_upcycle.files import write_whole
+from nemo_upcycle.launch import is_first_rank
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,22 @@ class Options:
     apply_chat_template: bool = False
 
 
-def evaluate(source: str | Path, tasks: Mapping[Request, Any], options: Options) -> Results:
+Keep = Callable[[Request, Mapping[str, Any]], None]
+
+
+def evaluate(
+    source: str | Path,
+    tasks: Mapping[Request, Any],
+    options: Options,
+    keep: Keep = lambda request, results: None,
+) -> Results:
     """Evaluate a checkpoint; every rank must call it.
 
     Args:
         source: The checkpoint: NeMo 2, Megatron-LM or Hugging Face.
         tasks: From `load_tasks`.
         options: How.
+        keep: Called on rank 0 with what was run and its results, as soon as they are there.
 
     Returns:
         lm-eval's results, on rank 0; empty elsewhere.
@@ -84,8 +95,9 @@ def evaluate(source: str | Path, tasks: Mapping[Request, Any], options: Options)
             bootstrap_iters=100_000 if is_first_rank() else 0,
         )
         if results is not None and is_first_rank():
-            results["config"]["batch_size"] = options.batch_size
+            results["config"] |= {"batch_size": options.batch_size, "max_length": lm.max_length}
             found[request] = results
+            keep(request, results)
     return found
 
 
@@ -117,27 +129,62 @@ def read_results(path: Path, wanted: Sequence[Request]) -> Results:
     return found
 
 
-def write_results(out: Path, name: str, results: Results) -> list[Path]:
-    """Write lm-eval's results of a model: `NAME.json`, or `NAME-5-shot.json` where runs differ.
+class Written:
+    """What of an evaluation is on disk; nothing is lost where it cannot be written.
 
     Args:
-        out: Directory; made where it is not.
-        name: What to call the model.
-        results: Its results.
-
-    Returns:
-        The files.
+        out: Directory to write to; made where it is not.
+        several: Whether tasks are run with several numbers of examples.
     """
-    from lm_eval.utils import handle_non_serializable
 
-    paths = []
-    for request, found in results.items():
-        several = len(results) > 1 and request.num_fewshot is not None
-        path = out / f"{name}{f'-{request.num_fewshot}-shot' if several else ''}.json"
-        text = json.dumps(found, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        write_whole(path, text)
-        paths.append(path)
-    return paths
+    def __init__(self, out: Path, several: bool = False) -> None:
+        self.files: list[Path] = []
+        self._out, self._several = out, several
+        self._failures: list[str] = []
+
+    def results(self, name: str, request: Request, found: Mapping[str, Any]) -> None:
+        """Write lm-eval's results of a model: `NAME.json`, or `NAME-5-shot.json` where runs differ.
+
+        Args:
+            name: What to call the model.
+            request: What was run.
+            found: lm-eval's results.
+        """
+        from lm_eval.utils import handle_non_serializable
+
+        shots = request.num_fewshot if self._several else None
+        file = f"{name}.json" if shots is None else f"{name}-{shots}-shot.json"
+        said = json.dumps(found, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        self.text(file, said)
+
+    def text(self, name: str, content: str) -> None:
+        """Write a file; elsewhere where that fails, and to the terminal where that fails too."""
+        try:
+            self._write(self._out, name, content)
+        except OSError as error:
+            try:
+                elsewhere = Path(tempfile.mkdtemp(prefix="nemo-upcycle-evaluation-"))
+                self._write(elsewhere, name, content)
+                place = f"is in {elsewhere}"
+            except OSError:
+                print(content, file=sys.stdout, flush=True)
+                place = "is printed above"
+            self._failures.append(
+                f"{self._out / name} could not be written ({error.strerror}); it {place}"
+            )
+
+    def _write(self, directory: Path, name: str, content: str) -> None:
+        write_whole(directory / name, content)
+        self.files.append(directory / name)
+
+    def check(self) -> None:
+        """Say at the end what is elsewhere.
+
+        Raises:
+            UpcyclingError: Something is.
+        """
+        if self._failures:
+            raise UpcyclingError("; ".join(self._failures) + ".")
 
 
 def end() -> None:

@@ -10,7 +10,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from nemo_upcycle.config import ParallelFolding
-from nemo_upcycle.evaluation.opening import open_model, open_tokenizer
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.evaluation.checks import open_tokenizer
+from nemo_upcycle.evaluation.opening import open_model
 
 
 @register_model("nemo_upcycle")
@@ -56,6 +58,22 @@ class NemoUpcycleLM(HFLM):
             tokenizer=open_tokenizer(tokenizer or pretrained),
             **options,
         )
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], *args: Any, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Check what lm-eval asserts: it cuts what stands before a text, never the text.
+
+        Raises:
+            UpcyclingError: A text is longer than a row.
+        """
+        longest = max((len(text) for _, _, text in requests), default=0)
+        if longest > self.max_length:
+            raise UpcyclingError(
+                f"A text to score has {longest} tokens, and a row {self.max_length}: expected a "
+                "longer --max-length, a model of a longer context, or other questions."
+            )
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval notes of the model."""

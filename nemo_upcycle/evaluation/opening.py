@@ -7,22 +7,24 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from nemo_upcycle import cpu
-from nemo_upcycle.checkpoint.huggingface import resolve_directory
-from nemo_upcycle.checkpoint.tokenizer_files import NEEDED
+from nemo_upcycle.checkpoint import read_config
+from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.evaluation.checks import dtype_of
+from nemo_upcycle.evaluation.checks import open_tokenizer as open_tokenizer
+from nemo_upcycle.evaluation.generation import generation_config
 from nemo_upcycle.evaluation.megatron_model import MegatronForCausalLM
+from nemo_upcycle.evaluation.transformers_model import is_known, transformers_model
 from nemo_upcycle.layout import validate
+from nemo_upcycle.mapping import FAMILIES
+from nemo_upcycle.mapping.moe_config import MOE_FAMILIES
 from nemo_upcycle.model import trained_config, upcycling_of
 from nemo_upcycle.ranks import Ranks
 from nemo_upcycle.source import Source, open_source
-from nemo_upcycle.tokenizer import tokenizer_directory
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def open_model(
@@ -48,47 +50,27 @@ def open_model(
     Raises:
         UpcyclingError: It cannot be read, or not be spread so.
     """
-    folding, directory = folding or ParallelFolding(), resolve_directory(source)
-    if dtype not in (None, *DTYPES):
-        raise UpcyclingError(f"dtype is {dtype!r}; expected one of: {', '.join(DTYPES)}.")
+    folding, directory = folding or ParallelFolding(), resolve_trained(source)
+    chosen = dtype_of(dtype)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     folding.validate(world_size)
-    is_huggingface = (directory / "config.json").is_file()
-    if is_huggingface and world_size == 1 and not megatron:
-        return _in_transformers(directory, dtype)
-    _start(folding)
-    found = open_source(directory)
-    return _in_megatron(found, folding, found.dtype if dtype is None else DTYPES[dtype])
-
-
-def open_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the first checkpoint that has one; nothing is executed.
-
-    Raises:
-        UpcyclingError: There is none.
-    """
-    found = next(filter(None, map(tokenizer_directory, sources)), None)
-    if found is None:
+    in_megatron = megatron or world_size > 1
+    config = read_config(directory) if (directory / "config.json").is_file() else None
+    if config is not None and in_megatron and not is_known(config):
         raise UpcyclingError(
-            f"{sources[-1]} holds no tokenizer; expected one of {', '.join(NEEDED)}. "
-            "Name its directory: --tokenizer DIR."
+            f"config.json says model_type={config.get('model_type')!r}, which Megatron does not "
+            f"compute here; expected one of {', '.join((*FAMILIES, *MOE_FAMILIES))}. transformers "
+            "runs others, on one rank: leave out --tp, --pp, --ep and --ranks."
         )
-    return AutoTokenizer.from_pretrained(found, trust_remote_code=False)
-
-
-def is_first_rank() -> bool:
-    """Say whether this process is rank 0, or the only one."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _in_transformers(directory: Path, dtype: str | None) -> PreTrainedModel:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        raise UpcyclingError(f"transformers cannot load {directory}: {error}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    if config is not None and not in_megatron:
+        model = transformers_model(directory, chosen)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    else:
+        _start(folding)
+        found = open_source(directory)
+        model = _in_megatron(found, folding, chosen or found.dtype)
+    model.generation_config = generation_config(directory)
+    return model
 
 
 def _start(folding: ParallelFolding) -> None:

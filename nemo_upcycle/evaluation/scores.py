@@ -80,6 +80,33 @@ def paper_score(results: Results, row: PaperRow) -> float | None:
     return None
 
 
+def row_lengths(names: Sequence[str], models: Sequence[Results]) -> str:
+    """Say at how many tokens rows were cut, and whether that was the same for all models.
+
+    Args:
+        names: What to call each model.
+        models: Results of each.
+    """
+    lengths = [row_length(model) for model in models]
+    if len(set(lengths)) == 1:
+        return f"Rows are cut at {lengths[0]} tokens." if lengths[0] else ""
+    said = [
+        f"{length} tokens of the {name}" if length else f"a length of the {name} that is not said"
+        for name, length in zip(names, lengths, strict=True)
+    ]
+    return f"Rows are cut at {' and '.join(said)}: longer texts do not compare."
+
+
+def row_length(results: Results) -> int | None:
+    """Return how many tokens a row had, None where results do not say."""
+    for found in results.values():
+        # The first is ours, the second lm-eval's own command line's.
+        length = found.get("config", {}).get("max_length") or found.get("max_length")
+        if isinstance(length, int):
+            return length
+    return None
+
+
 def markdown(names: Sequence[str], models: Sequence[Results], paper: bool) -> str:
     """Write the table, and the paper's beside it.
 
@@ -91,7 +118,7 @@ def markdown(names: Sequence[str], models: Sequence[Results], paper: bool) -> st
     blocks = [_lines(_cells(names, models))]
     if paper:
         blocks.append(_lines(_paper_cells(names, models)))
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(filter(None, [*blocks, row_lengths(names, models)])) + "\n"
 
 
 def render(names: Sequence[str], models: Sequence[Results], paper: bool) -> list[Table]:

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 HUB_TIMEOUT_S = 5.0
+
+MAX_GEN_TOKS = 256
+"""Tokens that lm-eval lets a model make at most where a task does not say."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +117,16 @@ def load_tasks(
         raise UpcyclingError(
             f"{include_path} is no directory; expected one with lm-eval's task YAML files."
         )
-    _stay_offline_without_a_hub()
+    stay_offline_without_a_hub()
     names = [name for request in wanted for name in request.tasks]
     index = _index(names, include_path)
     unknown = [name for name in names if not index.match_tasks([name])]
     if unknown:
+        broken = _unreadable(include_path) if include_path is not None else []
         raise UpcyclingError(
             f"lm-eval has no task {', '.join(unknown)}. `lm_eval ls tasks` lists its own; "
             "--include-path DIR adds the YAML files of a directory."
+            + "".join(f" {each}" for each in broken)
         )
     loaded = {}
     for request in wanted:
@@ -130,6 +135,8 @@ def load_tasks(
             tasks = index.load(list(request.tasks))
         except (OSError, ValueError) as error:  # datasets' errors are of these
             raise _missing(index, request, error) from error
+        except Exception as error:  # of whatever a task's file asks for
+            raise _faulty(", ".join(request.tasks), "cannot be loaded", error) from error
         manager.load = lambda _, tasks=tasks: tasks
     return loaded
 
@@ -143,6 +150,75 @@ def _index(names: Sequence[str], include_path: Path | None) -> Any:
         if all(own.match_tasks([name]) for name in names):
             return own
     return TaskManager(include_path=include_path)
+
+
+def check_tasks(
+    loaded: "Mapping[Request, TaskManager]", length: int | None = None
+) -> Iterator[str]:
+    """Ask each task's first question, so that what is wrong is said before a model is loaded.
+
+    Args:
+        loaded: From `load_tasks`.
+        length: Tokens of a row; None where it is not known.
+
+    Yields:
+        What lm-eval does otherwise than asked for.
+
+    Raises:
+        UpcyclingError: A task has no question, cannot ask one, or what it generates fills a row.
+    """
+    for request, manager in loaded.items():
+        for name, task in manager.load(list(request.tasks))["tasks"].items():
+            shots, own = request.num_fewshot, task.config.num_fewshot
+            if own == 0 and shots:
+                yield f"{name} is asked without examples: its own num_fewshot of 0 counts"
+            _check_task(name, task, own if own == 0 or shots is None else shots)
+            _check_room(name, task, length)
+
+
+def _check_task(name: str, task: Any, shots: int | None) -> None:
+    try:
+        first = next(iter(task.eval_docs), None)
+        if first is not None and hasattr(task, "doc_to_prefix"):  # not of lm-eval's old kind
+            context = task.fewshot_context(
+                first, num_fewshot=shots or 0, gen_prefix=task.doc_to_prefix(first)
+            )
+            task.construct_requests(doc=first, ctx=context, metadata=(name, 0, 1))
+    except Exception as error:  # of whatever a task's file asks for
+        what = f"cannot be asked with {shots} examples" if shots else "cannot be asked"
+        raise _faulty(name, what, error) from error
+    if first is None:
+        raise UpcyclingError(f"The task {name} has no question; expected one at least.")
+
+
+def _check_room(name: str, task: Any, length: int | None) -> None:
+    if length is None or task.OUTPUT_TYPE != "generate_until":
+        return
+    made = (task.config.generation_kwargs or {}).get("max_gen_toks", MAX_GEN_TOKS)
+    if made >= length:
+        raise UpcyclingError(
+            f"{name} lets the model make {made} tokens (max_gen_toks), of the {length} that a row "
+            "has: no room is left for a question. Give a longer --max-length, or set max_gen_toks "
+            "in the task."
+        )
+
+
+def _faulty(name: str, what: str, error: Exception) -> UpcyclingError:
+    said = " ".join(str(error).split())
+    return UpcyclingError(f"The task {name} {what}: {type(error).__name__}: {said}")
+
+
+def _unreadable(directory: Path) -> list[str]:
+    """Return what is wrong with a directory's YAML files, which lm-eval passes over."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    found = []
+    for path in sorted(directory.glob("**/*.yaml")):
+        try:
+            load_yaml(path, resolve_func=False)
+        except Exception as error:
+            found.append(f"{path} cannot be read: {' '.join(str(error).split())}.")
+    return found
 
 
 def _missing(manager: Any, request: Request, error: Exception) -> UpcyclingError:
@@ -163,7 +239,7 @@ def _missing(manager: Any, request: Request, error: Exception) -> UpcyclingError
     )
 
 
-def _stay_offline_without_a_hub() -> None:
+def stay_offline_without_a_hub() -> None:
     """Ask nothing of a hub that cannot be reached: it would be tried for 23 s, for each data set.
 
     Must run before `datasets` is imported.

@@ -268,13 +268,15 @@ def test_bf16(ranks: RankPool, models: Models) -> None:
 
 
 def test_results_are_lm_evals(ranks: RankPool, models: Models, tmp_path: Path) -> None:
-    from nemo_upcycle.evaluation.harness import read_results, write_results
+    from nemo_upcycle.evaluation.harness import Written, read_results
     from nemo_upcycle.evaluation.scores import markdown
     from nemo_upcycle.evaluation.tasks import requests
 
     (request,) = requests([TASK], None, False)
     results = {request: run(ranks, models, models.trained, 1, ONE, 8)}
-    (path,) = write_results(tmp_path, "results", results)
+    written = Written(tmp_path)
+    written.results("results", request, results[request])
+    (path,) = written.files
     saved = json.loads(path.read_text())
     assert saved["results"][TASK]["acc,none"] == results[request]["results"][TASK]["acc,none"]
     assert saved["config"]["model_source"] == str(models.trained)

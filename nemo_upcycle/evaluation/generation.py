@@ -1,0 +1,166 @@
+"""Where a model stops, and how it goes on from a text."""
+
+import json
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from nemo_upcycle.checkpoint import read_config
+from nemo_upcycle.checkpoint.kept import default_tokens
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.mapping import FAMILIES
+from nemo_upcycle.mapping.config_words import in_words_of_transformers_4
+from nemo_upcycle.mapping.moe_config import MOE_FAMILIES
+from nemo_upcycle.trained import open_trained
+
+FILE = "generation_config.json"
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def generation_config(directory: Path) -> GenerationConfig:
+    """Return how a checkpoint wants to generate: all its eos ids, foremost.
+
+    Args:
+        directory: The checkpoint. Without `generation_config.json` its config counts, as in
+            transformers; of NeMo's, what the run has recorded of the dense model's.
+
+    Raises:
+        UpcyclingError: A file cannot be read.
+    """
+    if (directory / FILE).is_file():
+        try:
+            return GenerationConfig.from_dict(json.loads((directory / FILE).read_text()))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UpcyclingError(
+                f"{directory / FILE} cannot be read: {error}; expected the JSON that transformers "
+                "writes."
+            ) from error
+    if (directory / "config.json").is_file():
+        return GenerationConfig.from_model_config(transformers_config(directory))
+    kept = open_trained(directory).kept or {}
+    if found := kept.get("generation_config"):
+        return GenerationConfig.from_dict(dict(found))
+    said = default_tokens(str(kept.get("model_type"))) | dict(kept.get("config", {}))
+    return GenerationConfig(**{name: said.get(name) for name in _TOKENS})
+
+
+def transformers_config(directory: Path) -> PretrainedConfig:
+    """Return transformers' config of a Hugging Face directory.
+
+    transformers here is of version 4: the words of version 5 are put into its own.
+
+    Raises:
+        UpcyclingError: It cannot be read, or transformers 4 has no words for it.
+    """
+    config = read_config(directory)
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UpcyclingError(
+            f"config.json says model_type={kind!r}, which transformers {transformers.__version__} "
+            "does not know."
+        )
+    if kind not in (*FAMILIES, *MOE_FAMILIES):
+        config = _of_another_family(config)
+    else:
+        config = in_words_of_transformers_4(config)
+    try:
+        return CONFIG_MAPPING[kind].from_dict(config)
+    except Exception as error:  # of the code of any of some hundred families
+        raise UpcyclingError(
+            f"transformers cannot read {directory / 'config.json'}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _of_another_family(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a family that transformers alone computes, in its own words.
+
+    Raises:
+        UpcyclingError: The family's config in transformers 4 has no word for what it says of RoPE.
+    """
+    rope = config.get("rope_parameters")
+    if not rope:
+        return config
+    found = in_words_of_transformers_4(config)
+    known = signature(CONFIG_MAPPING[config["model_type"]].__init__).parameters
+    unread = [word for word in rope if word in found and word not in known]
+    if found.get("rope_scaling") and "rope_scaling" not in known:
+        unread.append("rope_scaling")
+    if unread:
+        raise UpcyclingError(
+            f"config.json is transformers 5's: rope_parameters={rope}. transformers "
+            f"{transformers.__version__} has no {', '.join(unread)} in a {config['model_type']}; "
+            "save the model with transformers 4."
+        )
+    return found
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, context_length: int | None
+) -> list[int]:
+    """Return the tokens of a prompt.
+
+    Args:
+        tokenizer: The model's.
+        prompt: The text.
+        context_length: Tokens that the model takes; None where its config does not say.
+
+    Raises:
+        UpcyclingError: It has no token, or leaves no room for one more.
+    """
+    ids = tokenizer(prompt, verbose=False)["input_ids"]
+    if not ids:
+        raise UpcyclingError("The prompt is empty; expected a text to go on from.")
+    if context_length is not None and len(ids) >= context_length:
+        raise UpcyclingError(
+            f"The prompt has {len(ids)} tokens; expected fewer than the model's context length, "
+            f"{context_length}. Give a shorter one."
+        )
+    return ids
+
+
+def go_on(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 1234,
+) -> str:
+    """Return a prompt with what the model makes of it; every rank must call it.
+
+    It stops where the checkpoint says (`generation_config`), else at the tokenizer's eos token.
+    Nothing else of what the checkpoint says of generation counts: penalties, top-p.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        ids: The prompt's tokens.
+        max_new_tokens: Tokens at most.
+        temperature: 0 takes the likeliest token each time.
+        seed: For a temperature above 0.
+    """
+    stops = model.generation_config.eos_token_id
+    stops = tokenizer.eos_token_id if stops is None else stops
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature}
+    prompt = torch.tensor([ids], device=model.device)
+    output = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stops,
+            # One row is never padded; transformers warns without a token for it.
+            pad_token_id=stops[0] if isinstance(stops, list) else stops,
+            **sampling,
+        ),
+        use_model_defaults=False,
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)

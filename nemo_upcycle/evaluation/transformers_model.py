@@ -1,0 +1,160 @@
+"""A Hugging Face directory as a model of transformers, on one rank; no weight of it is random."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import no_init_weights
+
+from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, read_config
+from nemo_upcycle.checkpoint.checks import check_tensors
+from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.evaluation.generation import transformers_config
+from nemo_upcycle.layout import shards
+from nemo_upcycle.mapping import FAMILIES, family_of
+from nemo_upcycle.mapping.moe_config import MOE_FAMILIES
+from nemo_upcycle.model import trained_config, upcycling_of
+from nemo_upcycle.plan import Block
+from nemo_upcycle.probe import check_tied
+from nemo_upcycle.reading import Chunk, copy_blocks
+from nemo_upcycle.source import open_source
+from nemo_upcycle.trained import check_all_restored, open_trained, plan_restore
+
+
+def is_known(config: dict[str, Any]) -> bool:
+    """Say whether a `config.json` is of a family that Megatron computes, dense or MoE."""
+    return config.get("model_type") in (*FAMILIES, *MOE_FAMILIES)
+
+
+def transformers_model(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Load a Hugging Face directory into transformers.
+
+    A family that Megatron computes is read as it is for Megatron: its names, its config and what
+    is refused are the same on one rank as on several. Other families transformers reads itself.
+
+    Args:
+        directory: The checkpoint.
+        dtype: Of the parameters; None takes the checkpoint's.
+
+    Raises:
+        UpcyclingError: A tensor is missing, left over, misshapen or not finite, or the config asks
+            for something that is not computed.
+    """
+    load = _known if is_known(read_config(directory)) else _other
+    return load(directory, dtype)
+
+
+def _known(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    source, checkpoint = open_source(directory), HuggingFaceCheckpoint(directory)
+    _check(checkpoint)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            transformers_config(directory), dtype=dtype or source.dtype, trust_remote_code=False
+        )
+    _fill(model, checkpoint)
+    return model
+
+
+def _check(checkpoint: HuggingFaceCheckpoint) -> None:
+    """Check the tensors as several ranks do, each its part.
+
+    Raises:
+        UpcyclingError: They are not those of the config.
+    """
+    if checkpoint.config["model_type"] in FAMILIES:
+        family = family_of(checkpoint.config)
+        arch = family.architecture(checkpoint.config)
+        check_tensors(checkpoint.tensors, family, arch, str(checkpoint.directory))
+        check_tied(checkpoint)
+        return
+    trained = open_trained(checkpoint.directory)
+    upcycling = upcycling_of(trained_config(trained.model, torch.float32))
+    owned = shards(trained.model.arch, upcycling, ParallelFolding(), world_size=1, rank=0)
+    check_all_restored(trained, plan_restore(owned, trained).tensors)
+
+
+def _fill(model: PreTrainedModel, checkpoint: HuggingFaceCheckpoint) -> None:
+    """Read every parameter of the model."""
+    model.tie_weights()  # which is left out with the initialisation
+    # A tied output layer is the embeddings, and not among them.
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    lost = [
+        f"{name} {list(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name not in checkpoint.tensors or checkpoint.tensors[name].shape != parameter.shape
+    ]
+    if lost:
+        raise UpcyclingError(
+            f"transformers' model of {checkpoint.directory} has {len(lost)} tensors that the "
+            f"files have not: {listing(lost)}. Its config is another model's."
+        )
+    blocks = [
+        Block(name, (0, info.shape[0]), (0, info.width) if len(info.shape) > 1 else None)
+        for name, info in checkpoint.tensors.items()
+        if name in parameters
+    ]
+
+    def write(chunk: Chunk, values: torch.Tensor) -> None:
+        parameters[chunk.block.tensor][chunk.rows[0] : chunk.rows[1]].copy_(values)
+
+    for _ in copy_blocks(checkpoint, blocks, torch.device("cpu"), {}, write):
+        pass
+    checkpoint.close()
+
+
+def _other(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Load a family that transformers alone computes.
+
+    Raises:
+        UpcyclingError: transformers cannot, or would leave weights random or unread.
+    """
+    config = transformers_config(directory)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are named below
+            output_loading_info=True,
+        )
+    except Exception as error:  # of the code of any of some hundred families
+        said = " ".join(str(error).split())
+        raise UpcyclingError(
+            f"transformers cannot load {directory}: {type(error).__name__}: {said}"
+        ) from error
+    misshapen = [
+        f"{name} is {_shape(directory, name)}, expected {list(model.get_parameter(name).shape)}"
+        for name in loading["mismatched_keys"]
+    ]
+    problems = [
+        f"{len(found)} {what}: {listing(list(map(str, found)))}"
+        for what, found in (
+            ("missing", loading["missing_keys"]),
+            ("not known", loading["unexpected_keys"]),
+            ("of the wrong shape", misshapen),
+        )
+        if found
+    ]
+    if problems:
+        raise UpcyclingError(
+            f"The tensors of {directory} do not fit its config ({model.config.model_type}): "
+            f"{'; '.join(problems)}. Use a complete checkpoint with its own config."
+        )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UpcyclingError(
+                f"Tensor {name} of {directory} holds NaN or Inf; expected finite weights. "
+                "The checkpoint is damaged; get it again."
+            )
+    return model
+
+
+def _shape(directory: Path, name: str) -> list[int] | None:
+    """Return the shape that the files say; a model's name may have more in front of theirs."""
+    tensors = HuggingFaceCheckpoint(directory).tensors
+    found = (info.shape for file_name, info in tensors.items() if name.endswith(file_name))
+    return list(next(found, ())) or None
