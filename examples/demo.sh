@@ -80,8 +80,8 @@ step "11 task: which line comes next, in text held out" "demo/task/next_line.yam
   nemo-upcycle data choices demo/data/documentation.jsonl demo/data/sources.jsonl --out demo/task
 
 step "12 score: lm-eval on the MoE on 2 ranks, and on the dense model trained on" "demo/evaluation/scores.md" \
-  nemo-upcycle evaluate demo/e8t2/checkpoints/*-step=99-*-last --ep 2 \
-  --dense demo/dense_continued/checkpoints/*-step=99-*-last \
+  nemo-upcycle evaluate demo/e8t2 --ep 2 \
+  --dense demo/dense_continued \
   --tasks next_line --include-path demo/task --limit 200 --out demo/evaluation
 
 echo

@@ -86,13 +86,17 @@ def model(
     seq_length: int,
     tokenizer: run.Config | None,
     overrides: dict[str, Any],
+    tensor_model_parallel_size: int,
 ) -> run.Config:
-    """Configure the model: NeMo's Llama where a Llama stays dense, ours otherwise."""
+    """Configure the model: NeMo's Llama where a Llama stays dense, ours otherwise.
+
+    NeMo's takes a vocabulary that TP divides, and no other.
+    """
     of_dense = architecture_fields(arch) | window_fields(arch, seq_length)
     fields = of_dense | {"seq_length": seq_length} | overrides
     if upcycling.num_moe_experts is None:
         fields = {name: value for name, value in fields.items() if not name.startswith("moe_")}
-        if is_llama(arch):
+        if is_llama(arch) and arch.vocab_size % tensor_model_parallel_size == 0:
             dense_config = LlamaConfig if arch.rope_scaling is None else Llama31Config
             return run.Config(
                 llm.LlamaModel, config=run.Config(dense_config, **fields), tokenizer=tokenizer
@@ -205,7 +209,14 @@ def pretrain(
         all_callbacks.append(run.Config(Provenance, model_of=sources[0] if sources else None))
     return run.Partial(
         fn,
-        model=model(arch, upcycling, schedule.seq_length, tokenizer_config, overrides),
+        model=model(
+            arch,
+            upcycling,
+            schedule.seq_length,
+            tokenizer_config,
+            overrides,
+            folding.tensor_model_parallel_size,
+        ),
         trainer=components.trainer(
             recipe,
             max_steps=schedule.max_steps if max_steps is None else max_steps,

@@ -87,7 +87,8 @@ def _one_line(error: Exception) -> str:
         if isinstance(error.__cause__, UpcyclingError):
             return _one_line(error.__cause__)
         what = re.split(r": No matching type| exists for <| \(Argument: |\n", str(error))[0]
-        given = f"{error.arg}: " if error.arg not in what else ""
+        what = re.sub(r"^Invalid argument: |^.*(?=Failed to parse)", "", what)
+        given = f"{error.arg}: " if re.fullmatch(r"[\w.]+=.*", error.arg) else ""
         return f"{given}{what}. --dryrun shows the names and values that there are."
     # Fiddle adds where it was in its configuration.
     return str(getattr(error, "proxy_base_exception", error))

@@ -10,7 +10,7 @@ from tests.distributed.grid import IDS
 from tests.distributed.pool import RankPool
 from tests.distributed.test_training import train
 from tests.tiny import write_llama
-from tests.workspace import make_workspace
+from tests.workspace import VOCAB_SIZE, make_workspace
 
 TOLERANCE = 1e-5
 
@@ -126,6 +126,34 @@ def test_a_capacity_above_the_tokens_trains(ranks: RankPool, tmp_path: Path) -> 
         overrides={"model.config.moe_expert_capacity_factor": 8.0, "log.ckpt": None},
     )
     assert not isinstance(result, str), result
+
+
+def test_a_vocabulary_that_tp_does_not_divide_is_trained_on_densely(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    """The control of an upcycled run, which pads; NeMo's own Llama does not."""
+    workspace = make_workspace(tmp_path)
+    dense = write_llama(tmp_path / "odd", vocab_size=VOCAB_SIZE + 1)
+    losses = []
+    for world_size, tp in ((1, 1), (2, 2)):
+        options = {
+            "name": f"tp{tp}",
+            "dense_checkpoint": str(dense),
+            "tokenizer": str(workspace / "tokenizer"),
+            "max_steps": 1,
+            "tensor_model_parallel_size": tp,
+        }
+        results = ranks.run(
+            train,
+            world_size,
+            directory=workspace,
+            options=options,
+            overrides={"log.ckpt": None, "trainer.limit_val_batches": 0},
+            factory="dense_recipe",
+        )
+        assert not isinstance(results[0], str), results
+        losses.append(results[0][0])
+    assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE)
 
 
 def threads() -> int:
