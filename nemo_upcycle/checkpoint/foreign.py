@@ -187,7 +187,7 @@ def check_dense(config: Mapping[str, Any], directory: Path) -> None:
         UpcyclingError: It is.
     """
     kind = config.get("model_type")
-    if kind in FAMILIES:
+    if isinstance(kind, str) and kind in FAMILIES:
         return
     parts = [name for name in _PARTS if isinstance(config.get(name), Mapping)]
     experts = {

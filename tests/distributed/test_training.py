@@ -14,6 +14,7 @@ from nemo_upcycle.data.preparation import Preparation, prepare
 from tests.distributed.grid import whole
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.third_party import install_flip
+from tests.tiny import write_llama
 from tests.workspace import VOCAB_SIZE, make_workspace
 
 EP2 = {"expert_model_parallel_size": 2}
@@ -316,8 +317,9 @@ def test_a_corpus_too_small_to_split_is_an_error(
 
 
 def test_a_checkpoint_without_tokenizer_is_an_error(
-    ranks: RankPool, workspace: Path, dense: Path
+    ranks: RankPool, workspace: Path, tmp_path: Path
 ) -> None:
+    dense = write_llama(tmp_path, vocab_size=VOCAB_SIZE)
     (result,) = ranks.run(
         train,
         1,
