@@ -194,7 +194,8 @@ def pretrain(
         overrides |= cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
     elif upcycling.num_moe_experts is not None:
         overrides |= {"moe_grouped_gemm": True, "moe_permute_fusion": True}
-    _check_inputs_outside(components.run_directory(dir, name), [tokenizer, *_prefixes(data_paths)])
+    prefixes = [path.prefix for path in paths or ()]
+    _check_inputs_outside(components.run_directory(dir, name), [tokenizer, *prefixes])
     source = tokenizer or (sources[0] if sources else None)
     model_of_tokenizer = {"model": sources[0]} if tokenizer and sources else {}
     tokenizer_config = (
@@ -228,11 +229,6 @@ def pretrain(
         optim=components.optim(schedule, recipe.precision),
         resume=run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
     )
-
-
-def _prefixes(data_paths: str | None) -> list[str]:
-    """Return the paths among weights and paths."""
-    return [part for part in (data_paths or "").split() if Path(part).name]
 
 
 def _check_inputs_outside(run_directory: Path, inputs: Iterable[str | None]) -> None:

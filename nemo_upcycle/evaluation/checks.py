@@ -9,7 +9,7 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, read_config
-from nemo_upcycle.checkpoint.checks import check_tensors
+from nemo_upcycle.checkpoint.described import checked
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, load_tokenizer
 from nemo_upcycle.errors import UpcyclingError
@@ -65,10 +65,7 @@ def _architecture(directory: Path) -> Architecture | None:
     config = read_config(directory)
     kind = str(config.get("model_type"))
     if kind in FAMILIES:
-        arch = FAMILIES[kind].architecture(config)
-        tensors = HuggingFaceCheckpoint(directory).tensors
-        check_tensors(tensors, FAMILIES[kind], arch, str(directory))
-        return arch
+        return checked(HuggingFaceCheckpoint(directory))[1]
     return moe_model(config).arch if kind in MOE_FAMILIES else None
 
 

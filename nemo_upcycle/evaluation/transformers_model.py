@@ -8,12 +8,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, read_config
-from nemo_upcycle.checkpoint.checks import check_tensors
+from nemo_upcycle.checkpoint.described import checked
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.evaluation.generation import transformers_config
 from nemo_upcycle.layout import shards
-from nemo_upcycle.mapping import FAMILIES, family_of
+from nemo_upcycle.mapping import FAMILIES
 from nemo_upcycle.mapping.moe_config import MOE_FAMILIES
 from nemo_upcycle.model import trained_config, upcycling_of
 from nemo_upcycle.plan import Block
@@ -64,9 +64,7 @@ def _check(checkpoint: HuggingFaceCheckpoint) -> None:
         UpcyclingError: They are not those of the config.
     """
     if checkpoint.config["model_type"] in FAMILIES:
-        family = family_of(checkpoint.config)
-        arch = family.architecture(checkpoint.config)
-        check_tensors(checkpoint.tensors, family, arch, str(checkpoint.directory))
+        checked(checkpoint)
         check_tied(checkpoint)
         return
     trained = open_trained(checkpoint.directory)
