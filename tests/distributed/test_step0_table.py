@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.step0_error import FAMILIES, MODEL, config_of, measure, table
 from tests.distributed.pool import RankPool
@@ -16,6 +17,10 @@ ROWS = {
     for line in PAGE.read_text().splitlines()
     if " first | `" in line
 }
+ROUNDING = 16 * torch.finfo(torch.float32).eps
+"""What a machine's own order of additions may add up to in 4 layers: 8e-7 on one CPU, 1.2e-6 on the
+next. What is not exact is off by 0.07 and more."""
+
 EXACT = [row for row in table() if row[2:] == ("top-k first", "exact")]
 
 
@@ -25,7 +30,7 @@ def test_the_table_is_whole() -> None:
 
 @pytest.mark.parametrize("row", EXACT, ids=" ".join)
 def test_exact_rows_are_exact(row: tuple[str, ...]) -> None:
-    assert max(ROWS[row]) <= 1e-6
+    assert max(ROWS[row]) <= ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -45,4 +50,4 @@ def test_measured_again(ranks: RankPool, tmp_path: Path, row: tuple[str, ...]) -
         (errors,) = ranks.run(measure, 1, dense=dense, upcycling=config_of(*row))
         found += [errors.layer, errors.logits]
     for measured, said in zip(found, ROWS[row], strict=True):
-        assert measured <= 1e-6 if said <= 1e-6 else measured == pytest.approx(said, rel=0.05)
+        assert measured == pytest.approx(said, rel=0.05, abs=ROUNDING)
