@@ -3,14 +3,14 @@
 Side by side in one run, in turn and each time in a fresh process, from a NeMo 2 checkpoint of a
 random Mixtral (8 experts, top 2, not grouped) in bf16 that NeMo itself has saved:
 
-- ours: `nemo_upcycle.export.export`;
+- ours: `nemo_upcycle.trained.export.export`;
 - NeMo: `llm.export_ckpt`, which is `nemo llm export`;
 - NeMo's exporter alone: `HFMixtralExporter`, which the former calls once it has loaded the model a
   first time, to see whether ModelOpt has quantized it.
 
 NeMo 2.7's exporter of Mixtral makes the Hugging Face model in fp32 and then refuses to fill it from
 bf16. Here it makes it in the checkpoint's dtype, as NeMo's exporter of Llama does; nothing else is
-patched but what `nemo_upcycle.cpu` needs to run NeMo without a GPU.
+patched but what `nemo_upcycle.nemo.cpu` needs to run NeMo without a GPU.
 
 The checkpoint is in the page cache, and what was written before is on disk. Seconds and memory are
 the call's, after NeMo and transformers were imported; memory is what resident memory peaks at above
@@ -52,7 +52,7 @@ class Sample(NamedTuple):
 
 def build(directory: Path, layers: int, hidden_size: int) -> None:
     """Make a random Mixtral and save it, as NeMo's importer does after it has filled one."""
-    from nemo_upcycle import cpu
+    from nemo_upcycle.nemo import cpu
 
     cpu.enable()
     import torch
@@ -111,10 +111,10 @@ def _prepared(method: str, checkpoint: Path, output: Path) -> Callable[[], Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     if method == "ours":
-        from nemo_upcycle.export import export
+        from nemo_upcycle.trained.export import export
 
         return lambda: export(checkpoint, output)
-    from nemo_upcycle import cpu
+    from nemo_upcycle.nemo import cpu
 
     cpu.enable()
     from nemo.collections import llm

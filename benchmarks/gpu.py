@@ -47,12 +47,12 @@ from benchmarks.gpu_training import (
 )
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.load import LoadReport, upcycle
-from nemo_upcycle.mapping import Architecture, family_of
+from nemo_upcycle.engine.load import LoadReport, upcycle
+from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.nemo.mfu import utilisation
 from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.memory import memory
 from nemo_upcycle.planner.step_time import StepTime, step_time
-from nemo_upcycle.training.mfu import utilisation
 from tests.tiny import tokens, write_llama
 
 GIB = 2**30

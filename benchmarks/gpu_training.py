@@ -21,10 +21,10 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
 from nemo_upcycle_recipes.recipe import architecture
 
-from nemo_upcycle import cpu
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
-from nemo_upcycle.mapping import Architecture
-from nemo_upcycle.model import UpcycledGPTConfig, architecture_fields, moe_fields
+from nemo_upcycle.families import Architecture
+from nemo_upcycle.nemo import cpu
+from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields, moe_fields
 from nemo_upcycle.planner.workload import Mapping, Workload
 from tests.tiny import tokens
 

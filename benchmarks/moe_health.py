@@ -28,7 +28,7 @@ from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
 from nemo_upcycle.data.preparation import Preparation, prepare
 from nemo_upcycle.data.sample import write_stdlib_sample
 from nemo_upcycle.data.tokenizer import train_tokenizer
-from nemo_upcycle.training.moe_health import MoEHealthCallback
+from nemo_upcycle.nemo.moe_health import MoEHealthCallback
 
 SIZES = {"hidden_size": 512, "ffn_hidden_size": 1024, "num_attention_heads": 8, "kv_channels": 64}
 MODES = ("without", "watching", "measuring")

@@ -78,10 +78,10 @@ class Sample:
 def measure(method: str, dense: Path, runs: int, scratch: Path) -> list[Sample]:
     """Build the model, fill it `runs` times by a method, and measure each time."""
     from nemo_upcycle.checkpoint import open_checkpoint
-    from nemo_upcycle.load import upcycle
-    from nemo_upcycle.mapping import family_of
-    from nemo_upcycle.owned import owned_shards
-    from nemo_upcycle.plan import block_bytes, make_plan
+    from nemo_upcycle.engine.load import upcycle
+    from nemo_upcycle.engine.owned_shards import owned_shards
+    from nemo_upcycle.families import family_of
+    from nemo_upcycle.plan.rank import block_bytes, make_plan
 
     world_size = torch.distributed.get_world_size()
     os.environ["LOCAL_WORLD_SIZE"] = str(world_size)  # as torchrun does
@@ -164,7 +164,7 @@ def _floor(plan: Any, dense: Path, chunks: Any) -> float:
 
 def _dense_model(dense: Path, world_size: int) -> Any:
     from nemo_upcycle.checkpoint import open_checkpoint
-    from nemo_upcycle.load import upcycle
+    from nemo_upcycle.engine.load import upcycle
 
     control = UpcyclingConfig(num_moe_experts=None)
     folding = replace(FOLDINGS[world_size], expert_model_parallel_size=1)
@@ -186,7 +186,7 @@ def _offline(chunks: Any, dense: Path, scratch: Path) -> int:
     """Write a Mixtral checkpoint on rank 0; then each rank loads what it owns of it."""
     from safetensors import safe_open
 
-    from nemo_upcycle.owned import owned_shards
+    from nemo_upcycle.engine.owned_shards import owned_shards
 
     if torch.distributed.get_rank() == 0:
         _convert(dense, scratch)
@@ -250,7 +250,7 @@ def generate(directory: Path, layers: int) -> Path:
 
     from safetensors.torch import save_file
 
-    from nemo_upcycle.mapping.llama import LLAMA
+    from nemo_upcycle.families.llama import LLAMA
 
     config = LLAMA32_1B | {"num_hidden_layers": layers}
     directory.mkdir(parents=True, exist_ok=True)

@@ -24,9 +24,9 @@ import fiddle
 import nemo_run as run
 from nemo.collections import llm
 
-from nemo_upcycle.callback import UpcyclingCallback
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
-from nemo_upcycle.model import UpcycledGPTModel
+from nemo_upcycle.nemo.callback import UpcyclingCallback
+from nemo_upcycle.nemo.model import UpcycledGPTModel
 
 EVALUATION = "--tasks next_line --include-path demo/task --limit 200"
 EXECUTOR = "executor."

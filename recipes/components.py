@@ -14,13 +14,13 @@ from nemo.collections import llm
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo_upcycle_recipes.recipe import Recipe, Schedule
 
-from nemo_upcycle import cpu
-from nemo_upcycle.data.gpt_dataset import GPTDataset
-from nemo_upcycle.data.module import PreTrainingDataModule
 from nemo_upcycle.data.paths import DataPath, words_of
-from nemo_upcycle.strategy import MegatronStrategy
-from nemo_upcycle.training.model_checkpoint import ModelCheckpoint
-from nemo_upcycle.training.run_name import check_name, checkpoint_prefix
+from nemo_upcycle.nemo import cpu
+from nemo_upcycle.nemo.data_module import PreTrainingDataModule
+from nemo_upcycle.nemo.gpt_dataset import GPTDataset
+from nemo_upcycle.nemo.model_checkpoint import ModelCheckpoint
+from nemo_upcycle.nemo.run_name import check_name, checkpoint_prefix
+from nemo_upcycle.nemo.strategy import MegatronStrategy
 
 
 def trainer(

@@ -2,7 +2,7 @@
 
 from nemo_upcycle_recipes.recipe import Recipe
 
-from nemo_upcycle.mapping import Architecture
+from nemo_upcycle.families import Architecture
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.search import Prediction, predict
 from nemo_upcycle.planner.workload import Mapping, Workload

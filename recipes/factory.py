@@ -18,16 +18,18 @@ from nemo_upcycle_recipes import components
 from nemo_upcycle_recipes.arguments import arguments, defaults
 from nemo_upcycle_recipes.recipe import Recipe, Schedule
 
-from nemo_upcycle import cpu, layout
-from nemo_upcycle.callback import UpcyclingCallback
 from nemo_upcycle.checkpoint.branches import split_sources
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.checks import check_on_login
 from nemo_upcycle.data.paths import parse
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping import Architecture
-from nemo_upcycle.model import (
+from nemo_upcycle.families import Architecture
+from nemo_upcycle.nemo import cpu
+from nemo_upcycle.nemo.auto_resume import AutoResume
+from nemo_upcycle.nemo.callback import UpcyclingCallback
+from nemo_upcycle.nemo.mfu import MFUCallback
+from nemo_upcycle.nemo.model import (
     UpcycledGPTConfig,
     UpcycledGPTModel,
     architecture_fields,
@@ -35,13 +37,12 @@ from nemo_upcycle.model import (
     moe_fields,
     window_fields,
 )
-from nemo_upcycle.tokenizer import checkpoint_tokenizer
-from nemo_upcycle.training.auto_resume import AutoResume
-from nemo_upcycle.training.mfu import MFUCallback
-from nemo_upcycle.training.moe_health import MoEHealthCallback
-from nemo_upcycle.training.preemption import PreemptionCallback
-from nemo_upcycle.training.provenance import Provenance
-from nemo_upcycle.training.run_numbers import check_max_steps
+from nemo_upcycle.nemo.moe_health import MoEHealthCallback
+from nemo_upcycle.nemo.preemption import PreemptionCallback
+from nemo_upcycle.nemo.provenance import Provenance
+from nemo_upcycle.nemo.run_numbers import check_max_steps
+from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer
+from nemo_upcycle.plan import layout
 
 F = TypeVar("F", bound=Callable[..., run.Partial])
 

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import nemo_run as run
 
-from nemo_upcycle.model import UpcycledGPTModel
+from nemo_upcycle.nemo.model import UpcycledGPTModel
 
 NAME = "upcycled_gpt"
 

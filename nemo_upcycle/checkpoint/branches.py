@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, Piece, Span, TensorInfo, open_checkpoint
 from nemo_upcycle.errors import UpcyclingError, listing
-from nemo_upcycle.mapping import family_of
+from nemo_upcycle.families import family_of
 
 _MAY_DIFFER = ("max_position_embeddings", "init_method_std")
 """Fields of an architecture that change nothing of what it computes."""
@@ -126,7 +126,7 @@ class BranchedCheckpoint(DenseCheckpoint):
             return
         import torch
 
-        from nemo_upcycle.dtypes import TORCH_DTYPES
+        from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
 
         mean_dtype = TORCH_DTYPES[self.tensors[own].dtype]
         count = len(buffer) // mean_dtype.itemsize

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 
 from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, TensorInfo
 from nemo_upcycle.errors import UpcyclingError, listing
-from nemo_upcycle.mapping import Architecture, Family
+from nemo_upcycle.families import Architecture, Family
 
 _BUFFERS = re.compile(
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(\w*attn|attention)\.(masked_)?bias$"

@@ -13,7 +13,7 @@ from nemo_upcycle.checkpoint.branches import open_branches, open_parts, split_so
 from nemo_upcycle.checkpoint.checks import check_tensors
 from nemo_upcycle.checkpoint.foreign import check_dense
 from nemo_upcycle.checkpoint.huggingface import HuggingFaceCheckpoint, find_directory
-from nemo_upcycle.mapping import Architecture, Family, family_of
+from nemo_upcycle.families import Architecture, Family, family_of
 
 CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 

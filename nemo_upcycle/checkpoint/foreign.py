@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_upcycle.checkpoint.tokenizer_files import NEEDED
 from nemo_upcycle.errors import UpcyclingError, listing
-from nemo_upcycle.mapping import FAMILIES
+from nemo_upcycle.families import FAMILIES
 
 
 @dataclass(frozen=True)

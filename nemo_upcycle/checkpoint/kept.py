@@ -13,10 +13,10 @@ from nemo_upcycle.checkpoint import DenseCheckpoint, HuggingFaceCheckpoint, Mega
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
 from nemo_upcycle.checkpoint.torch_save import read_pickle
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping import family_of
-from nemo_upcycle.mapping.family import Architecture
-from nemo_upcycle.mapping.megatron import moe_architecture
-from nemo_upcycle.mapping.moe_config import MOE_FAMILIES, moe_model
+from nemo_upcycle.families import family_of
+from nemo_upcycle.families.family import Architecture
+from nemo_upcycle.families.megatron import moe_architecture
+from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
 
 FIELD = "kept"
 """Under this name a callback's state in a checkpoint has it."""

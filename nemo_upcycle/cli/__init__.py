@@ -59,7 +59,7 @@ def compare(
     """Compare the losses of two runs: a table, and a picture over tokens."""
     from rich.console import Console
 
-    from nemo_upcycle.training.curves import compare_runs, render
+    from nemo_upcycle.evaluation.curves import compare_runs, render
 
     comparison = compare_runs(dense, moe, out, tokens_per_step=tokens_per_step)
     Console().print(render(comparison))
@@ -88,7 +88,7 @@ def export(
     Example:
       nemo-upcycle export demo/e8t2 demo/e8t2_hf
     """
-    from nemo_upcycle.export import export
+    from nemo_upcycle.trained.export import export
 
     chosen = last_checkpoint(checkpoint)
     with progress(directory.name) as show:

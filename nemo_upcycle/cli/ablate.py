@@ -43,8 +43,8 @@ def ablate(
       nemo-upcycle ablate --out ablations
       nemo-upcycle ablate --study router --study learning_rate --seeds 5 --out ablations
     """
-    from nemo_upcycle_recipes.ablations.runner import ablate
-    from nemo_upcycle_recipes.ablations.studies import studies_named
+    from nemo_upcycle.ablations.runner import ablate
+    from nemo_upcycle.ablations.studies import studies_named
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with progress("ablations") as show:

@@ -16,8 +16,8 @@ from nemo_upcycle.cli.tools import (
     one_of,
     progress,
 )
+from nemo_upcycle.engine.launch import is_first_rank
 from nemo_upcycle.files import check_writable, write_whole
-from nemo_upcycle.launch import is_first_rank
 
 if TYPE_CHECKING:
     from nemo_upcycle.evaluation.harness import Written
@@ -335,10 +335,10 @@ def _why(dense: Path, moe: Path) -> list[str]:
     from nemo_upcycle.checkpoint import open_checkpoint
     from nemo_upcycle.checkpoint.branches import split_sources
     from nemo_upcycle.checkpoint.kept import dense_checkpoints_in
-    from nemo_upcycle.evaluation.drift import drift
     from nemo_upcycle.evaluation.parity import reasons
-    from nemo_upcycle.mapping import family_of
-    from nemo_upcycle.trained import open_trained
+    from nemo_upcycle.families import family_of
+    from nemo_upcycle.trained.drift import drift
+    from nemo_upcycle.trained.opened import open_trained
 
     checkpoint, trained = open_checkpoint(str(dense)), open_trained(moe)
     with progress("weights") as show:

@@ -64,7 +64,7 @@ def quiet() -> None:
 
 def on_ranks(folding: "ParallelFolding", ranks: int | None) -> None:
     """Go on as one of several ranks, or start them, wait and exit as they do."""
-    from nemo_upcycle.launch import fewest_ranks, launch, launched
+    from nemo_upcycle.engine.launch import fewest_ranks, launch, launched
 
     count = ranks or fewest_ranks(folding)
     if not launched():

@@ -12,9 +12,9 @@ from typing import Annotated, ParamSpec
 
 import typer
 
+from nemo_upcycle.engine.launch import is_first_rank
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.files import check_writable
-from nemo_upcycle.launch import is_first_rank
 
 P = ParamSpec("P")
 Directory = Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")]

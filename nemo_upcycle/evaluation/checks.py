@@ -13,10 +13,10 @@ from nemo_upcycle.checkpoint.described import checked
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, load_tokenizer
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping import FAMILIES, Architecture
-from nemo_upcycle.mapping.moe_config import MOE_FAMILIES, moe_model
-from nemo_upcycle.tokenizer import tokenizer_directory
-from nemo_upcycle.trained import open_trained
+from nemo_upcycle.families import FAMILIES, Architecture
+from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
+from nemo_upcycle.nemo.tokenizer import tokenizer_directory
+from nemo_upcycle.trained.opened import open_trained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -13,10 +13,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from nemo_upcycle.checkpoint import read_config
 from nemo_upcycle.checkpoint.kept import default_tokens
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping import FAMILIES
-from nemo_upcycle.mapping.config_words import in_words_of_transformers_4
-from nemo_upcycle.mapping.moe_config import MOE_FAMILIES
-from nemo_upcycle.trained import open_trained
+from nemo_upcycle.families import FAMILIES
+from nemo_upcycle.families.config_words import in_words_of_transformers_4
+from nemo_upcycle.families.moe_config import MOE_FAMILIES
+from nemo_upcycle.trained.opened import open_trained
 
 FILE = "generation_config.json"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

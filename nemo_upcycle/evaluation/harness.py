@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.engine.launch import is_first_rank
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.scores import Results
 from nemo_upcycle.evaluation.tasks import Request
 from nemo_upcycle.files import write_whole
-from nemo_upcycle.launch import is_first_rank
 
 
 @dataclass(frozen=True)

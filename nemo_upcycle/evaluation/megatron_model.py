@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from nemo_upcycle.mapping import Architecture
+from nemo_upcycle.families import Architecture
 
 
 class MegatronConfig(PretrainedConfig):

@@ -9,22 +9,22 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from transformers import PreTrainedModel
 
-from nemo_upcycle import cpu
 from nemo_upcycle.checkpoint import read_config
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.engine.ranks import Ranks
+from nemo_upcycle.engine.source import Source, open_source
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.checks import dtype_of
 from nemo_upcycle.evaluation.checks import open_tokenizer as open_tokenizer
 from nemo_upcycle.evaluation.generation import generation_config
 from nemo_upcycle.evaluation.megatron_model import MegatronForCausalLM
 from nemo_upcycle.evaluation.transformers_model import is_known, transformers_model
-from nemo_upcycle.layout import validate
-from nemo_upcycle.mapping import FAMILIES
-from nemo_upcycle.mapping.moe_config import MOE_FAMILIES
-from nemo_upcycle.model import trained_config, upcycling_of
-from nemo_upcycle.ranks import Ranks
-from nemo_upcycle.source import Source, open_source
+from nemo_upcycle.families import FAMILIES
+from nemo_upcycle.families.moe_config import MOE_FAMILIES
+from nemo_upcycle.nemo import cpu
+from nemo_upcycle.nemo.model import trained_config, upcycling_of
+from nemo_upcycle.plan.layout import validate
 
 
 def open_model(

@@ -12,10 +12,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.data.tokenizer import read_documents
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.evaluation.drift import EXACT, Drift
 from nemo_upcycle.evaluation.rounding import reorder
-from nemo_upcycle.mapping import Architecture
-from nemo_upcycle.mapping.moe import MoEModel
+from nemo_upcycle.families import Architecture
+from nemo_upcycle.families.moe import MoEModel
+from nemo_upcycle.trained.drift import EXACT, Drift
 
 MULTIPLE = 4
 """Of what rounding alone does to the dense model, what the MoE may differ by.

@@ -9,18 +9,18 @@ from transformers.modeling_utils import no_init_weights
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, read_config
 from nemo_upcycle.checkpoint.described import checked
+from nemo_upcycle.checkpoint.fingerprint import check_tied
 from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.engine.reading import Chunk, copy_blocks
+from nemo_upcycle.engine.source import open_source
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.evaluation.generation import transformers_config
-from nemo_upcycle.layout import shards
-from nemo_upcycle.mapping import FAMILIES
-from nemo_upcycle.mapping.moe_config import MOE_FAMILIES
-from nemo_upcycle.model import trained_config, upcycling_of
-from nemo_upcycle.plan import Block
-from nemo_upcycle.probe import check_tied
-from nemo_upcycle.reading import Chunk, copy_blocks
-from nemo_upcycle.source import open_source
-from nemo_upcycle.trained import check_all_restored, open_trained, plan_restore
+from nemo_upcycle.families import FAMILIES
+from nemo_upcycle.families.moe_config import MOE_FAMILIES
+from nemo_upcycle.nemo.model import trained_config, upcycling_of
+from nemo_upcycle.plan.layout import shards
+from nemo_upcycle.plan.rank import Block
+from nemo_upcycle.trained.opened import check_all_restored, open_trained, plan_restore
 
 
 def is_known(config: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ against layers on a GPU.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nemo_upcycle.mapping import dimensions
+from nemo_upcycle.families import dimensions
 from nemo_upcycle.planner.workload import Mapping, Workload
 
 UNEVEN_ROUTING = 1.5

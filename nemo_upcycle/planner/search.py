@@ -7,7 +7,7 @@ from itertools import product
 
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.layout import validate
+from nemo_upcycle.plan.layout import validate
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.memory import Memory, memory

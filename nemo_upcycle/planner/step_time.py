@@ -13,7 +13,7 @@ from functools import cached_property
 from operator import add
 from statistics import NormalDist
 
-from nemo_upcycle.mapping import dimensions
+from nemo_upcycle.families import dimensions
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.machine import Machine

@@ -106,8 +106,8 @@ class LoseRank(pl.Callback, io.IOMixin):
     def setup(self, *_: Any, **__: Any) -> None:
         if int(os.environ["RANK"]) != self.rank:
             return
-        from nemo_upcycle import callback
-        from nemo_upcycle.ranks import Ranks
+        from nemo_upcycle.engine.ranks import Ranks
+        from nemo_upcycle.nemo import callback
 
         upcycle, gather = callback.upcycle, Ranks.gather
 

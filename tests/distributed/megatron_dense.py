@@ -8,10 +8,10 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.transformer.enums import AttnBackend
 
-from nemo_upcycle import load
 from nemo_upcycle.checkpoint import open_checkpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.mapping import Architecture, family_of
+from nemo_upcycle.engine import load
+from nemo_upcycle.families import Architecture, family_of
 from tests.distributed import scenarios
 
 DENSE = UpcyclingConfig(num_moe_experts=None)

@@ -105,7 +105,7 @@ def _serve(connection: Connection) -> None:
     os.dup2(sink, 2)
     import torch
 
-    from nemo_upcycle import cpu
+    from nemo_upcycle.nemo import cpu
 
     torch.set_num_threads(1)  # threads of OpenMP would not survive the fork
     cpu.enable()

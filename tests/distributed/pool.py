@@ -86,7 +86,7 @@ def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
         prepare()
     import torch
 
-    from nemo_upcycle import cpu
+    from nemo_upcycle.nemo import cpu
 
     torch.set_num_threads(1)
     cpu.enable()

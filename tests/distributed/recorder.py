@@ -7,7 +7,7 @@ import torch
 from nemo.lightning import io
 from nemo.utils.model_utils import unwrap_model
 
-from nemo_upcycle.owned import owned_shards
+from nemo_upcycle.engine.owned_shards import owned_shards
 
 
 class Recorder(pl.Callback, io.IOMixin):

@@ -20,14 +20,20 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from nemo.collections.llm.gpt.model.base import gpt_data_step, gpt_forward_step
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
-from nemo_upcycle import cpu, load
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.mapping import Architecture, family_of
-from nemo_upcycle.model import UpcycledGPTConfig, architecture_fields, moe_fields, window_fields
-from nemo_upcycle.owned import OwnedShard, owned_shards
-from nemo_upcycle.plan import Shard
+from nemo_upcycle.engine import load
+from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
+from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.nemo import cpu
+from nemo_upcycle.nemo.model import (
+    UpcycledGPTConfig,
+    architecture_fields,
+    moe_fields,
+    window_fields,
+)
+from nemo_upcycle.plan.rank import Shard
 
 Chunks = list[torch.nn.Module]
 """A rank's model, one module a virtual stage."""

@@ -122,9 +122,9 @@ def test_a_checkpoint_that_only_the_ranks_see_is_compared(
 
 def fill_a_smaller_model(dense: Path) -> str:
     """Fill two layers from a checkpoint of four; return the error."""
-    from nemo_upcycle import load
     from nemo_upcycle.checkpoint import open_checkpoint
     from nemo_upcycle.checkpoint.described import described
+    from nemo_upcycle.engine import load
     from tests.distributed import scenarios
 
     checkpoint, upcycling = open_checkpoint(str(dense)), UpcyclingConfig(num_moe_experts=None)

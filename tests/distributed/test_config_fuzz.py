@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping.config_words import in_words_of_transformers_4
+from nemo_upcycle.families.config_words import in_words_of_transformers_4
 from tests.distributed import transformers5
 from tests.distributed.config_draws import FAMILIES, write
 from tests.distributed.pool import RankPool, nemo_recipe

@@ -23,10 +23,10 @@ def start(
     """Set a data module up as a trainer does; return samples, or the error."""
     from types import SimpleNamespace
 
-    from nemo_upcycle.data.gpt_dataset import GPTDataset
-    from nemo_upcycle.data.module import PreTrainingDataModule
     from nemo_upcycle.errors import UpcyclingError
-    from nemo_upcycle.tokenizer import checkpoint_tokenizer
+    from nemo_upcycle.nemo.data_module import PreTrainingDataModule
+    from nemo_upcycle.nemo.gpt_dataset import GPTDataset
+    from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer
 
     sizes = {"seq_length": SEQ_LENGTH, "micro_batch_size": 1, "global_batch_size": 4}
     try:

@@ -17,7 +17,7 @@ from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.data.choices import write_choices
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.export import export
+from nemo_upcycle.trained.export import export
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.test_step0 import FOLDED

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.export import export
+from nemo_upcycle.trained.export import export
 from tests.distributed import scenarios, te_layout
 from tests.distributed.grid import differing, whole
 from tests.distributed.pool import RankPool
@@ -28,7 +28,7 @@ FOLDED = ParallelFolding(
 
 def upcycled_experts(dense: Path, folding: ParallelFolding, layout: str) -> Any:
     """Upcycle a model whose experts are of the layout; return this rank's shards."""
-    from nemo_upcycle.owned import owned_shards
+    from nemo_upcycle.engine.owned_shards import owned_shards
 
     spec = {"sequential": None, "legacy": _legacy_spec, "te": _te_spec}[layout]
     overrides: dict[str, Any] = {"transformer_layer_spec": spec} if spec else {}
@@ -71,7 +71,7 @@ def _te_spec(config: Any, vp_stage: int | None = None) -> Any:
 
 
 def _with_experts(config: Any, vp_stage: int | None, experts: Any) -> Any:
-    from nemo_upcycle import cpu
+    from nemo_upcycle.nemo import cpu
 
     block = cpu.cpu_layer_spec(config, vp_stage)
     for layer in block.layer_specs:
@@ -157,8 +157,8 @@ EP2: dict[str, Any] = {"folding": ParallelFolding(expert_model_parallel_size=2)}
 
 def restored(source: Path, folding: ParallelFolding, layout: str) -> Any:
     """Build a model whose experts are of the layout, fill it from a trained one."""
-    from nemo_upcycle import load
-    from nemo_upcycle.trained import open_trained
+    from nemo_upcycle.engine import load
+    from nemo_upcycle.trained.opened import open_trained
 
     trained = open_trained(source)
     spec = {"sequential": None, "legacy": _legacy_spec, "te": _te_spec}[layout]

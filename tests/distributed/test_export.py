@@ -17,7 +17,7 @@ from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.export import export, plan_export
+from nemo_upcycle.trained.export import export, plan_export
 from tests.distributed import scenarios
 from tests.distributed.grid import whole
 from tests.distributed.pool import RankPool, nemo_recipe

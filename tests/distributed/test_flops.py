@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.flops import flops
-from nemo_upcycle.mapping.moe import MoEModel
-from nemo_upcycle.trained import megatron_model, upcycled_model
+from nemo_upcycle.families.moe import MoEModel
+from nemo_upcycle.planner.flops import flops
+from nemo_upcycle.trained.opened import megatron_model, upcycled_model
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.tiny import tokens, write_dense
@@ -56,7 +56,7 @@ def logged(directory: Path) -> dict[str, float]:
     import fiddle
     from nemo_upcycle_recipes import llama_tiny
 
-    from nemo_upcycle.training.mfu import MFUCallback
+    from nemo_upcycle.nemo.mfu import MFUCallback
 
     recipe = llama_tiny.upcycled_recipe(dir=str(directory), name="mfu", max_steps=3)
     recipe.log.ckpt = None
@@ -87,8 +87,8 @@ def test_utilisation_of_the_papers_speed() -> None:
     """462.8 TFLOP/s per GPU in its convention are 46.8% of an H100 (arXiv 2412.09952, Table 2)."""
     from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
 
+    from nemo_upcycle.nemo.mfu import utilisation
     from nemo_upcycle.planner.hardware import device_peak_tflops
-    from nemo_upcycle.training.mfu import utilisation
 
     counted = flops(upcycled_model(LLAMA3_8B_E8T2.architecture, LLAMA3_8B_E8T2.upcycling), 8192)
     seconds = 512 * counted.training_full_attention / (128 * 462.8e12)

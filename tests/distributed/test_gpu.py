@@ -42,7 +42,7 @@ def test_step0_is_the_dense_models(gpu: Any, dense: Path, precision: str, kind: 
 def test_experts_in_one_gemm_get_the_weights_of_experts_in_turn(gpu: Any, dense: Path) -> None:
     import torch
 
-    from nemo_upcycle.owned import owned_shards
+    from nemo_upcycle.engine.owned_shards import owned_shards
 
     weights = []
     for kind in ("grouped", "sequential"):

@@ -12,8 +12,8 @@ from nemo_upcycle.checkpoint import MegatronCheckpoint
 from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.export import export
-from nemo_upcycle.trained import open_trained
+from nemo_upcycle.trained.export import export
+from nemo_upcycle.trained.opened import open_trained
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.test_export import KINDS, trained
 from tests.distributed.test_step0 import TOLERANCE, dense_logits
@@ -27,7 +27,7 @@ def import_ckpt(source: Path, output: Path) -> None:
     """Import as a user does."""
     from nemo.collections import llm
 
-    from nemo_upcycle.model import UpcycledGPTModel
+    from nemo_upcycle.nemo.model import UpcycledGPTModel
 
     llm.import_ckpt(UpcycledGPTModel(), f"hf://{source}", output)
 

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from megatron.core import parallel_state
 
-from nemo_upcycle import load
 from nemo_upcycle.checkpoint import open_checkpoint
 from nemo_upcycle.checkpoint.described import open_dense
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.job import plan_job
-from nemo_upcycle.layout import Coordinates, coordinates, shards
-from nemo_upcycle.mapping import Architecture, family_of
-from nemo_upcycle.owned import owned_shards
-from nemo_upcycle.plan import Shard
+from nemo_upcycle.engine import load
+from nemo_upcycle.engine.owned_shards import owned_shards
+from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.plan.job import plan_job
+from nemo_upcycle.plan.layout import Coordinates, coordinates, shards
+from nemo_upcycle.plan.rank import Shard
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool
 from tests.tiny import CONFIG

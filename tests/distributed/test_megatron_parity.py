@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle import load
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.engine import load
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool
 from tests.tiny import write_dense

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, MegatronCheckpoint, open_checkpoint
 from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.mapping import family_of
-from nemo_upcycle.mapping.llama import LLAMA
-from nemo_upcycle.tokenizer import checkpoint_tokenizer
+from nemo_upcycle.families import family_of
+from nemo_upcycle.families.llama import LLAMA
+from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer
 from tests.distributed.foldings import Spread, spread
 from tests.distributed.grid import differing, whole
 from tests.distributed.megatron_dense import save_dense, upcycled_from

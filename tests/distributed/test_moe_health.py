@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.training.heat_map import SNAPSHOTS, LoadHistory
+from nemo_upcycle.engine.heat_map import SNAPSHOTS, LoadHistory
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.workspace import make_workspace
 
@@ -46,7 +46,7 @@ def health(
     from nemo.lightning import io
     from nemo_upcycle_recipes import llama_tiny
 
-    from nemo_upcycle.training.moe_health import MoEHealthCallback
+    from nemo_upcycle.nemo.moe_health import MoEHealthCallback
 
     class Damage(pl.Callback, io.IOMixin):
         def on_train_start(self, trainer: Any, *_: Any) -> None:

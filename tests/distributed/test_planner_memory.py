@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.layout import coordinates
-from nemo_upcycle.mapping import Architecture, family_of
+from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.plan.layout import coordinates
 from nemo_upcycle.planner.memory import ModelState, model_state, of_stage
 from nemo_upcycle.planner.workload import Mapping, Workload
 from tests.distributed.foldings import spread

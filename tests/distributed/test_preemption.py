@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemo_upcycle.training.auto_resume import saved_step
+from nemo_upcycle.nemo.auto_resume import saved_step
 from tests.distributed.nursery import Nursery
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.workspace import make_workspace
@@ -97,7 +97,7 @@ def interrupt_upcycling(directory: Path) -> Any:
     import fiddle
     from nemo_upcycle_recipes import llama_tiny
 
-    from nemo_upcycle import callback
+    from nemo_upcycle.nemo import callback
 
     recipe = llama_tiny.upcycled_recipe(dir=str(directory), name="early", max_steps=STEPS)
     upcycle = callback.upcycle

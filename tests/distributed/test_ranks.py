@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from nemo_upcycle.engine.ranks import Ranks
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.ranks import Ranks
 from tests.distributed.nursery import Nursery
 
 LOST = {

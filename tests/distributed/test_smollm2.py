@@ -11,7 +11,7 @@ import pytest
 
 from nemo_upcycle.data.choices import write_choices
 from nemo_upcycle.data.preparation import Preparation, prepare
-from nemo_upcycle.export import export
+from nemo_upcycle.trained.export import export
 from tests.workspace import make_workspace
 
 CONVERT = """

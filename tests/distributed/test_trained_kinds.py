@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemo_upcycle.config import ParallelFolding
-from nemo_upcycle.export import export
+from nemo_upcycle.trained.export import export
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.test_export import KINDS
 from tests.distributed.test_import import WEIGHTS, import_ckpt

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_upcycle.config import ParallelFolding
-from nemo_upcycle.export import export
-from nemo_upcycle.mapping import FAMILIES
-from nemo_upcycle.mapping.defaults import DEFAULTS
-from nemo_upcycle.mapping.moe_config import MOE_FAMILIES, moe_model
-from nemo_upcycle.trained import open_trained
+from nemo_upcycle.families import FAMILIES
+from nemo_upcycle.families.defaults import DEFAULTS
+from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
+from nemo_upcycle.trained.export import export
+from nemo_upcycle.trained.opened import open_trained
 from tests.distributed import transformers5
 from tests.distributed.pool import RankPool
 from tests.distributed.test_export import IDS, KINDS, trained

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from nemo_upcycle.checkpoint import open_checkpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.evaluation.drift import drift
 from nemo_upcycle.evaluation.parity import Parity, compare, length_beyond, reasons, rows_of
 from nemo_upcycle.evaluation.rounding import reorder
-from nemo_upcycle.export import export
-from nemo_upcycle.mapping import Architecture, family_of
-from nemo_upcycle.trained import open_trained
+from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.trained.drift import drift
+from nemo_upcycle.trained.export import export
+from nemo_upcycle.trained.opened import open_trained
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.test_step0 import FOLDED

@@ -10,10 +10,10 @@ import psutil
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from nemo_upcycle_recipes.ablations import studies
-from nemo_upcycle_recipes.ablations.results import Workspace, jobs_of
 from transformers import AutoModelForCausalLM
 
+from nemo_upcycle.ablations import studies
+from nemo_upcycle.ablations.results import Workspace, jobs_of
 from tests.end_to_end import cli
 from tests.workspace import make_workspace
 
@@ -71,7 +71,7 @@ def held_out_loss(workspace: Path) -> float:
 
 @pytest.mark.slow
 def test_the_recipes_are_the_factorys_with_what_the_arms_say(tmp_path: Path) -> None:
-    from nemo_upcycle_recipes.ablations.training import recipe_of
+    from nemo_upcycle.ablations.training import recipe_of
 
     workspace = Workspace(make_workspace(tmp_path / "demo"))
     arms = [studies.ARMS[name] for name in ("e8t2", "cf1", "lr_minimum", "dense", "scratch")]

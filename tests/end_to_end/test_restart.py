@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_upcycle.training.curves import Curve, read_curve
+from nemo_upcycle.evaluation.curves import Curve, read_curve
 from tests.end_to_end import cli
 from tests.workspace import make_workspace
 

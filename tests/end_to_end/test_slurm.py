@@ -12,7 +12,7 @@ import pytest
 
 from nemo_upcycle.data.choices import write_choices
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.training.curves import read_curve
+from nemo_upcycle.evaluation.curves import read_curve
 from tests.end_to_end import cli
 from tests.end_to_end import slurm as cluster
 from tests.workspace import make_workspace

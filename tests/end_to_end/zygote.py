@@ -52,7 +52,8 @@ def _serve(connection: Connection, environment: dict[str, str]) -> None:
 
     torch.set_num_threads(1)  # threads of OpenMP would not survive the fork
     import nemo_run.__main__
-    from nemo_upcycle_recipes import plugin
+
+    from nemo_upcycle.cli import nemo_run as plugin
 
     assert nemo_run.__main__ and plugin
     context: Any = multiprocessing.get_context("fork")

@@ -6,18 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from nemo_upcycle_recipes.ablations import runner, studies
-from nemo_upcycle_recipes.ablations.picture import draw
-from nemo_upcycle_recipes.ablations.report import Report, markdown, report_of, to_json
-from nemo_upcycle_recipes.ablations.results import Job, Result, Workspace, jobs_of
-from nemo_upcycle_recipes.ablations.statistics import Estimate, t_quantile, verdict
-from nemo_upcycle_recipes.ablations.studies import ARMS, BASELINE, STUDIES, Arm, Claim, Study
 from typer.testing import CliRunner
 
+from nemo_upcycle.ablations import runner, studies
+from nemo_upcycle.ablations.picture import draw
+from nemo_upcycle.ablations.report import Report, markdown, report_of, to_json
+from nemo_upcycle.ablations.results import Job, Result, Workspace, jobs_of
+from nemo_upcycle.ablations.statistics import Estimate, t_quantile, verdict
+from nemo_upcycle.ablations.studies import ARMS, BASELINE, STUDIES, Arm, Claim, Study
 from nemo_upcycle.cli import app
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.flops import flops
-from nemo_upcycle.trained import upcycled_model
+from nemo_upcycle.planner.flops import flops
+from nemo_upcycle.trained.opened import upcycled_model
 from tests.tiny import write_llama
 
 STEPS = 100

@@ -9,12 +9,12 @@ import torch
 from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
 
-from nemo_upcycle import cpu
-from nemo_upcycle.agreement import check_agreement, exactness_of
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping import Architecture, family_of
-from nemo_upcycle.model import (
+from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.nemo import cpu
+from nemo_upcycle.nemo.agreement import check_agreement, exactness_of
+from nemo_upcycle.nemo.model import (
     UpcycledGPTConfig,
     architecture_fields,
     is_llama,

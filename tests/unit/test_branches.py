@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.checkpoint.branches import branch_name, open_branches, split_sources
 from nemo_upcycle.checkpoint.described import open_dense
+from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
 from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.dtypes import TORCH_DTYPES
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping import family_of
-from nemo_upcycle.plan import Shard, make_plan
+from nemo_upcycle.families import family_of
+from nemo_upcycle.plan.rank import Shard, make_plan
 from tests.tiny import write_dense, write_llama
 
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, open_checkpoint
 from nemo_upcycle.checkpoint.checks import check_tensors
+from nemo_upcycle.checkpoint.fingerprint import check_tied, fingerprint
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping import family_of
-from nemo_upcycle.probe import check_tied, fingerprint
+from nemo_upcycle.families import family_of
 from tests.tiny import write_llama
 
 SHARD = "model-00001-of-00004.safetensors"

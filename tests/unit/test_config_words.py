@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.mapping import FAMILIES, Architecture
-from nemo_upcycle.mapping.config_words import in_words_of_transformers_4
-from nemo_upcycle.mapping.defaults import DEFAULTS
-from nemo_upcycle.mapping.moe_config import MOE_FAMILIES, moe_model
+from nemo_upcycle.families import FAMILIES, Architecture
+from nemo_upcycle.families.config_words import in_words_of_transformers_4
+from nemo_upcycle.families.defaults import DEFAULTS
+from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
 from tests.tiny import CONFIG, LLAMA31_ROPE
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}

@@ -33,13 +33,14 @@ def test_importing_changes_nothing_in_torch_and_a_cuda_machine_refuses_cpu_mode(
     script = (
         SNAPSHOT
         + """
-import nemo_upcycle.cpu, nemo_upcycle.model, nemo_upcycle.callback, nemo_upcycle.strategy
-import nemo_upcycle_recipes.plugin
+import nemo_upcycle.nemo.cpu, nemo_upcycle.nemo.model, nemo_upcycle.nemo.callback
+import nemo_upcycle.nemo.strategy
+import nemo_upcycle.cli.nemo_run
 assert state() == before, "the import changed torch, Megatron or NeMo"
 from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
 recipe = upcycled_recipe()
 assert recipe.trainer.accelerator == "gpu", recipe.trainer.accelerator
-for ask in (nemo_upcycle.cpu.enable, nemo_upcycle.cpu.CpuMegatronStrategy):
+for ask in (nemo_upcycle.nemo.cpu.enable, nemo_upcycle.nemo.cpu.CpuMegatronStrategy):
     try:
         ask()
     except nemo_upcycle.errors.UpcyclingError as error:
@@ -57,10 +58,10 @@ def test_the_check_above_can_fail() -> None:
     script = (
         SNAPSHOT
         + """
-import nemo_upcycle.cpu
+import nemo_upcycle.nemo.cpu
 torch.cuda.is_available = lambda: False
 before = state()
-nemo_upcycle.cpu.enable()
+nemo_upcycle.nemo.cpu.enable()
 print("CHANGED" if state() != before else "same")
 assert torch.zeros(2, device="cuda").device.type == "cpu"
 """
@@ -76,5 +77,5 @@ def test_importing_on_a_real_cuda_machine() -> None:
         pytest.skip("no CUDA device")
     script = SNAPSHOT.replace("torch.cuda.is_available = lambda: True", "torch.cuda.init()")
     assert "UNCHANGED" in run(
-        script + "import nemo_upcycle_recipes.plugin\nassert state() == before\nprint('UNCHANGED')"
+        script + "import nemo_upcycle.cli.nemo_run\nassert state() == before\nprint('UNCHANGED')"
     )

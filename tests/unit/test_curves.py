@@ -12,7 +12,7 @@ import pytest
 import rich.console
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.training.curves import Curve, compare_runs, plot, read_curve, render, smooth
+from nemo_upcycle.evaluation.curves import Curve, compare_runs, plot, read_curve, render, smooth
 
 LOSS, VAL = "reduced_train_loss", "val_loss"
 
@@ -169,7 +169,7 @@ def test_missing_matplotlib_is_one_clear_error(tmp_path: Path) -> None:
     script = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "from pathlib import Path\n"
-        "from nemo_upcycle.training.curves import compare_runs\n"
+        "from nemo_upcycle.evaluation.curves import compare_runs\n"
         "compare_runs(Path('d'), Path('m'), Path('out'), tokens_per_step=1)\n"
     )
     done = subprocess.run(
@@ -183,7 +183,7 @@ def test_missing_matplotlib_is_one_clear_error(tmp_path: Path) -> None:
 def test_importing_costs_nothing(module: str) -> None:
     heavy = ["torch", "megatron", "transformers", "tokenizers", "matplotlib", "tensorboard", "rich"]
     script = (
-        f"import sys, nemo_upcycle.{module}, nemo_upcycle.training.curves\n"
+        f"import sys, nemo_upcycle.{module}, nemo_upcycle.evaluation.curves\n"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     done = subprocess.run(

@@ -13,7 +13,7 @@ from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
 from nemo_upcycle.checkpoint.described import dense_of_config
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.job import plan_job
+from nemo_upcycle.plan.job import plan_job
 from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.tuning import tune
 
@@ -189,7 +189,7 @@ def megatrons_config(built: Any) -> Any:
     """Make Megatron's config, which checks itself, without the kernels that this machine lacks."""
     import fiddle
 
-    from nemo_upcycle import cpu
+    from nemo_upcycle.nemo import cpu
 
     config, strategy = built.model.config, built.trainer.strategy
     lacking = {name for name in cpu.MODEL_OVERRIDES if name != "moe_grouped_gemm"}

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.engine.experts import initialize_experts
+from nemo_upcycle.engine.owned_shards import OwnedShard
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families import family_of
 from nemo_upcycle.initializers import initialize_router, make_initializer, names
-from nemo_upcycle.initializing import initialize_experts
-from nemo_upcycle.mapping import family_of
-from nemo_upcycle.owned import OwnedShard
-from nemo_upcycle.plan import Shard
+from nemo_upcycle.plan.rank import Shard
 from tests.third_party import install_flip
 from tests.tiny import write_llama
 
@@ -221,7 +221,7 @@ def test_values_do_not_depend_on_the_size_of_blocks(
     dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = initialized(dense, "drop")
-    monkeypatch.setattr("nemo_upcycle.initializing.BLOCK_BYTES", 4 * HIDDEN * 7)
+    monkeypatch.setattr("nemo_upcycle.engine.experts.BLOCK_BYTES", 4 * HIDDEN * 7)
     for place, expected in initialized(dense, "drop").items():
         for kind, values in expected.items():
             assert torch.equal(whole[place][kind], values)

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.checkpoint.kept import default_tokens, kept_in, kept_of
 from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.engine.provenance import Origin
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.origin import Origin
 from tests.tiny import CONFIG
 
 LLAMA = {"model_type": "llama", **CONFIG}

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from nemo_upcycle.config.layers import megatron_layer_freq, moe_layers
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.layers import megatron_layer_freq, moe_layers
 
 
 @pytest.mark.parametrize(

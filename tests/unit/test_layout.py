@@ -12,10 +12,10 @@ from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
 from nemo_upcycle.checkpoint import TensorInfo
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.layout import Coordinates, coordinates, shards, stage_layers, validate
-from nemo_upcycle.mapping import Architecture
-from nemo_upcycle.mapping.llama import LLAMA
-from nemo_upcycle.plan import Shard, make_plan
+from nemo_upcycle.families import Architecture
+from nemo_upcycle.families.llama import LLAMA
+from nemo_upcycle.plan.layout import Coordinates, coordinates, shards, stage_layers, validate
+from nemo_upcycle.plan.rank import Shard, make_plan
 from tests.tiny import CONFIG
 
 ARCH = LLAMA.architecture({**CONFIG, "model_type": "llama"})

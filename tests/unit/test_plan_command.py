@@ -21,10 +21,10 @@ from nemo_upcycle.checkpoint.described import dense_of_config
 from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.job import distinct_bytes, plan_job
-from nemo_upcycle.mapping.llama import LLAMA
-from nemo_upcycle.plan import BUFFERS, CHUNK_BYTES, Block
-from nemo_upcycle.plan_report import number, size, spans_of
+from nemo_upcycle.families.llama import LLAMA
+from nemo_upcycle.plan.job import distinct_bytes, plan_job
+from nemo_upcycle.plan.rank import BUFFERS, CHUNK_BYTES, Block
+from nemo_upcycle.plan.report import number, size, spans_of
 from tests.tiny import CONFIG, into_hub_cache, write_dense, write_llama
 
 PAPER = RECIPES["llama3_8b_e8t2"]

@@ -17,7 +17,7 @@ from nemo_upcycle.checkpoint.described import dense_of_config
 from nemo_upcycle.cli import app
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.job import plan_job
+from nemo_upcycle.plan.job import plan_job
 from nemo_upcycle.planner.efficiency import CALIBRATED
 from nemo_upcycle.planner.hardware import Hardware, device_peak_tflops, hardware, shipped
 from nemo_upcycle.planner.memory import memory

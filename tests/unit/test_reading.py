@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_upcycle import reading
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
-from nemo_upcycle.dtypes import TORCH_DTYPES
+from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
+from nemo_upcycle.engine import reading
+from nemo_upcycle.engine.reading import Chunk, all_finite, copy_blocks
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.plan import Block
-from nemo_upcycle.reading import Chunk, all_finite, copy_blocks
+from nemo_upcycle.plan.rank import Block
 
 CPU = torch.device("cpu")
 

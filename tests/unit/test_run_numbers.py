@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.training.run_numbers import check_numbers
+from nemo_upcycle.nemo.run_numbers import check_numbers
 
 
 def checked(**changes: Any) -> list[str]:

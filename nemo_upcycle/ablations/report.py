@@ -1,0 +1,285 @@
+"""What the trainings show: a table a study, and whether each claim holds."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nemo_upcycle.ablations.results import Job, Result
+from nemo_upcycle.ablations.statistics import CONFIDENCE, Estimate, verdict
+from nemo_upcycle.ablations.studies import ARMS, Arm, Claim, Study, dense_run_flops
+
+Results = dict[str, dict[int, Result]]
+"""By arm and seed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm in a study.
+
+    Attributes:
+        arm: The arm.
+        start: Loss before the first step.
+        end: Loss after the last.
+        differences: Of the ends, to the study's first arm, a value a seed.
+        capped: Loss after the last step with the training's capacity factor.
+        dropped: Share of assignments that it drops.
+        tokens: Trained on.
+        flops: Of the training.
+    """
+
+    arm: Arm
+    start: Estimate
+    end: Estimate
+    differences: tuple[float, ...]
+    capped: Estimate
+    dropped: Estimate
+    tokens: int
+    flops: float
+
+    @property
+    def difference(self) -> Estimate:
+        """Mean of the differences."""
+        return Estimate.of(self.differences)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim, and the differences that speak for it where they are positive."""
+
+    claim: Claim
+    difference: Estimate
+
+    @property
+    def verdict(self) -> str:
+        """Whether it holds."""
+        return verdict(self.difference)
+
+    def __str__(self) -> str:
+        low, high = self.difference.interval
+        between = "" if self.difference.error is None else f", {low:+.4f} to {high:+.4f}"
+        return f"{self.verdict} ({self.difference.signed}{between})"
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """What the trainings of a study show."""
+
+    study: Study
+    rows: tuple[Row, ...]
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What all trainings show.
+
+    Attributes:
+        studies: One by one.
+        steps: The baseline's.
+        seeds: Of each arm.
+        tokens_per_step: Of every arm.
+        held_out_tokens: That losses are measured on.
+        dense_flops: Of the dense model's own training.
+        seconds: Of processors, of all trainings.
+    """
+
+    studies: tuple[StudyReport, ...]
+    steps: int
+    seeds: int
+    tokens_per_step: int
+    held_out_tokens: int
+    dense_flops: float
+    seconds: float
+
+
+def report_of(studies: Sequence[Study], jobs: Sequence[Job], steps: int) -> Report:
+    """Put results together.
+
+    Args:
+        studies: What is asked.
+        jobs: Trainings that are done, of all arms of the studies.
+        steps: The baseline's.
+    """
+    results: Results = {}
+    for job in jobs:
+        result = job.result()
+        assert result is not None
+        results.setdefault(job.arm.name, {})[job.seed] = result
+    of_arm = {job.arm.name: job for job in jobs}
+    first = jobs[0]
+    schedule = first.arm.recipe.schedule
+    everything = [result for by_seed in results.values() for result in by_seed.values()]
+    return Report(
+        tuple(_study(study, of_arm, results) for study in studies),
+        steps,
+        len(results[first.arm.name]),
+        schedule.tokens_per_step,
+        everything[0].held_out_tokens,
+        dense_run_flops(first.workspace.architecture),
+        sum(result.seconds for result in everything),
+    )
+
+
+def _study(study: Study, jobs: dict[str, Job], results: Results) -> StudyReport:
+    return StudyReport(
+        study,
+        tuple(_row(jobs[name], results[name], results[study.arms[0]]) for name in study.arms),
+        tuple(_finding(claim, results) for claim in study.claims),
+    )
+
+
+def _row(job: Job, found: dict[int, Result], baseline: dict[int, Result]) -> Row:
+    def estimate(field: str) -> Estimate:
+        return Estimate.of([getattr(result, field) for result in found.values()])
+
+    per_step = job.arm.flops_per_step(job.workspace.architecture)
+    return Row(
+        job.arm,
+        estimate("start"),
+        estimate("end"),
+        tuple(found[seed].end - baseline[seed].end for seed in sorted(found.keys() & baseline)),
+        estimate("capped_end"),
+        estimate("dropped"),
+        job.steps * job.arm.recipe.schedule.tokens_per_step,
+        job.steps * per_step,
+    )
+
+
+def _finding(claim: Claim, results: Results) -> Finding:
+    lower, higher = results[claim.lower], results[claim.higher]
+    seeds = sorted(lower.keys() & higher.keys())
+    return Finding(
+        claim,
+        Estimate.of(
+            [getattr(higher[seed], claim.at) - getattr(lower[seed], claim.at) for seed in seeds]
+        ),
+    )
+
+
+def markdown(report: Report, picture: str) -> str:
+    """Return the report as a document.
+
+    Args:
+        report: It.
+        picture: The picture's file, beside the document.
+    """
+    return "\n".join([*_introduction(report, picture), *_summary(report), *_tables(report)])
+
+
+def _introduction(report: Report, picture: str) -> Iterator[str]:
+    claims = sum(len(one.findings) for one in report.studies)
+    yield "# Ablations\n"
+    yield (
+        f"A dense Llama as the demo trains it ({report.dense_flops:.2g} FLOPs), upcycled and "
+        f"trained on for {report.steps} steps of {report.tokens_per_step:,} tokens, "
+        f"{counted(report.seeds, 'seed')} an arm. A seed decides the order of the data, the "
+        "routers, the initialisers and random weights; arms of one seed see the same sequences in "
+        "the same order.\n"
+    )
+    yield (
+        f"Losses are in nats a token, of language alone, on {report.held_out_tokens:,} tokens of "
+        "held-out text, each corpus with its weight in the training's blend, no token dropped: "
+        "mean ± standard error over seeds. Differences are to the first arm of a table, seed by "
+        f"seed. A claim holds if Student's {CONFIDENCE:.0%} interval of the difference seed by "
+        f"seed leaves out 0; of {counted(claims, 'claim')}, {claims * (1 - CONFIDENCE):.1f} would "
+        "by chance if nothing made a difference. All trainings took "
+        f"{report.seconds / 60:.0f} minutes of a core.\n"
+    )
+    yield f"![Losses of all arms]({picture})\n"
+
+
+def _summary(report: Report) -> Iterator[str]:
+    yield "| study | claim | here |"
+    yield "|:---|:---|:---|"
+    for one in report.studies:
+        for finding in one.findings:
+            yield f"| {_title(one.study)} | {finding.claim.text} | {finding.verdict} |"
+    yield ""
+
+
+def _tables(report: Report) -> Iterator[str]:
+    for one in report.studies:
+        yield f"## {_title(one.study).capitalize()}\n\n{one.study.question}\n"
+        columns = _columns(one.rows)
+        yield "| arm | " + " | ".join(columns) + " |"
+        yield "|:---|" + "---:|" * len(columns)
+        for number, row in enumerate(one.rows):
+            cells = [cell(row, number == 0) for cell in columns.values()]
+            yield f"| {row.arm.label} | " + " | ".join(cells) + " |"
+        yield ""
+        if one.study.note:
+            yield f"{one.study.note}\n"
+        for finding in one.findings:
+            yield f"- {finding.claim.text} ({finding.claim.source}): **{finding}**."
+        yield ""
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return what a table shows of a row, by heading; of dropped tokens where there are any."""
+    columns: dict[str, Any] = {
+        "loss at first": lambda row, first: str(row.start),
+        "at the end": lambda row, first: str(row.end),
+        "difference": lambda row, first: "" if first else row.difference.signed,
+    }
+    if any(row.dropped.mean for row in rows):
+        columns |= {
+            "with its capacity": lambda row, first: str(row.capped),
+            "dropped": lambda row, first: f"{row.dropped.mean:.1%}",
+        }
+    return columns | {
+        "tokens": lambda row, first: f"{row.tokens:,}",
+        "FLOPs": lambda row, first: f"{row.flops:.2e}",
+    }
+
+
+def _title(study: Study) -> str:
+    return study.name.replace("_", " ")
+
+
+def counted(count: int, word: str) -> str:
+    """Return a number of things, in words."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def to_json(report: Report, jobs: Sequence[Job]) -> str:
+    """Return all numbers: every seed's, and what is made of them."""
+    trainings = [
+        {"arm": job.arm.name, "seed": job.seed, "steps": job.steps, "key": job.key}
+        | vars(job.result())
+        for job in jobs
+    ]
+    arms = {
+        name: {
+            "label": arm.label,
+            "start": arm.start,
+            "numbers": dict(arm.numbers),
+            "schedule": dict(arm.schedule),
+            "budget": arm.budget,
+        }
+        for name, arm in ARMS.items()
+    }
+    studies = [
+        {
+            "name": one.study.name,
+            "arms": {
+                row.arm.name: {
+                    name: asdict(getattr(row, name)) for name in ("start", "end", "difference")
+                }
+                | {"tokens": row.tokens, "flops": row.flops}
+                for row in one.rows
+            },
+            "claims": [
+                asdict(finding.claim)
+                | {"difference": asdict(finding.difference), "verdict": finding.verdict}
+                for finding in one.findings
+            ],
+        }
+        for one in report.studies
+    ]
+    about = {
+        name: getattr(report, name)
+        for name in ("steps", "seeds", "tokens_per_step", "held_out_tokens", "dense_flops")
+    }
+    found = about | {"arms": arms, "studies": studies, "trainings": trainings}
+    return json.dumps(found, indent=1) + "\n"

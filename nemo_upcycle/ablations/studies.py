@@ -1,0 +1,410 @@
+"""What is compared, and what the papers found: plain data.
+
+An arm is a training that differs from the baseline (E8T2, copies, Mixtral-type router, dropless,
+learning rate back at the dense run's peak) in what it says; arms of several studies are trained
+once. A claim says of two arms which ends, or starts, with the lower loss.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nemo_upcycle_recipes.arguments import with_arguments
+from nemo_upcycle_recipes.numbers import LLAMA_TINY, LLAMA_TINY_E8T2
+from nemo_upcycle_recipes.recipe import Recipe
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families import Architecture
+from nemo_upcycle.planner.flops import flops
+from nemo_upcycle.trained.opened import upcycled_model
+
+BATCH = {"global_batch_size": 8}
+"""Half of the demo's: at equal tokens twice the updates. Of 205k tokens the baseline then learns
+more (4.646 to 4.670 nats of held-out loss, one seed); at a quarter, over 102k tokens, it
+ends higher than it began (4.822 to 4.768)."""
+
+BUDGETS = ("tokens", "flops", "all_flops")
+STARTS = ("upcycled", "dense", "scratch")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A training.
+
+    Attributes:
+        name: As claims and files name it.
+        label: As tables and pictures name it.
+        start: `upcycled`, `dense` (the dense model trained on), or `scratch` (the same MoE from
+            random weights).
+        numbers: Arguments of the recipe's factory.
+        schedule: Fields of `Schedule`, where they are not the recipe's.
+        budget: As many steps as the baseline (`tokens`); as many FLOPs (`flops`); as many as the
+            baseline and the dense run before it have together (`all_flops`).
+    """
+
+    name: str
+    label: str
+    start: str = "upcycled"
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    budget: str = "tokens"
+
+    @property
+    def recipe(self) -> Recipe:
+        """All its numbers.
+
+        Raises:
+            UpcyclingError: They contradict each other.
+        """
+        base = LLAMA_TINY if self.start == "dense" else LLAMA_TINY_E8T2
+        recipe = with_arguments(base, BATCH | dict(self.numbers))
+        return replace(recipe, schedule=replace(recipe.schedule, **self.schedule))
+
+    def flops_per_step(self, arch: Architecture) -> float:
+        """Return the operations of a step, forward and backward, on a dense model's sizes."""
+        return _flops_per_step(self.recipe, arch)
+
+    def steps(self, steps: int, arch: Architecture) -> int:
+        """Return how many steps it has where the baseline has so many.
+
+        Args:
+            steps: The baseline's.
+            arch: The dense model's numbers. Its own training was the recipe `llama_tiny`'s.
+        """
+        if self.budget == "tokens":
+            return steps
+        total = steps * ARMS[BASELINE].flops_per_step(arch)
+        if self.budget == "all_flops":
+            total += dense_run_flops(arch)
+        # At most so many; what is a whole number but for rounding is that.
+        return math.floor(total / self.flops_per_step(arch) + 1e-6)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one arm has a lower loss than another.
+
+    Attributes:
+        text: It, in words.
+        source: Who found it, and with what numbers.
+        lower: The arm that has.
+        higher: The other.
+        at: The `end` of the training, or its `start`.
+    """
+
+    text: str
+    source: str
+    lower: str
+    higher: str
+    at: str = "end"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms that are compared with the first of them.
+
+    Attributes:
+        name: What `--study` takes.
+        question: What is asked.
+        arms: Names.
+        claims: What the papers answer.
+        note: How to read the table.
+    """
+
+    name: str
+    question: str
+    arms: tuple[str, ...]
+    claims: tuple[Claim, ...]
+    note: str = ""
+
+
+_ST = {"moe_router_pre_softmax": True}
+_G2 = {"granularity": 2, "moe_router_topk": 4}
+_G4 = {"granularity": 4, "moe_router_topk": 8}
+_G8 = {"granularity": 8, "moe_router_topk": 16}
+_PEAK, _MINIMUM = LLAMA_TINY.schedule.lr, LLAMA_TINY.schedule.min_lr
+_BETWEEN = round((_PEAK * _MINIMUM) ** 0.5, 5)
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("e8t2", "baseline: E8T2"),
+        Arm("cf4", "CF 4", numbers={"moe_expert_capacity_factor": 4.0}),
+        Arm("cf2", "CF 2", numbers={"moe_expert_capacity_factor": 2.0}),
+        Arm("cf1", "CF 1", numbers={"moe_expert_capacity_factor": 1.0}),
+        Arm("st", "ST-type, unscaled", numbers=_ST | {"weight_scaling": "none"}),
+        Arm("st_paper", "ST-type, ∛ scaling", numbers=_ST | {"weight_scaling": "paper"}),
+        Arm("st_exact", "ST-type, √ on up, down", numbers=_ST | {"weight_scaling": "exact"}),
+        Arm("g2", "E8G2T4", numbers=_G2),
+        Arm("g4", "E8G4T8", numbers=_G4),
+        Arm("g8", "E8G8T16", numbers=_G8),
+        Arm("g4_paper", "E8G4T8, ∛ scaling", numbers=_G4 | {"weight_scaling": "paper"}),
+        Arm("g4_none", "E8G4T8, unscaled", numbers=_G4 | {"weight_scaling": "none"}),
+        Arm(
+            "lr_between",
+            f"peak {_BETWEEN:g}",
+            schedule={"lr": _BETWEEN},
+        ),
+        Arm(
+            "lr_minimum",
+            f"constant {_MINIMUM:g}",
+            schedule={"lr": _MINIMUM, "warmup_steps": 0},
+        ),
+        Arm("drop", "drop(0.5)", numbers={"initializer": "drop(ratio=0.5)"}),
+        Arm("noise", "noise(0.02; 0.5)", numbers={"initializer": "noise(std=0.02; fraction=0.5)"}),
+        Arm("random", "random(0.02)", numbers={"initializer": "random(std=0.02)"}),
+        Arm(
+            "hybrid",
+            "hybrid(copy; drop(0.5))",
+            numbers={"initializer": "hybrid(copy; drop(ratio=0.5))"},
+        ),
+        Arm("dense", "dense, same tokens", start="dense"),
+        Arm("dense_flops", "dense, same FLOPs", start="dense", budget="flops"),
+        Arm("scratch", "scratch, same tokens", start="scratch"),
+        Arm("scratch_flops", "scratch, dense run's FLOPs too", start="scratch", budget="all_flops"),
+        Arm(
+            "scratch_flops_dense",
+            "the same, in the dense run's batches",
+            start="scratch",
+            numbers={"global_batch_size": LLAMA_TINY.schedule.global_batch_size},
+            budget="all_flops",
+        ),
+    )
+}
+"""By name; the baseline first."""
+
+BASELINE = next(iter(ARMS))
+
+_LLAMA3, _NVIDIA = "arXiv 2412.09952", "arXiv 2410.07524"
+
+STUDIES = {
+    study.name: study
+    for study in (
+        Study(
+            "controls",
+            "Does upcycling beat training the dense model on, or the MoE from scratch?",
+            ("e8t2", "dense", "dense_flops", "scratch", "scratch_flops", "scratch_flops_dense"),
+            (
+                Claim(
+                    "At equal tokens the MoE ends lower than the dense model trained on",
+                    f"{_LLAMA3}, Table 4: MMLU 63.3 (dropless) to 62.4; {_NVIDIA}: validation loss "
+                    "1.306 to 1.377",
+                    "e8t2",
+                    "dense",
+                ),
+                Claim(
+                    "At equal FLOPs too",
+                    "arXiv 2212.05055: the upcycled models pass the dense ones at 50% of the "
+                    "dense pre-training's cost",
+                    "e8t2",
+                    "dense_flops",
+                ),
+                Claim(
+                    "At equal tokens it ends lower than the same MoE from scratch",
+                    "arXiv 2212.05055",
+                    "e8t2",
+                    "scratch",
+                ),
+                Claim(
+                    "It does even if the MoE from scratch is given the dense run's FLOPs too",
+                    "arXiv 2212.05055: better than sparse models from scratch on 100% of the dense "
+                    "pre-training's budget",
+                    "e8t2",
+                    "scratch_flops",
+                ),
+                Claim(
+                    "And if that one is trained in batches as large as the dense run's",
+                    "arXiv 2212.05055, the same",
+                    "e8t2",
+                    "scratch_flops_dense",
+                ),
+            ),
+            "FLOPs are a training's own. What starts from the dense model has that model's "
+            "training behind it; the last two arms get those FLOPs on top, in one schedule: first "
+            "in batches as all arms have, which makes more steps of them, then in batches as large "
+            "as the dense run's. All arms have the same peak and final learning rate.",
+        ),
+        Study(
+            "capacity_factor",
+            "How many tokens may an expert take?",
+            ("e8t2", "cf4", "cf2", "cf1"),
+            (
+                Claim(
+                    "CF 2 ends lower than dropless",
+                    f"{_LLAMA3}, Table 4: MMLU 64.0 to 63.3 (0-shot 63.9 to 63.7)",
+                    "cf2",
+                    "e8t2",
+                ),
+                Claim(
+                    "CF 4 ends lower than dropless",
+                    f"{_LLAMA3}, Table 4: MMLU 63.5 to 63.3; top-2 of 8 with CF 4 never drops a "
+                    "token, so the two compute the same",
+                    "cf4",
+                    "e8t2",
+                ),
+                Claim(
+                    "CF 1 ends higher than CF 2",
+                    f"{_LLAMA3}, Table 4: MMLU 63.7 to 64.0 (0-shot 63.3 to 63.9)",
+                    "cf2",
+                    "cf1",
+                ),
+            ),
+            "Nothing is padded, so all arms compute the same but for what is dropped. Losses are "
+            "measured without dropping, as transformers would; beside them with the training's "
+            "capacity, which 20 rows at a time share.",
+        ),
+        Study(
+            "router",
+            "Softmax after top-k (Mixtral-type) or before it (ST-type)?",
+            ("e8t2", "st", "st_paper", "st_exact"),
+            (
+                Claim(
+                    "Mixtral-type starts lower than ST-type",
+                    f"{_LLAMA3}, router ablation",
+                    "e8t2",
+                    "st",
+                    at="start",
+                ),
+                Claim(
+                    "Mixtral-type ends lower than ST-type",
+                    f"{_LLAMA3}, router ablation: converges faster",
+                    "e8t2",
+                    "st",
+                ),
+                Claim(
+                    "ST-type with scaled weights ends lower than Mixtral-type",
+                    f"{_NVIDIA}: softmax-then-top-k is better at scale",
+                    "st_paper",
+                    "e8t2",
+                ),
+                Claim("Scaling makes ST-type end lower", f"{_NVIDIA}, Eq. 2", "st_paper", "st"),
+            ),
+        ),
+        Study(
+            "granularity",
+            "Fewer wide experts or many narrow ones, at the same compute a token (T = 2G)?",
+            ("e8t2", "g2", "g4", "g8"),
+            (
+                Claim(
+                    "64 experts (E8G8T16) end lower than 8",
+                    f"{_NVIDIA}: the best granularity gives about 64 experts",
+                    "g8",
+                    "e8t2",
+                ),
+                Claim(
+                    "16 experts (E8G2T4) end lower than 8",
+                    f"{_NVIDIA}: finer is better up to about 64 experts",
+                    "g2",
+                    "e8t2",
+                ),
+            ),
+        ),
+        Study(
+            "weight_scaling",
+            "Must the weights of granular experts be scaled, and how?",
+            ("g4", "g4_paper", "g4_none"),
+            (
+                Claim(
+                    "Cube-root scaling ends lower than none",
+                    f"{_NVIDIA}, Eq. 2",
+                    "g4_paper",
+                    "g4_none",
+                ),
+                Claim(
+                    "The scaling that keeps the dense function (√G on up and down) starts lower "
+                    "than the cube root",
+                    "this project's rule; see `weight_scaling`",
+                    "g4",
+                    "g4_paper",
+                    at="start",
+                ),
+                Claim(
+                    "And ends lower",
+                    "this project's rule; see `weight_scaling`",
+                    "g4",
+                    "g4_paper",
+                ),
+            ),
+        ),
+        Study(
+            "learning_rate",
+            "Back to the dense run's peak learning rate, or on at its minimum?",
+            ("e8t2", "lr_between", "lr_minimum"),
+            (
+                Claim(
+                    "Resetting the learning rate ends lower than going on at the minimum",
+                    f"{_NVIDIA}: resetting the learning rate wins",
+                    "e8t2",
+                    "lr_minimum",
+                ),
+            ),
+            "All but the constant one warm up and fall to the dense run's minimum along a cosine.",
+        ),
+        Study(
+            "initializers",
+            "Should experts start as copies?",
+            ("e8t2", "drop", "noise", "random", "hybrid"),
+            (
+                Claim(
+                    "Drop-Upcycling (ratio 0.5) ends lower than copies",
+                    "arXiv 2502.19261, over far longer trainings",
+                    "drop",
+                    "e8t2",
+                ),
+                Claim(
+                    "Copies start lower than Drop-Upcycling",
+                    "arXiv 2502.19261: dropping costs knowledge at first",
+                    "e8t2",
+                    "drop",
+                    at="start",
+                ),
+                Claim(
+                    "Copies end lower than random experts",
+                    "arXiv 2212.05055",
+                    "e8t2",
+                    "random",
+                ),
+            ),
+        ),
+    )
+}
+"""By the name that `--study` takes."""
+
+
+def studies_named(names: list[str]) -> list[Study]:
+    """Return studies by name, all of them for no name.
+
+    Raises:
+        UpcyclingError: There is none of that name.
+    """
+    for name in names:
+        if name not in STUDIES:
+            raise UpcyclingError(
+                f"There is no study {name!r}; expected one of: {', '.join(STUDIES)}."
+            )
+    return [study for study in STUDIES.values() if not names or study.name in names]
+
+
+def arms_of(studies: list[Study]) -> list[Arm]:
+    """Return the arms of studies, each once, and the baseline."""
+    names = {BASELINE, *(name for study in studies for name in study.arms)}
+    return [arm for name, arm in ARMS.items() if name in names]
+
+
+def dense_run_flops(arch: Architecture) -> float:
+    """Return the operations of the training that the dense model comes from: `llama_tiny`'s."""
+    return LLAMA_TINY.schedule.max_steps * _flops_per_step(LLAMA_TINY, arch)
+
+
+def most_sequences(steps: int, arch: Architecture) -> int:
+    """Return the sequences that the longest arm of all studies sees."""
+    return max(
+        arm.steps(steps, arch) * arm.recipe.schedule.global_batch_size for arm in ARMS.values()
+    )
+
+
+def _flops_per_step(recipe: Recipe, arch: Architecture) -> float:
+    schedule = recipe.schedule
+    model = upcycled_model(arch, recipe.upcycling)
+    return flops(model, schedule.seq_length).training * schedule.global_batch_size

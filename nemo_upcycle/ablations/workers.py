@@ -1,0 +1,136 @@
+"""Trainings in processes: one process imports NeMo, once, and forks one for each training."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:
+    from nemo_upcycle.ablations.results import Job
+
+_ENDED = "[ablate] "
+"""Begins the line of a log that says why a training has failed."""
+
+
+def train_all(jobs: "Sequence[Job]", workers: int, logs: Path) -> "Iterator[Job]":
+    """Do trainings, some at a time; yield each when its result is kept.
+
+    Args:
+        jobs: The trainings.
+        workers: At a time, each on one core.
+        logs: Directory for what they print, kept of those that fail.
+
+    Raises:
+        UpcyclingError: One fails. Those that run are ended, the results of others are kept.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    # One thread each: there are as many processes as cores, and threads would not survive a fork.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    server = context.Process(target=_serve, args=(theirs, list(jobs), workers, logs))
+    server.start()
+    theirs.close()
+    try:
+        for _ in jobs:
+            number, code = ours.recv()
+            if code or jobs[number].result() is None:
+                raise UpcyclingError(_failure(jobs[number], code, logs))
+            yield jobs[number]
+    except EOFError:
+        raise UpcyclingError(
+            "The process that starts the trainings has died; what it said is in "
+            f"{logs / 'server.log'}. The same command goes on."
+        ) from None
+    finally:
+        ours.close()  # at which the server ends what it has started, and itself
+        server.join()
+
+
+def _failure(job: "Job", code: int, logs: Path) -> str:
+    log = logs / f"{job.name}.log"
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    said = [line.removeprefix(_ENDED).rstrip(".") for line in lines if line.startswith(_ENDED)]
+    why = said[-1] if said else f"its process ended with exit code {code}"
+    return f"The training {job.name} has failed: {why}. All it said is in {log}."
+
+
+def _serve(connection: Connection, jobs: "list[Job]", workers: int, logs: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asked ends this by closing the pipe
+    _print_to(logs / "server.log")
+    import torch
+
+    from nemo_upcycle.ablations import training
+
+    assert training
+    torch.set_num_threads(1)
+    running: dict[Any, tuple[int, Any]] = {}
+    with tempfile.TemporaryDirectory(dir=logs.parent, prefix=".training-") as scratch:
+        try:
+            _start_all(connection, jobs, workers, running, Path(scratch), logs)
+        except (EOFError, OSError):
+            traceback.print_exc()  # as a rule nobody waits any more
+        finally:
+            for _, process in running.values():
+                process.kill()
+                process.join()
+    os._exit(0)  # what NeMo has imported takes seconds to end in order
+
+
+def _start_all(
+    connection: Connection,
+    jobs: "list[Job]",
+    workers: int,
+    running: dict[Any, tuple[int, Any]],
+    scratch: Path,
+    logs: Path,
+) -> None:
+    """Fork a process for each job and tell how it ended, until all have or the pipe is closed."""
+    context = multiprocessing.get_context("fork")
+    waiting = list(enumerate(jobs))
+    while waiting or running:
+        while waiting and len(running) < workers:
+            number, job = waiting.pop(0)
+            process = context.Process(target=_train, args=(connection, job, scratch, logs))
+            process.start()
+            running[process.sentinel] = number, process
+        for ready in wait([connection, *running]):
+            if ready is connection:
+                connection.recv()  # raises: nothing is ever sent, so it was closed
+            number, process = running.pop(ready)
+            process.join()
+            connection.send((number, process.exitcode))
+
+
+def _train(connection: Connection, job: "Job", scratch: Path, logs: Path) -> None:
+    connection.close()
+    log = logs / f"{job.name}.log"
+    _print_to(log)
+    from nemo_upcycle.ablations.training import train
+
+    directory = scratch / job.name
+    try:
+        train(job, directory)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"{_ENDED}{type(error).__name__}: {error}".replace("\n", " "))
+        sys.exit(1)
+    shutil.rmtree(directory, ignore_errors=True)
+    log.unlink()
+
+
+def _print_to(path: Path) -> None:
+    """Send all that this process and those it starts print to a file."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)

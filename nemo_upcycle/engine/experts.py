@@ -1,0 +1,193 @@
+"""Turn copies of the dense layer into what an initialiser makes of them, in place.
+
+The second pass over a rank's experts; where they stay plain copies there is none. Neurons are
+worked on some at a time, in fp32, so that each value is rounded once.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+import torch
+
+from nemo_upcycle.checkpoint import DenseCheckpoint
+from nemo_upcycle.checkpoint.branches import branch_name
+from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
+from nemo_upcycle.config import Scales, UpcyclingConfig
+from nemo_upcycle.engine.owned_shards import OwnedShard
+from nemo_upcycle.engine.reading import thread_count
+from nemo_upcycle.families import Architecture, Family, Rows
+from nemo_upcycle.initializers import Initializer, Neurons, make_initializer
+from nemo_upcycle.plan.rank import expert_of, layer_of
+
+BLOCK_BYTES = 2**20
+"""Neurons come to an initialiser in blocks: at most this of gate, of up and of down, in fp32."""
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """What a rank owns of an expert: some of its neurons, by part; those of down as columns."""
+
+    layer: int
+    number: int
+    start: int
+    parts: Mapping[str, torch.Tensor]
+
+
+def initialize_experts(
+    owned: Sequence[OwnedShard],
+    checkpoint: DenseCheckpoint,
+    family: Family,
+    arch: Architecture,
+    upcycling: UpcyclingConfig,
+) -> int:
+    """Initialise and scale this rank's experts, which hold copies of the dense layer's shards.
+
+    Args:
+        owned: What this rank owns.
+        checkpoint: The dense checkpoint.
+        family: Its family.
+        arch: Its numbers.
+        upcycling: Says the initialiser and the scaling.
+
+    Returns:
+        Bytes read from the checkpoint.
+
+    Raises:
+        UpcyclingError: There is no such initialiser, or the checkpoint cannot be read.
+    """
+    scales = upcycling.scales(arch.gated_linear_unit)
+    _scale_shared_experts(owned, scales.shared_down)
+    experts = list(_experts(owned, arch))
+    if upcycling.initializer == "copy":
+        for expert in experts:
+            for part, values in expert.parts.items():
+                if (scale := getattr(scales, part)) != 1:
+                    values.mul_(scale)
+        return 0
+    statistics = _Statistics(checkpoint, family, arch)
+    work = _Work(make_initializer(upcycling.initializer), scales, arch, upcycling, statistics)
+    step = max(1, BLOCK_BYTES // (4 * arch.hidden_size))
+    blocks = [
+        (expert, range(first, min(first + step, count)))
+        for expert in experts
+        for count in [len(expert.parts["up"])]
+        for first in range(0, count, step)
+    ]
+    with ThreadPoolExecutor(thread_count()) as threads:
+        for _ in threads.map(lambda block: work.initialize(*block), blocks):
+            pass
+    return statistics.bytes_read
+
+
+def _scale_shared_experts(owned: Iterable[OwnedShard], scale: float) -> None:
+    if scale != 1:
+        for own in owned:
+            if own.shard.name.endswith(".mlp.shared_experts.linear_fc2.weight"):
+                own.data.mul_(scale)
+
+
+def _experts(owned: Iterable[OwnedShard], arch: Architecture) -> Iterator[_Expert]:
+    """Put the shards of each routed expert together."""
+    shards: dict[tuple[int, int], list[OwnedShard]] = {}
+    for own in owned:
+        layer, expert = layer_of(own.shard.name), expert_of(own.shard.name)
+        if layer is not None and expert is not None:
+            shards.setdefault((layer, expert), []).append(own)
+    for (layer, expert), group in shards.items():
+        parts = {}
+        for own in group:
+            if own.shard.name.endswith(".linear_fc2.weight"):
+                parts["down"], start = own.data.T, own.shard.offset[1]
+            else:
+                first_half = own.shard.offset[0] < own.shard.global_shape[0] // 2
+                parts["gate" if arch.gated_linear_unit and first_half else "up"] = own.data
+        yield _Expert(layer, expert, start, parts)
+
+
+@dataclass(frozen=True)
+class _Work:
+    initializer: Initializer
+    scales: Scales
+    arch: Architecture
+    upcycling: UpcyclingConfig
+    statistics: "_Statistics"
+
+    @torch.no_grad()
+    def initialize(self, expert: _Expert, rows: range) -> None:
+        """Initialise some of the neurons that this rank has of an expert."""
+        first, stop = self.upcycling.neurons(expert.number, self.arch.ffn_hidden_size)
+        start = first + expert.start
+        here = slice(rows.start, rows.stop)
+        values = {
+            part: data[here].float().cpu().numpy().copy() for part, data in expert.parts.items()
+        }
+        copy = self.upcycling.copy_of(expert.number)
+        self.initializer(
+            Neurons(
+                layer=expert.layer,
+                expert=expert.number,
+                copy=copy,
+                ids=range(start + rows.start, start + rows.stop),
+                expert_ids=range(first, stop),
+                values=values,
+                init_method_std=self.arch.init_method_std,
+                num_layers=self.arch.num_layers,
+                seed=self.upcycling.seed,
+                dense_statistics=lambda part: self.statistics.of(expert.layer, copy, part),
+            )
+        )
+        for part, data in expert.parts.items():
+            scaled = values[part] * np.float32(getattr(self.scales, part))
+            data[here].copy_(torch.from_numpy(scaled))
+
+
+class _Statistics:
+    """Mean and standard deviation of the dense layers' parts, each read when first asked for.
+
+    Always of the whole part, in the same order: the same on every rank of every mapping.
+    """
+
+    def __init__(
+        self,
+        checkpoint: DenseCheckpoint,
+        family: Family,
+        arch: Architecture,
+    ) -> None:
+        self._checkpoint, self._family, self._arch = checkpoint, family, arch
+        self._found: dict[Rows, tuple[float, float]] = {}
+        self._lock = Lock()
+        self.bytes_read = 0
+
+    def of(self, layer: int, copy: int, part: str) -> tuple[float, float]:
+        rows = self._family.feed_forward(self._arch, layer)[part]
+        branches = len(self._checkpoint.branches)
+        if branches > 1:
+            rows = Rows(branch_name(copy % branches, rows.tensor), rows.start, rows.stop)
+        with self._lock:
+            if rows not in self._found:
+                self._found[rows] = self._read(rows)
+            return self._found[rows]
+
+    def _read(self, rows: Rows) -> tuple[float, float]:
+        tensors = self._checkpoint.tensors
+        info = tensors[rows.tensor]
+        stop = info.shape[0] if rows.stop is None else rows.stop
+        step = max(1, BLOCK_BYTES // (4 * info.width))
+        sums, squares = [], []
+        for first in range(rows.start, stop, step):
+            span = first, min(first + step, stop)
+            dtype = TORCH_DTYPES[info.dtype]
+            buffer = torch.empty((span[1] - span[0], info.width), dtype=dtype)
+            raw = memoryview(buffer.view(-1).view(torch.uint8).numpy())
+            self._checkpoint.read_into(raw, rows.tensor, span, None)
+            self.bytes_read += len(raw)
+            values = buffer.double().numpy()
+            sums.append(values.sum(axis=1))
+            squares.append(np.square(values).sum(axis=1))
+        count = (stop - rows.start) * info.width
+        mean = float(np.concatenate(sums).sum()) / count
+        variance = float(np.concatenate(squares).sum()) / count - mean**2
+        return mean, max(0.0, variance) ** 0.5

@@ -1,0 +1,228 @@
+"""Read blocks of a dense checkpoint in chunks and write them, some at a time.
+
+Each of a few threads reads a chunk into a buffer of its own and writes it from there, so that one
+waits for the disk while another writes. Where ranks share a block (`sharing.py`), one of them
+reads it and the others receive it; broadcasts need an order, so those are written in turn.
+"""
+
+import itertools
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_upcycle.checkpoint import DenseCheckpoint, Span
+from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
+from nemo_upcycle.engine.sharing import Sharers
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.plan.rank import BUFFERS, CHUNK_BYTES, Block, block_bytes
+
+# Bits of +Inf: as a signed integer, no finite value is as large.
+_INFINITY: dict[str, "np.signedinteger[Any]"] = {
+    "F64": np.int64(0x7FF0_0000_0000_0000),
+    "F32": np.int32(0x7F80_0000),
+    "F16": np.int16(0x7C00),
+    "BF16": np.int16(0x7F80),
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a block, at most `CHUNK_BYTES`."""
+
+    block: Block
+    rows: Span
+
+    @property
+    def first(self) -> int:
+        """Its first row, counted in the block."""
+        return self.rows[0] - self.block.rows[0]
+
+
+Write = Callable[[Chunk, torch.Tensor], None]
+
+
+class _Buffer:
+    """Memory that one chunk at a time is read into."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.raw = memoryview(memory.numpy())
+        self._device = device
+        self._copied: torch.cuda.Event | None = None
+
+    def on_device(self, values: torch.Tensor) -> torch.Tensor:
+        """Copy the values to the device, where it is not the CPU, without waiting for it."""
+        if self._device.type != "cuda":
+            return values
+        with torch.cuda.device(self._device):  # which is each thread's own
+            moved = values.to(self._device, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return moved
+
+    def wait(self) -> None:
+        """Wait until the memory may be written again."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+
+def copy_blocks(
+    checkpoint: DenseCheckpoint,
+    blocks: Sequence[Block],
+    device: torch.device,
+    shared: Mapping[Block, Sharers],
+    write: Write,
+) -> Iterator[Chunk]:
+    """Read the blocks chunk by chunk and write each where it belongs.
+
+    Args:
+        checkpoint: The dense checkpoint.
+        blocks: What to read, in this order; ranks that share blocks have them in one order.
+        device: Where the parameters are.
+        shared: Blocks that other ranks want too, and which of them reads.
+        write: Called with a chunk and its values, [rows, columns] or [rows], in the checkpoint's
+            dtype, on `device`; by several threads at a time. The values do not outlive the call.
+
+    Yields:
+        Each chunk once it is written.
+
+    Raises:
+        UpcyclingError: The checkpoint cannot be read, or holds NaN or Inf.
+    """
+    chunks = [chunk for block in blocks for chunk in _chunks(block, checkpoint)]
+    largest = max((chunk_bytes(chunk, checkpoint) for chunk in chunks), default=0)
+    cores = thread_count()
+    count = min(BUFFERS if shared else cores, len(chunks))
+    free = deque(_Buffer(largest, device) for _ in range(count))
+
+    def read(chunk: Chunk, buffer: _Buffer) -> torch.Tensor:
+        buffer.wait()
+        values = _values(checkpoint, chunk, buffer.raw)
+        sharers = shared.get(chunk.block)
+        if sharers is None or sharers.this_rank_reads:
+            _read(checkpoint, chunk, buffer.raw, values)
+        if sharers is None:
+            write(chunk, buffer.on_device(values))
+        return values
+
+    error: UpcyclingError | None = None
+    running: deque[tuple[Chunk, _Buffer, Future[torch.Tensor]]] = deque()
+    threads = ThreadPoolExecutor(cores) if cores > 1 else _ThisThread()
+    with threads:
+        waiting = iter(chunks)
+        while True:
+            for chunk in itertools.islice(waiting, len(free)):
+                buffer = free.popleft()
+                running.append((chunk, buffer, threads.submit(read, chunk, buffer)))
+            if not running:
+                break
+            chunk, buffer, future = running.popleft()
+            try:
+                values = future.result()
+            except UpcyclingError as failed:
+                if not shared:
+                    threads.shutdown(cancel_futures=True)
+                    raise
+                # The others wait for what this rank was to read; they hear of it at the end.
+                error = error or failed
+                values = _values(checkpoint, chunk, buffer.raw)
+            if chunk.block in shared:
+                _broadcast(chunk, buffer.on_device(values), shared[chunk.block], write)
+            yield chunk
+            free.append(buffer)
+    if error is not None:
+        raise error
+
+
+class _ThisThread(Executor):
+    """Does at once what it is asked for: handing it to a thread takes longer than a small read."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except UpcyclingError as error:
+            future.set_exception(error)
+        return future
+
+
+def _broadcast(chunk: Chunk, values: torch.Tensor, sharers: Sharers, write: Write) -> None:
+    torch.distributed.broadcast(values, sharers.reader, group=sharers.group)
+    write(chunk, values)
+
+
+def thread_count() -> int:
+    """Return how many threads read and write: this rank's share of the cores, one at least.
+
+    More than there are cores for would take each other's cache; where there is one, the kernel
+    reads ahead while it writes.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(BUFFERS, (os.cpu_count() or 1) // ranks))
+
+
+def _read(checkpoint: DenseCheckpoint, chunk: Chunk, raw: memoryview, values: torch.Tensor) -> None:
+    """Read a chunk into a buffer, of which `values` is a view."""
+    block = chunk.block
+    raw = raw[: chunk_bytes(chunk, checkpoint)]
+    checkpoint.read_into(raw, block.tensor, chunk.rows, block.columns)
+    # A sum of finite values may overflow, but none with NaN or Inf in it is finite: one fast pass.
+    if not math.isfinite(float(values.sum())) and not all_finite(
+        np.frombuffer(raw, np.uint8), checkpoint.tensors[block.tensor].dtype
+    ):
+        raise UpcyclingError(
+            f"Tensor {block.tensor} of {checkpoint.directory} holds NaN or Inf in rows "
+            f"{chunk.rows[0]}:{chunk.rows[1]}; expected finite weights. "
+            "The checkpoint is damaged; get it again."
+        )
+
+
+def all_finite(raw: "np.ndarray[tuple[int], np.dtype[np.uint8]]", dtype: str) -> bool:
+    """Say whether bytes hold neither NaN nor Inf.
+
+    Both have all bits of the exponent set: as integers they are the largest of the positive
+    numbers (read as signed) and of the negative ones (read as unsigned). Two maxima of integers
+    are several times faster than `isfinite`.
+
+    Args:
+        raw: The values' bytes.
+        dtype: safetensors' name of their dtype.
+    """
+    infinity = _INFINITY[dtype]
+    signed = raw.view(infinity.dtype)
+    unsigned = raw.view(f"u{infinity.dtype}")
+    sign_bit = 1 << (infinity.nbytes * 8 - 1)
+    return bool(signed.max() < infinity and unsigned.max() < int(infinity) + sign_bit)
+
+
+def _values(checkpoint: DenseCheckpoint, chunk: Chunk, raw: memoryview) -> torch.Tensor:
+    """Return the buffer as the chunk's values."""
+    info = checkpoint.tensors[chunk.block.tensor]
+    shape = [chunk.rows[1] - chunk.rows[0]]
+    if len(info.shape) > 1:
+        first, last = chunk.block.columns or (0, info.width)
+        shape.append(last - first)
+    dtype = TORCH_DTYPES[info.dtype]
+    return torch.frombuffer(raw, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def chunk_bytes(chunk: Chunk, checkpoint: DenseCheckpoint) -> int:
+    """Return the size of a chunk in the checkpoint's dtype."""
+    rows = Block(chunk.block.tensor, chunk.rows, chunk.block.columns)
+    return block_bytes(rows, checkpoint.tensors)
+
+
+def _chunks(block: Block, checkpoint: DenseCheckpoint) -> Iterator[Chunk]:
+    """Yield the block in runs of rows that fit `CHUNK_BYTES`, one row at least."""
+    start, stop = block.rows
+    row_bytes = block_bytes(block, checkpoint.tensors) // (stop - start)
+    step = max(1, CHUNK_BYTES // row_bytes)
+    for row in range(start, stop, step):
+        yield Chunk(block, (row, min(row + step, stop)))

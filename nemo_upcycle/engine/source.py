@@ -1,0 +1,78 @@
+"""A checkpoint of any kind as what it is, and how to fill Megatron's models with it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
+from nemo_upcycle.checkpoint.described import checked
+from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
+from nemo_upcycle.checkpoint.huggingface import read_config, resolve_directory
+from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.engine.load import check_all_used, restore, upcycle
+from nemo_upcycle.families import FAMILIES
+from nemo_upcycle.families.moe import MoEModel
+from nemo_upcycle.trained.opened import check_all_restored, open_trained, upcycled_model
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, opened by its headers.
+
+    Attributes:
+        model: What it is, dense or MoE.
+        dtype: Of its parameters.
+        fill: Fills this rank's Megatron-Core GPT models, one a virtual pipeline stage.
+        check: Raises `UpcyclingError` where ranks, whose returns of `fill` it takes, have together
+            not used the whole checkpoint.
+    """
+
+    model: MoEModel
+    dtype: torch.dtype
+    fill: Callable[[Sequence[torch.nn.Module]], Any]
+    check: Callable[[Sequence[Any]], None]
+
+
+def open_source(source: str | Path) -> Source:
+    """Open a checkpoint that is to be taken as it is.
+
+    Args:
+        source: A NeMo 2 or Megatron-LM checkpoint saved under any mapping, or a Hugging Face
+            directory; dense or MoE.
+
+    Raises:
+        UpcyclingError: It cannot be read, or Megatron's model does not compute it.
+    """
+    directory = resolve_directory(source)
+    if _is_dense_huggingface(directory):
+        return _dense(directory)
+    trained = open_trained(directory)
+    return Source(
+        trained.model,
+        TORCH_DTYPES[trained.dtype],
+        partial(restore, trained=trained),
+        lambda used: check_all_restored(trained, frozenset().union(*used)),
+    )
+
+
+def _is_dense_huggingface(directory: Path) -> bool:
+    """Say whether a directory is a Hugging Face checkpoint of a dense family that is known."""
+    if not (directory / "config.json").is_file():
+        return False
+    return str(read_config(directory).get("model_type")) in FAMILIES
+
+
+def _dense(directory: Path) -> Source:
+    checkpoint, dense = HuggingFaceCheckpoint(directory), UpcyclingConfig(num_moe_experts=None)
+    family, arch = checked(checkpoint)
+    first = next(iter(family.shapes(arch)))
+    return Source(
+        upcycled_model(arch, dense),
+        TORCH_DTYPES[checkpoint.tensors[first].dtype],
+        partial(upcycle, checkpoint=checkpoint, upcycling=dense),
+        partial(check_all_used, checkpoint),
+    )

@@ -1,0 +1,34 @@
+"""Dense checkpoints' names and layouts against Megatron's, declared once a family."""
+
+from typing import Any
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.family import Architecture, Family, Operation, Rows, dimensions
+from nemo_upcycle.families.llama import LLAMA
+from nemo_upcycle.families.megatron import MEGATRON
+from nemo_upcycle.families.mistral import MISTRAL
+from nemo_upcycle.families.nemotron import NEMOTRON
+from nemo_upcycle.families.qwen2 import QWEN2
+from nemo_upcycle.families.qwen3 import QWEN3
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, MEGATRON)
+}
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """Return the family of a dense checkpoint's config.
+
+    Raises:
+        UpcyclingError: The family is not one that can be upcycled.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UpcyclingError(
+            f"config.json says model_type={model_type!r}; "
+            f"families that can be upcycled: {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[model_type]
+
+
+__all__ = ["FAMILIES", "Architecture", "Family", "Operation", "Rows", "dimensions", "family_of"]

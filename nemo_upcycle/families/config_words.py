@@ -1,0 +1,171 @@
+"""A Hugging Face `config.json` of any version of transformers, in the words of transformers 4.
+
+transformers 5 writes into `rope_parameters` what transformers 4 writes into `rope_theta`,
+`rope_scaling` and `partial_rotary_factor`, and reads both. transformers 4 reads its own alone, so
+a config in the words of 5 is another model there. And some files hold words of both.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.defaults import DEFAULTS
+
+_ROPE_WORDS = ("rope_theta", "partial_rotary_factor")
+"""Words that transformers 4 has at the top, transformers 5 in `rope_parameters`."""
+
+
+def in_words_of_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config as transformers 4 has to read it to compute what is meant.
+
+    Args:
+        config: The parsed `config.json`, in the words of transformers 4, 5 or a mixture.
+
+    Returns:
+        The same with RoPE in `rope_theta`, `rope_scaling` and `partial_rotary_factor`, and with
+        the number of experts under the family's name. What is left out keeps its default.
+
+    Raises:
+        UpcyclingError: The words contradict each other, transformers 4 and 5 read them
+            differently, or transformers 4 has no words for what is meant.
+    """
+    found = _experts(dict(config))
+    five, four = (_rope(config, place) for place in ("rope_parameters", "rope_scaling"))
+    found.pop("rope_parameters", None)
+    if five and four:
+        _check_both(five, four, config)
+    for word in _ROPE_WORDS:
+        found |= _at_the_top(word, five, four, config)
+    found |= _scaling(five or four, config)
+    return found
+
+
+def _rope(config: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return what a place says about RoPE, its kind under `rope_type`; empty where it is silent."""
+    said = config.get(place)
+    if said is None:
+        return {}
+    if not isinstance(said, Mapping):
+        raise UpcyclingError(
+            f"config.json says {place}={said!r}; expected an object such as "
+            '{"rope_type": "linear", "factor": 2.0}, or null.'
+        )
+    for key, value in said.items():
+        if isinstance(value, Mapping):
+            raise UpcyclingError(
+                f"config.json says {place}={{{key!r}: {value!r}}}: RoPE that differs by kind of "
+                "layer; only one for all layers can be upcycled."
+            )
+    found = dict(said)
+    if "type" in found:  # its name before transformers 4.43
+        kind = found.pop("type")
+        if found.setdefault("rope_type", kind) != kind:
+            raise UpcyclingError(
+                f"config.json says rope_type={found['rope_type']!r} and type={kind!r} in {place}; "
+                "expected one of them, or the same."
+            )
+    if found.get("factor") is not None and "rope_type" not in found:
+        raise UpcyclingError(
+            f"config.json says factor={found['factor']!r} in {place} without a rope_type, which "
+            "transformers 4 refuses and transformers 5 ignores; name it, or remove the factor."
+        )
+    if found and not isinstance(found.setdefault("rope_type", "default"), str):
+        raise UpcyclingError(
+            f"config.json says rope_type={found['rope_type']!r} in {place}; expected a name."
+        )
+    return found
+
+
+def _check_both(
+    five: Mapping[str, Any], four: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    """Check that both say the same: where both are there, transformers 5 reads `rope_scaling`."""
+    scalings = [
+        {key: value for key, value in said.items() if key not in _ROPE_WORDS}
+        for said in (five, four)
+    ]
+    unread = [w for w in _ROPE_WORDS if w in five and w not in four and config.get(w) is None]
+    if scalings[0] != scalings[1] or unread:
+        raise UpcyclingError(
+            f"config.json says rope_parameters={dict(five)} and rope_scaling={dict(four)}; "
+            "expected one of them, or the same in both"
+            + "".join(f", and {word} beside them" for word in unread)
+            + "."
+        )
+
+
+def _at_the_top(
+    word: str, five: Mapping[str, Any], four: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a word of transformers 4 with its value, if it has any.
+
+    transformers 5 reads it from `rope_scaling`, from `rope_parameters` and from the top, in this
+    order; transformers 4 from the top.
+    """
+    places = {"rope_scaling": four, "rope_parameters": five, "the top level": config}
+    said = {place: words[word] for place, words in places.items() if word in words}
+    if five and said.get("the top level", 0) is None:
+        del said["the top level"]  # which is silence for transformers 5
+    values = list(said.values())
+    if any(value != values[0] for value in values):
+        listed = " and ".join(f"{value!r} in {place}" for place, value in said.items())
+        raise UpcyclingError(
+            f"config.json says {word}={listed}, of which transformers 4 and 5 read different "
+            "ones; expected one."
+        )
+    if list(said) == ["rope_scaling"]:
+        raise UpcyclingError(
+            f"config.json says {word}={values[0]!r} in rope_scaling, where transformers 5 reads "
+            f"it and transformers 4 does not; say {word} beside rope_scaling."
+        )
+    return {word: values[0]} if said else {}
+
+
+def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return transformers 4's `rope_scaling`, if there is any scaling."""
+    kind = rope.get("rope_type", "default")
+    family = str(config.get("model_type"))
+    if kind == "default":
+        return {"rope_scaling": None} if rope or "rope_scaling" in config else {}
+    if family == "nemotron":
+        raise UpcyclingError(
+            f"config.json asks for RoPE scaling {kind!r} in a Nemotron, which transformers 5 "
+            "computes and transformers 4 does not; only none can be upcycled."
+        )
+    scaling = {key: value for key, value in rope.items() if key not in _ROPE_WORDS}
+    if kind in ("llama3", "yarn", "longrope"):
+        scaling |= _original_length(scaling, config, DEFAULTS.get(family, {}))
+    return {"rope_scaling": scaling}
+
+
+def _original_length(
+    scaling: Mapping[str, Any], config: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the length before scaling: transformers 5 also reads it beside `rope_scaling`."""
+    word, longest = "original_max_position_embeddings", "max_position_embeddings"
+    outside = config.get(word)
+    if word in scaling:
+        if outside not in (None, scaling[word]):
+            raise UpcyclingError(
+                f"config.json says {word}={scaling[word]!r} for RoPE and {outside!r} at the top "
+                "level, of which transformers 4 and 5 read different ones; expected one."
+            )
+        return {}
+    found = config.get(longest, defaults.get(longest)) if outside is None else outside
+    return {} if found is None else {word: found}
+
+
+def _experts(config: dict[str, Any]) -> dict[str, Any]:
+    """Name the number of experts as transformers 4 does for the family."""
+    names = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
+    name = names.get(str(config.get("model_type")))
+    if name is None:
+        return config
+    said = {key: config[key] for key in names.values() if key in config}
+    if len(set(map(repr, said.values()))) > 1:
+        listed = " and ".join(f"{key}={value!r}" for key, value in said.items())
+        raise UpcyclingError(f"config.json says {listed}; expected one of them, or the same.")
+    if said:
+        config = {key: value for key, value in config.items() if key not in said}
+        config[name] = next(iter(said.values()))
+    return config

@@ -1,0 +1,202 @@
+"""Read the numbers of a model out of a Hugging Face `config.json`, as transformers does.
+
+A key that transformers does not read of a family is ignored, such as `attention_bias` of a
+Mistral. So is what counts in training alone: `attention_dropout` and the like are the recipe's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.family import Architecture
+from nemo_upcycle.families.values import Values, positive, unfit
+
+_LLAMA3_ROPE = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "relu2": "squared_relu"}
+"""transformers' names of activations, and what a family's feed-forward layers are with them."""
+_FULL, _WINDOWED = "full_attention", "sliding_attention"
+_ONE_KEY_PER_QUERY = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
+"""Families for which transformers takes a `num_key_value_heads` of null for one per head."""
+
+
+def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> Architecture:
+    """Read the numbers of a model.
+
+    Args:
+        config: The parsed `config.json`, in the words of transformers 4 or 5.
+        family: Its model type.
+        fields: What the family decides by itself.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        UpcyclingError: A value is of the wrong kind, or transformers or Megatron do not compute
+            such a model.
+    """
+    values = Values(config, family)
+    for bias in ("attention_bias", "mlp_bias"):
+        if bias in values.defaults and values.flag(bias):
+            raise unfit(bias, True, "false: only a model without it can be upcycled")
+    head_width = _head_width(values)
+    arch = Architecture(
+        num_layers=values.count("num_hidden_layers"),
+        hidden_size=values.count("hidden_size"),
+        ffn_hidden_size=values.count("intermediate_size"),
+        num_attention_heads=values.count("num_attention_heads"),
+        num_query_groups=_query_groups(values, family),
+        kv_channels=head_width,
+        vocab_size=_vocabulary(values),
+        max_position_embeddings=values.count("max_position_embeddings"),
+        layernorm_epsilon=values.number(
+            "norm_eps" if "norm_eps" in values.defaults else "rms_norm_eps"
+        ),
+        rotary_base=values.number("rope_theta"),
+        rotary_percent=_rotary_percent(values, head_width),
+        share_embeddings_and_output_weights=values.flag("tie_word_embeddings"),
+        init_method_std=values.number("initializer_range"),
+        activation=_activation(values),
+        sliding_window=_window(values, family),
+        **_rope_scaling(values),
+        **fields,
+    )
+    if arch.num_attention_heads % arch.num_query_groups:
+        raise UpcyclingError(
+            f"config.json says {arch.num_attention_heads} attention heads and "
+            f"{arch.num_query_groups} key-value heads; expected the second to divide the first."
+        )
+    return arch
+
+
+def _head_width(values: Values) -> int:
+    """Return what the config says, or what is left of the hidden size for each head."""
+    key = "head_dim"
+    null_fits = values.defaults.get(key, 0) is None  # the classes that derive it
+    if key in values.said and not (null_fits and values.is_null(key)):
+        return values.count(key)
+    return values.count("hidden_size") // values.count("num_attention_heads")
+
+
+def _query_groups(values: Values, family: str) -> int:
+    key = "num_key_value_heads"
+    one_each = values.is_null(key) and family in _ONE_KEY_PER_QUERY
+    return values.count("num_attention_heads" if one_each else key)
+
+
+def _vocabulary(values: Values) -> int:
+    size, padding = values.count("vocab_size"), values.said.get("pad_token_id")
+    if padding is not None and not (isinstance(padding, int) and -size <= padding < size):
+        raise unfit("pad_token_id", padding, f"one of the vocabulary's {size} tokens, or null")
+    return size
+
+
+def _activation(values: Values) -> str:
+    said, usual = values.said["hidden_act"], values.defaults["hidden_act"]
+    found = _ACTIVATIONS.get(str(said))
+    if found is None or found != _ACTIVATIONS[usual]:
+        raise unfit("hidden_act", said, f"{usual!r}: only that can be upcycled")
+    return found
+
+
+# --- RoPE ----------------------------------------------------------------------------------------
+
+
+def _rotary_percent(values: Values, head_width: int) -> float:
+    """Return the part of a head that is rotated: all, but for a Nemotron."""
+    key = "partial_rotary_factor"
+    part = values.number(key) if key in values.said else 1.0
+    if key not in values.defaults and part != 1:
+        raise UpcyclingError(
+            f"config.json says {key}={part}, with which transformers 4 computes nothing and "
+            "transformers 5 what it computes without; remove it."
+        )
+    rotated = int(head_width * part)
+    if not 0 < rotated + rotated % 2 <= head_width:
+        raise UpcyclingError(
+            f"config.json asks for RoPE over {rotated} of the {head_width} numbers of a head; "
+            "expected pairs of them, at least one."
+        )
+    return part
+
+
+def _rope_scaling(values: Values) -> dict[str, Any]:
+    """Return Llama 3.1's RoPE scaling, or the factor of a linear one (Code Llama, Llama 2 long)."""
+    scaling = values.said.get("rope_scaling")
+    if scaling is None:
+        return {"rope_scaling": None}
+    kind = scaling["rope_type"]
+    if kind == "linear":
+        factor = positive("factor of RoPE scaling", scaling.get("factor"))
+        return {"rope_scaling": None, "seq_len_interpolation_factor": factor}
+    if kind == "llama3":
+        numbers = {
+            key: positive(f"{key} of RoPE scaling", scaling.get(key)) for key in _LLAMA3_ROPE
+        }
+        return {"rope_scaling": numbers}
+    raise UpcyclingError(
+        f"config.json asks for RoPE scaling {kind!r}; only 'llama3', 'linear' or none can be "
+        "upcycled."
+    )
+
+
+# --- Sliding windows -----------------------------------------------------------------------------
+
+
+def _window(values: Values, family: str) -> int | None:
+    """Return how many tokens a token sees, or None where all before it.
+
+    Megatron's model has one window for all layers.
+    """
+    size, layers = _window_size(values, family), values.count("num_hidden_layers")
+    first = 0 if size is not None else layers
+    if size is not None and "max_window_layers" in values.defaults:
+        first = values.count("max_window_layers", least=0)
+    kinds = [_WINDOWED if layer >= first else _FULL for layer in range(layers)]
+    said = _layer_types(values, layers)
+    if said is not None and size is not None and "layer_types" in values.defaults:
+        kinds = said
+    elif said not in (None, kinds):
+        raise UpcyclingError(
+            f"config.json says layer_types={said}, and else a sliding window of {size}, of which "
+            f"transformers makes no model or several; expected {kinds}, or no layer_types."
+        )
+    windowed = [layer for layer, kind in enumerate(kinds) if kind == _WINDOWED]
+    if len(windowed) not in (0, layers):
+        raise UpcyclingError(
+            f"config.json asks for a sliding window in layers {windowed} of {layers}; only a "
+            "window in all layers or in none can be upcycled."
+        )
+    return size if windowed else None
+
+
+def _window_size(values: Values, family: str) -> int | None:
+    key, switch = "sliding_window", "use_sliding_window"
+    if key not in values.defaults or values.is_null(key):
+        return None
+    if switch in values.defaults and not values.flag(switch):
+        return None
+    if family == "qwen2_moe":
+        raise UpcyclingError(
+            f"config.json says {switch}=True of a Qwen2-MoE, in which transformers 4 and 5 have "
+            "windows in different layers; only a model without windows can be read."
+        )
+    return values.count(key)
+
+
+def _layer_types(values: Values, layers: int) -> list[str] | None:
+    """Return the kind of attention of each layer, if the config says it.
+
+    Where a family's model does not read it, transformers' cache of keys and values does.
+    """
+    kinds = values.said.get("layer_types")
+    if kinds is None:
+        return None
+    known = (_FULL, _WINDOWED)
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(k in known for k in kinds):
+        raise unfit("layer_types", kinds, f"{_FULL} or {_WINDOWED} for each of {layers} layers")
+    return kinds

@@ -1,0 +1,199 @@
+"""Dense Llamas in Megatron's own names: NeMo 2 and Megatron-LM checkpoints."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.family import (
+    Architecture,
+    DownMLP,
+    Family,
+    GatedMLP,
+    Operation,
+    Rename,
+)
+from nemo_upcycle.families.llama import MEGATRON_LAYER
+from nemo_upcycle.families.llama import PARAMETERS as LLAMA_PARAMETERS
+
+_ATTENTION = MEGATRON_LAYER + "self_attention."
+_MLP = MEGATRON_LAYER + "mlp."
+
+PARAMETERS: dict[str, Operation] = {name: Rename(name) for name in LLAMA_PARAMETERS} | {
+    _MLP + "linear_fc1.weight": GatedMLP(_MLP + "linear_fc1.weight", _MLP + "linear_fc1.weight"),
+    _MLP + "linear_fc2.weight": DownMLP(_MLP + "linear_fc2.weight"),
+}
+
+TENSORS: dict[str, tuple[str, ...]] = {
+    "embedding.word_embeddings.weight": ("vocab", "hidden"),
+    _ATTENTION + "linear_qkv.layer_norm_weight": ("hidden",),
+    _ATTENTION + "linear_qkv.weight": ("qkv", "hidden"),
+    _ATTENTION + "linear_proj.weight": ("hidden", "queries"),
+    _MLP + "linear_fc1.layer_norm_weight": ("hidden",),
+    _MLP + "linear_fc1.weight": ("fc1", "hidden"),
+    _MLP + "linear_fc2.weight": ("hidden", "ffn"),
+    "decoder.final_layernorm.weight": ("hidden",),
+    "output_layer.weight": ("vocab", "hidden"),
+}
+
+# What a Llama is. The values are also those of fields that are not recorded: NeMo's LlamaConfig's.
+_LLAMA: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "layernorm_zero_centered_gamma": False,
+    "apply_residual_connection_post_layernorm": False,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "seq_len_interpolation_factor": None,
+    "no_rope_freq": None,
+    "window_size": None,
+    "softmax_scale": None,
+    "softmax_type": "vanilla",
+    "multi_latent_attention": False,
+    "mtp_num_layers": None,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "heterogeneous_block_specs": False,
+    "is_hybrid_model": False,
+}
+_ROPE_SCALING = {
+    "scale_factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "old_context_len": "original_max_position_embeddings",
+}
+"""NeMo's names of Llama 3.1's RoPE scaling, and Hugging Face's."""
+
+
+def architecture(config: Mapping[str, Any]) -> Architecture:
+    """Read the numbers of a dense Llama out of a config with Megatron's field names.
+
+    Raises:
+        UpcyclingError: A number is missing, or the model is an MoE or no Llama.
+    """
+    _check_llama(config)
+    heads = _count(config, "num_attention_heads")
+    hidden_size = _count(config, "hidden_size")
+    arch = Architecture(
+        num_layers=_count(config, "num_layers"),
+        hidden_size=hidden_size,
+        ffn_hidden_size=_count(config, "ffn_hidden_size"),
+        num_attention_heads=heads,
+        num_query_groups=_count(config, "num_query_groups", heads),
+        kv_channels=_count(config, "kv_channels", hidden_size // max(1, heads)),
+        vocab_size=_count(config, "vocab_size"),
+        max_position_embeddings=_count(
+            config, "max_position_embeddings", config.get("seq_length") or 4096
+        ),
+        layernorm_epsilon=_number(config, "layernorm_epsilon", 1e-5),
+        rotary_base=_number(config, "rotary_base", 10000.0),
+        rope_scaling=_rope_scaling(config),
+        share_embeddings_and_output_weights=bool(
+            config.get("share_embeddings_and_output_weights", False)
+        ),
+        init_method_std=_number(config, "init_method_std", 0.02),
+    )
+    if not 0 < arch.num_query_groups <= heads or heads % arch.num_query_groups:
+        raise UpcyclingError(
+            f"The dense checkpoint's config says {heads} attention heads and "
+            f"{arch.num_query_groups} query groups; expected the second to divide the first."
+        )
+    return arch
+
+
+def moe_architecture(config: Mapping[str, Any]) -> Architecture:
+    """Read the numbers of an upcycled model: a Llama but for what other families have.
+
+    Raises:
+        UpcyclingError: A number is missing, or the model is of none of these families.
+    """
+    window = config.get("window_size")
+    gated = config.get("gated_linear_unit", True)
+    norm = config.get("normalization", "RMSNorm")
+    as_llama = {
+        **config,
+        **{name: _LLAMA[name] for name in _OF_FAMILIES},
+        "num_moe_experts": None,
+        "activation_func": "silu",
+    }
+    return replace(
+        architecture(as_llama),
+        activation="swiglu" if gated else "squared_relu",
+        normalization="RMSNorm" if norm == "RMSNorm" else "LayerNorm1p",
+        add_qkv_bias=bool(config.get("add_qkv_bias")),
+        qk_layernorm=bool(config.get("qk_layernorm")),
+        rotary_percent=_number(config, "rotary_percent", 1.0),
+        seq_len_interpolation_factor=config.get("seq_len_interpolation_factor"),
+        sliding_window=None if window is None else window[0] + 1,
+    )
+
+
+_OF_FAMILIES = (
+    "normalization",
+    "gated_linear_unit",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "layernorm_zero_centered_gamma",
+    "rotary_percent",
+    "seq_len_interpolation_factor",
+    "window_size",
+)
+"""Fields of `_LLAMA` in which the families that can be upcycled differ."""
+
+
+def _check_llama(config: Mapping[str, Any]) -> None:
+    experts = config.get("num_moe_experts")
+    if experts is not None:
+        raise UpcyclingError(
+            f"The dense checkpoint's config says num_moe_experts={experts}: it is an MoE already. "
+            "Give a dense checkpoint; to train this one on, resume from it."
+        )
+    activation = config.get("activation_func", "silu")
+    if str(activation).rpartition(".")[2] != "silu":
+        raise _unsupported("activation_func", activation, "silu")
+    for name, expected in _LLAMA.items():
+        if config.get(name, expected) != expected:
+            raise _unsupported(name, config[name], expected)
+
+
+def _unsupported(name: str, found: object, expected: object) -> UpcyclingError:
+    return UpcyclingError(
+        f"The dense checkpoint's config says {name}={found!r}; only {expected!r} can be upcycled."
+    )
+
+
+def _rope_scaling(config: Mapping[str, Any]) -> dict[str, float] | None:
+    if config.get("scale_factor") is None:
+        return None
+    return {ours: _number(config, field) for field, ours in _ROPE_SCALING.items()}
+
+
+def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    return _positive(config, name, default, int)
+
+
+def _number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    return _positive(config, name, default, int | float)
+
+
+def _positive(config: Mapping[str, Any], name: str, default: Any, kind: Any) -> Any:
+    value = default if config.get(name) is None else config[name]
+    if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+        raise UpcyclingError(
+            f"The dense checkpoint's config says {name}={value!r}; expected a positive number. "
+            "Use a checkpoint with the config that it was saved with."
+        )
+    return value
+
+
+MEGATRON = Family(
+    model_type="megatron",
+    architecture=architecture,
+    parameters=PARAMETERS,
+    tensors=TENSORS,
+    tied=("output_layer.weight", "embedding.word_embeddings.weight"),
+)

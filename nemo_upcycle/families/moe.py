@@ -1,0 +1,234 @@
+"""Architectures of transformers that compute an upcycled model, and which fits which.
+
+transformers names experts one by one in files of its versions 4 and 5 alike: those names are here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.family import (
+    Architecture,
+    DownMLP,
+    Family,
+    GatedMLP,
+    Operation,
+    Rename,
+)
+from nemo_upcycle.families.llama import LAYER, LLAMA, MEGATRON_LAYER, MLP
+from nemo_upcycle.families.qwen2 import QWEN2
+from nemo_upcycle.families.qwen3 import QWEN3
+
+_EXPERT = MEGATRON_LAYER + "mlp.experts.{expert}."
+_SHARED = MEGATRON_LAYER + "mlp.shared_experts."
+_ROUTER = MEGATRON_LAYER + "mlp.router.weight"
+
+
+@dataclass(frozen=True)
+class MoEModel:
+    """An upcycled model, as it was trained.
+
+    Attributes:
+        arch: The dense model's numbers.
+        num_experts: Experts in an MoE layer; 0 where no layer is one.
+        topk: Experts a token.
+        pre_softmax: Softmax before top-k, whose weights then do not sum to 1.
+        expert_width: Neurons of an expert.
+        is_moe: Of every layer whether it has experts.
+        has_shared_expert: Whether the dense feed-forward layer is kept beside them.
+    """
+
+    arch: Architecture
+    num_experts: int
+    topk: int
+    pre_softmax: bool
+    expert_width: int
+    is_moe: tuple[bool, ...]
+    has_shared_expert: bool
+
+
+@dataclass(frozen=True)
+class MoEFamily:
+    """An architecture of transformers.
+
+    Attributes:
+        model_type: Its name in `config.json`.
+        class_name: That of its model.
+        dense: The family whose model it is but for the experts.
+        parameters: Operation by Megatron parameter, `{layer}` and `{expert}` where they repeat.
+        config: What its `config.json` says beside what all say.
+        layer_zeros: Tensors of an MoE layer that Megatron has nothing for, and that must be 0.
+        doubled: Ending of tensors that are twice Megatron's.
+    """
+
+    model_type: str
+    class_name: str
+    dense: Family
+    parameters: Mapping[str, Operation]
+    config: Callable[[MoEModel], dict[str, Any]]
+    layer_zeros: Callable[[MoEModel], Mapping[str, tuple[int, int]]] = field(
+        default=lambda model: {}
+    )
+    doubled: str | None = None
+
+    def shapes(self, model: MoEModel) -> dict[str, tuple[int, ...]]:
+        """Return the expected shape of every tensor, layers and experts filled in."""
+        moe = [layer for layer, is_moe in enumerate(model.is_moe) if is_moe]
+        replaced = tuple(MLP.format(layer=layer) for layer in moe)
+        dense = self.dense.shapes(model.arch).items()
+        found = {name: shape for name, shape in dense if not name.startswith(replaced)}
+        for layer in moe:
+            found |= self._moe_layer(model, layer)
+        return found | self.zeros(model)
+
+    def _moe_layer(self, model: MoEModel, layer: int) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        hidden = model.arch.hidden_size
+        for name in self.parameters.keys() - self.dense.parameters.keys():
+            if name.startswith(_SHARED) and not model.has_shared_expert:
+                continue
+            width = model.expert_width if name.startswith(_EXPERT) else model.arch.ffn_hidden_size
+            shape = (hidden, width) if name.endswith("linear_fc2.weight") else (width, hidden)
+            shape = (model.num_experts, hidden) if name == _ROUTER else shape
+            tensors = [rows.tensor for rows in self.parameters[name].rows(model.arch)]
+            for expert in range(model.num_experts if name.startswith(_EXPERT) else 1):
+                found |= {t.format(layer=layer, expert=expert): shape for t in tensors}
+        return found
+
+    def zeros(self, model: MoEModel) -> dict[str, tuple[int, int]]:
+        """Return what Megatron has nothing for and must be 0: names and shapes."""
+        layers = [layer for layer, moe in enumerate(model.is_moe) if moe]
+        found = self.layer_zeros(model)
+        return {name.format(layer=n): shape for name, shape in found.items() for n in layers}
+
+
+def _experts(prefix: str, router: str, gate: str, up: str, down: str) -> dict[str, Operation]:
+    expert = prefix + "experts.{expert}."
+    return {
+        _ROUTER: Rename(prefix + router + ".weight"),
+        _EXPERT + "linear_fc1.weight": GatedMLP(f"{expert}{gate}.weight", f"{expert}{up}.weight"),
+        _EXPERT + "linear_fc2.weight": DownMLP(f"{expert}{down}.weight"),
+    }
+
+
+def _qwen_config(model: MoEModel) -> dict[str, Any]:
+    return {
+        "intermediate_size": model.arch.ffn_hidden_size,
+        "moe_intermediate_size": model.expert_width,
+        "num_experts": model.num_experts,
+        "num_experts_per_tok": model.topk,
+        "norm_topk_prob": not model.pre_softmax,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer, moe in enumerate(model.is_moe) if not moe],
+        "use_sliding_window": False,
+        "output_router_logits": False,
+    }
+
+
+_QWEN_EXPERTS = _experts(MLP, "gate", "gate_proj", "up_proj", "down_proj")
+
+MIXTRAL = MoEFamily(
+    model_type="mixtral",
+    class_name="MixtralForCausalLM",
+    dense=LLAMA,
+    parameters={
+        **LLAMA.parameters,
+        **_experts(LAYER + "block_sparse_moe.", "gate", "w1", "w3", "w2"),
+    },
+    config=lambda model: {
+        "intermediate_size": model.expert_width,
+        "num_local_experts": model.num_experts,
+        "num_experts_per_tok": model.topk,
+        "head_dim": model.arch.kv_channels,
+        "sliding_window": model.arch.sliding_window,
+        "output_router_logits": False,
+    },
+)
+
+QWEN3_MOE = MoEFamily(
+    model_type="qwen3_moe",
+    class_name="Qwen3MoeForCausalLM",
+    dense=QWEN3,
+    parameters={**QWEN3.parameters, **_QWEN_EXPERTS},
+    config=lambda model: {
+        **_qwen_config(model),
+        "head_dim": model.arch.kv_channels,
+        "attention_bias": False,
+    },
+)
+
+
+def _inert(model: MoEModel) -> dict[str, tuple[int, int]]:
+    """The gate of the shared expert is at 0, which lets half of its output through; where there
+    is none, one of a single neuron with weights of 0 adds nothing.
+    """
+    hidden = model.arch.hidden_size
+    zeros: dict[str, tuple[int, int]] = {MLP + "shared_expert_gate.weight": (1, hidden)}
+    if not model.has_shared_expert:
+        zeros |= {
+            MLP + "shared_expert.gate_proj.weight": (1, hidden),
+            MLP + "shared_expert.up_proj.weight": (1, hidden),
+            MLP + "shared_expert.down_proj.weight": (hidden, 1),
+        }
+    return zeros
+
+
+QWEN2_MOE = MoEFamily(
+    model_type="qwen2_moe",
+    class_name="Qwen2MoeForCausalLM",
+    dense=QWEN2,
+    parameters={
+        **QWEN2.parameters,
+        **_QWEN_EXPERTS,
+        _SHARED + "linear_fc1.weight": GatedMLP(
+            MLP + "shared_expert.gate_proj.weight", MLP + "shared_expert.up_proj.weight"
+        ),
+        _SHARED + "linear_fc2.weight": Rename(MLP + "shared_expert.down_proj.weight"),
+    },
+    config=lambda model: {
+        **_qwen_config(model),
+        "qkv_bias": model.arch.add_qkv_bias,
+        "shared_expert_intermediate_size": (
+            model.arch.ffn_hidden_size if model.has_shared_expert else 1
+        ),
+    },
+    layer_zeros=_inert,
+    doubled="shared_expert.down_proj.weight",
+)
+
+
+def moe_family_of(model: MoEModel) -> MoEFamily:
+    """Return the architecture that computes just what an upcycled model computes.
+
+    Raises:
+        UpcyclingError: None does; says what does not fit.
+    """
+    arch = model.arch
+    _refuse(not arch.gated_linear_unit, "experts with squared ReLU and no gate")
+    _refuse(arch.norm_has_bias, "LayerNorm with biases")
+    _refuse(arch.rotary_percent != 1, f"rotary_percent={arch.rotary_percent}")
+    if arch.qk_layernorm:
+        _refuse(arch.add_qkv_bias, "norms of queries and keys together with their biases")
+        _refuse(model.has_shared_expert, "norms of queries and keys with a shared expert")
+        _refuse(arch.sliding_window is not None, "norms of queries and keys with a window")
+        return QWEN3_MOE
+    plain = all(model.is_moe) and not (
+        model.pre_softmax or arch.add_qkv_bias or model.has_shared_expert
+    )
+    if plain:
+        return MIXTRAL
+    why = "softmax before top-k, biases, dense layers or a shared expert"
+    _refuse(arch.sliding_window is not None, f"{why}, together with a sliding window")
+    heads = arch.num_attention_heads * arch.kv_channels
+    _refuse(heads != arch.hidden_size, f"{why}, together with heads of size {arch.kv_channels}")
+    return QWEN2_MOE
+
+
+def _refuse(found: bool, what: str) -> None:
+    if found:
+        raise UpcyclingError(
+            f"The model has {what}, which no Mixture-of-Experts architecture of transformers "
+            "computes; expected what Mixtral, Qwen2-MoE or Qwen3-MoE compute. It can be evaluated "
+            "and trained in NeMo."
+        )

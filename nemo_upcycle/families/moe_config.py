@@ -1,0 +1,104 @@
+"""Read what an MoE is out of a Hugging Face `config.json`: the inverse of `MoEFamily.config`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.huggingface import read_architecture
+from nemo_upcycle.families.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE, MoEFamily, MoEModel
+from nemo_upcycle.families.values import Values, unfit
+
+MOE_FAMILIES: dict[str, MoEFamily] = {
+    family.model_type: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+}
+
+
+def moe_model(config: Mapping[str, Any]) -> MoEModel:
+    """Read an MoE's numbers.
+
+    Args:
+        config: The parsed `config.json`, in the words of transformers 4 or 5.
+
+    Raises:
+        UpcyclingError: It is of another family, a value is of the wrong kind, or transformers or
+            Megatron do not compute such a model.
+    """
+    kind = str(config.get("model_type"))
+    if kind not in MOE_FAMILIES:
+        raise UpcyclingError(
+            f"config.json says model_type={kind!r}; MoE families that can be read: "
+            f"{', '.join(MOE_FAMILIES)}."
+        )
+    model = _mixtral(config) if kind == "mixtral" else _qwen(config, kind)
+    if model.topk > model.num_experts:
+        raise UpcyclingError(
+            f"config.json says num_experts_per_tok={model.topk} of {model.num_experts} experts; "
+            "expected no more than there are."
+        )
+    if model.topk == 1 and not model.pre_softmax:
+        raise UpcyclingError(
+            "config.json gives each token one expert with a weight of 1, whatever the router says; "
+            "Megatron's router computes one expert only with its weight of all."
+        )
+    return model
+
+
+def _mixtral(config: Mapping[str, Any]) -> MoEModel:
+    values, arch = Values(config, "mixtral"), read_architecture(config, "mixtral")
+    return MoEModel(
+        arch=arch,
+        num_experts=values.count("num_local_experts"),
+        topk=values.count("num_experts_per_tok"),
+        pre_softmax=False,
+        # A granular model's dense width is not said; no layer is that wide.
+        expert_width=arch.ffn_hidden_size,
+        is_moe=(True,) * arch.num_layers,
+        has_shared_expert=False,
+    )
+
+
+def _qwen(config: Mapping[str, Any], kind: str) -> MoEModel:
+    values = Values(config, kind)
+    if kind == "qwen3_moe":
+        arch, shared = read_architecture(config, kind, qk_layernorm=True), 1
+    else:
+        arch = read_architecture(config, kind, add_qkv_bias=values.flag("qkv_bias"))
+        shared = values.count("shared_expert_intermediate_size")
+        _check_heads(arch.num_attention_heads * arch.kv_channels, arch.hidden_size)
+    if shared not in (1, arch.ffn_hidden_size):
+        raise UpcyclingError(
+            f"config.json says shared_expert_intermediate_size={shared}; expected the dense "
+            f"layer's width, {arch.ffn_hidden_size}, or 1, which is none."
+        )
+    return MoEModel(
+        arch=arch,
+        num_experts=values.count("num_experts"),
+        topk=values.count("num_experts_per_tok"),
+        pre_softmax=not values.flag("norm_topk_prob"),
+        expert_width=values.count("moe_intermediate_size"),
+        is_moe=_moe_layers(values, arch.num_layers),
+        has_shared_expert=shared != 1,
+    )
+
+
+def _check_heads(heads: int, hidden: int) -> None:
+    if heads != hidden:
+        raise UpcyclingError(
+            f"config.json makes attention heads of {heads} numbers together of a hidden size of "
+            f"{hidden}; a Qwen2-MoE of transformers 4 has as many."
+        )
+
+
+def _moe_layers(values: Values, layers: int) -> tuple[bool, ...]:
+    step, dense = values.count("decoder_sparse_step"), values.said["mlp_only_layers"]
+    if not isinstance(dense, list | None):
+        raise unfit("mlp_only_layers", dense, "a list of layers, or null")
+    is_moe = tuple(
+        layer not in (dense or ()) and (layer + 1) % step == 0 for layer in range(layers)
+    )
+    if not any(is_moe):
+        raise UpcyclingError(
+            f"config.json says decoder_sparse_step={step} and mlp_only_layers={dense}, which "
+            f"leave none of {layers} layers with experts; expected one at least."
+        )
+    return is_moe

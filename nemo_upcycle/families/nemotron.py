@@ -1,0 +1,35 @@
+"""Nemotron-3, Nemotron-4 and Minitron (`NemotronForCausalLM`), what arXiv 2410.07524 upcycled.
+
+Squared ReLU without a gate: a neuron is a row of up and a column of down. Norms are LayerNorms
+whose weight is stored less 1, and a part of each head is rotated.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from nemo_upcycle.families.family import Rename, UpMLP
+from nemo_upcycle.families.huggingface import read_architecture
+from nemo_upcycle.families.llama import LAYER, LLAMA, MEGATRON_LAYER, MLP
+
+NEMOTRON = replace(
+    LLAMA,
+    model_type="nemotron",
+    architecture=partial(read_architecture, family="nemotron", normalization="LayerNorm1p"),
+    parameters={
+        **LLAMA.parameters,
+        MEGATRON_LAYER + "self_attention.linear_qkv.layer_norm_bias": Rename(
+            LAYER + "input_layernorm.bias"
+        ),
+        MEGATRON_LAYER + "mlp.linear_fc1.layer_norm_bias": Rename(
+            LAYER + "post_attention_layernorm.bias"
+        ),
+        MEGATRON_LAYER + "mlp.linear_fc1.weight": UpMLP(MLP + "up_proj.weight"),
+        "decoder.final_layernorm.bias": Rename("model.norm.bias"),
+    },
+    tensors={
+        **{name: axes for name, axes in LLAMA.tensors.items() if "gate_proj" not in name},
+        LAYER + "input_layernorm.bias": ("hidden",),
+        LAYER + "post_attention_layernorm.bias": ("hidden",),
+        "model.norm.bias": ("hidden",),
+    },
+)

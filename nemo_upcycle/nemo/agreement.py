@@ -1,0 +1,153 @@
+"""Whether a model computes what a dense checkpoint's config says: field by field, before a weight.
+
+Shapes agree in many models that compute something else.
+"""
+
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from typing import Any
+
+from nemo_upcycle.config import Exactness, UpcyclingConfig
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families import Architecture
+from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields, window_fields
+from nemo_upcycle.trained.opened import ROUTER_FIELDS
+
+_OF_FUNCTION = (
+    "position_embedding_type",
+    "rotary_percent",
+    "rotary_interleaved",
+    "seq_len_interpolation_factor",
+    "scale_factor",
+    "no_rope_freq",
+    "mrope_section",
+    "normalization",
+    "layernorm_zero_centered_gamma",
+    "qk_layernorm",
+    "add_qkv_bias",
+    "add_bias_linear",
+    "activation_func",
+    "gated_linear_unit",
+    "glu_linear_offset",
+    "activation_func_clamp_value",
+    "softmax_scale",
+    "softmax_type",
+    "window_attn_skip_freq",
+    "apply_residual_connection_post_layernorm",
+    "multi_latent_attention",
+    "heterogeneous_block_specs",
+    "is_hybrid_model",
+    "mtp_num_layers",
+)
+"""Fields that decide what a dense model computes, and that are as in a Llama unless its checkpoint
+says otherwise. Dropout, precision and fusion are how a run trains."""
+
+_NOT_OF_FUNCTION = ("init_method_std", "bias_activation_fusion", "vocab_size")
+"""Fields that the checkpoint sets and that decide nothing, or are compared by themselves."""
+
+_USUAL: dict[str, Any] = {
+    field.name: field.default for field in fields(UpcycledGPTConfig) if field.default is not MISSING
+}
+_OF_ROUTER = ROUTER_FIELDS | {
+    "moe_input_jitter_eps": None,
+    "moe_router_force_load_balancing": False,
+}
+
+
+def check_agreement(config: Any, arch: Architecture, tokenizer_size: int | None = None) -> None:
+    """Check that a model is the one that a dense checkpoint's config describes.
+
+    Experts, lengths of sequences that no window cuts, padding of the vocabulary, and how weights
+    would be drawn may be the run's own.
+
+    Args:
+        config: The model's: NeMo's GPTConfig, of any class.
+        arch: The dense checkpoint's numbers.
+        tokenizer_size: What the vocabulary is made of where the config has none.
+
+    Raises:
+        UpcyclingError: It is another model; says every field in which it is.
+    """
+    found = [*_differences(config, arch), *_of_vocabulary(config, arch, tokenizer_size)]
+    if found:
+        said = "; ".join(f"{name} is {model!r}, expected {dense!r}" for name, model, dense in found)
+        raise UpcyclingError(
+            f"The model is not the dense checkpoint's: {said}. Its weights would compute something "
+            "else. Leave these fields to the checkpoint's config: give a dense_checkpoint that can "
+            "be read where the recipe is made, or set model.config.FIELD to what is expected. If a "
+            "change is meant, make it in the checkpoint's config first."
+        )
+
+
+def exactness_of(
+    config: Any, upcycling: UpcyclingConfig, dense: Architecture, branches: int
+) -> Exactness:
+    """Say whether a model that agrees with its dense checkpoint computes it at step 0, and why.
+
+    Args:
+        config: The model's.
+        upcycling: What the dense model's feed-forward layers become.
+        dense: The dense checkpoint's numbers.
+        branches: How many dense checkpoints there are.
+    """
+    found = upcycling.exactness(dense.gated_linear_unit, branches)
+    if upcycling.num_moe_experts is None:
+        return found
+    other = [
+        f"{name}={getattr(config, name)!r}"
+        for name, usual in _OF_ROUTER.items()
+        if getattr(config, name, usual) != usual
+    ]
+    if not other:
+        return found
+    why = f"{', '.join(other)} makes the router another than softmax and top-k"
+    return Exactness(False, why if found.exact else f"{found.reason}; {why}")
+
+
+def _differences(config: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any]]:
+    """Yield fields with what the model has and what the dense model has, where they differ."""
+    length = config.seq_length
+    expected = {name: _USUAL[name] for name in _OF_FUNCTION if name in _USUAL}
+    expected |= {"window_size": None} | architecture_fields(arch) | window_fields(arch, length)
+    for name, dense in expected.items():
+        if name in _NOT_OF_FUNCTION:
+            continue
+        # A class without a field computes what the field's usual value says.
+        model = _of_model(config, name, length)
+        if _comparable(model) != _comparable(dense):
+            yield name, _shown(model), _shown(dense)
+
+
+def _of_model(config: Any, name: str, length: int) -> Any:
+    value = getattr(config, name, _USUAL.get(name))
+    if name == "window_size":
+        # Megatron counts the tokens before a token; a window of all of them is none.
+        return None if value is None or not 0 <= value[0] < length - 1 else (value[0], 0)
+    if value is None and name in ("num_query_groups", "kv_channels"):
+        heads = config.num_attention_heads
+        return heads if name == "num_query_groups" else config.hidden_size // heads
+    return value
+
+
+def _comparable(value: Any) -> Any:
+    return _shown(value) if callable(value) else value
+
+
+def _shown(value: Any) -> Any:
+    return getattr(value, "__name__", type(value).__name__) if callable(value) else value
+
+
+def _of_vocabulary(
+    config: Any, arch: Architecture, tokenizer_size: int | None
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield a vocabulary that is not the dense model's, padded so that it divides by TP."""
+    tp = config.tensor_model_parallel_size
+    divisors = (1, tp, config.make_vocab_size_divisible_by * tp)
+    padded = {arch.vocab_size + -arch.vocab_size % divisor for divisor in divisors}
+    size = config.vocab_size
+    if size is None:  # NeMo then takes the tokenizer's, padded
+        if tokenizer_size is None:
+            return
+        size = tokenizer_size + -tokenizer_size % divisors[-1]
+    if size not in padded:
+        yield "vocab_size", size, arch.vocab_size

@@ -1,0 +1,132 @@
+"""NeMo's data module, which trains on nothing that is not what it says."""
+
+import sys
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from nemo.collections import llm
+from nemo.utils import AppState
+from nemo.utils.get_rank import is_global_rank_zero
+from transformers import PreTrainedTokenizerBase
+
+from nemo_upcycle.data.checks import (
+    Dataset,
+    TokenizerCheck,
+    check_there,
+    check_tokenizer_fits,
+    check_vocabulary,
+)
+from nemo_upcycle.data.paths import DataPath, of_words, words_of
+from nemo_upcycle.engine.ranks import Ranks
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.files import check_writable
+from nemo_upcycle.nemo.gpt_dataset import cache_directory
+
+
+def _paths_of(paths: Any) -> dict[str, list[DataPath]]:
+    """Return NeMo's `paths`, by split where they differ."""
+    if isinstance(paths, dict):
+        return {split: _paths_of(given)[""] for split, given in paths.items()}
+    return {"": of_words(paths if isinstance(paths, (list, tuple)) else [paths])}
+
+
+class PreTrainingDataModule(llm.PreTrainingDataModule):
+    """NeMo's data module for Megatron's datasets.
+
+    Before Megatron builds its indices, all ranks check together that each dataset is as long as
+    its index and its manifest say, was made with this tokenizer, and has no token that the model
+    has no embedding for. Indices are written beside the data; where that cannot be, into the run's
+    directory.
+
+    Args: those of NeMo's. `paths` may begin with `~` and end with `.bin`.
+
+    Raises:
+        UpcyclingError: `paths` are none, or a file is missing.
+    """
+
+    # NeMo records a constructor's arguments by its signature, in every checkpoint's context.
+    @wraps(llm.PreTrainingDataModule.__init__)  # type: ignore[misc]
+    def __init__(self, paths: Any, *args: Any, **kwargs: Any) -> None:
+        by_split = _paths_of(paths)
+        self._data_paths = [path for each in by_split.values() for path in each if path.is_local]
+        for path in self._data_paths:
+            check_there(path)
+        words = {split: words_of(each) for split, each in by_split.items()}
+        super().__init__(words if isinstance(paths, dict) else words[""], *args, **kwargs)
+
+    def setup(self, stage: str = "") -> None:
+        """Check the datasets, on all ranks, and build Megatron's indices.
+
+        Raises:
+            UpcyclingError: A dataset is not what it says; raised on every rank.
+        """
+        ranks = Ranks()
+        found, error = None, None
+        try:
+            found = self._check(ranks.rank, ranks.size)
+        except Exception as failed:  # whatever it is, the other ranks must hear of it
+            error = failed
+        ranks.raise_on_all(error)
+        seen = ranks.gather(found)
+        rows = self._rows()
+        if rows is not None:
+            for number, path in enumerate(self._data_paths):
+                check_vocabulary(path.prefix, max(each[number] for each in seen), rows)
+        error = None
+        try:
+            # One rank decides where indices are: they must be in one place for all.
+            place = self._place_of_indices() if ranks.rank == 0 else None
+        except UpcyclingError as failed:
+            place, error = None, failed
+        ranks.raise_on_all(error)
+        self.index_mapping_dir = ranks.gather(place)[0]
+        super().setup(stage)
+
+    def _check(self, rank: int, ranks: int) -> list[int]:
+        """Check this rank's view of the datasets; return the largest ids in its part of them."""
+        datasets = [Dataset(path) for path in self._data_paths]
+        rows, tokenizer = self._rows(), self._transformers_tokenizer()
+        if rows is not None:
+            check_tokenizer_fits(self.tokenizer, rows)
+        if tokenizer is not None:
+            check = TokenizerCheck(tokenizer)
+            for dataset in datasets:
+                check.check(dataset)
+        return [dataset.largest_id(rank, ranks) for dataset in datasets]
+
+    def _rows(self) -> int | None:
+        """Return how many embeddings the model has, without what TP pads them with."""
+        trainer = getattr(self, "trainer", None)
+        config = getattr(getattr(trainer, "lightning_module", None), "config", None)
+        return getattr(config, "vocab_size", None)
+
+    def _transformers_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        tokenizer = getattr(self.tokenizer, "tokenizer", None)
+        return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+
+    def _place_of_indices(self) -> str | None:
+        """Return a directory for Megatron's indices; None for those beside the data.
+
+        Raises:
+            UpcyclingError: None can be written to.
+        """
+        if self.index_mapping_dir is not None:
+            check_writable(Path(self.index_mapping_dir))
+            return self.index_mapping_dir
+        try:
+            for path in self._data_paths:
+                check_writable(cache_directory(path.prefix))
+            return None
+        except UpcyclingError as error:
+            run = AppState().log_dir
+            if not run:
+                raise UpcyclingError(
+                    f"Megatron's indices cannot be written beside the data: {error} Say where "
+                    "else: data.index_mapping_dir=DIR."
+                ) from error
+            place = str(Path(run) / "index")
+            check_writable(Path(place))
+            if is_global_rank_zero():
+                print(f"[data] indices are written to {place}: {error}", file=sys.stderr)
+            return place

@@ -1,0 +1,97 @@
+"""Model-FLOPs utilisation, logged with every step."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from nemo_upcycle.nemo.recorded import Recorded
+from nemo_upcycle.planner.flops import Flops, flops
+from nemo_upcycle.planner.hardware import device_peak_tflops
+from nemo_upcycle.trained.opened import megatron_model
+
+
+def peak_tflops() -> float | None:
+    """Return this device's peak in bf16, None where it is not known."""
+    return device_peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+class MFUCallback(pl.Callback, Recorded):
+    """Log TFLOP/s per GPU and model-FLOPs utilisation.
+
+    `tflops_per_gpu` and `mfu` count attention as causal; `mfu_full_attention` is arXiv 2412.09952's
+    convention, larger. NeMo's own callback takes Mixtral's vocabulary for every MoE.
+
+    Args:
+        peak_tflops: What a GPU can do in the precision of the training; None looks the device up.
+            Without a GPU that is known, utilisation is not logged.
+        warm_up_steps: Steps at the start that are not logged: they allocate and choose kernels.
+    """
+
+    def __init__(self, peak_tflops: float | None = None, warm_up_steps: int = 1) -> None:
+        self.peak_tflops = peak_tflops
+        self.warm_up_steps = warm_up_steps
+        self._flops: Flops | None = None
+        self._ended: float | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the operations of a sequence."""
+        config = pl_module.config
+        self._flops = flops(megatron_model(vars(config)), config.seq_length)
+        self._peak = self.peak_tflops or peak_tflops()
+        self._ended = None
+        self._left = self.warm_up_steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        """Log what the step that ends here has done, from the end of the one before it.
+
+        What comes after a validation or a checkpoint is not logged: they are no training.
+        """
+        now, started = time.perf_counter(), self._ended
+        self._ended = now
+        self._left -= 1
+        if started is None or self._flops is None or self._left >= 0:
+            return
+        values = utilisation(
+            self._flops,
+            sequences=trainer.datamodule.global_batch_size,
+            seconds=now - started,
+            gpus=trainer.world_size,
+            peak_tflops=self._peak,
+        )
+        for name, value in values.items():
+            pl_module.log(name, value, batch_size=1)
+
+    def on_validation_start(self, *_: Any) -> None:
+        """Forget when the last step ended."""
+        self._ended = None
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        """Forget when the last step ended."""
+        self._ended = None
+
+
+def utilisation(
+    counted: Flops, sequences: int, seconds: float, gpus: int, peak_tflops: float | None
+) -> dict[str, float]:
+    """Return what is logged of a step.
+
+    Args:
+        counted: Operations of a sequence.
+        sequences: Global batch size.
+        seconds: Of the step.
+        gpus: GPUs of the job.
+        peak_tflops: Of a GPU; None leaves utilisation out.
+
+    Returns:
+        TFLOP/s per GPU, and fractions of the peak.
+    """
+    scale = sequences / (seconds * gpus) / 1e12
+    found = {"tflops_per_gpu": counted.training * scale}
+    if peak_tflops is not None:
+        found["mfu"] = counted.training * scale / peak_tflops
+        found["mfu_full_attention"] = counted.training_full_attention * scale / peak_tflops
+    return found

@@ -1,0 +1,396 @@
+"""The NeMo model: a dense model whose feed-forward layers became Mixture-of-Experts layers."""
+
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
+from nemo.collections.llm.fn.activation import squared_relu
+from nemo.collections.llm.gpt.model.base import GPTModel, default_layer_spec
+from nemo.collections.llm.gpt.model.llama import LlamaConfig, apply_rope_scaling
+from nemo.lightning import io, teardown
+
+from nemo_upcycle.checkpoint.kept import FIELD, kept_of
+from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.config.layers import megatron_layer_freq
+from nemo_upcycle.engine.source import open_source
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families import Architecture
+from nemo_upcycle.families.moe import MoEModel
+from nemo_upcycle.nemo import cpu
+from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer, tokenizer_directory
+from nemo_upcycle.plan.layout import padded_vocabulary
+from nemo_upcycle.trained.export import export
+
+
+def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """Return the layers that Transformer Engine computes: NeMo's, or block by block where some
+    layers stay dense, which NeMo's are not made for.
+    """
+    if config.moe_layer_freq == 1:
+        return default_layer_spec(config, vp_stage=vp_stage)
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+
+
+@dataclass
+class UpcycledGPTConfig(LlamaConfig):
+    """A dense model with experts: attention, RoPE scaling and vocabulary of the dense model.
+
+    The fields are Megatron's and NeMo's, their defaults a Llama's; other families set what differs
+    (`architecture_fields`). `scale_factor`, `low_freq_factor`, `high_freq_factor` and
+    `old_context_len` are Llama 3.1's RoPE scaling, as in NeMo's Llama31Config; a `scale_factor` of
+    None means none.
+
+    With `num_moe_experts=None` this is the dense model itself.
+    """
+
+    num_moe_experts: int | None = 8
+    moe_router_topk: int = 2
+    moe_router_pre_softmax: bool = False
+    moe_router_load_balancing_type: str = "aux_loss"
+    # arXiv 2410.07524 finds 1e-2 best; 2412.09952 does not state its own.
+    moe_aux_loss_coeff: float = 1e-2
+    moe_token_dispatcher_type: str = "alltoall"
+    # Routing decides by small differences; Megatron's default is the activations' dtype.
+    moe_router_dtype: str | None = "fp32"
+    moe_expert_capacity_factor: float | None = None
+    transformer_layer_spec: Callable[..., Any] = layer_spec
+
+    vocab_size: int | None = None
+    unpadded_vocab_size: int | None = field(default=None, init=False)
+    scale_factor: float | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    old_context_len: int = 8192
+
+    def configure_model(
+        self,
+        tokenizer: Any,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> MCoreGPTModel:
+        """Build this rank's Megatron-Core model."""
+        self._pad_vocabulary()
+        self._limit_capacity()
+        if self.pipeline_model_parallel_size == 2 and self.virtual_pipeline_model_parallel_size:
+            # The next stage and the previous one are the same rank. Megatron would take what comes
+            # from one for what comes from the other, unless it sends to each by itself.
+            self.overlap_p2p_comm, self.batch_p2p_comm = True, False
+        model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
+        _mark_experts(model)
+        if self.unpadded_vocab_size is not None and model.post_process:
+            _leave_padding_out(model, self.unpadded_vocab_size)
+        if self.scale_factor is not None:
+            model.rotary_pos_emb.inv_freq = apply_rope_scaling(
+                model.rotary_pos_emb.inv_freq,
+                factor=self.scale_factor,
+                low_freq_factor=self.low_freq_factor,
+                high_freq_factor=self.high_freq_factor,
+                old_context_len=self.old_context_len,
+            )
+        return model
+
+    def _pad_vocabulary(self) -> None:
+        """NeMo takes a given vocabulary as it is; Megatron wants it to divide by TP."""
+        if self.unpadded_vocab_size is None:  # the first of the virtual stages
+            self.unpadded_vocab_size = self.vocab_size
+        if self.vocab_size is not None:
+            self.vocab_size = padded_vocabulary(self.vocab_size, self.tensor_model_parallel_size)
+
+    def _limit_capacity(self) -> None:
+        """Limit the capacity to the tokens that there are: Megatron fails above
+        (NVIDIA/Megatron-LM#2214), and from there on no token is dropped anyway.
+        """
+        factor = self.moe_expert_capacity_factor
+        if self.num_moe_experts is not None and factor is not None:
+            # A little less: the product with the tokens is rounded up, and may be a bit above them.
+            most = self.num_moe_experts / self.moe_router_topk * (1 - 1e-12)
+            self.moe_expert_capacity_factor = min(factor, most)
+
+
+def _mark_experts(model: MCoreGPTModel) -> None:
+    """Mark all experts' parameters for the expert-data-parallel reduction and the gradient norm.
+
+    Megatron marks them for the reduction only for EP > 1. With EP 1 and ETP ≠ TP the data-parallel
+    groups of attention and experts differ all the same, and experts would train on part of their
+    gradients (NVIDIA/Megatron-LM#1628).
+
+    Megatron's gradient norm counts a parameter on every tensor-parallel rank if the parameter is
+    `tensor_model_parallel`, and on the first rank alone otherwise. Transformer Engine from 2.13 on
+    does not mark experts, so that the experts of the other ranks would be left out
+    (NVIDIA/Megatron-LM#5916).
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
+            parameter.tensor_model_parallel = True
+
+
+def _leave_padding_out(model: MCoreGPTModel, vocab_size: int) -> None:
+    """Take the rows that pad the vocabulary out of the softmax, and so out of the loss.
+
+    Megatron itself counts them as tokens with a logit of 0.
+    """
+    layer = model.output_layer
+    first = parallel_state.get_tensor_model_parallel_rank() * layer.output_size_per_partition
+    kept = min(max(vocab_size - first, 0), layer.output_size_per_partition)
+    if kept == layer.output_size_per_partition:
+        return
+
+    def mask(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> None:
+        logits = output[0]
+        logits[..., kept:] = torch.finfo(logits.dtype).min
+
+    layer.register_forward_hook(mask)
+
+
+class UpcycledGPTModel(GPTModel):
+    """A dense model with experts, trained by NeMo.
+
+    Args:
+        config: What it is; None where its checkpoint says it, as for `llm.import_ckpt`.
+        optim: NeMo's optimizer module.
+        tokenizer: NeMo's tokenizer.
+        model_transform: As in NeMo's GPTModel.
+    """
+
+    def __init__(
+        self,
+        config: UpcycledGPTConfig | None = None,
+        optim: Any = None,
+        tokenizer: Any = None,
+        model_transform: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
+    ) -> None:
+        super().__init__(config, optim, tokenizer, model_transform)
+
+
+@io.model_exporter(UpcycledGPTModel, "hf")
+class HuggingFaceExporter(io.ModelConnector):
+    """What `llm.export_ckpt(…, target="hf")` calls; see `nemo_upcycle.trained.export`."""
+
+    def apply(self, output_path: Path) -> Path:
+        """Write the checkpoint as a Hugging Face directory."""
+        for note in export(str(self), output_path).notes:
+            print(f"[export] {note}")
+        return output_path
+
+
+@io.model_importer(UpcycledGPTModel, "hf")
+class HuggingFaceImporter(io.ModelConnector):
+    """What `llm.import_ckpt(model, "hf://DIR")` calls: reads what is exported, and dense models.
+
+    Of the model that is given the class alone counts; what it is, its directory says.
+    """
+
+    def init(self) -> UpcycledGPTModel:
+        """Make the model that the directory is of; it has no weights yet."""
+        source = open_source(str(self))
+        config = trained_config(source.model, source.dtype)
+        has_tokenizer = tokenizer_directory(str(self)) is not None
+        return UpcycledGPTModel(
+            config, tokenizer=checkpoint_tokenizer(str(self)) if has_tokenizer else None
+        )
+
+    def apply(self, output_path: Path) -> Path:
+        """Write the directory as a NeMo 2 checkpoint."""
+        source, model = open_source(str(self)), self.init()
+        trainer = None
+        if not torch.cuda.is_available():
+            trainer = cpu.trainer(ckpt_save_optimizer=False, always_save_context=True)
+        trainer = self.nemo_setup(model, trainer)
+        source.check([source.fill([model.module])])
+        trainer.callbacks.append(_Kept(kept_of(str(self))))
+        self.nemo_save(output_path, trainer)
+        teardown(trainer, model)
+        return output_path
+
+
+class _Kept(pl.Callback):
+    """Puts into a checkpoint what the directory says beside the model."""
+
+    def __init__(self, kept: dict[str, Any]) -> None:
+        self._kept = kept
+
+    def state_dict(self) -> dict[str, Any]:
+        return {FIELD: self._kept}
+
+
+# The names in checkpoints' contexts from before there were other families than Llama.
+UpcycledLlamaConfig, UpcycledLlamaModel = UpcycledGPTConfig, UpcycledGPTModel
+
+
+def architecture_fields(arch: Architecture) -> dict[str, Any]:
+    """Return the fields of NeMo's configs that a dense model decides.
+
+    Args:
+        arch: Its numbers.
+
+    Returns:
+        Keyword arguments for `UpcycledGPTConfig`; for a Llama also for NeMo's LlamaConfig
+        (Llama31Config where there is RoPE scaling). What is as in a Llama is left out.
+    """
+    found: dict[str, Any] = {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.kv_channels,
+        "vocab_size": arch.vocab_size,
+        "layernorm_epsilon": arch.layernorm_epsilon,
+        "rotary_base": arch.rotary_base,
+        "share_embeddings_and_output_weights": arch.share_embeddings_and_output_weights,
+        "init_method_std": arch.init_method_std,
+    }
+    if arch.rope_scaling is not None:
+        found |= {
+            "scale_factor": arch.rope_scaling["factor"],
+            "low_freq_factor": arch.rope_scaling["low_freq_factor"],
+            "high_freq_factor": arch.rope_scaling["high_freq_factor"],
+            "old_context_len": arch.rope_scaling["original_max_position_embeddings"],
+        }
+    if not arch.gated_linear_unit:
+        found |= {
+            "activation_func": squared_relu,
+            "gated_linear_unit": False,
+            "bias_activation_fusion": False,  # a kernel for SwiGLU and GeLU
+        }
+    if arch.norm_has_bias:
+        found |= {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True}
+    unusual = {
+        "add_qkv_bias": (arch.add_qkv_bias, False),
+        "qk_layernorm": (arch.qk_layernorm, False),
+        "rotary_percent": (arch.rotary_percent, 1.0),
+        "seq_len_interpolation_factor": (arch.seq_len_interpolation_factor, None),
+    }
+    return found | {name: value for name, (value, usual) in unusual.items() if value != usual}
+
+
+def trained_config(model: MoEModel, dtype: torch.dtype, **fields: Any) -> UpcycledGPTConfig:
+    """Return the config of a trained model, for this machine: a GPU if there is one.
+
+    Args:
+        model: What it is. No token is dropped, as transformers drops none.
+        dtype: The parameters'.
+        fields: Others, such as how it is spread.
+    """
+    arch, length = model.arch, model.arch.max_position_embeddings
+    on_cpu = cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
+    of_model = architecture_fields(arch) | window_fields(arch) | _trained_moe_fields(model)
+    return UpcycledGPTConfig(
+        **(of_model if torch.cuda.is_available() else of_model | on_cpu),
+        **fields,
+        seq_length=length,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        make_vocab_size_divisible_by=1,
+        perform_initialization=False,
+    )
+
+
+def _trained_moe_fields(model: MoEModel) -> dict[str, Any]:
+    arch = model.arch
+    if not any(model.is_moe):
+        return {"num_moe_experts": None}
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.topk,
+        "moe_router_pre_softmax": model.pre_softmax,
+        "moe_ffn_hidden_size": model.expert_width,
+        "moe_layer_freq": 1 if all(model.is_moe) else [int(moe) for moe in model.is_moe],
+        "moe_shared_expert_intermediate_size": (
+            arch.ffn_hidden_size if model.has_shared_expert else None
+        ),
+    }
+
+
+def is_llama(arch: Architecture) -> bool:
+    """Say whether NeMo's own Llama computes the dense model."""
+    with_default = (each for each in fields(Architecture) if each.default is not MISSING)
+    return all(getattr(arch, each.name) == each.default for each in with_default)
+
+
+def window_fields(arch: Architecture, seq_length: int | None = None) -> dict[str, Any]:
+    """Return the field for a sliding window, where sequences are longer than it.
+
+    Megatron counts the tokens before a token, the dense model's config the token too.
+
+    Args:
+        arch: The dense model's numbers.
+        seq_length: Tokens of a sequence at most; None where any number may come.
+    """
+    if arch.sliding_window is None or (seq_length or math.inf) <= arch.sliding_window:
+        return {}
+    return {"window_size": (arch.sliding_window - 1, 0)}
+
+
+def moe_fields(arch: Architecture, upcycling: UpcyclingConfig) -> dict[str, Any]:
+    """Return the fields of `UpcycledGPTConfig` that the upcycling decides."""
+    if upcycling.num_moe_experts is None:
+        return {"num_moe_experts": None}
+    named = {name: getattr(upcycling, name) for name in MEGATRON_FIELDS}
+    return named | {
+        "moe_ffn_hidden_size": arch.ffn_hidden_size // upcycling.granularity,
+        "moe_layer_freq": megatron_layer_freq(upcycling.moe_layer_freq, arch.num_layers),
+        "moe_shared_expert_intermediate_size": (
+            arch.ffn_hidden_size if upcycling.moe_shared_expert else None
+        ),
+    }
+
+
+MEGATRON_FIELDS = (
+    "num_moe_experts",
+    "moe_router_topk",
+    "moe_router_pre_softmax",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_expert_capacity_factor",
+    "moe_pad_expert_input_to_capacity",
+    "moe_token_dispatcher_type",
+)
+"""Fields that `UpcyclingConfig` has from Megatron's config."""
+
+
+def upcycling_of(config: Any, **chosen: Any) -> UpcyclingConfig:
+    """Return what a model's config says the dense model becomes: the inverse of `moe_fields`.
+
+    Args:
+        config: A config of NeMo's or Megatron's; its `ffn_hidden_size` is the dense layer's.
+        chosen: What the config does not say: initialiser, scaling, seed.
+
+    Raises:
+        UpcyclingError: The experts' width does not divide the dense one.
+    """
+    if config.num_moe_experts is None:
+        return UpcyclingConfig(num_moe_experts=None, **chosen)
+    dense_width, width = config.ffn_hidden_size, config.moe_ffn_hidden_size
+    width = width or dense_width
+    if dense_width % width:
+        raise UpcyclingError(
+            f"The experts' width moe_ffn_hidden_size={width} does not divide the dense "
+            f"feed-forward layer's, {dense_width}. Make it 1/granularity of that."
+        )
+    shared = config.moe_shared_expert_intermediate_size
+    if shared not in (None, dense_width):
+        raise UpcyclingError(
+            f"moe_shared_expert_intermediate_size is {shared}; a shared expert is the dense "
+            f"feed-forward layer, {dense_width} wide, or there is none."
+        )
+    freq = config.moe_layer_freq
+    return UpcyclingConfig(
+        **{name: getattr(config, name) for name in MEGATRON_FIELDS},
+        granularity=dense_width // width,
+        moe_layer_freq=tuple(freq) if isinstance(freq, list) else freq,
+        moe_shared_expert=shared is not None,
+        **chosen,
+    )

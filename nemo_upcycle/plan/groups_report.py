@@ -1,0 +1,154 @@
+"""The groups of a folding as a table and as a picture."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.plan.groups import ATTENTION, EXPERTS, PURPOSES, rank_groups
+from nemo_upcycle.plan.layout import coordinates
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DRAWN_NODES = 16
+
+
+def render(folding: ParallelFolding, world_size: int, gpus_per_node: int) -> Table:
+    """Return a table of all groups of more than one rank.
+
+    Args:
+        folding: How the model is spread.
+        world_size: Ranks of the job.
+        gpus_per_node: Ranks of a node.
+    """
+    table = Table(title=f"{world_size} ranks, {gpus_per_node} a node", title_justify="left")
+    for name in ("groups", "of ranks", "the first", "where", "for"):
+        table.add_column(name, justify="right" if name == "of ranks" else "left")
+    for kind, groups in rank_groups(folding, world_size).items():
+        if groups.size == 1:
+            continue
+        nodes = groups.nodes(gpus_per_node)
+        table.add_row(
+            f"{len(groups.ranks)} × {kind}",
+            str(groups.size),
+            _ranks(groups.ranks[0]),
+            "inside a node" if nodes == 1 else f"over {nodes} nodes",
+            PURPOSES[kind],
+        )
+    return table
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    """Write ranks shortly: 0–7, or 0, 16, 32 … 112."""
+    steps = {b - a for a, b in pairwise(ranks)}
+    if steps == {1}:
+        return f"{ranks[0]}–{ranks[-1]}"
+    if len(ranks) <= 4:
+        return ", ".join(map(str, ranks))
+    return f"{ranks[0]}, {ranks[1]}, {ranks[2]} … {ranks[-1]}"
+
+
+def draw(folding: ParallelFolding, world_size: int, gpus_per_node: int, path: Path) -> None:
+    """Write a picture: ranks on their nodes, once as attention and once as experts see them.
+
+    Colours are what a rank holds: in attention its pipeline stage and tensor-parallel part, in MoE
+    layers its stage and experts. Frames are the groups that exchange the most: TP and ETP·EP.
+
+    Args:
+        folding: How the model is spread.
+        world_size: Ranks of the job; of more than 16 nodes the first of each stage are drawn.
+        gpus_per_node: Ranks of a node.
+        path: The file to write.
+
+    Raises:
+        UpcyclingError: matplotlib is not installed, or the world size does not divide.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UpcyclingError("The picture needs matplotlib: pip install matplotlib.") from None
+    nodes = drawn_nodes(folding, world_size, gpus_per_node)
+    figure = Figure(figsize=(2.2 * gpus_per_node, 1.8 + 0.75 * len(nodes)), layout="tight")
+    FigureCanvasAgg(figure)
+    for axes, names in zip(figure.subplots(1, 2), (ATTENTION, EXPERTS), strict=True):
+        _panel(axes, folding, world_size, gpus_per_node, nodes, names)
+    every = -(-world_size // gpus_per_node)
+    more = f", the first {len(nodes)} of {every} nodes by stage" if len(nodes) < every else ""
+    figure.suptitle(f"{folding}: {world_size} ranks on nodes of {gpus_per_node}{more}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def drawn_nodes(folding: ParallelFolding, world_size: int, gpus_per_node: int) -> list[int]:
+    """Return the nodes that a picture has room for: all, or the first ones of each stage.
+
+    Args:
+        folding: How the model is spread.
+        world_size: Ranks of the job.
+        gpus_per_node: Ranks of a node.
+    """
+    nodes = range(-(-world_size // gpus_per_node))
+    if len(nodes) <= DRAWN_NODES:
+        return list(nodes)
+    stages = folding.pipeline_model_parallel_size
+    ranks_of_stage, each = world_size // stages, max(1, DRAWN_NODES // stages)
+    firsts = [stage * ranks_of_stage // gpus_per_node for stage in range(stages)]
+    chosen = {node for first in firsts for node in nodes[first : first + each]}
+    return sorted(chosen)[:DRAWN_NODES]
+
+
+def _panel(
+    axes: "Axes",
+    folding: ParallelFolding,
+    world_size: int,
+    gpus_per_node: int,
+    nodes: list[int],
+    names: tuple[str, ...],
+) -> None:
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    colours = colormaps["tab20"]
+    held: dict[tuple[int, ...], int] = {}
+    cells: dict[int, tuple[int, int]] = {}
+    for row, node in enumerate(nodes):
+        for gpu in range(min(gpus_per_node, world_size - node * gpus_per_node)):
+            rank = node * gpus_per_node + gpu
+            cells[rank] = gpu, row
+            place = coordinates(folding, world_size, rank)
+            values = {name: getattr(place, name) for name in names}
+            own = tuple(value for name, value in values.items() if name not in ("dp", "edp", "cp"))
+            colour = colours(held.setdefault(own, len(held)) % 20)
+            axes.add_patch(Rectangle((gpu, row), 1, 1, facecolor=colour, edgecolor="white"))
+            text = "\n".join(f"{name.upper()} {value}" for name, value in values.items())
+            axes.text(gpu + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6)
+    inner = rank_groups(folding, world_size)["ETP·EP" if names is EXPERTS else "TP"]
+    for group in inner.ranks:
+        _frame(axes, [cells[rank] for rank in group if rank in cells])
+    axes.set_xlim(0, gpus_per_node)
+    axes.set_ylim(len(nodes), 0)
+    gpus = range(gpus_per_node)
+    axes.set_xticks([gpu + 0.5 for gpu in gpus], [str(gpu) for gpu in gpus])
+    axes.set_yticks([row + 0.5 for row in range(len(nodes))], [f"node {node}" for node in nodes])
+    axes.set_title("MoE layers" if names is EXPERTS else "attention and dense layers")
+
+
+def _frame(axes: "Axes", cells: list[tuple[int, int]]) -> None:
+    """Frame a group's neighbours on a node."""
+    from matplotlib.patches import Rectangle
+
+    runs: list[list[tuple[int, int]]] = []
+    for gpu, row in cells:
+        if runs and (gpu - 1, row) == runs[-1][-1]:
+            runs[-1].append((gpu, row))
+        else:
+            runs.append([(gpu, row)])
+    for run in runs:
+        gpu, row = run[0]
+        place, width = (gpu + 0.03, row + 0.05), len(run) - 0.06
+        axes.add_patch(Rectangle(place, width, 0.9, fill=False, edgecolor="black", linewidth=1.5))

@@ -1,0 +1,330 @@
+"""The plan: which block of which dense tensor fills which shard of the MoE, as pure data.
+
+A plan is made for one rank from the shards it owns and the dense checkpoint's headers. Nothing is
+read for it, and it needs neither process groups nor torch. Sharding never shows in it: a shard is
+a rectangle of rows and columns of a parameter, however it came about.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from nemo_upcycle.checkpoint import DTYPE_BYTES, Span, TensorInfo
+from nemo_upcycle.checkpoint.branches import branch_name
+from nemo_upcycle.checkpoint.megatron import VOCABULARY
+from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families import Architecture, Family, Operation, Rows
+
+CHUNK_BYTES = 4 * 2**20
+"""Blocks are read in chunks of at most this, which stay in the processor's cache until written."""
+
+BUFFERS = 4
+"""Chunks of the dense checkpoint that a rank holds at a time."""
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
+_SHARED_EXPERT = ".mlp.shared_experts."
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one rank owns of one parameter.
+
+    Attributes:
+        name: Megatron's name with the global layer and expert filled in, such as
+            `decoder.layers.3.mlp.experts.7.linear_fc1.weight`.
+        global_shape: Rows (and columns) of the whole parameter.
+        offset: Where the shard starts in it.
+        shape: Rows (and columns) of the shard.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> Span:
+        """Its rows in the whole parameter."""
+        return self.offset[0], self.offset[0] + self.shape[0]
+
+    @property
+    def columns(self) -> Span | None:
+        """Its columns in the whole parameter, None for a vector."""
+        return (self.offset[1], self.offset[1] + self.shape[1]) if len(self.shape) > 1 else None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows (and columns) of a dense tensor."""
+
+    tensor: str
+    rows: Span
+    columns: Span | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Rows of a shard, counted from the shard's start; `shard` is its place in the rank's list."""
+
+    shard: int
+    rows: Span
+
+
+@dataclass(frozen=True)
+class RouterTarget:
+    """A shard of a router: one row an expert."""
+
+    shard: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one rank fills its shards.
+
+    Attributes:
+        copies: Blocks to read, each once, with all the places it goes to.
+        routers: Router shards to draw.
+        zeros: Rows that stand for nothing in the dense model (vocabulary padding, router bias).
+        bytes_to_read: Size of all blocks in the checkpoint's dtypes.
+        tensors: Names of the dense tensors that are read.
+    """
+
+    copies: Mapping[Block, tuple[Target, ...]]
+    routers: tuple[RouterTarget, ...]
+    zeros: tuple[Target, ...]
+    bytes_to_read: int
+    tensors: frozenset[str]
+
+
+@dataclass
+class _Builder:
+    tensors: Mapping[str, TensorInfo]
+    family: Family
+    arch: Architecture
+    upcycling: UpcyclingConfig
+    branches: int
+    copies: dict[Block, list[Target]] = field(default_factory=dict)
+    routers: list[RouterTarget] = field(default_factory=list)
+    zeros: list[Target] = field(default_factory=list)
+
+    def add(self, index: int, shard: Shard) -> None:
+        layer = layer_of(shard.name)
+        if shard.name.endswith(".mlp.router.weight") and layer is not None:
+            self._check_router(shard)
+            self.routers.append(RouterTarget(index, layer))
+        elif shard.name.endswith(".mlp.router.expert_bias"):
+            self.zeros.append(Target(index, (0, shard.shape[0])))
+        else:
+            self._add_copies(index, shard, layer)
+
+    def _check_router(self, shard: Shard) -> None:
+        expected = (self.upcycling.num_moe_experts, self.arch.hidden_size)
+        if shard.global_shape != expected:
+            raise UpcyclingError(
+                f"{shard.name} is {list(shard.global_shape)}; expected {list(expected)} "
+                "(num_moe_experts, hidden_size of the dense checkpoint)."
+            )
+
+    def _add_copies(self, index: int, shard: Shard, layer: int | None) -> None:
+        operation = self.family.parameters.get(dense_name(shard.name))
+        if operation is None:
+            raise UpcyclingError(
+                f"The model has {shard.name} {list(shard.global_shape)}, which a "
+                f"{self.family.model_type} checkpoint has nothing for. "
+                "Take it out of the model's config."
+            )
+        expert = expert_of(shard.name)
+        neurons = None
+        if expert is not None:
+            neurons = self.upcycling.neurons(expert, self.arch.ffn_hidden_size)
+        segments = self._segments(operation.rows(self.arch, neurons), shard, layer, expert)
+        total = sum(stop - start for _, start, stop in segments)
+        padded = shard.name in VOCABULARY and shard.global_shape[0] > total
+        if shard.global_shape[0] != total and not padded:
+            raise self._mismatch(shard, "rows", shard.global_shape[0], total)
+        columns = self._columns(shard, segments[0][0], operation, neurons)
+        for block, rows in cut(shard.rows, columns, segments):
+            self.copies.setdefault(block, []).append(Target(index, rows))
+        padding = max(shard.rows[0], total), shard.rows[1]
+        if padding[0] < padding[1]:
+            start, stop = (row - shard.rows[0] for row in padding)
+            self.zeros.append(Target(index, (start, stop)))
+
+    def _segments(
+        self, parts: Iterable[Rows], shard: Shard, layer: int | None, expert: int | None
+    ) -> list[tuple[str, int, int]]:
+        segments = []
+        for rows in parts:
+            tensor = rows.tensor.format(layer=layer)
+            if expert is not None and self.branches > 1:
+                tensor = branch_name(self.upcycling.copy_of(expert) % self.branches, tensor)
+            if tensor not in self.tensors:
+                raise UpcyclingError(
+                    f"The model has {shard.name}, but the dense checkpoint has no {tensor} "
+                    f"(it has {self.arch.num_layers} layers and "
+                    f"{'tied' if self.arch.share_embeddings_and_output_weights else 'untied'} "
+                    "embeddings). Make the model's config from the checkpoint's config."
+                )
+            stop = self.tensors[tensor].shape[0] if rows.stop is None else rows.stop
+            segments.append((tensor, rows.start, stop))
+        return segments
+
+    def _columns(
+        self, shard: Shard, tensor: str, operation: Operation, neurons: Span | None
+    ) -> Span | None:
+        """Return the shard's columns in the dense tensor: an expert's down has its neurons'."""
+        expected = self.tensors[tensor].shape[1:]
+        skipped = 0
+        if operation.columns_are_neurons and neurons is not None:
+            expected, skipped = (neurons[1] - neurons[0],), neurons[0]
+        if shard.global_shape[1:] != expected:
+            raise self._mismatch(shard, "columns", shard.global_shape[1:], expected)
+        if shard.columns is None:
+            return None
+        return shard.columns[0] + skipped, shard.columns[1] + skipped
+
+    def _mismatch(self, shard: Shard, axis: str, found: object, expected: object) -> UpcyclingError:
+        if expert_of(shard.name) is not None:
+            granularity = self.upcycling.granularity
+            share = f"1/{granularity} as wide as" if granularity > 1 else "as wide as"
+            width = self.arch.ffn_hidden_size // granularity
+            return UpcyclingError(
+                f"The model's {shard.name} has {found} {axis}, the dense checkpoint gives "
+                f"{expected}: experts must be {share} the dense feed-forward layer. "
+                f"Set model.config.moe_ffn_hidden_size={width}."
+            )
+        return UpcyclingError(
+            f"The model's {shard.name} has {found} {axis}, the dense checkpoint gives {expected}. "
+            "Make the model's config from the checkpoint's config."
+        )
+
+
+def make_plan(
+    shards: Iterable[Shard],
+    tensors: Mapping[str, TensorInfo],
+    family: Family,
+    arch: Architecture,
+    upcycling: UpcyclingConfig,
+    branches: int = 1,
+) -> Plan:
+    """Say for each shard which blocks of which dense tensors fill it.
+
+    Args:
+        shards: What the rank owns.
+        tensors: The dense checkpoint's tensors.
+        family: Its family.
+        arch: Its numbers.
+        upcycling: What its feed-forward layers become.
+        branches: How many dense models experts come from, in turn by copy of the layer.
+
+    Returns:
+        The plan, covering every element of every shard exactly once.
+
+    Raises:
+        UpcyclingError: A shard has no source or does not fit it.
+    """
+    builder = _Builder(tensors, family, arch, upcycling, branches)
+    for index, shard in enumerate(shards):
+        builder.add(index, shard)
+    return Plan(
+        copies={block: tuple(targets) for block, targets in builder.copies.items()},
+        routers=tuple(builder.routers),
+        zeros=tuple(builder.zeros),
+        bytes_to_read=sum(read_bytes(block, tensors) for block in builder.copies),
+        tensors=frozenset(block.tensor for block in builder.copies),
+    )
+
+
+def dense_name(name: str) -> str:
+    """Return the dense parameter that a parameter of the MoE comes from, `{layer}` left open.
+
+    Experts are made of the layer's feed-forward network. Its norm is a parameter of its own
+    only where an MoE follows; in a dense layer it is fused into linear_fc1.
+    """
+    name = (
+        pattern_of(name).replace(".mlp.experts.{expert}.", ".mlp.").replace(_SHARED_EXPERT, ".mlp.")
+    )
+    return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+
+
+def pattern_of(name: str) -> str:
+    """Return a parameter's name with `{layer}` and `{expert}` left open."""
+    name = _LAYER.sub("decoder.layers.{layer}.", name)
+    return _EXPERT.sub(".mlp.experts.{expert}.", name)
+
+
+def expert_of(name: str) -> int | None:
+    """Return the routed expert that a parameter belongs to, None where it belongs to none."""
+    found = _EXPERT.search(name)
+    return int(found[1]) if found else None
+
+
+def layer_of(name: str) -> int | None:
+    """Return the layer that a parameter belongs to, None where it belongs to none."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
+
+
+def block_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
+    """Return the size of a block in the checkpoint's dtype."""
+    return (block.rows[1] - block.rows[0]) * _row_bytes(block, tensors)
+
+
+def read_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
+    """Return what is read for a block: its size, in each checkpoint that it is an average of."""
+    return block_bytes(block, tensors) * tensors[block.tensor].sources
+
+
+def chunk_rows(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
+    """Return how many rows of a block are read at a time: what fits `CHUNK_BYTES`, at least one."""
+    return min(block.rows[1] - block.rows[0], max(1, CHUNK_BYTES // _row_bytes(block, tensors)))
+
+
+def peak_bytes(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: str) -> int:
+    """Return the most memory that carrying out a plan takes besides the model.
+
+    Args:
+        plan: The plan of one rank.
+        tensors: The dense checkpoint's tensors.
+        dtype: The parameters' dtype, by safetensors' name.
+
+    Returns:
+        Bytes of the buffers, each as large as the largest chunk, of what an average takes, and of
+        one chunk in the parameters' dtype where it is not the checkpoint's and the chunk goes to
+        several places. An initialiser works afterwards, on less at a time: see `engine/experts.py`.
+    """
+    largest = converted = averaged = chunks = 0
+    for block, targets in plan.copies.items():
+        rows, row_bytes = chunk_rows(block, tensors), _row_bytes(block, tensors)
+        chunks += math.ceil((block.rows[1] - block.rows[0]) / rows)
+        largest = max(largest, rows * row_bytes)
+        source = tensors[block.tensor].dtype
+        values = rows * row_bytes // DTYPE_BYTES[source]
+        if source != dtype and len(targets) > 1:
+            converted = max(converted, values * DTYPE_BYTES[dtype])
+        if tensors[block.tensor].sources > 1:  # two chunks more, and two in fp32
+            averaged = max(averaged, 2 * rows * row_bytes + 2 * values * DTYPE_BYTES["F32"])
+    return min(BUFFERS, chunks) * (largest + averaged) + converted
+
+
+def _row_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
+    columns = 1 if block.columns is None else block.columns[1] - block.columns[0]
+    return columns * DTYPE_BYTES[tensors[block.tensor].dtype]
+
+
+def cut(
+    rows: Span, columns: Span | None, segments: list[tuple[str, int, int]]
+) -> Iterator[tuple[Block, Span]]:
+    """Yield the parts of the segments that lie in a shard, with the shard's rows they fill."""
+    first, last = rows
+    position = 0
+    for tensor, start, stop in segments:
+        low, high = max(first, position), min(last, position + stop - start)
+        if low < high:
+            source = (start + low - position, start + high - position)
+            yield Block(tensor, source, columns), (low - first, high - first)
+        position += stop - start

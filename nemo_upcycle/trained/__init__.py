@@ -1,0 +1,1 @@
+"""A trained model as tensors: opened, exported, compared with the dense model."""

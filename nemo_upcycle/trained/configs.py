@@ -1,0 +1,180 @@
+"""The configs and the tokenizer of an exported MoE: what the dense model's files said, kept."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.checkpoint import MegatronCheckpoint
+from nemo_upcycle.checkpoint.kept import CHAT_TEMPLATES, CONFIG, default_tokens
+from nemo_upcycle.checkpoint.tokenizer_files import copy_tokenizer, find_tokenizer
+from nemo_upcycle.families.moe import MoEFamily, MoEModel
+
+_TOKENIZERS = {
+    "llama": "LlamaTokenizer",
+    "mistral": "LlamaTokenizer",
+    "mixtral": "LlamaTokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen2_moe": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "qwen3_moe": "Qwen2Tokenizer",
+}
+"""What transformers takes by the model type where a tokenizer's files name no class."""
+
+_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def write_configs(
+    checkpoint: MegatronCheckpoint,
+    model: MoEModel,
+    family: MoEFamily,
+    dtype: str,
+    kept: Mapping[str, Any] | None,
+    directory: Path,
+) -> list[str]:
+    """Write config.json, generation_config.json and the tokenizer.
+
+    Args:
+        checkpoint: The MoE's; has the tokenizer.
+        model: What it is.
+        family: What it becomes.
+        dtype: Of the weights, by safetensors' name.
+        kept: What its run has recorded of the dense model; see `checkpoint.kept`.
+        directory: Where to.
+
+    Returns:
+        What whoever exports should know: what had to be assumed, and what contradicts.
+    """
+    config, generation = config_of(model, family, dtype), None
+    tokenizer = _copy_tokenizer(checkpoint, directory)
+    if kept is not None and "config" in kept:
+        config |= _of_dense(kept, family.model_type, directory)
+        generation = kept.get("generation_config")
+        _write_chat_templates(kept.get("chat_templates") or {}, directory)
+    elif tokenizer is not None:
+        ids = {name: value for name, value in _ids(tokenizer).items() if value is not None}
+        config |= ids
+        generation = {"_from_model_config": True, **ids}
+    write_json(directory / "config.json", config)
+    if generation is not None:
+        write_json(directory / "generation_config.json", generation)
+    notes = list(_assumed(model, tokenizer, kept))
+    if tokenizer is not None:
+        notes += _contradictions(tokenizer, config, generation or {})
+    return notes
+
+
+def config_of(model: MoEModel, family: MoEFamily, dtype: str) -> dict[str, Any]:
+    """Return the `config.json` of a trained MoE, in words that transformers 4 and 5 read."""
+    arch = model.arch
+    rope: dict[str, Any] | None = None
+    if arch.rope_scaling is not None:
+        rope = {"rope_type": "llama3", **arch.rope_scaling}
+    elif arch.seq_len_interpolation_factor is not None:
+        rope = {"rope_type": "linear", "factor": arch.seq_len_interpolation_factor}
+    return {
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_key_value_heads": arch.num_query_groups,
+        "hidden_act": "silu",
+        "max_position_embeddings": arch.max_position_embeddings,
+        "initializer_range": arch.init_method_std,
+        "rms_norm_eps": arch.layernorm_epsilon,
+        "rope_theta": arch.rotary_base,
+        "rope_scaling": rope,
+        "tie_word_embeddings": arch.share_embeddings_and_output_weights,
+        "torch_dtype": _DTYPE_NAMES[dtype],
+        **family.config(model),
+    }
+
+
+def _of_dense(kept: Mapping[str, Any], model_type: str, directory: Path) -> dict[str, Any]:
+    """Return what the dense model's config.json said, or transformers took for it unsaid."""
+    kind, said = str(kept.get("model_type")), kept["config"]
+    now = default_tokens(model_type)
+    unsaid = {name: value for name, value in default_tokens(kind).items() if value != now[name]}
+    found = {**unsaid, **said}
+    if not found.get("tokenizer_class") and _TOKENIZERS.get(kind) != _TOKENIZERS[model_type]:
+        path = directory / "tokenizer_config.json"
+        named = json.loads(path.read_text()) if path.is_file() else {}
+        if kind in _TOKENIZERS and not named.get("tokenizer_class"):
+            found["tokenizer_class"] = _TOKENIZERS[kind]
+    return {name: found[name] for name in CONFIG if name in found}
+
+
+def _copy_tokenizer(checkpoint: MegatronCheckpoint, directory: Path) -> Any:
+    """Copy the tokenizer's files as they are; return it, None where there is none that loads."""
+    found = find_tokenizer(checkpoint.directory, checkpoint.context)
+    if found is None:
+        return None
+    copy_tokenizer(found, directory)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(found, trust_remote_code=False)
+    except (
+        Exception
+    ):  # files of another version make it raise anything; they are copied all the same
+        return None
+
+
+def _write_chat_templates(templates: Mapping[str, str], directory: Path) -> None:
+    for name, template in templates.items():
+        path = directory / CHAT_TEMPLATES / Path(name).name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(template)
+
+
+def _ids(tokenizer: Any) -> dict[str, int | None]:
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+
+
+def _assumed(model: MoEModel, tokenizer: Any, kept: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield what no record says, and what was taken instead."""
+    tokens = "no token ids are said" if tokenizer is None else "token ids are the tokenizer's"
+    if kept is None:
+        window = "" if model.arch.sliding_window else "there is no sliding window, "
+        yield (
+            "the checkpoint does not record what the dense model's configs say (an older version "
+            "or another program has saved it): max_position_embeddings is the run's "
+            f"{model.arch.max_position_embeddings}, {window}{tokens}. Correct config.json where "
+            "the dense model says otherwise"
+        )
+    elif "config" not in kept:
+        yield f"the dense checkpoint was Megatron's, which says no tokens: {tokens}"
+
+
+def _contradictions(
+    tokenizer: Any, config: Mapping[str, Any], generation: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield where the tokenizer says other tokens than the configs, each once."""
+    files = {"config.json": config, "generation_config.json": generation}
+    for name, own in _ids(tokenizer).items():
+        said = {
+            file: values[name] for file, values in files.items() if values.get(name) is not None
+        }
+        others = {file: value for file, value in said.items() if own not in _listed(value)}
+        if own is not None and others:
+            named = dict.fromkeys(_named(tokenizer, value) for value in others.values())
+            yield (
+                f"the tokenizer's {name} is {_named(tokenizer, own)}, that of "
+                f"{' and '.join(others)} {' and '.join(named)}: each is kept as the dense model "
+                "has it"
+            )
+
+
+def _named(tokenizer: Any, ids: Any) -> str:
+    return ", ".join(f"{one} ({tokenizer.convert_ids_to_tokens(one)})" for one in _listed(ids))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON as transformers does."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,163 @@
+"""How far the weights of an upcycled model are from the dense ones, read tensor by tensor."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from nemo_upcycle.checkpoint import DenseCheckpoint, Span
+from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
+from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families import Architecture, Family, family_of
+from nemo_upcycle.families.moe import MoEModel
+from nemo_upcycle.trained.opened import Trained
+
+EXACT = 1e-6
+"""Relative distance up to which weights are the same but for rounding."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Drift:
+    """Relative distances of weights, each a maximum over tensors.
+
+    Attributes:
+        others: Of everything that is no expert and no router, to the dense weights.
+        experts: Of every expert's parts to the nearest multiple of the dense neurons.
+        scales: What the parts (gate, up, down, and those of the shared expert) are multiplied
+            with, as nearly as they are.
+    """
+
+    others: float = 0.0
+    experts: float = 0.0
+    scales: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the weights are those of upcycling by copies."""
+        return max(self.others, self.experts) <= EXACT
+
+
+def drift(dense: DenseCheckpoint, trained: Trained, progress: Progress | None = None) -> Drift:
+    """Compare an upcycled model's weights with those that it came from.
+
+    Args:
+        dense: The dense checkpoint.
+        trained: The MoE.
+        progress: Called with parameters compared and to compare.
+
+    Raises:
+        UpcyclingError: The two are not of one shape.
+    """
+    family = family_of(dense.config)
+    arch = family.architecture(dense.config)
+    _check_alike(arch, trained.model.arch)
+    found, neurons = Drift(), _neurons(trained.model, arch)
+    pairs = list(_pairs(family, trained.model))
+    for done, (pattern, layer, expert, name) in enumerate(pairs, 1):
+        rows = family.parameters[pattern].rows(arch, None if expert is None else neurons(expert))
+        columns = None
+        if expert is not None and family.parameters[pattern].columns_are_neurons:
+            columns = neurons(expert)
+        source = [(r.tensor.format(layer=layer), r.start, r.stop) for r in rows]
+        before = _read(dense, source, columns)
+        after = _read(trained.checkpoint, list(trained.segments(name)), None)
+        if ".experts." in name or ".shared_experts." in name:
+            _add_expert(found, name, before, after)
+        else:
+            found.others = max(found.others, _distance(before, after))
+        if progress:
+            progress(done, len(pairs))
+    return found
+
+
+def _check_alike(dense: Architecture, moe: Architecture) -> None:
+    names = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+    different = [
+        f"{name} {getattr(dense, name)} and {getattr(moe, name)}"
+        for name in names
+        if getattr(dense, name) != getattr(moe, name)
+    ]
+    if different:
+        raise UpcyclingError(
+            f"The dense model and the MoE are not of one shape: {', '.join(different)}. "
+            "Give the dense checkpoint that the MoE was upcycled from."
+        )
+
+
+def _neurons(model: MoEModel, dense: Architecture) -> Callable[[int], Span]:
+    """Return which dense neurons an expert has."""
+    granularity = max(1, dense.ffn_hidden_size // model.expert_width)
+    upcycling = UpcyclingConfig(
+        num_moe_experts=model.num_experts,
+        moe_router_topk=model.topk,
+        moe_router_pre_softmax=model.pre_softmax,
+        granularity=granularity,
+    )
+    return lambda expert: upcycling.neurons(expert, dense.ffn_hidden_size)
+
+
+def _pairs(family: Family, model: MoEModel) -> Iterator[tuple[str, int | None, int | None, str]]:
+    """Yield each dense parameter with each that it became: pattern, layer, expert, name."""
+    for pattern in family.parameters:
+        if pattern == "output_layer.weight" and model.arch.share_embeddings_and_output_weights:
+            continue
+        if "{layer}" not in pattern:
+            yield pattern, None, None, pattern
+            continue
+        for layer, moe in enumerate(model.is_moe):
+            name = pattern.format(layer=layer)
+            if not moe or ".mlp.linear_fc" not in name or "layer_norm" in name:
+                yield pattern, layer, None, name
+                continue
+            for expert in range(model.num_experts):
+                inside = name.replace(".mlp.", f".mlp.experts.{expert}.")
+                yield pattern, layer, expert, inside
+            if model.has_shared_expert:
+                yield pattern, layer, None, name.replace(".mlp.", ".mlp.shared_experts.")
+
+
+def _read(
+    checkpoint: DenseCheckpoint, segments: list[tuple[str, int, int | None]], columns: Span | None
+) -> torch.Tensor:
+    parts = []
+    for name, start, stop in segments:
+        info = checkpoint.tensors[name]
+        stop = info.shape[0] if stop is None else stop
+        width = info.width if columns is None else columns[1] - columns[0]
+        dtype = TORCH_DTYPES[info.dtype]
+        buffer = bytearray((stop - start) * width * dtype.itemsize)
+        checkpoint.read_into(memoryview(buffer), name, (start, stop), columns)
+        parts.append(torch.frombuffer(buffer, dtype=dtype).view(stop - start, width))
+    return torch.cat(parts)
+
+
+def _add_expert(found: Drift, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+    shared = "shared " if ".shared_experts." in name else ""
+    parts = [("down", before, after)]
+    if "linear_fc1" in name:
+        halves = before.chunk(2), after.chunk(2)
+        parts = list(zip(("gate", "up"), *halves, strict=True))
+    for part, dense, expert in parts:
+        numbers = dense.float(), expert.float()
+        scale = float((numbers[0] * numbers[1]).sum() / numbers[0].square().sum().clamp(min=1e-30))
+        if abs(scale - 1) < 1e-3:
+            scale, distance = 1.0, _distance(dense, expert)
+        else:
+            distance = _distance(dense.float() * scale, expert)
+            if distance < torch.finfo(expert.dtype).eps / 2:
+                distance = 0.0  # a product is rounded
+        found.experts = max(found.experts, distance)
+        found.scales[shared + part] = scale
+
+
+def _distance(before: torch.Tensor, after: torch.Tensor) -> float:
+    if before.shape != after.shape:
+        raise UpcyclingError(
+            f"A weight of the dense model is {list(before.shape)}, in the MoE {list(after.shape)}. "
+            "Give the dense checkpoint that the MoE was upcycled from."
+        )
+    before = before.to(after.dtype).float()
+    return float((after.float() - before).norm() / before.norm().clamp(min=1e-30))

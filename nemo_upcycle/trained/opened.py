@@ -1,0 +1,329 @@
+"""A trained model under Megatron's names, whatever format it is in: NeMo 2, Megatron, Hugging Face.
+
+Where the rows of a parameter lie is said by the same operations as for upcycling. So a trained
+model is exported, imported and loaded under any mapping slice by slice, and no model is built.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from nemo_upcycle.checkpoint import (
+    DTYPE_BYTES,
+    DenseCheckpoint,
+    HuggingFaceCheckpoint,
+    MegatronCheckpoint,
+    Span,
+    TensorInfo,
+)
+from nemo_upcycle.checkpoint.kept import kept_in
+from nemo_upcycle.checkpoint.megatron import VOCABULARY
+from nemo_upcycle.checkpoint.run_directory import resolve_trained
+from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.config.layers import moe_layers
+from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.families.family import Architecture, Operation, Rename
+from nemo_upcycle.families.megatron import moe_architecture
+from nemo_upcycle.families.moe import MoEFamily, MoEModel
+from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
+from nemo_upcycle.plan.rank import (
+    Block,
+    Plan,
+    Shard,
+    Target,
+    cut,
+    expert_of,
+    layer_of,
+    pattern_of,
+    read_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model: an MoE, or a dense model of NeMo 2's or Megatron's.
+
+    Attributes:
+        checkpoint: Where its tensors are.
+        model: What it is.
+        family: That of its Hugging Face directory; None for Megatron's own names.
+        kept: What its run has recorded of the dense model's configs, see `checkpoint.kept`; None
+            where nothing is.
+    """
+
+    checkpoint: DenseCheckpoint
+    model: MoEModel
+    family: MoEFamily | None
+    kept: Mapping[str, Any] | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of its embeddings, by safetensors' name."""
+        return self.checkpoint.tensors[next(self.segments(VOCABULARY[0]))[0]].dtype
+
+    def segments(self, parameter: str) -> Iterator[tuple[str, int, int]]:
+        """Yield the tensors, with rows, that make up a parameter of Megatron's.
+
+        Raises:
+            UpcyclingError: The checkpoint has nothing for it.
+        """
+        layer, expert = layer_of(parameter), expert_of(parameter)
+        width = self.model.arch.ffn_hidden_size if expert is None else self.model.expert_width
+        for rows in self._operation(parameter).rows(self.model.arch, (0, width)):
+            tensor = rows.tensor.format(layer=layer, expert=expert)
+            if tensor not in self.checkpoint.tensors:
+                raise UpcyclingError(
+                    f"{self.checkpoint.directory} has no {tensor}, which the model's {parameter} "
+                    "is. It is incomplete, or its config is another model's."
+                )
+            stop = self.checkpoint.tensors[tensor].shape[0] if rows.stop is None else rows.stop
+            yield tensor, rows.start, stop
+
+    def _operation(self, parameter: str) -> Operation:
+        # In a checkpoint the norm before an MoE has the name that it has before a dense layer.
+        name = parameter.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+        if self.family is None:
+            return Rename(name)
+        operation = self.family.parameters.get(pattern_of(name))
+        if operation is None:
+            raise UpcyclingError(
+                f"The model has {parameter}, which a {self.family.model_type} has nothing for."
+            )
+        return operation
+
+    @cached_property
+    def unread(self) -> frozenset[str]:
+        """Tensors that must be 0 and are nothing of Megatron's."""
+        return frozenset(self.family.zeros(self.model) if self.family else ())
+
+
+def open_trained(source: str | Path) -> Trained:
+    """Open a trained model by its headers.
+
+    Args:
+        source: A NeMo 2 or Megatron-LM checkpoint saved under any mapping, dense or MoE, or the
+            directory of the run that saved it; or a Hugging Face directory of an MoE.
+
+    Raises:
+        UpcyclingError: It cannot be read, or Megatron's model does not compute it.
+    """
+    directory = resolve_trained(source)
+    if (directory / "config.json").is_file():
+        return _open_huggingface(directory)
+    checkpoint = MegatronCheckpoint(directory, experts=True)
+    model, kept = megatron_model(checkpoint.config), kept_in(checkpoint.directory)
+    if kept is not None:
+        model = replace(model, arch=_with_context(model.arch, kept))
+    return Trained(checkpoint, model, None, kept)
+
+
+def _with_context(arch: Architecture, kept: Mapping[str, Any]) -> Architecture:
+    """Return the numbers with the dense model's context.
+
+    The run's config has the length of its sequences, and no window that is not shorter.
+    """
+    trained_at, window = arch.max_position_embeddings, kept.get("sliding_window")
+    if arch.sliding_window is not None or (window is not None and trained_at > window):
+        window = arch.sliding_window
+    length = max(trained_at, kept["max_position_embeddings"])
+    return replace(arch, max_position_embeddings=length, sliding_window=window)
+
+
+ROUTER_FIELDS: dict[str, Any] = {
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_topk_limited_devices": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_apply_probs_on_input": False,
+}
+"""Fields of Megatron's that change what a router computes, as upcycling leaves them."""
+
+
+def upcycled_model(arch: Architecture, upcycling: UpcyclingConfig) -> MoEModel:
+    """Return what a dense model becomes.
+
+    Args:
+        arch: The dense model's numbers.
+        upcycling: What its feed-forward layers become.
+    """
+    experts = upcycling.num_moe_experts
+    return MoEModel(
+        arch=arch,
+        num_experts=experts or 0,
+        topk=upcycling.moe_router_topk if experts else 0,
+        pre_softmax=upcycling.moe_router_pre_softmax,
+        expert_width=arch.ffn_hidden_size // upcycling.granularity,
+        is_moe=(
+            moe_layers(upcycling.moe_layer_freq, arch.num_layers)
+            if experts
+            else (False,) * arch.num_layers
+        ),
+        has_shared_expert=upcycling.moe_shared_expert,
+    )
+
+
+def megatron_model(config: Mapping[str, Any]) -> MoEModel:
+    """Return what a config with Megatron's names describes.
+
+    Raises:
+        UpcyclingError: A number is missing, or it is no model that upcycling makes.
+    """
+    other = {
+        name: config[name]
+        for name, usual in ROUTER_FIELDS.items()
+        if config.get(name, usual) != usual
+    }
+    if config.get("num_moe_experts") and other:
+        said = ", ".join(f"{name}={value!r}" for name, value in other.items())
+        raise UpcyclingError(
+            f"The checkpoint's config says {said}; expected a router with softmax and top-k alone."
+        )
+    arch, experts = moe_architecture(config), config.get("num_moe_experts") or 0
+    freq = config.get("moe_layer_freq") or 1
+    return MoEModel(
+        arch=arch,
+        num_experts=experts,
+        topk=config.get("moe_router_topk", 2),
+        pre_softmax=bool(config.get("moe_router_pre_softmax")),
+        expert_width=config.get("moe_ffn_hidden_size") or arch.ffn_hidden_size,
+        is_moe=moe_layers(freq, arch.num_layers) if experts else (False,) * arch.num_layers,
+        has_shared_expert=bool(config.get("moe_shared_expert_intermediate_size")),
+    )
+
+
+# --- Hugging Face --------------------------------------------------------------------------------
+
+
+class _HuggingFaceMoE(HuggingFaceCheckpoint):
+    """A directory whose tensors are read as Megatron has them: some are twice that."""
+
+    def __init__(self, directory: Path, doubled: str | None) -> None:
+        super().__init__(directory)
+        self._doubled = doubled
+
+    def read_into(self, buffer: memoryview, name: str, rows: Span, columns: Span | None) -> None:
+        super().read_into(buffer, name, rows, columns)
+        if self._doubled is not None and name.endswith(self._doubled):
+            import torch
+
+            from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
+
+            torch.frombuffer(buffer, dtype=TORCH_DTYPES[self.tensors[name].dtype]).mul_(0.5)
+
+
+def _open_huggingface(directory: Path) -> Trained:
+    checkpoint = HuggingFaceCheckpoint(directory)
+    model = moe_model(checkpoint.config)
+    family = MOE_FAMILIES[checkpoint.config["model_type"]]
+    opened = Trained(_HuggingFaceMoE(directory, family.doubled), model, family)
+    _check_shapes(opened)
+    _check_zeros(opened)
+    return opened
+
+
+def _check_shapes(opened: Trained) -> None:
+    """Check that tensors are as the config says: of a longer one, a part would be read."""
+    assert opened.family is not None
+    tensors = opened.checkpoint.tensors
+    wrong = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in opened.family.shapes(opened.model).items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if wrong:
+        raise UpcyclingError(
+            f"{opened.checkpoint.directory}: {len(wrong)} tensors of the wrong shape: "
+            f"{listing(wrong)}. Its config is another model's."
+        )
+
+
+def _check_zeros(opened: Trained) -> None:
+    """Check that what Megatron has nothing for does nothing."""
+    checkpoint, family = opened.checkpoint, opened.family
+    assert family is not None
+    for name, shape in family.zeros(opened.model).items():
+        info = checkpoint.tensors.get(name, TensorInfo((), "F32"))
+        if info.shape != shape:
+            raise UpcyclingError(
+                f"{checkpoint.directory} has {name} {list(info.shape)}; expected {list(shape)}."
+            )
+        buffer = bytearray(prod(shape) * DTYPE_BYTES[info.dtype])
+        checkpoint.read_into(memoryview(buffer), name, (0, shape[0]), None)
+        if any(buffer):
+            raise UpcyclingError(
+                f"{name} of {checkpoint.directory} is not 0; Megatron's model has no gate of the "
+                "shared expert. Only a Qwen2-MoE as `nemo-upcycle export` writes it can be read."
+            )
+
+
+# --- Loading -------------------------------------------------------------------------------------
+
+
+def plan_restore(shards: Iterable[Shard], trained: Trained) -> Plan:
+    """Say for each shard of a rank which blocks of which tensors fill it.
+
+    Args:
+        shards: What the rank owns.
+        trained: The model.
+
+    Raises:
+        UpcyclingError: A shard has no source or does not fit it.
+    """
+    copies: dict[Block, list[Target]] = {}
+    zeros = []
+    tensors = trained.checkpoint.tensors
+    for index, shard in enumerate(shards):
+        segments = list(trained.segments(shard.name))
+        total = sum(stop - start for _, start, stop in segments)
+        _check_fits(shard, total, tensors[segments[0][0]].shape[1:])
+        for block, rows in cut(shard.rows, shard.columns, segments):
+            copies.setdefault(block, []).append(Target(index, rows))
+        padding = max(shard.rows[0], total) - shard.rows[0], shard.shape[0]
+        if padding[0] < padding[1]:
+            zeros.append(Target(index, padding))
+    return Plan(
+        copies={block: tuple(targets) for block, targets in copies.items()},
+        routers=(),
+        zeros=tuple(zeros),
+        bytes_to_read=sum(read_bytes(block, tensors) for block in copies),
+        tensors=frozenset(block.tensor for block in copies),
+    )
+
+
+def _check_fits(shard: Shard, rows: int, columns: tuple[int, ...]) -> None:
+    padded = shard.name in VOCABULARY and shard.global_shape[0] > rows
+    if shard.global_shape[1:] != columns or (shard.global_shape[0] != rows and not padded):
+        raise UpcyclingError(
+            f"The model's {shard.name} is {list(shard.global_shape)}, the checkpoint's "
+            f"{[rows, *columns]}. Its config is another model's."
+        )
+
+
+def check_all_restored(trained: Trained, used: Iterable[str]) -> None:
+    """Check that the ranks together have used the whole checkpoint.
+
+    Args:
+        trained: The model.
+        used: Names of the tensors that any rank has read.
+
+    Raises:
+        UpcyclingError: Some tensor went nowhere.
+    """
+    known = trained.unread | frozenset(used)
+    left = [
+        name
+        for name in trained.checkpoint.tensors
+        if name not in known and not name.endswith(("rotary_emb.inv_freq", "_extra_state"))
+    ]
+    if trained.model.arch.share_embeddings_and_output_weights:
+        left = [name for name in left if name not in ("lm_head.weight", "output_layer.weight")]
+    if left:
+        raise UpcyclingError(
+            f"The model has no place for {len(left)} tensors of {trained.checkpoint.directory}: "
+            f"{listing(left)}. Its config is another model's."
+        )

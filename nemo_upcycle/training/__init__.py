@@ -1,1 +1,0 @@
-"""Reads what training runs leave behind: loss curves and their comparison."""
