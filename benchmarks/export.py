@@ -52,6 +52,7 @@ class Sample(NamedTuple):
 
 def build(directory: Path, layers: int, hidden_size: int) -> None:
     """Make a random Mixtral and save it, as NeMo's importer does after it has filled one."""
+    from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
     from nemo_upcycle.nemo import cpu
 
     cpu.enable()
@@ -68,8 +69,8 @@ def build(directory: Path, layers: int, hidden_size: int) -> None:
         ffn_hidden_size=4 * hidden_size,
         num_attention_heads=16,
         num_query_groups=4,
-        transformer_layer_spec=cpu.cpu_layer_spec,
-        **cpu.MODEL_OVERRIDES,
+        transformer_layer_spec=cpu_layer_spec,
+        **MODEL_OVERRIDES,
     )
     model = MixtralModel(config, tokenizer=AutoTokenizer(str(directory / "tokenizer")))
     strategy = cpu.CpuMegatronStrategy(ckpt_save_optimizer=False, always_save_context=True)

@@ -23,9 +23,9 @@ from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.checks import check_on_login
 from nemo_upcycle.data.paths import parse
+from nemo_upcycle.engine import cpu
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
-from nemo_upcycle.nemo import cpu
 from nemo_upcycle.nemo.auto_resume import AutoResume
 from nemo_upcycle.nemo.callback import UpcyclingCallback
 from nemo_upcycle.nemo.mfu import MFUCallback

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from nemo_upcycle.checkpoint import read_config
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.engine import cpu
 from nemo_upcycle.engine.ranks import Ranks
 from nemo_upcycle.engine.source import Source, open_source
 from nemo_upcycle.errors import UpcyclingError
@@ -22,7 +23,6 @@ from nemo_upcycle.evaluation.megatron_model import MegatronForCausalLM
 from nemo_upcycle.evaluation.transformers_model import is_known, transformers_model
 from nemo_upcycle.families import FAMILIES
 from nemo_upcycle.families.moe_config import MOE_FAMILIES
-from nemo_upcycle.nemo import cpu
 from nemo_upcycle.nemo.model import trained_config, upcycling_of
 from nemo_upcycle.plan.layout import validate
 

@@ -19,6 +19,7 @@ from nemo.lightning import io, teardown
 from nemo_upcycle.checkpoint.kept import FIELD, kept_of
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.config.layers import megatron_layer_freq
+from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
 from nemo_upcycle.engine.source import open_source
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
@@ -282,7 +283,7 @@ def trained_config(model: MoEModel, dtype: torch.dtype, **fields: Any) -> Upcycl
         fields: Others, such as how it is spread.
     """
     arch, length = model.arch, model.arch.max_position_embeddings
-    on_cpu = cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
+    on_cpu = MODEL_OVERRIDES | {"transformer_layer_spec": cpu_layer_spec}
     of_model = architecture_fields(arch) | window_fields(arch) | _trained_moe_fields(model)
     return UpcycledGPTConfig(
         **(of_model if torch.cuda.is_available() else of_model | on_cpu),

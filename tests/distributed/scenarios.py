@@ -23,10 +23,9 @@ from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.engine import load
+from nemo_upcycle.engine import cpu, load
 from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
 from nemo_upcycle.families import Architecture, family_of
-from nemo_upcycle.nemo import cpu
 from nemo_upcycle.nemo.model import (
     UpcycledGPTConfig,
     architecture_fields,

@@ -71,7 +71,7 @@ def _te_spec(config: Any, vp_stage: int | None = None) -> Any:
 
 
 def _with_experts(config: Any, vp_stage: int | None, experts: Any) -> Any:
-    from nemo_upcycle.nemo import cpu
+    from nemo_upcycle.engine import cpu
 
     block = cpu.cpu_layer_spec(config, vp_stage)
     for layer in block.layer_specs:

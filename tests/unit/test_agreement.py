@@ -10,9 +10,9 @@ from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
 
 from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.engine import cpu
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, family_of
-from nemo_upcycle.nemo import cpu
 from nemo_upcycle.nemo.agreement import check_agreement, exactness_of
 from nemo_upcycle.nemo.model import (
     UpcycledGPTConfig,

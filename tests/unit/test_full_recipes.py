@@ -189,7 +189,7 @@ def megatrons_config(built: Any) -> Any:
     """Make Megatron's config, which checks itself, without the kernels that this machine lacks."""
     import fiddle
 
-    from nemo_upcycle.nemo import cpu
+    from nemo_upcycle.engine import cpu
 
     config, strategy = built.model.config, built.trainer.strategy
     lacking = {name for name in cpu.MODEL_OVERRIDES if name != "moe_grouped_gemm"}

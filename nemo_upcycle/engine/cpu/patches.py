@@ -1,0 +1,263 @@
+"""What a process changes in torch and Megatron-Core to run on CPU and gloo, and why.
+
+=============================================  =====================================================
+`torch.cuda` streams, events, RNG state, …     called all over Megatron and NeMo; no-ops, or the
+                                               CPU's random generator
+`device="cuda"`, `.cuda()`, `pin_memory=True`  hard-coded on the training path; a TorchFunctionMode
+                                               sends them to the CPU
+`Tensor.type()`                                the distributed optimizer takes only
+                                               `torch.cuda.*Tensor`; same mode
+`all_gather`, `reduce_scatter` of lists        gloo wants pieces of equal size; the all-to-all
+                                               dispatcher with expert-TP has unequal ones. Built
+                                               from broadcasts and reductions
+`moe_utils.te_general_gemm`                    a NameError without Transformer Engine; None
+`token_dispatcher.maybe_move_tensor_to_cpu`    leaves all-to-all splits as tensors when they are on
+                                               the CPU already, where lists are needed
+`tensor_parallel.random` RNG state             reads the CUDA generator behind torch's back
+`DistributedOptimizer` "step" state            written for Apex's and Transformer Engine's Adam;
+                                               torch's AdamW keeps a `step` with each parameter, and
+                                               has no state at all before the first step
+checkpoint writers' result queue               Megatron spawns its process, for CUDA's sake; that
+                                               imports NeMo again, 10 s in every run that saves.
+                                               Forked; and killed with its rank, which it outlives
+=============================================  =====================================================
+"""
+
+import contextlib
+import ctypes
+import gc
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from functools import cache
+from multiprocessing.managers import SyncManager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from nemo_upcycle.errors import UpcyclingError
+
+CPU = torch.device("cpu")
+
+_mode: "CudaToCpu | None" = None
+
+
+def enable() -> None:
+    """Make this process run Megatron on CPU. Calling it again does nothing.
+
+    Raises:
+        UpcyclingError: There is a CUDA device.
+    """
+    global _mode
+    if torch.cuda.is_available():
+        raise UpcyclingError(
+            "A recipe asked for CPU mode, but this machine has a CUDA device. Leave the recipe's "
+            "accelerator to it, or hide the device with CUDA_VISIBLE_DEVICES=''."
+        )
+    if _mode is None:
+        _patch_torch_cuda()
+        _patch_gloo()
+        _patch_megatron()
+        _mode = CudaToCpu()
+        _mode.__enter__()
+
+
+class _Event:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    def wait(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: "_Event") -> float:
+        return 0.0
+
+
+class _Stream(_Event):
+    device = CPU
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def wait_event(self, *_: Any) -> None: ...
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+@contextlib.contextmanager
+def _stream(_: Any) -> Iterator[None]:
+    yield
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
+
+
+def _patch_torch_cuda() -> None:
+    current = _Stream()
+    patches = {
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": lambda *_: current,
+        "default_stream": lambda *_: current,
+        "stream": _stream,
+        "current_device": lambda: CPU,
+        "synchronize": _nothing,
+        "empty_cache": _nothing,
+        "reset_peak_memory_stats": _nothing,
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+    }
+    for name, value in patches.items():
+        setattr(torch.cuda, name, value)
+
+
+class CudaToCpu(TorchFunctionMode):
+    """Send to the CPU what Megatron and NeMo hard-code to CUDA."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.record_stream:
+            return None
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+def _all_gather(
+    outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+) -> None:
+    rank = torch.distributed.get_rank(group)
+    outputs[rank].copy_(tensor)
+    for source, output in enumerate(outputs):
+        # gloo sends contiguous tensors only; pieces of one that is split by rows are.
+        torch.distributed.broadcast(output, group=group, group_src=source)
+
+
+def _reduce_scatter(
+    output: torch.Tensor, inputs: list[torch.Tensor], group: Any = None, **_: Any
+) -> None:
+    rank = torch.distributed.get_rank(group)
+    for destination, tensor in enumerate(inputs):
+        part = tensor.contiguous().clone()
+        torch.distributed.reduce(part, group=group, group_dst=destination)
+        if destination == rank:
+            output.copy_(part)
+
+
+def _patch_gloo() -> None:
+    torch.distributed.all_gather = _all_gather
+    torch.distributed.reduce_scatter = _reduce_scatter
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, str | torch.device) and str(device).startswith("cuda")
+
+
+def _patch_megatron() -> None:
+    import megatron.core.tensor_parallel.random as rng
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    rng._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    rng._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    # The two generators are one here: Megatron would warn at every use.
+    logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state" not in record.msg)
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
+    _patch_distributed_optimizer()
+    _patch_checkpoint_queue()
+
+
+def _patch_checkpoint_queue() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    @cache
+    def forked_queue() -> Any:
+        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+        gc.disable()
+        try:
+            manager.start(_begin_queue_process, (os.getpid(),))
+        finally:
+            gc.enable()
+        return manager.Queue()
+
+    filesystem_async._get_write_results_queue = forked_queue
+
+
+def _begin_queue_process(parent: int) -> None:
+    """Keep the forked process alive as long as its parent, and no longer."""
+    # To collect what was inherited would end process groups, whose threads were not forked: abort.
+    gc.freeze()
+    gc.enable()
+    # The kernel kills it when its parent is killed; it would wait for ever.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # killed before the line above
+            os._exit(1)
+
+
+def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.detach().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _patch_distributed_optimizer() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    state_dict = DistributedOptimizer.state_dict
+    load_state_dict = DistributedOptimizer.load_state_dict
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def state_dict_with_state(self: Any) -> Any:
+        # Megatron reads every parameter's `step`, also before the first one.
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state[parameter]
+                state.setdefault("step", torch.tensor(0.0))
+                state.setdefault("exp_avg", torch.zeros_like(parameter))
+                state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
+        return state_dict(self)
+
+    def load_state_dict_with_own_steps(self: Any, loaded: Any) -> None:
+        load_state_dict(self, loaded)
+        # Megatron gives all parameters one `step` tensor, and AdamW counts it up for each.
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
+        # The checkpoint keeps `step` once for all parameters; it is loaded by then.
+        group, order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][order]
+        step = self.optimizer.state[main_param].get("step")
+        if step is not None and "step" not in tensors:
+            tensors = {**tensors, "step": step.clone()}
+        return set_states(self, model_param, tensors)
+
+    DistributedOptimizer.state_dict = state_dict_with_state
+    DistributedOptimizer.load_state_dict = load_state_dict_with_own_steps
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
