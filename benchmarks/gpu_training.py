@@ -24,7 +24,8 @@ from nemo_upcycle_recipes.recipe import architecture
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine import cpu
 from nemo_upcycle.families import Architecture
-from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields, moe_fields
+from nemo_upcycle.families.fields import moe_fields
+from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields
 from nemo_upcycle.planner.workload import Mapping, Workload
 from tests.tiny import tokens
 

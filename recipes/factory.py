@@ -26,6 +26,7 @@ from nemo_upcycle.data.paths import parse
 from nemo_upcycle.engine import cpu
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
+from nemo_upcycle.families.fields import moe_fields, window_fields
 from nemo_upcycle.nemo.auto_resume import AutoResume
 from nemo_upcycle.nemo.callback import UpcyclingCallback
 from nemo_upcycle.nemo.mfu import MFUCallback
@@ -34,8 +35,6 @@ from nemo_upcycle.nemo.model import (
     UpcycledGPTModel,
     architecture_fields,
     is_llama,
-    moe_fields,
-    window_fields,
 )
 from nemo_upcycle.nemo.moe_health import MoEHealthCallback
 from nemo_upcycle.nemo.preemption import PreemptionCallback

@@ -16,8 +16,8 @@ from nemo_upcycle_recipes.recipe import Recipe
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
+from nemo_upcycle.families.model import upcycled_model
 from nemo_upcycle.planner.flops import flops
-from nemo_upcycle.trained.opened import upcycled_model
 
 BATCH = {"global_batch_size": 8}
 """Half of the demo's: at equal tokens twice the updates. Of 205k tokens the baseline then learns

@@ -15,8 +15,8 @@ from nemo_upcycle.checkpoint.huggingface import read_config, resolve_directory
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.load import check_all_used, restore, upcycle
 from nemo_upcycle.families import FAMILIES
-from nemo_upcycle.families.moe import MoEModel
-from nemo_upcycle.trained.opened import check_all_restored, open_trained, upcycled_model
+from nemo_upcycle.families.model import MoEModel, upcycled_model
+from nemo_upcycle.trained.opened import check_all_restored, open_trained
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from nemo_upcycle.evaluation.generation import generation_config
 from nemo_upcycle.evaluation.megatron_model import MegatronForCausalLM
 from nemo_upcycle.evaluation.transformers_model import is_known, transformers_model
 from nemo_upcycle.families import FAMILIES
+from nemo_upcycle.families.model import upcycling_of
 from nemo_upcycle.families.moe_config import MOE_FAMILIES
-from nemo_upcycle.nemo.model import trained_config, upcycling_of
+from nemo_upcycle.nemo.model import trained_config
 from nemo_upcycle.plan.layout import validate
 
 
@@ -109,7 +110,7 @@ def _in_megatron(
         model, dtype, **vars(folding), sequence_parallel=folding.sequence_parallel
     )
     world_size = torch.distributed.get_world_size()
-    validate(model.arch, upcycling_of(config), folding, world_size)
+    validate(model.arch, upcycling_of(model, model.arch.ffn_hidden_size), folding, world_size)
     chunk = config.configure_model(tokenizer=None)
     if torch.cuda.is_available():
         chunk.cuda()

@@ -14,7 +14,7 @@ from nemo_upcycle.data.tokenizer import read_documents
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.rounding import reorder
 from nemo_upcycle.families import Architecture
-from nemo_upcycle.families.moe import MoEModel
+from nemo_upcycle.families.model import MoEModel, upcycling_of
 from nemo_upcycle.trained.drift import EXACT, Drift
 
 MULTIPLE = 4
@@ -273,14 +273,7 @@ def _at_step_0(
     found: Drift, model: MoEModel, dense: Architecture, dense_checkpoints: int
 ) -> Iterator[str]:
     """Yield what upcycling itself says of the choices that show in the model."""
-    granularity = dense.ffn_hidden_size // model.expert_width
-    config = UpcyclingConfig(
-        num_moe_experts=model.num_experts,
-        granularity=granularity,
-        moe_router_topk=model.topk,
-        moe_router_pre_softmax=model.pre_softmax,
-        moe_shared_expert=model.has_shared_expert,
-    )
+    config = upcycling_of(model, dense.ffn_hidden_size)
     gated = dense.gated_linear_unit
     # Squared ReLU has no gate, and all it scales shows in up and down.
     shown = ("gate", "up", "down") if gated else ("up", "down")
@@ -293,7 +286,7 @@ def _at_step_0(
     exactness = min(choices, key=apart).exactness(gated, dense_checkpoints)
     if not exactness.exact:
         yield exactness.reason
-    elif granularity > 1:
+    elif config.granularity > 1:
         yield (
             "the router does not give the shards of a copy the same weight "
             "(router_initializer='virtual_groups' does)"

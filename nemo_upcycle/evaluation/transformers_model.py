@@ -16,8 +16,8 @@ from nemo_upcycle.engine.source import open_source
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.evaluation.generation import transformers_config
 from nemo_upcycle.families import FAMILIES
+from nemo_upcycle.families.model import upcycling_of
 from nemo_upcycle.families.moe_config import MOE_FAMILIES
-from nemo_upcycle.nemo.model import trained_config, upcycling_of
 from nemo_upcycle.plan.layout import shards
 from nemo_upcycle.plan.rank import Block
 from nemo_upcycle.trained.opened import check_all_restored, open_trained, plan_restore
@@ -68,8 +68,9 @@ def _check(checkpoint: HuggingFaceCheckpoint) -> None:
         check_tied(checkpoint)
         return
     trained = open_trained(checkpoint.directory)
-    upcycling = upcycling_of(trained_config(trained.model, torch.float32))
-    owned = shards(trained.model.arch, upcycling, ParallelFolding(), world_size=1, rank=0)
+    arch = trained.model.arch
+    upcycling = upcycling_of(trained.model, arch.ffn_hidden_size)
+    owned = shards(arch, upcycling, ParallelFolding(), world_size=1, rank=0)
     check_all_restored(trained, plan_restore(owned, trained).tensors)
 
 

@@ -36,8 +36,7 @@ TENSORS: dict[str, tuple[str, ...]] = {
     "output_layer.weight": ("vocab", "hidden"),
 }
 
-# What a Llama is. The values are also those of fields that are not recorded: NeMo's LlamaConfig's.
-_LLAMA: dict[str, Any] = {
+LLAMA_FIELDS: dict[str, Any] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
     "add_bias_linear": False,
@@ -60,6 +59,8 @@ _LLAMA: dict[str, Any] = {
     "heterogeneous_block_specs": False,
     "is_hybrid_model": False,
 }
+"""What a Llama is in Megatron's fields; so is one that does not record them."""
+
 _ROPE_SCALING = {
     "scale_factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -116,7 +117,7 @@ def moe_architecture(config: Mapping[str, Any]) -> Architecture:
     norm = config.get("normalization", "RMSNorm")
     as_llama = {
         **config,
-        **{name: _LLAMA[name] for name in _OF_FAMILIES},
+        **{name: LLAMA_FIELDS[name] for name in _OF_FAMILIES},
         "num_moe_experts": None,
         "activation_func": "silu",
     }
@@ -142,7 +143,7 @@ _OF_FAMILIES = (
     "seq_len_interpolation_factor",
     "window_size",
 )
-"""Fields of `_LLAMA` in which the families that can be upcycled differ."""
+"""Fields of `LLAMA_FIELDS` in which the families that can be upcycled differ."""
 
 
 def _check_llama(config: Mapping[str, Any]) -> None:
@@ -155,7 +156,7 @@ def _check_llama(config: Mapping[str, Any]) -> None:
     activation = config.get("activation_func", "silu")
     if str(activation).rpartition(".")[2] != "silu":
         raise _unsupported("activation_func", activation, "silu")
-    for name, expected in _LLAMA.items():
+    for name, expected in LLAMA_FIELDS.items():
         if config.get(name, expected) != expected:
             raise _unsupported(name, config[name], expected)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.family import (
-    Architecture,
     DownMLP,
     Family,
     GatedMLP,
@@ -17,35 +16,13 @@ from nemo_upcycle.families.family import (
     Rename,
 )
 from nemo_upcycle.families.llama import LAYER, LLAMA, MEGATRON_LAYER, MLP
+from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.qwen2 import QWEN2
 from nemo_upcycle.families.qwen3 import QWEN3
 
 _EXPERT = MEGATRON_LAYER + "mlp.experts.{expert}."
 _SHARED = MEGATRON_LAYER + "mlp.shared_experts."
 _ROUTER = MEGATRON_LAYER + "mlp.router.weight"
-
-
-@dataclass(frozen=True)
-class MoEModel:
-    """An upcycled model, as it was trained.
-
-    Attributes:
-        arch: The dense model's numbers.
-        num_experts: Experts in an MoE layer; 0 where no layer is one.
-        topk: Experts a token.
-        pre_softmax: Softmax before top-k, whose weights then do not sum to 1.
-        expert_width: Neurons of an expert.
-        is_moe: Of every layer whether it has experts.
-        has_shared_expert: Whether the dense feed-forward layer is kept beside them.
-    """
-
-    arch: Architecture
-    num_experts: int
-    topk: int
-    pre_softmax: bool
-    expert_width: int
-    is_moe: tuple[bool, ...]
-    has_shared_expert: bool
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.huggingface import read_architecture
-from nemo_upcycle.families.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE, MoEFamily, MoEModel
+from nemo_upcycle.families.model import MoEModel
+from nemo_upcycle.families.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE, MoEFamily
 from nemo_upcycle.families.values import Values, unfit
 
 MOE_FAMILIES: dict[str, MoEFamily] = {

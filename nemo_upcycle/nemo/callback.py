@@ -25,12 +25,12 @@ from nemo_upcycle.checkpoint.described import checked, described
 from nemo_upcycle.checkpoint.fingerprint import fingerprint
 from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.config import Exactness, UpcyclingConfig
+from nemo_upcycle.engine.agreement import check_agreement, exactness_of
 from nemo_upcycle.engine.load import LoadReport, check_all_used, upcycle
 from nemo_upcycle.engine.provenance import Origin
 from nemo_upcycle.engine.ranks import TIMEOUT_S
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.nemo.agreement import check_agreement, exactness_of
-from nemo_upcycle.nemo.model import upcycling_of
+from nemo_upcycle.families.fields import upcycling_in
 from nemo_upcycle.nemo.provenance import Provenance, said_on_every_rank, say
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -143,7 +143,7 @@ class UpcyclingCallback(Provenance):
     def upcycling(self, config: Any) -> UpcyclingConfig:
         """Return what the model's config and this callback say the dense model becomes."""
         std = self.router_init_std
-        return upcycling_of(
+        return upcycling_in(
             config,
             initializer=self.initializer,
             weight_scaling=self.weight_scaling,

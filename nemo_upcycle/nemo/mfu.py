@@ -6,10 +6,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from nemo_upcycle.families.fields import megatron_model
 from nemo_upcycle.nemo.recorded import Recorded
 from nemo_upcycle.planner.flops import Flops, flops
 from nemo_upcycle.planner.hardware import device_peak_tflops
-from nemo_upcycle.trained.opened import megatron_model
 
 
 def peak_tflops() -> float | None:

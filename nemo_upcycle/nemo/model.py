@@ -1,8 +1,8 @@
 """The NeMo model: a dense model whose feed-forward layers became Mixture-of-Experts layers."""
 
-import math
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,10 @@ from nemo.collections.llm.gpt.model.llama import LlamaConfig, apply_rope_scaling
 from nemo.lightning import io, teardown
 
 from nemo_upcycle.checkpoint.kept import FIELD, kept_of
-from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.config.layers import megatron_layer_freq
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
 from nemo_upcycle.engine.source import open_source
-from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families import Architecture
-from nemo_upcycle.families.moe import MoEModel
+from nemo_upcycle.families import Architecture, fields
+from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.nemo import cpu
 from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer, tokenizer_directory
 from nemo_upcycle.plan.layout import padded_vocabulary
@@ -223,10 +220,6 @@ class _Kept(pl.Callback):
         return {FIELD: self._kept}
 
 
-# The names in checkpoints' contexts from before there were other families than Llama.
-UpcycledLlamaConfig, UpcycledLlamaModel = UpcycledGPTConfig, UpcycledGPTModel
-
-
 def architecture_fields(arch: Architecture) -> dict[str, Any]:
     """Return the fields of NeMo's configs that a dense model decides.
 
@@ -237,57 +230,30 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
         Keyword arguments for `UpcycledGPTConfig`; for a Llama also for NeMo's LlamaConfig
         (Llama31Config where there is RoPE scaling). What is as in a Llama is left out.
     """
-    found: dict[str, Any] = {
-        "num_layers": arch.num_layers,
-        "hidden_size": arch.hidden_size,
-        "ffn_hidden_size": arch.ffn_hidden_size,
-        "num_attention_heads": arch.num_attention_heads,
-        "num_query_groups": arch.num_query_groups,
-        "kv_channels": arch.kv_channels,
-        "vocab_size": arch.vocab_size,
-        "layernorm_epsilon": arch.layernorm_epsilon,
-        "rotary_base": arch.rotary_base,
-        "share_embeddings_and_output_weights": arch.share_embeddings_and_output_weights,
-        "init_method_std": arch.init_method_std,
-    }
-    if arch.rope_scaling is not None:
-        found |= {
-            "scale_factor": arch.rope_scaling["factor"],
-            "low_freq_factor": arch.rope_scaling["low_freq_factor"],
-            "high_freq_factor": arch.rope_scaling["high_freq_factor"],
-            "old_context_len": arch.rope_scaling["original_max_position_embeddings"],
-        }
-    if not arch.gated_linear_unit:
-        found |= {
-            "activation_func": squared_relu,
-            "gated_linear_unit": False,
-            "bias_activation_fusion": False,  # a kernel for SwiGLU and GeLU
-        }
-    if arch.norm_has_bias:
-        found |= {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True}
-    unusual = {
-        "add_qkv_bias": (arch.add_qkv_bias, False),
-        "qk_layernorm": (arch.qk_layernorm, False),
-        "rotary_percent": (arch.rotary_percent, 1.0),
-        "seq_len_interpolation_factor": (arch.seq_len_interpolation_factor, None),
-    }
-    return found | {name: value for name, (value, usual) in unusual.items() if value != usual}
+    found = fields.architecture_fields(arch)
+    if found.get("activation_func") == squared_relu.__name__:
+        found["activation_func"] = squared_relu
+    return found
 
 
-def trained_config(model: MoEModel, dtype: torch.dtype, **fields: Any) -> UpcycledGPTConfig:
+def trained_config(model: MoEModel, dtype: torch.dtype, **others: Any) -> UpcycledGPTConfig:
     """Return the config of a trained model, for this machine: a GPU if there is one.
 
     Args:
         model: What it is. No token is dropped, as transformers drops none.
         dtype: The parameters'.
-        fields: Others, such as how it is spread.
+        others: Other fields, such as how it is spread.
     """
     arch, length = model.arch, model.arch.max_position_embeddings
     on_cpu = MODEL_OVERRIDES | {"transformer_layer_spec": cpu_layer_spec}
-    of_model = architecture_fields(arch) | window_fields(arch) | _trained_moe_fields(model)
+    of_model = (
+        architecture_fields(arch)
+        | fields.window_fields(arch)
+        | fields.experts_fields(model, arch.ffn_hidden_size)
+    )
     return UpcycledGPTConfig(
         **(of_model if torch.cuda.is_available() else of_model | on_cpu),
-        **fields,
+        **others,
         seq_length=length,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -298,100 +264,7 @@ def trained_config(model: MoEModel, dtype: torch.dtype, **fields: Any) -> Upcycl
     )
 
 
-def _trained_moe_fields(model: MoEModel) -> dict[str, Any]:
-    arch = model.arch
-    if not any(model.is_moe):
-        return {"num_moe_experts": None}
-    return {
-        "num_moe_experts": model.num_experts,
-        "moe_router_topk": model.topk,
-        "moe_router_pre_softmax": model.pre_softmax,
-        "moe_ffn_hidden_size": model.expert_width,
-        "moe_layer_freq": 1 if all(model.is_moe) else [int(moe) for moe in model.is_moe],
-        "moe_shared_expert_intermediate_size": (
-            arch.ffn_hidden_size if model.has_shared_expert else None
-        ),
-    }
-
-
 def is_llama(arch: Architecture) -> bool:
     """Say whether NeMo's own Llama computes the dense model."""
-    with_default = (each for each in fields(Architecture) if each.default is not MISSING)
+    with_default = (each for each in fields_of(Architecture) if each.default is not MISSING)
     return all(getattr(arch, each.name) == each.default for each in with_default)
-
-
-def window_fields(arch: Architecture, seq_length: int | None = None) -> dict[str, Any]:
-    """Return the field for a sliding window, where sequences are longer than it.
-
-    Megatron counts the tokens before a token, the dense model's config the token too.
-
-    Args:
-        arch: The dense model's numbers.
-        seq_length: Tokens of a sequence at most; None where any number may come.
-    """
-    if arch.sliding_window is None or (seq_length or math.inf) <= arch.sliding_window:
-        return {}
-    return {"window_size": (arch.sliding_window - 1, 0)}
-
-
-def moe_fields(arch: Architecture, upcycling: UpcyclingConfig) -> dict[str, Any]:
-    """Return the fields of `UpcycledGPTConfig` that the upcycling decides."""
-    if upcycling.num_moe_experts is None:
-        return {"num_moe_experts": None}
-    named = {name: getattr(upcycling, name) for name in MEGATRON_FIELDS}
-    return named | {
-        "moe_ffn_hidden_size": arch.ffn_hidden_size // upcycling.granularity,
-        "moe_layer_freq": megatron_layer_freq(upcycling.moe_layer_freq, arch.num_layers),
-        "moe_shared_expert_intermediate_size": (
-            arch.ffn_hidden_size if upcycling.moe_shared_expert else None
-        ),
-    }
-
-
-MEGATRON_FIELDS = (
-    "num_moe_experts",
-    "moe_router_topk",
-    "moe_router_pre_softmax",
-    "moe_router_load_balancing_type",
-    "moe_aux_loss_coeff",
-    "moe_z_loss_coeff",
-    "moe_expert_capacity_factor",
-    "moe_pad_expert_input_to_capacity",
-    "moe_token_dispatcher_type",
-)
-"""Fields that `UpcyclingConfig` has from Megatron's config."""
-
-
-def upcycling_of(config: Any, **chosen: Any) -> UpcyclingConfig:
-    """Return what a model's config says the dense model becomes: the inverse of `moe_fields`.
-
-    Args:
-        config: A config of NeMo's or Megatron's; its `ffn_hidden_size` is the dense layer's.
-        chosen: What the config does not say: initialiser, scaling, seed.
-
-    Raises:
-        UpcyclingError: The experts' width does not divide the dense one.
-    """
-    if config.num_moe_experts is None:
-        return UpcyclingConfig(num_moe_experts=None, **chosen)
-    dense_width, width = config.ffn_hidden_size, config.moe_ffn_hidden_size
-    width = width or dense_width
-    if dense_width % width:
-        raise UpcyclingError(
-            f"The experts' width moe_ffn_hidden_size={width} does not divide the dense "
-            f"feed-forward layer's, {dense_width}. Make it 1/granularity of that."
-        )
-    shared = config.moe_shared_expert_intermediate_size
-    if shared not in (None, dense_width):
-        raise UpcyclingError(
-            f"moe_shared_expert_intermediate_size is {shared}; a shared expert is the dense "
-            f"feed-forward layer, {dense_width} wide, or there is none."
-        )
-    freq = config.moe_layer_freq
-    return UpcyclingConfig(
-        **{name: getattr(config, name) for name in MEGATRON_FIELDS},
-        granularity=dense_width // width,
-        moe_layer_freq=tuple(freq) if isinstance(freq, list) else freq,
-        moe_shared_expert=shared is not None,
-        **chosen,
-    )

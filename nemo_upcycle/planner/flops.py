@@ -7,7 +7,7 @@ what recompute repeats, nor the router. Backward is twice forward.
 from dataclasses import dataclass
 
 from nemo_upcycle.families import dimensions
-from nemo_upcycle.families.moe import MoEModel
+from nemo_upcycle.families.model import MoEModel
 
 
 @dataclass(frozen=True)

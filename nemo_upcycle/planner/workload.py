@@ -7,10 +7,9 @@ from math import lcm, prod
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.families import Architecture
-from nemo_upcycle.families.moe import MoEModel
+from nemo_upcycle.families.model import MoEModel, upcycled_model
 from nemo_upcycle.plan.layout import Coordinates, shards_at, stage_layers
 from nemo_upcycle.planner.flops import Flops, flops
-from nemo_upcycle.trained.opened import upcycled_model
 
 
 @dataclass(frozen=True, eq=False)

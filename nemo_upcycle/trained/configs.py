@@ -8,7 +8,8 @@ from typing import Any
 from nemo_upcycle.checkpoint import MegatronCheckpoint
 from nemo_upcycle.checkpoint.kept import CHAT_TEMPLATES, CONFIG, default_tokens
 from nemo_upcycle.checkpoint.tokenizer_files import copy_tokenizer, find_tokenizer
-from nemo_upcycle.families.moe import MoEFamily, MoEModel
+from nemo_upcycle.families.model import MoEModel
+from nemo_upcycle.families.moe import MoEFamily
 
 _TOKENIZERS = {
     "llama": "LlamaTokenizer",

@@ -7,10 +7,9 @@ import torch
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, Span
 from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
-from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, Family, family_of
-from nemo_upcycle.families.moe import MoEModel
+from nemo_upcycle.families.model import MoEModel, upcycling_of
 from nemo_upcycle.trained.opened import Trained
 
 EXACT = 1e-6
@@ -89,13 +88,7 @@ def _check_alike(dense: Architecture, moe: Architecture) -> None:
 
 def _neurons(model: MoEModel, dense: Architecture) -> Callable[[int], Span]:
     """Return which dense neurons an expert has."""
-    granularity = max(1, dense.ffn_hidden_size // model.expert_width)
-    upcycling = UpcyclingConfig(
-        num_moe_experts=model.num_experts,
-        moe_router_topk=model.topk,
-        moe_router_pre_softmax=model.pre_softmax,
-        granularity=granularity,
-    )
+    upcycling = upcycling_of(model, dense.ffn_hidden_size)
     return lambda expert: upcycling.neurons(expert, dense.ffn_hidden_size)
 
 

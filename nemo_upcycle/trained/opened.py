@@ -22,12 +22,11 @@ from nemo_upcycle.checkpoint import (
 from nemo_upcycle.checkpoint.kept import kept_in
 from nemo_upcycle.checkpoint.megatron import VOCABULARY
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
-from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.config.layers import moe_layers
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.family import Architecture, Operation, Rename
-from nemo_upcycle.families.megatron import moe_architecture
-from nemo_upcycle.families.moe import MoEFamily, MoEModel
+from nemo_upcycle.families.fields import megatron_model
+from nemo_upcycle.families.model import MoEModel
+from nemo_upcycle.families.moe import MoEFamily
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
 from nemo_upcycle.plan.rank import (
     Block,
@@ -130,70 +129,6 @@ def _with_context(arch: Architecture, kept: Mapping[str, Any]) -> Architecture:
         window = arch.sliding_window
     length = max(trained_at, kept["max_position_embeddings"])
     return replace(arch, max_position_embeddings=length, sliding_window=window)
-
-
-ROUTER_FIELDS: dict[str, Any] = {
-    "moe_router_score_function": "softmax",
-    "moe_router_topk_scaling_factor": None,
-    "moe_router_num_groups": None,
-    "moe_router_group_topk": None,
-    "moe_router_topk_limited_devices": None,
-    "moe_router_enable_expert_bias": False,
-    "moe_apply_probs_on_input": False,
-}
-"""Fields of Megatron's that change what a router computes, as upcycling leaves them."""
-
-
-def upcycled_model(arch: Architecture, upcycling: UpcyclingConfig) -> MoEModel:
-    """Return what a dense model becomes.
-
-    Args:
-        arch: The dense model's numbers.
-        upcycling: What its feed-forward layers become.
-    """
-    experts = upcycling.num_moe_experts
-    return MoEModel(
-        arch=arch,
-        num_experts=experts or 0,
-        topk=upcycling.moe_router_topk if experts else 0,
-        pre_softmax=upcycling.moe_router_pre_softmax,
-        expert_width=arch.ffn_hidden_size // upcycling.granularity,
-        is_moe=(
-            moe_layers(upcycling.moe_layer_freq, arch.num_layers)
-            if experts
-            else (False,) * arch.num_layers
-        ),
-        has_shared_expert=upcycling.moe_shared_expert,
-    )
-
-
-def megatron_model(config: Mapping[str, Any]) -> MoEModel:
-    """Return what a config with Megatron's names describes.
-
-    Raises:
-        UpcyclingError: A number is missing, or it is no model that upcycling makes.
-    """
-    other = {
-        name: config[name]
-        for name, usual in ROUTER_FIELDS.items()
-        if config.get(name, usual) != usual
-    }
-    if config.get("num_moe_experts") and other:
-        said = ", ".join(f"{name}={value!r}" for name, value in other.items())
-        raise UpcyclingError(
-            f"The checkpoint's config says {said}; expected a router with softmax and top-k alone."
-        )
-    arch, experts = moe_architecture(config), config.get("num_moe_experts") or 0
-    freq = config.get("moe_layer_freq") or 1
-    return MoEModel(
-        arch=arch,
-        num_experts=experts,
-        topk=config.get("moe_router_topk", 2),
-        pre_softmax=bool(config.get("moe_router_pre_softmax")),
-        expert_width=config.get("moe_ffn_hidden_size") or arch.ffn_hidden_size,
-        is_moe=moe_layers(freq, arch.num_layers) if experts else (False,) * arch.num_layers,
-        has_shared_expert=bool(config.get("moe_shared_expert_intermediate_size")),
-    )
 
 
 # --- Hugging Face --------------------------------------------------------------------------------

@@ -26,12 +26,8 @@ from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine import cpu, load
 from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
 from nemo_upcycle.families import Architecture, family_of
-from nemo_upcycle.nemo.model import (
-    UpcycledGPTConfig,
-    architecture_fields,
-    moe_fields,
-    window_fields,
-)
+from nemo_upcycle.families.fields import moe_fields, window_fields
+from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields
 from nemo_upcycle.plan.rank import Shard
 
 Chunks = list[torch.nn.Module]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.families.moe import MoEModel
+from nemo_upcycle.families.fields import megatron_model
+from nemo_upcycle.families.model import MoEModel, upcycled_model
 from nemo_upcycle.planner.flops import flops
-from nemo_upcycle.trained.opened import megatron_model, upcycled_model
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.tiny import tokens, write_dense

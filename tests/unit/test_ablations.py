@@ -16,8 +16,8 @@ from nemo_upcycle.ablations.statistics import Estimate, t_quantile, verdict
 from nemo_upcycle.ablations.studies import ARMS, BASELINE, STUDIES, Arm, Claim, Study
 from nemo_upcycle.cli import app
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.model import upcycled_model
 from nemo_upcycle.planner.flops import flops
-from nemo_upcycle.trained.opened import upcycled_model
 from tests.tiny import write_llama
 
 STEPS = 100

@@ -11,17 +11,11 @@ from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
 
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine import cpu
+from nemo_upcycle.engine.agreement import check_agreement, exactness_of
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, family_of
-from nemo_upcycle.nemo.agreement import check_agreement, exactness_of
-from nemo_upcycle.nemo.model import (
-    UpcycledGPTConfig,
-    architecture_fields,
-    is_llama,
-    moe_fields,
-    upcycling_of,
-    window_fields,
-)
+from nemo_upcycle.families.fields import moe_fields, upcycling_in, window_fields
+from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields, is_llama
 from tests.tiny import CONFIG, FAMILIES, LLAMA31_ROPE, write_dense
 
 KINDS = {**FAMILIES, "llama, llama3 RoPE": {"rope_scaling": LLAMA31_ROPE}}
@@ -203,7 +197,7 @@ def test_another_router_is_not_called_exact(change: dict[str, Any], words: str |
     config = config_of(arch)
     for name, value in change.items():
         setattr(config, name, value)
-    found = exactness_of(config, upcycling_of(config), arch, 1)
+    found = exactness_of(config, upcycling_in(config), arch, 1)
     assert found.exact is (words is None)
     assert words is None or words in found.reason
     assert exactness_of(config, UpcyclingConfig(num_moe_experts=None), arch, 1).exact

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_DENSE, LLAMA3_8B_E8T2
 
+from nemo_upcycle.families.model import upcycled_model
 from nemo_upcycle.planner.flops import flops
-from nemo_upcycle.trained.opened import upcycled_model
 
 LLAMA3 = LLAMA3_8B_E8T2.architecture
 

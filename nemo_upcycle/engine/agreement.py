@@ -4,50 +4,26 @@ Shapes agree in many models that compute something else.
 """
 
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
 from typing import Any
 
 from nemo_upcycle.config import Exactness, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
-from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields, window_fields
-from nemo_upcycle.trained.opened import ROUTER_FIELDS
+from nemo_upcycle.families.fields import ROUTER_FIELDS, architecture_fields, window_fields
+from nemo_upcycle.families.megatron import LLAMA_FIELDS
 
-_OF_FUNCTION = (
-    "position_embedding_type",
-    "rotary_percent",
-    "rotary_interleaved",
-    "seq_len_interpolation_factor",
-    "scale_factor",
-    "no_rope_freq",
-    "mrope_section",
-    "normalization",
-    "layernorm_zero_centered_gamma",
-    "qk_layernorm",
-    "add_qkv_bias",
-    "add_bias_linear",
-    "activation_func",
-    "gated_linear_unit",
-    "glu_linear_offset",
-    "activation_func_clamp_value",
-    "softmax_scale",
-    "softmax_type",
-    "window_attn_skip_freq",
-    "apply_residual_connection_post_layernorm",
-    "multi_latent_attention",
-    "heterogeneous_block_specs",
-    "is_hybrid_model",
-    "mtp_num_layers",
-)
+_USUAL: dict[str, Any] = LLAMA_FIELDS | {
+    "activation_func": "silu",
+    "scale_factor": None,
+    "mrope_section": None,
+    "window_attn_skip_freq": None,
+}
 """Fields that decide what a dense model computes, and that are as in a Llama unless its checkpoint
 says otherwise. Dropout, precision and fusion are how a run trains."""
 
 _NOT_OF_FUNCTION = ("init_method_std", "bias_activation_fusion", "vocab_size")
 """Fields that the checkpoint sets and that decide nothing, or are compared by themselves."""
 
-_USUAL: dict[str, Any] = {
-    field.name: field.default for field in fields(UpcycledGPTConfig) if field.default is not MISSING
-}
 _OF_ROUTER = ROUTER_FIELDS | {
     "moe_input_jitter_eps": None,
     "moe_router_force_load_balancing": False,
@@ -107,8 +83,7 @@ def exactness_of(
 def _differences(config: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any]]:
     """Yield fields with what the model has and what the dense model has, where they differ."""
     length = config.seq_length
-    expected = {name: _USUAL[name] for name in _OF_FUNCTION if name in _USUAL}
-    expected |= {"window_size": None} | architecture_fields(arch) | window_fields(arch, length)
+    expected = _USUAL | architecture_fields(arch) | window_fields(arch, length)
     for name, dense in expected.items():
         if name in _NOT_OF_FUNCTION:
             continue

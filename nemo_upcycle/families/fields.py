@@ -1,0 +1,194 @@
+"""A model in the fields of Megatron's configs, and back.
+
+Functions are given by name, such as `squared_relu`: a front has Megatron's or its own.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.config.layers import moe_layers
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.family import Architecture
+from nemo_upcycle.families.megatron import moe_architecture
+from nemo_upcycle.families.model import (
+    Experts,
+    MoEModel,
+    experts_of,
+    no_experts,
+    upcycling_of,
+    with_experts,
+)
+
+ROUTER_FIELDS: dict[str, Any] = {
+    "moe_router_score_function": "softmax",
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_topk_limited_devices": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_apply_probs_on_input": False,
+}
+"""Fields of Megatron's that change what a router computes, as upcycling leaves them."""
+
+_OF_TRAINING = (
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_expert_capacity_factor",
+    "moe_pad_expert_input_to_capacity",
+    "moe_token_dispatcher_type",
+)
+"""Fields that `UpcyclingConfig` has from Megatron's config, and that decide how a model trains."""
+
+
+def architecture_fields(arch: Architecture) -> dict[str, Any]:
+    """Return the fields that a dense model decides.
+
+    Args:
+        arch: Its numbers.
+
+    Returns:
+        Values by field. What is as in a Llama is left out. RoPE scaling of Llama 3.1 is in the
+        fields of NeMo's Llama31Config, which Megatron's configs do not have.
+    """
+    found: dict[str, Any] = {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.kv_channels,
+        "vocab_size": arch.vocab_size,
+        "layernorm_epsilon": arch.layernorm_epsilon,
+        "rotary_base": arch.rotary_base,
+        "share_embeddings_and_output_weights": arch.share_embeddings_and_output_weights,
+        "init_method_std": arch.init_method_std,
+    }
+    if arch.rope_scaling is not None:
+        found |= {
+            "scale_factor": arch.rope_scaling["factor"],
+            "low_freq_factor": arch.rope_scaling["low_freq_factor"],
+            "high_freq_factor": arch.rope_scaling["high_freq_factor"],
+            "old_context_len": arch.rope_scaling["original_max_position_embeddings"],
+        }
+    if not arch.gated_linear_unit:
+        found |= {
+            "activation_func": "squared_relu",
+            "gated_linear_unit": False,
+            "bias_activation_fusion": False,  # a kernel for SwiGLU and GeLU
+        }
+    if arch.norm_has_bias:
+        found |= {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True}
+    unusual = {
+        "add_qkv_bias": (arch.add_qkv_bias, False),
+        "qk_layernorm": (arch.qk_layernorm, False),
+        "rotary_percent": (arch.rotary_percent, 1.0),
+        "seq_len_interpolation_factor": (arch.seq_len_interpolation_factor, None),
+    }
+    return found | {name: value for name, (value, usual) in unusual.items() if value != usual}
+
+
+def window_fields(arch: Architecture, seq_length: int | None = None) -> dict[str, Any]:
+    """Return the field for a sliding window, where sequences are longer than it.
+
+    Megatron counts the tokens before a token, the dense model's config the token too.
+
+    Args:
+        arch: The dense model's numbers.
+        seq_length: Tokens of a sequence at most; None where any number may come.
+    """
+    if arch.sliding_window is None or (seq_length or math.inf) <= arch.sliding_window:
+        return {}
+    return {"window_size": (arch.sliding_window - 1, 0)}
+
+
+def experts_fields(experts: Experts, dense_width: int) -> dict[str, Any]:
+    """Return the fields that say what the feed-forward layers have become.
+
+    Args:
+        experts: The experts.
+        dense_width: Neurons of a dense feed-forward layer.
+    """
+    if not any(experts.is_moe):
+        return {"num_moe_experts": None}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.topk,
+        "moe_router_pre_softmax": experts.pre_softmax,
+        "moe_ffn_hidden_size": experts.expert_width,
+        "moe_layer_freq": 1 if all(experts.is_moe) else [int(moe) for moe in experts.is_moe],
+        "moe_shared_expert_intermediate_size": dense_width if experts.has_shared_expert else None,
+    }
+
+
+def moe_fields(arch: Architecture, upcycling: UpcyclingConfig) -> dict[str, Any]:
+    """Return the fields that the upcycling of a dense model decides."""
+    width = arch.ffn_hidden_size
+    found = experts_fields(experts_of(upcycling, arch.num_layers, width), width)
+    if upcycling.num_moe_experts is None:
+        return found
+    return found | {name: getattr(upcycling, name) for name in _OF_TRAINING}
+
+
+def experts_in(config: Mapping[str, Any]) -> Experts:
+    """Read what the feed-forward layers have become: the inverse of `experts_fields`.
+
+    Args:
+        config: Values by field; `ffn_hidden_size` is the dense layer's width.
+
+    Raises:
+        UpcyclingError: The shared expert is not as wide as the dense layer.
+    """
+    dense_width, layers = config["ffn_hidden_size"], config["num_layers"]
+    if not config.get("num_moe_experts"):
+        return no_experts(layers, dense_width)
+    shared = config.get("moe_shared_expert_intermediate_size")
+    if shared not in (None, dense_width):
+        raise UpcyclingError(
+            f"moe_shared_expert_intermediate_size is {shared}; a shared expert is the dense "
+            f"feed-forward layer, {dense_width} wide, or there is none."
+        )
+    return Experts(
+        num_experts=config["num_moe_experts"],
+        topk=config.get("moe_router_topk", 2),
+        pre_softmax=bool(config.get("moe_router_pre_softmax")),
+        expert_width=config.get("moe_ffn_hidden_size") or dense_width,
+        is_moe=moe_layers(config.get("moe_layer_freq") or 1, layers),
+        has_shared_expert=shared is not None,
+    )
+
+
+def upcycling_in(config: Any, **chosen: Any) -> UpcyclingConfig:
+    """Return what a model's config says the dense model becomes: the inverse of `moe_fields`.
+
+    Args:
+        config: A config of NeMo's or Megatron's; its `ffn_hidden_size` is the dense layer's width.
+        chosen: What the config does not say: initialiser, scaling, seed.
+
+    Raises:
+        UpcyclingError: The experts are none that upcycling makes.
+    """
+    if config.num_moe_experts is not None:
+        chosen |= {name: getattr(config, name) for name in _OF_TRAINING}
+    return upcycling_of(experts_in(vars(config)), config.ffn_hidden_size, **chosen)
+
+
+def megatron_model(config: Mapping[str, Any]) -> MoEModel:
+    """Return what a config with Megatron's names describes.
+
+    Raises:
+        UpcyclingError: A number is missing, or it is no model that upcycling makes.
+    """
+    other = {
+        name: config[name]
+        for name, usual in ROUTER_FIELDS.items()
+        if config.get(name, usual) != usual
+    }
+    if config.get("num_moe_experts") and other:
+        said = ", ".join(f"{name}={value!r}" for name, value in other.items())
+        raise UpcyclingError(
+            f"The checkpoint's config says {said}; expected a router with softmax and top-k alone."
+        )
+    return with_experts(moe_architecture(config), experts_in(config))
