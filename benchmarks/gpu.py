@@ -47,7 +47,8 @@ from benchmarks.gpu_training import (
 )
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.engine.load import LoadReport, upcycle
+from nemo_upcycle.engine import load
+from nemo_upcycle.engine.load import LoadReport
 from nemo_upcycle.families import Architecture, family_of
 from nemo_upcycle.nemo.mfu import utilisation
 from nemo_upcycle.planner.hardware import hardware
@@ -122,7 +123,7 @@ def filled(
     checkpoint = HuggingFaceCheckpoint(dense)
     arch = family_of(checkpoint.config).architecture(checkpoint.config)
     model = build(arch, upcycling, dtype, **overrides).eval()
-    upcycle([model], checkpoint, upcycling)
+    load.fill([model], checkpoint, upcycling)
     return model
 
 
@@ -270,7 +271,7 @@ def filling(small: bool) -> Lines:
 
 
 def fill(model: torch.nn.Module, directory: Path) -> LoadReport:
-    return upcycle([model], HuggingFaceCheckpoint(directory), E8T2)
+    return load.fill([model], HuggingFaceCheckpoint(directory), E8T2)
 
 
 def write_random(directory: Path, config: dict[str, Any], arch: Architecture) -> None:

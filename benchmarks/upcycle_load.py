@@ -3,7 +3,7 @@
 Side by side in one run, on 1, 2 and 4 gloo ranks, from a generated checkpoint of Llama 3.2 1B's
 shape in bf16 (fewer layers for all, because the peers need several times the MoE's memory):
 
-- ours: `load.upcycle`, every rank reading what it needs, and with `read_once`;
+- ours: `load.fill`, every rank reading what it needs, and with `read_once`;
 - Megatron: `upcycling_utils.upcycle_state_dict` and `load_state_dict`, with the dense model
   already in memory (its loading is not counted);
 - offline: transformers loads the dense model, a Mixtral checkpoint is written, each rank loads its
@@ -78,7 +78,7 @@ class Sample:
 def measure(method: str, dense: Path, runs: int, scratch: Path) -> list[Sample]:
     """Build the model, fill it `runs` times by a method, and measure each time."""
     from nemo_upcycle.checkpoint import open_checkpoint
-    from nemo_upcycle.engine.load import upcycle
+    from nemo_upcycle.engine.load import fill
     from nemo_upcycle.engine.owned_shards import owned_shards
     from nemo_upcycle.families import family_of
     from nemo_upcycle.plan.rank import block_bytes, make_plan
@@ -96,7 +96,7 @@ def measure(method: str, dense: Path, runs: int, scratch: Path) -> list[Sample]:
 
     def ours(read_once: bool) -> int:
         with open_checkpoint(str(dense)) as checkpoint:
-            return upcycle(chunks, checkpoint, UPCYCLING, read_once=read_once).bytes_read
+            return fill(chunks, checkpoint, UPCYCLING, read_once=read_once).bytes_read
 
     filled: Callable[[], int] = {
         "ours": lambda: ours(read_once=False),
@@ -164,13 +164,13 @@ def _floor(plan: Any, dense: Path, chunks: Any) -> float:
 
 def _dense_model(dense: Path, world_size: int) -> Any:
     from nemo_upcycle.checkpoint import open_checkpoint
-    from nemo_upcycle.engine.load import upcycle
+    from nemo_upcycle.engine.load import fill
 
     control = UpcyclingConfig(num_moe_experts=None)
     folding = replace(FOLDINGS[world_size], expert_model_parallel_size=1)
     model = _build(dense, folding, control)
     with open_checkpoint(str(dense)) as checkpoint:
-        upcycle(model, checkpoint, control)
+        fill(model, checkpoint, control)
     return model
 
 

@@ -12,8 +12,9 @@ import typer
 from nemo_upcycle.cli import data, evaluation
 from nemo_upcycle.cli.ablate import ablate
 from nemo_upcycle.cli.plan import groups, plan
-from nemo_upcycle.cli.tools import Directory, last_checkpoint, one_line_errors, progress
+from nemo_upcycle.cli.tools import Directory, last_checkpoint, one_line_errors
 from nemo_upcycle.cli.tune import tune
+from nemo_upcycle.progress import progress
 
 app = typer.Typer(
     name="nemo-upcycle",

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from nemo_upcycle.cli.tools import Directory, one_line_errors, progress
+from nemo_upcycle.cli.tools import Directory, one_line_errors
+from nemo_upcycle.progress import progress
 
 
 @one_line_errors

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemo_upcycle.cli.tools import Directory, Progress, one_line_errors, progress
+from nemo_upcycle.cli.tools import Directory, one_line_errors
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.files import check_writable
+from nemo_upcycle.progress import Progress, progress
 
 if TYPE_CHECKING:
     from nemo_upcycle.data.manifest import Manifest

@@ -14,10 +14,10 @@ from nemo_upcycle.cli.tools import (
     note,
     one_line_errors,
     one_of,
-    progress,
 )
 from nemo_upcycle.engine.launch import is_first_rank
 from nemo_upcycle.files import check_writable, write_whole
+from nemo_upcycle.progress import progress
 
 if TYPE_CHECKING:
     from nemo_upcycle.evaluation.harness import Written

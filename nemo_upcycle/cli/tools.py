@@ -1,11 +1,9 @@
-"""What all commands share: errors of one line, progress."""
+"""What all commands share: errors of one line, the checkpoints that were taken."""
 
 import errno
 import json
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, ParamSpec
@@ -18,11 +16,6 @@ from nemo_upcycle.files import check_writable
 
 P = ParamSpec("P")
 Directory = Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")]
-Progress = Callable[..., None]
-"""Told what is done, what there is in all, and a word about it if there is one."""
-
-SECONDS_BETWEEN_LINES = 15.0
-
 
 ERRORS = "NEMO_UPCYCLE_ERRORS"
 """Where set: the directory in which each rank leaves what went wrong, to be said once."""
@@ -137,37 +130,3 @@ def note(text: str) -> None:
 def hand_over() -> None:
     """Tell the ranks that this process starts which checkpoints are meant; a run may go on."""
     os.environ[TAKEN] = json.dumps(_taken)
-
-
-@contextmanager
-def progress(label: str) -> Iterator[Progress]:
-    """Show a bar on a terminal, a line now and then in a log."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines(label)
-        return
-    with Bar(console=console) as bar:
-        task = bar.add_task(label, total=None)
-
-        def show(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, description=f"{label} {note}".strip())
-
-        yield show
-
-
-def _lines(label: str) -> Progress:
-    started = last = time.monotonic()
-
-    def show(done: int, total: int, note: str = "") -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last > SECONDS_BETWEEN_LINES and done:
-            last = now
-            left = (now - started) * (total - done) / done
-            words = [f"{done / total:.0%}", *filter(None, [note]), f"{left:.0f} s left"]
-            typer.echo(f"{label}: {', '.join(words)}", err=True)
-
-    return show

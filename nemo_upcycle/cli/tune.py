@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemo_upcycle.cli.plan import Dense, RecipeName, Settings, dense_model
-from nemo_upcycle.cli.tools import one_line_errors, progress
+from nemo_upcycle.cli.tools import one_line_errors
+from nemo_upcycle.progress import progress
 
 if TYPE_CHECKING:
     from nemo_upcycle_recipes.recipe import Recipe

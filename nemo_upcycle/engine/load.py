@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -22,10 +22,8 @@ from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.initializers import initialize_router, make_initializer
 from nemo_upcycle.plan.rank import Block, Plan, Target, make_plan
+from nemo_upcycle.progress import Progress, no_progress
 from nemo_upcycle.trained.opened import Trained, plan_restore
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes filled in and the bytes to fill in, in the checkpoint's dtypes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class LoadReport:
     peak_resident_bytes: int
 
 
-def upcycle(
+def fill(
     modules: Sequence[torch.nn.Module],
     checkpoint: DenseCheckpoint,
     upcycling: UpcyclingConfig,
@@ -60,7 +58,7 @@ def upcycle(
         modules: The rank's Megatron-Core GPT models, one a virtual pipeline stage.
         checkpoint: The dense checkpoint.
         upcycling: What its feed-forward layers become.
-        progress: Called as the model is filled.
+        progress: Called with the bytes filled in and to fill in, in the checkpoint's dtypes.
         read_once: Read each slice once a job and broadcast it to all ranks that want it; all
             ranks must say so. Otherwise every rank reads what it needs.
 
@@ -87,7 +85,7 @@ def upcycle(
     )
     with torch.no_grad():
         _draw_routers(plan, owned, arch, upcycling)
-        bytes_read = _copy(plan, owned, checkpoint, progress or _no_progress, read_once)
+        bytes_read = _copy(plan, owned, checkpoint, progress or no_progress, read_once)
         bytes_read += initialize_experts(owned, checkpoint, family, arch, upcycling)
     checkpoint.close()
     return LoadReport(
@@ -107,7 +105,7 @@ def restore(
     Args:
         modules: The rank's Megatron-Core GPT models, one a virtual pipeline stage.
         trained: The trained model, in any format, saved under any mapping.
-        progress: Called as the model is filled.
+        progress: Called with the bytes filled in and to fill in, in the checkpoint's dtypes.
 
     Returns:
         Names of the tensors used, of which all ranks together have all: `check_all_restored`.
@@ -118,7 +116,7 @@ def restore(
     owned = [shard for module in modules for shard in owned_shards(module)]
     plan = plan_restore([own.shard for own in owned], trained)
     with torch.no_grad():
-        _copy(plan, owned, trained.checkpoint, progress or _no_progress, read_once=False)
+        _copy(plan, owned, trained.checkpoint, progress or no_progress, read_once=False)
     trained.checkpoint.close()
     return plan.tensors
 
@@ -147,9 +145,6 @@ def check_all_used(checkpoint: DenseCheckpoint, reports: Iterable[LoadReport]) -
             f"The model has no place for {len(unused)} tensors of {checkpoint.directory}: "
             f"{listing(unused)}. Make the model's config from the checkpoint's config."
         )
-
-
-def _no_progress(done: int, total: int) -> None: ...
 
 
 def _draw_routers(

@@ -1,6 +1,7 @@
 """What all ranks tell each other while they upcycle, on a group that notices a lost rank."""
 
 import re
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -88,4 +89,22 @@ class Ranks:
             f"than {self.timeout.total_seconds():g} s longer. See what it said last and whether "
             "its machine ran out of memory; then start the same command again. Where ranks are "
             "only slow, raise UpcyclingCallback(timeout_s=...)."
+        )
+
+
+def check_same(what: str, views: Sequence[str | None]) -> None:
+    """Check that all nodes see the same files; all ranks have all views.
+
+    Args:
+        what: What was looked at.
+        views: What each rank has seen, in rank order.
+
+    Raises:
+        UpcyclingError: They have not seen the same.
+    """
+    first = {view: rank for rank, view in reversed(list(enumerate(views)))}
+    if len(first) > 1:
+        seen = "; ".join(f"rank {rank}: {view}" for view, rank in sorted(first.items(), key=str))
+        raise UpcyclingError(
+            f"Ranks see different {what} ({seen}); expected the same on all nodes."
         )

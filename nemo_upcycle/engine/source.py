@@ -13,7 +13,7 @@ from nemo_upcycle.checkpoint.described import checked
 from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
 from nemo_upcycle.checkpoint.huggingface import read_config, resolve_directory
 from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.engine.load import check_all_used, restore, upcycle
+from nemo_upcycle.engine.load import check_all_used, fill, restore
 from nemo_upcycle.families import FAMILIES
 from nemo_upcycle.families.model import MoEModel, upcycled_model
 from nemo_upcycle.trained.opened import check_all_restored, open_trained
@@ -73,6 +73,6 @@ def _dense(directory: Path) -> Source:
     return Source(
         upcycled_model(arch, dense),
         TORCH_DTYPES[checkpoint.tensors[first].dtype],
-        partial(upcycle, checkpoint=checkpoint, upcycling=dense),
+        partial(fill, checkpoint=checkpoint, upcycling=dense),
         partial(check_all_used, checkpoint),
     )

@@ -1,7 +1,7 @@
 """A dense model and the MoE that it became on the same text: equal, or how far apart and why."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.rounding import reorder
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.model import MoEModel, upcycling_of
+from nemo_upcycle.progress import Progress
 from nemo_upcycle.trained.drift import EXACT, Drift
 
 MULTIPLE = 4
@@ -30,8 +31,6 @@ WINDOWS = 1.5
 
 KEPT_BYTES = 2**30
 """Logits that are kept, to be compared with those of the reordered model."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

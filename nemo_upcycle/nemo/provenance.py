@@ -1,7 +1,7 @@
 """What a run began from and is trained with: kept in its checkpoints, compared on a resume."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 
 from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.engine.provenance import RANDOM, RESTORED, Origin
-from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks
+from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks, check_same
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.nemo import run_lock
 from nemo_upcycle.nemo.hyperparameters import Hyperparameters, is_function_of_step
@@ -84,8 +84,8 @@ class Provenance(pl.Callback, Recorded):
                 error = exception
             self._ranks.raise_on_all(error)
             views = self._ranks.gather((str(trainer.ckpt_path), self._origin))
-            _check_same("checkpoints to resume from", [path for path, _ in views])
-            _check_same("dense checkpoints", [found and found.fingerprint for _, found in views])
+            check_same("checkpoints to resume from", [path for path, _ in views])
+            check_same("dense checkpoints", [found and found.fingerprint for _, found in views])
         for line in (*self._remarks, *(f"[resume] {change}" for change in self._changes)):
             say(line)
 
@@ -194,13 +194,3 @@ def said_on_every_rank(prefix: str) -> Iterator[None]:
 def _release() -> None:
     if directory := AppState().log_dir:
         run_lock.release(Path(directory))
-
-
-def _check_same(what: str, views: Sequence[str | None]) -> None:
-    """Check that all nodes see the same files; all ranks have all views."""
-    first = {view: rank for rank, view in reversed(list(enumerate(views)))}
-    if len(first) > 1:
-        seen = "; ".join(f"rank {rank}: {view}" for view, rank in sorted(first.items(), key=str))
-        raise UpcyclingError(
-            f"Ranks see different {what} ({seen}); expected the same on all nodes."
-        )

@@ -15,6 +15,7 @@ from nemo_upcycle.checkpoint import Span
 from nemo_upcycle.plan.job import JobPlan, RankPlan
 from nemo_upcycle.plan.layout import coordinates
 from nemo_upcycle.plan.rank import Block, Shard, Target, block_bytes
+from nemo_upcycle.progress import scaled, size
 
 _LAYER = re.compile(r"\blayers\.\d+\.")
 _EXPERT = re.compile(r"(?<=\bexperts\.)\d+(?=\.)")
@@ -267,21 +268,7 @@ def spans_of(numbers: Iterable[int]) -> str:
 
 def number(count: float) -> str:
     """Show a count of parameters."""
-    return _scaled(count, 1000, ("", "K", "M", "B", "T"), precise=True)
-
-
-def size(count: float) -> str:
-    """Show bytes."""
-    return _scaled(count, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
-
-
-def _scaled(count: float, base: int, units: Sequence[str], precise: bool = False) -> str:
-    power = 0
-    while count >= base and power < len(units) - 1:
-        count, power = count / base, power + 1
-    decimals = 2 if precise or count < 10 else 1 if count < 100 else 0
-    decimals = 0 if power == 0 else decimals
-    return f"{count:.{decimals}f}{units[power]}"
+    return scaled(count, 1000, ("", "K", "M", "B", "T"), precise=True)
 
 
 def _count(number: int, noun: str) -> str:

@@ -10,12 +10,11 @@ from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, Family, family_of
 from nemo_upcycle.families.model import MoEModel, upcycling_of
+from nemo_upcycle.progress import Progress
 from nemo_upcycle.trained.opened import Trained
 
 EXACT = 1e-6
 """Relative distance up to which weights are the same but for rounding."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass

@@ -8,7 +8,7 @@ tensor is in memory.
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,13 +21,12 @@ from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe import MoEFamily, moe_family_of
 from nemo_upcycle.plan.rank import CHUNK_BYTES, expert_of, layer_of, pattern_of
+from nemo_upcycle.progress import Progress, no_progress
 from nemo_upcycle.trained.configs import write_configs, write_json
 from nemo_upcycle.trained.opened import open_trained
 
 SHARD_BYTES = 5 * 10**9
 """Bytes of an output file at most, as in transformers."""
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,7 @@ def export(
             plan.notes.extend(
                 write_configs(plan.checkpoint, plan.model, plan.family, dtype, plan.kept, partial)
             )
-            _write_tensors(plan, partial, progress or (lambda done, total: None), shard_bytes)
+            _write_tensors(plan, partial, progress or no_progress, shard_bytes)
     except OSError as error:
         raise UpcyclingError(
             f"{directory} cannot be written: {error.strerror or error}. Name a directory that may "

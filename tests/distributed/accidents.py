@@ -106,21 +106,21 @@ class LoseRank(pl.Callback, io.IOMixin):
     def setup(self, *_: Any, **__: Any) -> None:
         if int(os.environ["RANK"]) != self.rank:
             return
+        from nemo_upcycle.engine import upcycling
         from nemo_upcycle.engine.ranks import Ranks
-        from nemo_upcycle.nemo import callback
 
-        upcycle, gather = callback.upcycle, Ranks.gather
+        fill, gather = upcycling.fill, Ranks.gather
 
-        def upcycle_and_end(*arguments: Any, **_: Any) -> Any:
-            return upcycle(*arguments[:3], self._end)
+        def fill_and_end(*arguments: Any, **_: Any) -> Any:
+            return fill(*arguments[:3], self._end)
 
         def end_in_gather(ranks: Ranks, value: Any) -> list[Any]:
-            if isinstance(value, callback.LoadReport):
+            if isinstance(value, upcycling.LoadReport):
                 self._end()
             return gather(ranks, value)
 
         replaced: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-            "reading": (callback, "upcycle", upcycle_and_end),
+            "reading": (upcycling, "fill", fill_and_end),
             "gather": (Ranks, "gather", end_in_gather),
         }
         setattr(*replaced[self.when])

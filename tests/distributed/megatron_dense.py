@@ -29,7 +29,7 @@ def save_dense(dense: Path, folding: ParallelFolding, directory: Path, **overrid
     """
     chunks = scenarios.build(dense, folding, DENSE, **overrides)
     checkpoint = open_checkpoint(str(dense))
-    load.upcycle(chunks, checkpoint, DENSE)
+    load.fill(chunks, checkpoint, DENSE)
     iteration = directory / f"iter_{ITERATION:07d}"
     iteration.mkdir(parents=True, exist_ok=True)
     arch = family_of(checkpoint.config).architecture(checkpoint.config)
@@ -86,5 +86,5 @@ def upcycled_from(
     checkpoint = open_checkpoint(str(source))
     arch = family_of(checkpoint.config).architecture(checkpoint.config)
     chunks = scenarios.build_from(arch, folding, upcycling)
-    load.upcycle(chunks, checkpoint, upcycling)
+    load.fill(chunks, checkpoint, upcycling)
     return scenarios.shards(chunks)

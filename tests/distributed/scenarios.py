@@ -102,7 +102,7 @@ def upcycled(
 ) -> Chunks:
     """Build the model and fill it."""
     chunks = build(dense, folding, upcycling, **overrides)
-    load.upcycle(chunks, HuggingFaceCheckpoint(dense), upcycling)
+    load.fill(chunks, HuggingFaceCheckpoint(dense), upcycling)
     return chunks
 
 
@@ -144,7 +144,7 @@ def prove(
     for name, way in ways.items():
         _fill_with_nan(chunks)
         chosen = replace(upcycling, **way.upcycling)
-        load.upcycle(chunks, open_branches(way.source), chosen, read_once=way.read_once)
+        load.fill(chunks, open_branches(way.source), chosen, read_once=way.read_once)
         weights[name] = shards(chunks)
     _save(chunks, save_to)
     step0 = logits(chunks, ids[:, :-1])

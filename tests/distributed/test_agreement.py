@@ -130,7 +130,7 @@ def fill_a_smaller_model(dense: Path) -> str:
     checkpoint, upcycling = open_checkpoint(str(dense)), UpcyclingConfig(num_moe_experts=None)
     _, arch = described(checkpoint)
     chunks = scenarios.build_from(replace(arch, num_layers=2), ParallelFolding(), upcycling)
-    report = load.upcycle(chunks, checkpoint, upcycling)
+    report = load.fill(chunks, checkpoint, upcycling)
     with pytest.raises(UpcyclingError) as error:
         load.check_all_used(checkpoint, [report])
     return str(error.value)

@@ -207,7 +207,7 @@ def loaded(
 ) -> tuple[int, int, int]:
     """Upcycle; return this rank's parameters, the bytes it read and the shards it wrote."""
     chunks = scenarios.build(dense, folding, upcycling)
-    report = load.upcycle(chunks, open_checkpoint(str(dense)), upcycling)
+    report = load.fill(chunks, open_checkpoint(str(dense)), upcycling)
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     return parameters, report.bytes_read, report.shards
 

@@ -45,10 +45,10 @@ def compare(
         dtype["pipeline_dtype"] = torch.bfloat16
     checkpoint = open_branches(str(dense))
     dense_model = scenarios.build(dense, ParallelFolding(), control, **dtype)
-    load.upcycle(dense_model, checkpoint, control)
+    load.fill(dense_model, checkpoint, control)
     ours = scenarios.build(dense, folding, upcycling, **dtype)
     theirs = upcycle_state_dict(ours, dense_model)["model"]
-    load.upcycle(ours, checkpoint, upcycling)
+    load.fill(ours, checkpoint, upcycling)
     parameters = dict(ours[0].named_parameters())
     compared = [name for name in parameters if "router" not in name]
     different = [name for name in compared if not torch.equal(parameters[name], theirs[name])]

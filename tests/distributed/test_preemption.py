@@ -97,16 +97,16 @@ def interrupt_upcycling(directory: Path) -> Any:
     import fiddle
     from nemo_upcycle_recipes import llama_tiny
 
-    from nemo_upcycle.nemo import callback
+    from nemo_upcycle.engine import upcycling
 
     recipe = llama_tiny.upcycled_recipe(dir=str(directory), name="early", max_steps=STEPS)
-    upcycle = callback.upcycle
+    fill = upcycling.fill
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
-        return upcycle(*arguments, **options)
+        return fill(*arguments, **options)
 
-    callback.upcycle = interrupted
+    upcycling.fill = interrupted
     fiddle.build(recipe)()
 
 

@@ -24,7 +24,8 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.llama import LLAMA
 from nemo_upcycle.plan.job import distinct_bytes, plan_job
 from nemo_upcycle.plan.rank import BUFFERS, CHUNK_BYTES, Block
-from nemo_upcycle.plan.report import number, size, spans_of
+from nemo_upcycle.plan.report import number, spans_of
+from nemo_upcycle.progress import size
 from tests.tiny import CONFIG, into_hub_cache, write_dense, write_llama
 
 PAPER = RECIPES["llama3_8b_e8t2"]

@@ -1,0 +1,187 @@
+"""What all ranks of a job do together: fill the model, hear of each other's errors, report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemo_upcycle.checkpoint import DenseCheckpoint
+from nemo_upcycle.checkpoint.branches import open_branches
+from nemo_upcycle.checkpoint.described import checked, described
+from nemo_upcycle.checkpoint.fingerprint import fingerprint
+from nemo_upcycle.checkpoint.kept import kept_of
+from nemo_upcycle.config import Exactness, UpcyclingConfig
+from nemo_upcycle.engine.agreement import check_agreement, exactness_of
+from nemo_upcycle.engine.load import LoadReport, check_all_used, fill
+from nemo_upcycle.engine.ranks import Ranks, check_same
+from nemo_upcycle.families.fields import upcycling_in
+from nemo_upcycle.progress import progress, size
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a job did.
+
+    Attributes:
+        dense_checkpoint: What it was upcycled from.
+        upcycling: What the feed-forward layers have become.
+        ranks: What each rank did.
+        exactness: Whether the model computes the dense function, and why not.
+    """
+
+    dense_checkpoint: str
+    upcycling: UpcyclingConfig
+    ranks: tuple[LoadReport, ...]
+    exactness: Exactness
+
+    def __str__(self) -> str:
+        tensors = frozenset().union(*(rank.tensors for rank in self.ranks))
+        most = max(rank.bytes_read for rank in self.ranks)
+        peak = max(rank.peak_resident_bytes for rank in self.ranks)
+        lines = {
+            "tensors mapped": f"{len(tensors)} dense → {sum(r.shards for r in self.ranks)} shards",
+            "bytes read": f"{size(sum(rank.bytes_read for rank in self.ranks))} in all, "
+            f"at most {size(most)} per rank",
+            "time": f"{max(rank.seconds for rank in self.ranks):.2f} s",
+            "peak memory": f"{size(peak)} resident per rank",
+            "step 0": str(self.exactness),
+        }
+        head = f"{self.dense_checkpoint} → {self.upcycling.label} on {len(self.ranks)} rank(s)"
+        return "\n".join([head, *(f"  {name:<17} {text}" for name, text in lines.items())])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dense checkpoint that has been opened by its headers, and what is to become of it.
+
+    Attributes:
+        name: What the checkpoint was called.
+        checkpoint: The checkpoint.
+        fingerprint: What tells its weights from others'; see `checkpoint.fingerprint`.
+        kept: What its configs say and training does not change; see `checkpoint.kept`.
+        upcycling: What its feed-forward layers become.
+    """
+
+    name: str
+    checkpoint: DenseCheckpoint
+    fingerprint: str
+    kept: Mapping[str, Any] | None
+    upcycling: UpcyclingConfig
+
+    def check_model(self, config: Any, tokenizer_size: int | None = None) -> None:
+        """Check that a model is the checkpoint's, by headers and configs alone.
+
+        Args:
+            config: The model's, with Megatron's and NeMo's field names.
+            tokenizer_size: What the vocabulary is made of where the config has none.
+
+        Raises:
+            UpcyclingError: The checkpoint's tensors are not its config's, or the model is another.
+        """
+        _, arch = checked(self.checkpoint)
+        check_agreement(config, arch, tokenizer_size)
+
+
+def prepare(dense_checkpoint: str, upcycling: UpcyclingConfig) -> Prepared:
+    """Open a dense checkpoint, without reading more than headers and a few values.
+
+    Args:
+        dense_checkpoint: Directory of Hugging Face's, NeMo 2's or Megatron-LM's, or the name of a
+            model in the local Hugging Face cache; several, separated by semicolons, give experts
+            from each in turn, and everything else their average (Branch-Train-MiX).
+        upcycling: What its feed-forward layers become.
+
+    Raises:
+        UpcyclingError: It cannot be read, or is none that can be upcycled.
+    """
+    checkpoint = open_branches(dense_checkpoint)
+    return Prepared(
+        dense_checkpoint,
+        checkpoint,
+        fingerprint(checkpoint),
+        kept_of(checkpoint.branches[0]),
+        upcycling,
+    )
+
+
+def fill_all(
+    prepared: Prepared,
+    modules: Sequence[torch.nn.Module],
+    config: Any,
+    ranks: Ranks,
+    read_once: bool = False,
+) -> Report:
+    """Fill the model on all ranks; every rank calls this.
+
+    Args:
+        prepared: The same dense checkpoint on every rank.
+        modules: This rank's Megatron-Core GPT models, one per virtual pipeline stage.
+        config: The model's config.
+        ranks: The job's ranks.
+        read_once: Read each slice once per job and broadcast it to all ranks that hold it.
+
+    Raises:
+        UpcyclingError: On all ranks, if any has failed or is lost, or if some of the checkpoint
+            has gone nowhere.
+    """
+    report = error = None
+    try:
+        with progress("[upcycle]", active=ranks.rank == 0, in_bytes=True) as show:
+            report = fill(modules, prepared.checkpoint, prepared.upcycling, show, read_once)
+    except Exception as exception:  # whatever it is, the other ranks must hear of it
+        error = exception
+    ranks.raise_on_all(error)
+    reports = ranks.gather(report)
+    check_all_used(prepared.checkpoint, reports)
+    _, arch = described(prepared.checkpoint)
+    branches = len(prepared.checkpoint.branches)
+    exactness = exactness_of(config, prepared.upcycling, arch, branches)
+    return Report(prepared.name, prepared.upcycling, tuple(reports), exactness)
+
+
+def upcycle(
+    modules: Sequence[torch.nn.Module],
+    config: Any,
+    dense_checkpoint: str,
+    upcycling: UpcyclingConfig | None = None,
+    ranks: Ranks | None = None,
+    read_once: bool = False,
+) -> Report:
+    """Fill a Megatron-Core model from a dense checkpoint; every rank of the job calls this.
+
+    Each rank reads only the slices that fill its own shards, and writes them in place; no rank
+    holds the dense model. An error on any rank is raised on all of them. An optimizer with fp32
+    copies of the parameters has to read them again afterwards (Megatron's
+    `reload_model_params()`).
+
+    Args:
+        modules: This rank's Megatron-Core GPT models, one per virtual pipeline stage.
+        config: Their config, with Megatron's and NeMo's field names, such as `UpcycledGPTConfig`.
+        dense_checkpoint: What `prepare` takes.
+        upcycling: What the feed-forward layers become; None copies them into the experts that the
+            config has.
+        ranks: The job's ranks; None makes a group for them.
+        read_once: Read each slice once per job and broadcast it to all ranks that hold it, for
+            file systems that are slower than the network.
+
+    Returns:
+        What was done, on every rank; as a text, it is the report that a run prints.
+
+    Raises:
+        UpcyclingError: The checkpoint is damaged or another model's, or a rank failed or was lost.
+            Nothing is written then, but where weights are not finite or a rank is lost.
+
+    Source: online upcycling, arXiv 2412.09952 §3.
+    """
+    ranks = ranks or Ranks()
+    prepared = error = None
+    try:
+        prepared = prepare(dense_checkpoint, upcycling or upcycling_in(config))
+        prepared.check_model(config)
+    except Exception as exception:
+        error = exception
+    ranks.raise_on_all(error)
+    assert prepared is not None
+    check_same("dense checkpoints", ranks.gather(prepared.fingerprint))
+    return fill_all(prepared, modules, config, ranks, read_once)
