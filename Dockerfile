@@ -15,7 +15,7 @@ COPY examples examples
 # torch is another one afterwards.
 RUN python -c "import torch; print(torch.__version__)" > /tmp/torch-before \
  && pip freeze --exclude-editable | grep -iE '^(torch|transformer[-_]engine|numpy|triton|flash[-_]attn)[^@]*==' > /tmp/image.txt \
- && pip install --no-cache-dir --constraint /tmp/image.txt '.[eval]' \
+ && pip install --no-cache-dir --constraint /tmp/image.txt '.[nemo,eval]' \
  && python -c "import torch; print(torch.__version__)" | diff /tmp/torch-before - \
  && nemo-upcycle --help > /dev/null \
  && rm /tmp/torch-before /tmp/image.txt

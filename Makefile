@@ -32,5 +32,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.10 or newer expected; set PYTHON=python3.11, say")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing NeMo, Megatron-Core and PyTorch (about 2.5 GB, some minutes) …"
-	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev,eval]'
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[nemo,demo,dev,eval]'
 	@touch $@

@@ -81,7 +81,7 @@ def measure(method: str, dense: Path, runs: int, scratch: Path) -> list[Sample]:
     from nemo_upcycle.engine.load import fill
     from nemo_upcycle.engine.owned_shards import owned_shards
     from nemo_upcycle.families import family_of
-    from nemo_upcycle.plan.rank import block_bytes, make_plan
+    from nemo_upcycle.plans.rank import block_bytes, make_plan
 
     world_size = torch.distributed.get_world_size()
     os.environ["LOCAL_WORLD_SIZE"] = str(world_size)  # as torchrun does

@@ -41,7 +41,7 @@ from nemo_upcycle.nemo.preemption import PreemptionCallback
 from nemo_upcycle.nemo.provenance import Provenance
 from nemo_upcycle.nemo.run_numbers import check_max_steps
 from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer
-from nemo_upcycle.plan import layout
+from nemo_upcycle.plans import layout
 
 F = TypeVar("F", bound=Callable[..., run.Partial])
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nemo_upcycle_recipes.recipe import Recipe
 
     from nemo_upcycle.checkpoint.described import Dense as DenseModel
-    from nemo_upcycle.plan.job import JobPlan
+    from nemo_upcycle.plans.job import JobPlan
 
 Dense = Annotated[
     str | None,
@@ -59,7 +59,7 @@ def plan(
       nemo-upcycle plan --recipe llama_tiny_e8t2 --world-size 4
       nemo-upcycle plan --json | jq .job.bytes_to_read
     """
-    from nemo_upcycle.plan.job import plan_job
+    from nemo_upcycle.plans.job import plan_job
 
     chosen = _recipe(recipe, settings, world_size)
     job = plan_job(
@@ -96,7 +96,7 @@ def _print_plan(job: "JobPlan", recipe: str, rank: int | None, as_json: bool) ->
 
     from rich.console import Console
 
-    from nemo_upcycle.plan.report import render, render_rank, to_json
+    from nemo_upcycle.plans.report import render, render_rank, to_json
 
     if as_json:
         typer.echo(json.dumps(to_json(job, recipe, rank)))
@@ -126,7 +126,7 @@ def groups(
     """
     from rich.console import Console
 
-    from nemo_upcycle.plan.groups_report import draw, render
+    from nemo_upcycle.plans.groups_report import draw, render
 
     chosen = _recipe(recipe, settings, world_size)
     sizes = chosen.folding, chosen.world_size, chosen.num_gpus_per_node

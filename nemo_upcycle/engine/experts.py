@@ -20,7 +20,7 @@ from nemo_upcycle.engine.owned_shards import OwnedShard
 from nemo_upcycle.engine.reading import thread_count
 from nemo_upcycle.families import Architecture, Family, Rows
 from nemo_upcycle.initializers import Initializer, Neurons, make_initializer
-from nemo_upcycle.plan.rank import expert_of, layer_of
+from nemo_upcycle.plans.rank import expert_of, layer_of
 
 BLOCK_BYTES = 2**20
 """Neurons come to an initialiser in blocks: at most this of gate, of up and of down, in fp32."""

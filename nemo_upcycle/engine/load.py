@@ -21,7 +21,7 @@ from nemo_upcycle.engine.sharing import Sharers, sharing
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.initializers import initialize_router, make_initializer
-from nemo_upcycle.plan.rank import Block, Plan, Target, make_plan
+from nemo_upcycle.plans.rank import Block, Plan, Target, make_plan
 from nemo_upcycle.progress import Progress, no_progress
 from nemo_upcycle.trained.opened import Trained, plan_restore
 

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 
 from nemo_upcycle.errors import UpcyclingError, listing
-from nemo_upcycle.plan.rank import Shard
+from nemo_upcycle.plans.rank import Shard
 
 _STACKED_LAYERS = re.compile(r"^decoder\.layers\.(?!\d)")
 _STACKED_EXPERTS = ".mlp.experts.experts."

@@ -21,7 +21,7 @@ from nemo_upcycle.checkpoint import DenseCheckpoint, Span
 from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
 from nemo_upcycle.engine.sharing import Sharers
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.plan.rank import BUFFERS, CHUNK_BYTES, Block, block_bytes
+from nemo_upcycle.plans.rank import BUFFERS, CHUNK_BYTES, Block, block_bytes
 
 # Bits of +Inf: as a signed integer, no finite value is as large.
 _INFINITY: dict[str, "np.signedinteger[Any]"] = {

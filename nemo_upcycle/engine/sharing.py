@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.checkpoint import TensorInfo
-from nemo_upcycle.plan.rank import Block, block_bytes
+from nemo_upcycle.plans.rank import Block, block_bytes
 
 
 @dataclass(frozen=True)

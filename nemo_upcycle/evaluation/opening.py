@@ -25,7 +25,7 @@ from nemo_upcycle.families import FAMILIES
 from nemo_upcycle.families.model import upcycling_of
 from nemo_upcycle.families.moe_config import MOE_FAMILIES
 from nemo_upcycle.nemo.model import trained_config
-from nemo_upcycle.plan.layout import validate
+from nemo_upcycle.plans.layout import validate
 
 
 def open_model(

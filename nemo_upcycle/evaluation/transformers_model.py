@@ -18,8 +18,8 @@ from nemo_upcycle.evaluation.generation import transformers_config
 from nemo_upcycle.families import FAMILIES
 from nemo_upcycle.families.model import upcycling_of
 from nemo_upcycle.families.moe_config import MOE_FAMILIES
-from nemo_upcycle.plan.layout import shards
-from nemo_upcycle.plan.rank import Block
+from nemo_upcycle.plans.layout import shards
+from nemo_upcycle.plans.rank import Block
 from nemo_upcycle.trained.opened import check_all_restored, open_trained, plan_restore
 
 

@@ -23,7 +23,7 @@ from nemo_upcycle.families import Architecture, fields
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.nemo import cpu
 from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer, tokenizer_directory
-from nemo_upcycle.plan.layout import padded_vocabulary
+from nemo_upcycle.plans.layout import padded_vocabulary
 from nemo_upcycle.trained.export import export
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.plan.job import Dense, plan_job
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.search import Allowed, Prediction, everything, least_memory, search
 from nemo_upcycle.planner.workload import Workload
+from nemo_upcycle.plans.job import Dense, plan_job
 
 GPUS = tuple(2**power for power in range(3, 13))
 

@@ -7,12 +7,12 @@ from itertools import product
 
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.plan.layout import validate
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.memory import Memory, memory
 from nemo_upcycle.planner.step_time import StepTime, mfu, step_time
 from nemo_upcycle.planner.workload import Mapping, Workload
+from nemo_upcycle.plans.layout import validate
 
 SIZES = (1, 2, 4, 8, 16)
 MICRO_BATCH_SIZES = (1, 2, 4)

@@ -8,8 +8,8 @@ from math import lcm, prod
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.model import MoEModel, upcycled_model
-from nemo_upcycle.plan.layout import Coordinates, shards_at, stage_layers
 from nemo_upcycle.planner.flops import Flops, flops
+from nemo_upcycle.plans.layout import Coordinates, shards_at, stage_layers
 
 
 @dataclass(frozen=True, eq=False)

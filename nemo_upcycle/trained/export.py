@@ -20,7 +20,7 @@ from nemo_upcycle.checkpoint import DTYPE_BYTES, MegatronCheckpoint, TensorInfo
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe import MoEFamily, moe_family_of
-from nemo_upcycle.plan.rank import CHUNK_BYTES, expert_of, layer_of, pattern_of
+from nemo_upcycle.plans.rank import CHUNK_BYTES, expert_of, layer_of, pattern_of
 from nemo_upcycle.progress import Progress, no_progress
 from nemo_upcycle.trained.configs import write_configs, write_json
 from nemo_upcycle.trained.opened import open_trained

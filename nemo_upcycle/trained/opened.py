@@ -28,7 +28,7 @@ from nemo_upcycle.families.fields import megatron_model
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe import MoEFamily
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
-from nemo_upcycle.plan.rank import (
+from nemo_upcycle.plans.rank import (
     Block,
     Plan,
     Shard,

@@ -28,7 +28,7 @@ from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
 from nemo_upcycle.families import Architecture, family_of
 from nemo_upcycle.families.fields import moe_fields, window_fields
 from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields
-from nemo_upcycle.plan.rank import Shard
+from nemo_upcycle.plans.rank import Shard
 
 Chunks = list[torch.nn.Module]
 """A rank's model, one module a virtual stage."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.config import ParallelFolding
-from nemo_upcycle.plan.groups import KINDS, rank_groups
+from nemo_upcycle.plans.groups import KINDS, rank_groups
 from tests.distributed.foldings import FOLDINGS
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.workspace import make_workspace

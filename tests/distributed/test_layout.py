@@ -14,9 +14,9 @@ from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine import load
 from nemo_upcycle.engine.owned_shards import owned_shards
 from nemo_upcycle.families import Architecture, family_of
-from nemo_upcycle.plan.job import plan_job
-from nemo_upcycle.plan.layout import Coordinates, coordinates, shards
-from nemo_upcycle.plan.rank import Shard
+from nemo_upcycle.plans.job import plan_job
+from nemo_upcycle.plans.layout import Coordinates, coordinates, shards
+from nemo_upcycle.plans.rank import Shard
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool
 from tests.tiny import CONFIG

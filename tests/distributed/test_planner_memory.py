@@ -9,9 +9,9 @@ import pytest
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.families import Architecture, family_of
-from nemo_upcycle.plan.layout import coordinates
 from nemo_upcycle.planner.memory import ModelState, model_state, of_stage
 from nemo_upcycle.planner.workload import Mapping, Workload
+from nemo_upcycle.plans.layout import coordinates
 from tests.distributed.foldings import spread
 from tests.distributed.pool import RankPool
 from tests.tiny import CONFIG

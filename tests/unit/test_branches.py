@@ -13,7 +13,7 @@ from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import family_of
-from nemo_upcycle.plan.rank import Shard, make_plan
+from nemo_upcycle.plans.rank import Shard, make_plan
 from tests.tiny import write_dense, write_llama
 
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -13,9 +13,9 @@ from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
 from nemo_upcycle.checkpoint.described import dense_of_config
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.plan.job import plan_job
 from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.tuning import tune
+from nemo_upcycle.plans.job import plan_job
 
 MODULES = {name: name for name in RECIPES if name.endswith("e8t2") and "tiny" not in name}
 

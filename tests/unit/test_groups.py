@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.plan.groups import KINDS, PURPOSES, rank_groups
-from nemo_upcycle.plan.groups_report import drawn_nodes
+from nemo_upcycle.plans.groups import KINDS, PURPOSES, rank_groups
+from nemo_upcycle.plans.groups_report import drawn_nodes
 from tests.distributed.foldings import FOLDINGS, spread
 
 MAPPINGS = {

@@ -18,7 +18,7 @@ from nemo_upcycle.engine.owned_shards import OwnedShard
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import family_of
 from nemo_upcycle.initializers import initialize_router, make_initializer, names
-from nemo_upcycle.plan.rank import Shard
+from nemo_upcycle.plans.rank import Shard
 from tests.third_party import install_flip
 from tests.tiny import write_llama
 

@@ -14,8 +14,8 @@ from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.llama import LLAMA
-from nemo_upcycle.plan.layout import Coordinates, coordinates, shards, stage_layers, validate
-from nemo_upcycle.plan.rank import Shard, make_plan
+from nemo_upcycle.plans.layout import Coordinates, coordinates, shards, stage_layers, validate
+from nemo_upcycle.plans.rank import Shard, make_plan
 from tests.tiny import CONFIG
 
 ARCH = LLAMA.architecture({**CONFIG, "model_type": "llama"})

@@ -27,7 +27,7 @@ from nemo_upcycle.checkpoint.checks import check_tensors
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, family_of
-from nemo_upcycle.plan.rank import Shard, make_plan
+from nemo_upcycle.plans.rank import Shard, make_plan
 
 LAYERS, HIDDEN, FFN, VOCAB = 2, 8, 12, 16
 NUMBERS = {

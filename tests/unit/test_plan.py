@@ -12,7 +12,7 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, family_of
 from nemo_upcycle.families.llama import LLAMA
 from nemo_upcycle.initializers.random import normal_row
-from nemo_upcycle.plan.rank import (
+from nemo_upcycle.plans.rank import (
     BUFFERS,
     Plan,
     Shard,
@@ -92,7 +92,7 @@ def test_norm_before_experts_is_the_norm_fused_into_the_dense_layer() -> None:
 
 def test_memory_is_that_of_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of ten of down_proj's half rows of 96 bytes; eight experts take each."""
-    monkeypatch.setattr("nemo_upcycle.plan.rank.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("nemo_upcycle.plans.rank.CHUNK_BYTES", 1000)
     name = LAYER + "mlp.experts.{}.linear_fc2.weight"
     halves = [Shard(name.format(expert), (64, 96), (0, 48), (64, 48)) for expert in range(8)]
     found, one = plan(*halves), plan(halves[0])
@@ -101,9 +101,9 @@ def test_memory_is_that_of_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_bytes(found, TENSORS, "BF16") == BUFFERS * 10 * 96
     assert peak_bytes(found, TENSORS, "F32") == BUFFERS * 10 * 96 + 10 * 192
     assert peak_bytes(one, TENSORS, "F32") == BUFFERS * 10 * 96
-    monkeypatch.setattr("nemo_upcycle.plan.rank.CHUNK_BYTES", 10)
+    monkeypatch.setattr("nemo_upcycle.plans.rank.CHUNK_BYTES", 10)
     assert chunk_rows(block, TENSORS) == 1
-    monkeypatch.setattr("nemo_upcycle.plan.rank.CHUNK_BYTES", 10**6)
+    monkeypatch.setattr("nemo_upcycle.plans.rank.CHUNK_BYTES", 10**6)
     assert peak_bytes(found, TENSORS, "BF16") == 64 * 96  # one chunk takes one buffer
 
 

@@ -22,9 +22,9 @@ from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.llama import LLAMA
-from nemo_upcycle.plan.job import distinct_bytes, plan_job
-from nemo_upcycle.plan.rank import BUFFERS, CHUNK_BYTES, Block
-from nemo_upcycle.plan.report import number, spans_of
+from nemo_upcycle.plans.job import distinct_bytes, plan_job
+from nemo_upcycle.plans.rank import BUFFERS, CHUNK_BYTES, Block
+from nemo_upcycle.plans.report import number, spans_of
 from nemo_upcycle.progress import size
 from tests.tiny import CONFIG, into_hub_cache, write_dense, write_llama
 

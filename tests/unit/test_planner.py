@@ -17,7 +17,6 @@ from nemo_upcycle.checkpoint.described import dense_of_config
 from nemo_upcycle.cli import app
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.plan.job import plan_job
 from nemo_upcycle.planner.efficiency import CALIBRATED
 from nemo_upcycle.planner.hardware import Hardware, device_peak_tflops, hardware, shipped
 from nemo_upcycle.planner.memory import memory
@@ -26,6 +25,7 @@ from nemo_upcycle.planner.search import mappings_of, predict, search
 from nemo_upcycle.planner.step_time import step_time
 from nemo_upcycle.planner.tuning import COMPONENTS, tune
 from nemo_upcycle.planner.workload import Mapping
+from nemo_upcycle.plans.job import plan_job
 
 H100 = hardware("h100")
 PAPER = workload(LLAMA3_8B_E8T2)

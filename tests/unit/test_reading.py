@@ -13,7 +13,7 @@ from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
 from nemo_upcycle.engine import reading
 from nemo_upcycle.engine.reading import Chunk, all_finite, copy_blocks
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.plan.rank import Block
+from nemo_upcycle.plans.rank import Block
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_upcycle.checkpoint import Span
-from nemo_upcycle.plan.job import JobPlan, RankPlan
-from nemo_upcycle.plan.layout import coordinates
-from nemo_upcycle.plan.rank import Block, Shard, Target, block_bytes
+from nemo_upcycle.plans.job import JobPlan, RankPlan
+from nemo_upcycle.plans.layout import coordinates
+from nemo_upcycle.plans.rank import Block, Shard, Target, block_bytes
 from nemo_upcycle.progress import scaled, size
 
 _LAYER = re.compile(r"\blayers\.\d+\.")

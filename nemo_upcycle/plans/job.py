@@ -11,7 +11,7 @@ from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo
 from nemo_upcycle.checkpoint.described import Dense
 from nemo_upcycle.config import Exactness, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.plan.layout import (
+from nemo_upcycle.plans.layout import (
     Coordinates,
     coordinates,
     shards_at,
@@ -19,7 +19,7 @@ from nemo_upcycle.plan.layout import (
     stage_layers,
     validate,
 )
-from nemo_upcycle.plan.rank import (
+from nemo_upcycle.plans.rank import (
     Block,
     Plan,
     Shard,

@@ -14,7 +14,7 @@ from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.config.layers import moe_layers
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, dimensions
-from nemo_upcycle.plan.rank import Shard
+from nemo_upcycle.plans.rank import Shard
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from nemo_upcycle.config import ParallelFolding
-from nemo_upcycle.plan.layout import Coordinates, coordinates
+from nemo_upcycle.plans.layout import Coordinates, coordinates
 
 ATTENTION = ("tp", "cp", "dp", "pp")
 EXPERTS = ("etp", "ep", "edp", "pp")

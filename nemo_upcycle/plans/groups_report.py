@@ -8,8 +8,8 @@ from rich.table import Table
 
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.plan.groups import ATTENTION, EXPERTS, PURPOSES, rank_groups
-from nemo_upcycle.plan.layout import coordinates
+from nemo_upcycle.plans.groups import ATTENTION, EXPERTS, PURPOSES, rank_groups
+from nemo_upcycle.plans.layout import coordinates
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
