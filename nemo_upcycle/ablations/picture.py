@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.ablations.report import Report, StudyReport, counted
-from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.pictures import require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,20 +16,6 @@ _BASELINE, _ARM = "#0072B2", "#D55E00"
 
 LINEAR = 0.02
 """Nats; where an arm ends ten times as far off as this, the axis is logarithmic beyond it."""
-
-
-def require_matplotlib() -> None:
-    """Check that a picture can be drawn.
-
-    Raises:
-        UpcyclingError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UpcyclingError(
-            "The picture needs matplotlib, which is not installed: pip install 'nemo-upcycle[demo]'"
-        ) from None
 
 
 def draw(report: Report, path: Path) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_upcycle.ablations.picture import draw, require_matplotlib
+from nemo_upcycle.ablations.picture import draw
 from nemo_upcycle.ablations.report import Report, markdown, report_of, to_json
 from nemo_upcycle.ablations.results import Workspace, jobs_of
 from nemo_upcycle.ablations.studies import Study, arms_of
 from nemo_upcycle.ablations.workers import train_all
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.pictures import require_matplotlib
 
 
 def ablate(

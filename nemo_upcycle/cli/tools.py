@@ -31,6 +31,14 @@ _OF_THE_MACHINE = {
 """What files and disks do to a program that is right."""
 
 
+_EXTRAS = {
+    **dict.fromkeys(("nemo", "nemo_run", "lightning", "fiddle"), "nemo"),
+    **dict.fromkeys(("matplotlib", "scipy"), "demo"),
+    "lm_eval": "eval",
+}
+"""Packages that not everybody needs, and the extra that brings each."""
+
+
 def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
     """Make a command end with one line and exit code 1 on bad input, under `nemo` too.
 
@@ -50,6 +58,12 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
                 raise
             where = f"{error.filename}: " if error.filename else ""
             _say(f"{where}{error.strerror}. Check the path, the permissions and the disk.")
+            raise typer.Exit(1) from None
+        except ModuleNotFoundError as error:
+            package = str(error.name).partition(".")[0]
+            if package not in _EXTRAS:
+                raise
+            _say(f"{package} is not installed: pip install 'nemo-upcycle[{_EXTRAS[package]}]'.")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             _say("interrupted.")

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import torch
 
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.pictures import require_matplotlib
+
 SNAPSHOTS = 400
 """So many are kept: of more, every second one is dropped, and from then on every second added."""
 
@@ -47,12 +50,14 @@ class LoadHistory:
         if not self.steps:
             return
         try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.colors import LogNorm
-            from matplotlib.figure import Figure
-        except ImportError:
-            warnings.warn("no matplotlib, no heat map: pip install matplotlib", stacklevel=2)
+            require_matplotlib()
+        except UpcyclingError as error:  # a run that has trained does not fail for a picture
+            warnings.warn(str(error), stacklevel=2)
             return
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+
         grid = self.grid()
         layers, experts, _ = grid.shape
         figure = Figure(figsize=(9, min(24.0, 1.5 + 0.06 * layers * experts + 1)), layout="tight")

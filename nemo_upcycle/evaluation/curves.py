@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.pictures import require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,7 +140,7 @@ def compare_runs(
         UpcyclingError: If matplotlib is missing, a run has no such curve, the runs do not begin
             at the same step, or tokens_per_step is not positive.
     """
-    _require_matplotlib()
+    require_matplotlib()
     if tokens_per_step < 1:
         raise UpcyclingError(
             f"tokens_per_step is {tokens_per_step}; expected the positive product of global batch "
@@ -179,7 +180,7 @@ def plot(comparison: Comparison, title: str) -> Figure:
     Raises:
         UpcyclingError: If matplotlib is missing.
     """
-    _require_matplotlib()
+    require_matplotlib()
     from matplotlib.figure import Figure  # no pyplot: no window, no global state
     from matplotlib.ticker import EngFormatter
 
@@ -252,16 +253,6 @@ def _check_same_start(dense: Curve, moe: Curve, dense_dir: Path, moe_dir: Path) 
             f"step {moe.steps[0]}: they cannot be compared; train both from the same step with "
             "log_every_n_steps=1"
         )
-
-
-def _require_matplotlib() -> None:
-    """Raises UpcyclingError with the remedy when matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UpcyclingError(
-            "the picture needs matplotlib, which is not installed: pip install 'nemo-upcycle[demo]'"
-        ) from error
 
 
 def _tokens(steps: Sequence[int], tokens_per_step: int) -> list[int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.pictures import require_matplotlib
 from nemo_upcycle.planner.report import WHERE
 from nemo_upcycle.planner.scaling import Point
 from nemo_upcycle.planner.search import HEADROOM, Prediction
@@ -29,11 +30,10 @@ def draw_scaling(points: Sequence[Point], title: str, path: Path) -> None:
     Raises:
         UpcyclingError: matplotlib is not installed, or no job fits.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UpcyclingError("The picture needs matplotlib: pip install matplotlib.") from None
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     found = {place: point.best for place, point in enumerate(points) if point.best is not None}
     if not found:
         raise UpcyclingError("Nothing fits on any of these numbers of GPUs; nothing to draw.")

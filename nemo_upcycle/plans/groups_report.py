@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from nemo_upcycle.config import ParallelFolding
-from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.pictures import require_matplotlib
 from nemo_upcycle.plans.groups import ATTENTION, EXPERTS, PURPOSES, rank_groups
 from nemo_upcycle.plans.layout import coordinates
 
@@ -67,11 +67,10 @@ def draw(folding: ParallelFolding, world_size: int, gpus_per_node: int, path: Pa
     Raises:
         UpcyclingError: matplotlib is not installed, or the world size does not divide.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UpcyclingError("The picture needs matplotlib: pip install matplotlib.") from None
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     nodes = drawn_nodes(folding, world_size, gpus_per_node)
     figure = Figure(figsize=(2.2 * gpus_per_node, 1.8 + 0.75 * len(nodes)), layout="tight")
     FigureCanvasAgg(figure)
