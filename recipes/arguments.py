@@ -72,6 +72,12 @@ def _experts(upcycling: UpcyclingConfig, values: Mapping[str, Any]) -> int:
     """Return E·G, of what is said of the three."""
     experts, rate = values.get("num_moe_experts"), values.get("expansion_rate")
     granularity = values.get("granularity", upcycling.granularity)
+    fewest = 2 if granularity == 1 else 1
+    if rate is not None and rate < fewest:
+        raise UpcyclingError(
+            f"expansion_rate is {rate}; expected {fewest} or more with granularity={granularity}: "
+            "the copies of the dense feed-forward layer."
+        )
     if experts is None:
         return (upcycling.expansion_rate if rate is None else rate) * granularity
     if rate is not None and rate * granularity != experts:
