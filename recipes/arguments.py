@@ -103,6 +103,11 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     for setting in settings:
         key, equals, text = setting.partition("=")
         name = plain_name(key)
+        if name == "dense_checkpoint":
+            raise UpcyclingError(
+                f"{setting!r} is the factory's word; expected --dense {text or 'DIR'}, with which "
+                "`plan` and `tune` take a dense checkpoint."
+            )
         if not equals or name not in known:
             raise UpcyclingError(
                 f"{setting!r} is not an argument of {recipe.name}; expected KEY=VALUE with one "
