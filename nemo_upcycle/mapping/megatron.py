@@ -187,7 +187,7 @@ def _count(
 
 
 def _number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    value = default if config.get(name) is None else config[name]
+    value: Any = default if config.get(name) is None else config[name]
     if not is_positive(value):
         raise _unfit(name, value, "a positive number")
     return value

@@ -1,8 +1,8 @@
 """Megatron checkpoints: what is read, what is refused, and that nothing in them is run."""
 
 import json
-import os
 import math
+import os
 import pickle
 import zipfile
 from argparse import Namespace

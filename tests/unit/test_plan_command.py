@@ -330,7 +330,10 @@ def test_world_size_fills_nodes() -> None:
     [
         (["tensor_parallel=4"], "'tensor_parallel=4' is not an argument of llama3_8b_e8t2"),
         (["num_nodes"], "'num_nodes' is not an argument"),
-        (["dense_checkpoint=/a"], "'dense_checkpoint=/a' is the factory's word; expected --dense /a"),
+        (
+            ["dense_checkpoint=/a"],
+            "'dense_checkpoint=/a' is the factory's word; expected --dense /a",
+        ),
         (["seed=-1"], "seed is -1; expected an integer"),
         (["granularity=-1"], "granularity is -1; expected 1 or more"),
         (["initializer=drop(ratio=nan)"], "drop: ratio is nan"),
