@@ -33,6 +33,13 @@ MaxMalformed = Annotated[
     float, typer.Option(help="Share of the lines that may be malformed.", min=0, max=1)
 ]
 
+Tokenizer = Annotated[
+    str,
+    typer.Option(
+        help="Directory of the tokenizer, or of a checkpoint that has one; or a model's name in "
+        "the local hub cache."
+    ),
+]
 ParseSpecial = Annotated[
     bool,
     typer.Option(
@@ -83,7 +90,7 @@ def tokenize(
             show_default=False,
         ),
     ],
-    tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer.")],
+    tokenizer: Tokenizer,
     out: Directory,
     name: Annotated[
         str | None,
@@ -128,9 +135,9 @@ def tokenize(
         raise UpcyclingError(
             f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
         )
-    _warn_of_its_end(tokenizer)
+    found_tokenizer = _tokenizer_of(tokenizer)
     for dataset, of_dataset in groups.items():
-        of_job = of_dataset, tokenizer, out / dataset, selection, without, max_malformed
+        of_job = of_dataset, found_tokenizer, out / dataset, selection, without, max_malformed
         _prepare(Preparation(*of_job, parse_special=parse_special), workers)
 
 
@@ -150,12 +157,21 @@ def _prepare(preparation: "Preparation", workers: int | None) -> "Manifest":
     return manifest
 
 
-def _warn_of_its_end(tokenizer: Path) -> None:
-    """Say, before the work, if documents would end with a token that may not be what is meant."""
-    from nemo_upcycle.checkpoint.tokenizer_files import doubtful_end, load_tokenizer
+def _tokenizer_of(source: str) -> Path:
+    """Return a tokenizer's directory.
 
-    if doubt := doubtful_end(load_tokenizer(tokenizer), tokenizer):
+    Say, before the work, if documents would end with a token that may not be what is meant.
+    """
+    from nemo_upcycle.checkpoint.tokenizer_files import (
+        doubtful_end,
+        load_tokenizer,
+        named_tokenizer,
+    )
+
+    directory = named_tokenizer(source)
+    if doubt := doubtful_end(load_tokenizer(directory), directory):
         typer.echo(f"Warning: {doubt}", err=True)
+    return directory
 
 
 @app.command()
@@ -164,7 +180,7 @@ def blend(
     source: Annotated[
         str, typer.Argument(help="A YAML file, or llama3_moe, the paper's.", show_default=False)
     ],
-    tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer.")],
+    tokenizer: Tokenizer,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Directory to write to; without it the YAML's."),
@@ -197,10 +213,11 @@ def blend(
     for name in only or ():
         if name not in names:
             raise UpcyclingError(f"There is no dataset {name!r}; expected one of {names}.")
-    _warn_of_its_end(tokenizer)
+    found_tokenizer = _tokenizer_of(tokenizer)
     for each in found.datasets:
         if only is None or each.name in only:
-            of_job = each.sources, tokenizer, each.prefix, each.selection, without, max_malformed
+            made_of = each.sources, found_tokenizer, each.prefix, each.selection
+            of_job = *made_of, without, max_malformed
             manifest = _prepare(Preparation(*of_job, parse_special=parse_special), workers)
             lasts[each.name] = int(manifest.tokens / each.weight)
     first = min(lasts, key=lambda name: lasts[name])

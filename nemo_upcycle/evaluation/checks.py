@@ -11,11 +11,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, read_config
 from nemo_upcycle.checkpoint.described import checked
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
-from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, load_tokenizer
+from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, load_tokenizer, tokenizer_directory
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import FAMILIES, Architecture
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
-from nemo_upcycle.nemo.tokenizer import tokenizer_directory
 from nemo_upcycle.trained.opened import open_trained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -17,12 +17,13 @@ from nemo.collections.llm.gpt.model.llama import LlamaConfig, apply_rope_scaling
 from nemo.lightning import io, teardown
 
 from nemo_upcycle.checkpoint.kept import FIELD, kept_of
+from nemo_upcycle.checkpoint.tokenizer_files import tokenizer_directory
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
 from nemo_upcycle.engine.source import open_source
 from nemo_upcycle.families import Architecture, fields
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.nemo import cpu
-from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer, tokenizer_directory
+from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer
 from nemo_upcycle.plans.layout import padded_vocabulary
 from nemo_upcycle.trained.export import export
 

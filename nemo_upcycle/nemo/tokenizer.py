@@ -5,14 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
-from nemo_upcycle.checkpoint.megatron import find_layout
-from nemo_upcycle.checkpoint.run_directory import resolve_trained
-from nemo_upcycle.checkpoint.tokenizer_files import (
-    NEEDED,
-    doubtful_end,
-    find_tokenizer,
-    load_alone,
-)
+from nemo_upcycle.checkpoint.tokenizer_files import doubtful_end, load_alone, named_tokenizer
 from nemo_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
@@ -32,12 +25,7 @@ def checkpoint_tokenizer(source: str, model: str | None = None) -> "AutoTokenize
     Raises:
         UpcyclingError: There is no such directory, or no tokenizer in it.
     """
-    found = tokenizer_directory(source)
-    if found is None:
-        raise UpcyclingError(
-            f"{resolve_directory(source)} holds no tokenizer; expected one of {', '.join(NEEDED)}. "
-            "Put the model's tokenizer there, or name its directory: tokenizer=DIR."
-        )
+    found = named_tokenizer(source)
     from nemo.collections.common.tokenizers import AutoTokenizer
     from nemo.utils.get_rank import is_global_rank_zero
 
@@ -54,17 +42,3 @@ def _directory(model: str | None) -> Path | None:
         return None if model is None else resolve_directory(model)
     except UpcyclingError:
         return None
-
-
-def tokenizer_directory(source: str | Path) -> Path | None:
-    """Return where the tokenizer of a checkpoint is, None if it has none.
-
-    Args:
-        source: What `checkpoint_tokenizer` takes, or a trained checkpoint.
-
-    Raises:
-        UpcyclingError: There is no such checkpoint.
-    """
-    directory = resolve_trained(source)
-    layout = None if (directory / "config.json").is_file() else find_layout(directory)
-    return find_tokenizer(directory, layout.context if layout else None)
