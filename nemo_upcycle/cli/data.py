@@ -162,11 +162,8 @@ def _tokenizer_of(source: str) -> Path:
 
     Say, before the work, if documents would end with a token that may not be what is meant.
     """
-    from nemo_upcycle.checkpoint.tokenizer_files import (
-        doubtful_end,
-        load_tokenizer,
-        named_tokenizer,
-    )
+    from nemo_upcycle.checkpoint.tokenizer_directory import named_tokenizer
+    from nemo_upcycle.checkpoint.tokenizer_files import doubtful_end, load_tokenizer
 
     directory = named_tokenizer(source)
     if doubt := doubtful_end(load_tokenizer(directory), directory):

@@ -2,6 +2,7 @@
 
 from nemo_upcycle.config.upcycling import (
     ACCOUNTED_LAYERS,
+    LARGEST_SEED,
     RECOMPUTE,
     UNEVEN_STAGES,
     Exactness,
@@ -12,6 +13,7 @@ from nemo_upcycle.config.upcycling import (
 
 __all__ = [
     "ACCOUNTED_LAYERS",
+    "LARGEST_SEED",
     "RECOMPUTE",
     "UNEVEN_STAGES",
     "Exactness",

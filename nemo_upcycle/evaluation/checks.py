@@ -11,7 +11,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, read_config
 from nemo_upcycle.checkpoint.described import checked
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
-from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, load_tokenizer, tokenizer_directory
+from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
+from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, load_tokenizer
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import FAMILIES, Architecture
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model

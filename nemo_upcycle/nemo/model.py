@@ -17,7 +17,7 @@ from nemo.collections.llm.gpt.model.llama import LlamaConfig, apply_rope_scaling
 from nemo.lightning import io, teardown
 
 from nemo_upcycle.checkpoint.kept import FIELD, kept_of
-from nemo_upcycle.checkpoint.tokenizer_files import tokenizer_directory
+from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
 from nemo_upcycle.engine.source import open_source
 from nemo_upcycle.families import Architecture, fields

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
-from nemo_upcycle.checkpoint.tokenizer_files import doubtful_end, load_alone, named_tokenizer
+from nemo_upcycle.checkpoint.tokenizer_directory import named_tokenizer
+from nemo_upcycle.checkpoint.tokenizer_files import doubtful_end, load_alone
 from nemo_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:

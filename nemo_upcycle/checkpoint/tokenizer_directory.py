@@ -1,0 +1,48 @@
+"""Where the tokenizer is that a user names."""
+
+from pathlib import Path
+
+from nemo_upcycle.checkpoint.huggingface import find_directory, resolve_directory
+from nemo_upcycle.checkpoint.megatron import find_layout
+from nemo_upcycle.checkpoint.run_directory import resolve_trained
+from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, find_tokenizer
+from nemo_upcycle.errors import UpcyclingError
+
+
+def named_tokenizer(source: str | Path) -> Path:
+    """Return the directory of the tokenizer that a user names.
+
+    Args:
+        source: What `tokenizer_directory` takes.
+
+    Raises:
+        UpcyclingError: There is no such directory, or no tokenizer in it.
+    """
+    if find_directory(source) is None:
+        raise UpcyclingError(
+            f"no tokenizer directory at {source}; expected one with {' or '.join(NEEDED)}, or a "
+            "model's name in the local hub cache. Check the path (relative paths start where the "
+            "command runs), or fetch a model's first with `hf download NAME`."
+        )
+    found = tokenizer_directory(source)
+    if found is None:
+        raise UpcyclingError(
+            f"{resolve_directory(source)} holds no tokenizer; expected one of {', '.join(NEEDED)}. "
+            "Put the model's tokenizer there, or name the directory that has it."
+        )
+    return found
+
+
+def tokenizer_directory(source: str | Path) -> Path | None:
+    """Return where the tokenizer of a checkpoint is, None if it has none.
+
+    Args:
+        source: A directory of Hugging Face's or NeMo 2's, a trained checkpoint, the directory of a
+            run, or a hub name that is in the local cache.
+
+    Raises:
+        UpcyclingError: There is no such checkpoint.
+    """
+    directory = resolve_trained(source)
+    layout = None if (directory / "config.json").is_file() else find_layout(directory)
+    return find_tokenizer(directory, layout.context if layout else None)
