@@ -8,6 +8,7 @@ from rich.table import Table
 
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.files import write_picture
 from nemo_upcycle.groups import ATTENTION, EXPERTS, PURPOSES, rank_groups
 from nemo_upcycle.layout import coordinates
 
@@ -80,8 +81,7 @@ def draw(folding: ParallelFolding, world_size: int, gpus_per_node: int, path: Pa
     every = -(-world_size // gpus_per_node)
     more = f", the first {len(nodes)} of {every} nodes by stage" if len(nodes) < every else ""
     figure.suptitle(f"{folding}: {world_size} ranks on nodes of {gpus_per_node}{more}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_picture(figure, path, dpi=110)
 
 
 def drawn_nodes(folding: ParallelFolding, world_size: int, gpus_per_node: int) -> list[int]:

@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemo_upcycle.cli.tools import Directory, Progress, one_line_errors, progress
+from nemo_upcycle.cli.tools import (
+    Directory,
+    Progress,
+    check_file_writable,
+    one_line_errors,
+    progress,
+)
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.files import check_writable
 
 if TYPE_CHECKING:
     from nemo_upcycle.data.manifest import Manifest
@@ -117,13 +122,20 @@ def tokenize(
       nemo-upcycle data tokenize "redpajama-v2://?snapshots=2023-06&shards=0-99" \\
         --text-key raw_content --where bucket=head --tokenizer tokenizer --out data
     """
+    from nemo_upcycle.data.paths import check_dataset_name
     from nemo_upcycle.data.preparation import Preparation
     from nemo_upcycle.data.selection import Selection
     from nemo_upcycle.data.sources import name_of
 
     selection = Selection(text_key, dict(map(_field, where or [])))
-    groups = {name: tuple(sources)} if name else {name_of(each): (each,) for each in sources}
-    if not name and len(groups) < len(sources):
+    if name is None:
+        groups = {name_of(each): (each,) for each in sources}
+        for dataset, (source,) in groups.items():
+            check_dataset_name(dataset, f"Without a --name {source} makes a dataset called")
+    else:
+        check_dataset_name(name, "--name is")
+        groups = {name: tuple(sources)}
+    if name is None and len(groups) < len(sources):
         raise UpcyclingError(
             f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
         )
@@ -219,7 +231,7 @@ def items(
     """Write the items of evaluations, that training data must not have: for `--without`."""
     from nemo_upcycle.evaluation.items import write_items
 
-    check_writable(out.parent)
+    check_file_writable(out)
     count = write_items([name for name in tasks.split(",") if name], out, include_path)
     typer.echo(f"{out}: {count} items")
 

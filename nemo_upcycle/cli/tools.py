@@ -13,7 +13,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from nemo_upcycle.errors import UpcyclingError, listing
-from nemo_upcycle.files import check_writable
+from nemo_upcycle.files import PICTURES, check_writable
 from nemo_upcycle.launch import is_first_rank
 
 P = ParamSpec("P")
@@ -91,6 +91,17 @@ def check_file_writable(out: Path) -> None:
     if out.is_dir():
         raise UpcyclingError(f"{out} is a directory; expected a file to write.")
     check_writable(out.parent)
+
+
+def check_picture(out: Path) -> None:
+    """Check before the work that a picture can be written.
+
+    Raises:
+        UpcyclingError: It cannot, or its ending says no format.
+    """
+    if out.suffix.lower() not in PICTURES:
+        raise UpcyclingError(f"{out} has no picture's ending; expected {', '.join(PICTURES)}.")
+    check_file_writable(out)
 
 
 def one_of(checkpoints: Sequence[Path]) -> Path:

@@ -146,7 +146,14 @@ def parse_line(line: bytes) -> Any:
     except RecursionError:
         raise ValueError("not a line of JSON that Python reads: too deeply nested") from None
     except ValueError as error:  # bad JSON or bad UTF-8
-        raise ValueError(f"not a line of JSON in UTF-8: {error}") from None
+        raise ValueError(f"not a line of JSON in UTF-8: {error}{_hint(line)}") from None
+
+
+def _hint(line: bytes) -> str:
+    """Say what to do with the first line of a JSON document over several lines."""
+    begun = {b"[": "an array over several lines: jq -c '.[]'", b"{": "an object over several: jq -c ."}
+    begins = line.removeprefix(codecs.BOM_UTF8).strip()
+    return f" ({begun[begins]} FILE writes one a line)" if begins in begun else ""
 
 
 def is_blank(line: bytes) -> bool:
