@@ -15,7 +15,7 @@ from nemo_upcycle.cli.tools import (
     one_line_errors,
     progress,
 )
-from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.errors import UpcyclingError, listing
 
 if TYPE_CHECKING:
     from nemo_upcycle.data.manifest import Manifest
@@ -125,13 +125,13 @@ def tokenize(
     from nemo_upcycle.data.paths import check_dataset_name
     from nemo_upcycle.data.preparation import Preparation
     from nemo_upcycle.data.selection import Selection
-    from nemo_upcycle.data.sources import name_of
+    from nemo_upcycle.data.sources import files_of, name_of
 
     selection = Selection(text_key, dict(map(_field, where or [])))
     if name is None:
         groups = {name_of(each): (each,) for each in sources}
         for dataset, (source,) in groups.items():
-            check_dataset_name(dataset, f"Without a --name {source} makes a dataset called")
+            check_dataset_name(dataset, f"Give a --name: {source} makes a dataset called")
     else:
         check_dataset_name(name, "--name is")
         groups = {name: tuple(sources)}
@@ -139,6 +139,9 @@ def tokenize(
         raise UpcyclingError(
             f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
         )
+    if len(groups) > 1:  # before the first of them is made
+        for of_dataset in groups.values():
+            files_of(of_dataset)
     _warn_of_its_end(tokenizer)
     for dataset, of_dataset in groups.items():
         of_job = of_dataset, tokenizer, out / dataset, selection, without, max_malformed
@@ -147,14 +150,20 @@ def tokenize(
 
 def _prepare(preparation: "Preparation", workers: int | None) -> "Manifest":
     from nemo_upcycle.data.preparation import prepare
+    from nemo_upcycle.data.sources import passed_over
 
     prefix = preparation.prefix
     with progress(prefix.name) as show:
         manifest = prepare(preparation, workers or os.cpu_count() or 1, _speed(show))
     typer.echo(f"{prefix}: {manifest.documents} documents, {manifest.tokens} tokens")
+    for source in preparation.sources:
+        if found := passed_over(source):
+            typer.echo(f"{source}: passed over {found}", err=True)
     if manifest.spelled:
         taken = "taken for them" if preparation.parse_special else "text: --parse-special"
         typer.echo(f"{manifest.spelled} spelled special tokens are {taken}", err=True)
+    if bare := [each["source"] for each in manifest.sources if not each["documents"]]:
+        typer.echo(f"{len(bare)} sources gave no document: {listing(bare)}", err=True)
     for kind in ("malformed", "contaminated"):
         if count := getattr(manifest, kind):
             typer.echo(f"{count} {kind} left out: {prefix}.{kind}.jsonl", err=True)

@@ -150,10 +150,15 @@ def parse_line(line: bytes) -> Any:
 
 
 def _hint(line: bytes) -> str:
-    """Say what to do with the first line of a JSON document over several lines."""
-    begun = {b"[": "an array over several lines: jq -c '.[]'", b"{": "an object over several: jq -c ."}
+    """Say what to do with the first line of a JSON document over several lines, or of UTF-16."""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return " (it is UTF-16: iconv -f UTF-16 -t UTF-8 FILE)"
+    begun = {
+        b"[": "an array over several lines: jq -c '.[]' FILE writes one a line",
+        b"{": "an object over several lines: jq -c . FILE writes one a line",
+    }
     begins = line.removeprefix(codecs.BOM_UTF8).strip()
-    return f" ({begun[begins]} FILE writes one a line)" if begins in begun else ""
+    return f" ({begun[begins]})" if begins in begun else ""
 
 
 def is_blank(line: bytes) -> bool:

@@ -178,8 +178,8 @@ def _work_directory(preparation: Preparation, job: dict[str, Any]) -> Iterator[N
         try:
             yield
         except BaseException:
-            for new in work.glob("new.*"):
-                new.unlink()
+            for unfinished in (*work.glob("new.*"), *work.glob("*.partial")):
+                unfinished.unlink(missing_ok=True)
             if {path.name for path in work.glob("*")} <= {"job.json"}:
                 shutil.rmtree(work, ignore_errors=True)
             raise

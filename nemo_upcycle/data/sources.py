@@ -14,8 +14,14 @@ LINES = (".jsonl", ".json", ".ndjson")
 COMPRESSED = (".gz", ".zst")
 PARQUET = ".parquet"
 HUB = "hf://"
-OURS = (".manifest.json", ".malformed.jsonl", ".contaminated.jsonl")
-"""What a dataset has beside it: no documents, though they end like them."""
+OURS = (".bin", ".idx", ".manifest.json", ".malformed.jsonl", ".contaminated.jsonl")
+"""What a dataset has: no documents, though some end like them."""
+
+ONE_DOCUMENT_A_FILE = (
+    'python -c "import json, sys; '
+    "[print(json.dumps({'text': open(f).read()})) for f in sys.argv[1:]]"
+    '" FILES > documents.jsonl'
+)
 
 TEXT = (".txt", ".text", ".md", ".rst", "")
 PACKED = (".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z", ".lz4", *COMPRESSED)
@@ -29,6 +35,8 @@ def files_of(sources: Iterable[str]) -> list[str]:
         UpcyclingError: One is not there, is of no kind that is known, or is given twice.
     """
     found = [file for source in sources for file in _files_of(source)]
+    if lost := [file for file in found if "://" not in file and not Path(file).is_file()]:
+        raise UpcyclingError(f"{listing(lost)}: links to no file; expected documents")
     _check_given_once(found)
     return found
 
@@ -56,7 +64,7 @@ def _files_of(source: str) -> list[str]:
             f"no documents in {source}: {passed_over(source) or 'it is empty'}; "
             f"{_expected(max(map(_ending, files), default=None))}"
         )
-    if not remote.is_url(source) and not path.is_file():
+    if not remote.is_url(source) and not (path.is_file() or path.is_symlink()):
         raise UpcyclingError(f"no file {source}; expected documents")
     if not _is_known(path_of(source)):
         raise UpcyclingError(f"{source}: {_expected(_ending(path_of(source)))}")
@@ -98,14 +106,13 @@ def _expected(ending: str | None) -> str:
     if ending in TEXT:
         return (
             f"{expected}. Plain text does not say where a document ends; with each file as one: "
-            """python -c "import json, sys; [print(json.dumps({'text': open(f).read()})) for f in """
-            """sys.argv[1:]]" FILES > documents.jsonl"""
+            f"{ONE_DOCUMENT_A_FILE}"
         )
     if ending in PACKED:
         return f"{expected}. Unpack it, or pack JSON lines with gzip or zstd"
     if ending in TABLES:
         return f"{expected}. {HUB}DIRECTORY reads a directory of {ending} files"
-    return f"{expected}. JSON lines are documents such as {{\"text\": \"…\"}}, one a line"
+    return f'{expected}. JSON lines are documents such as {{"text": "…"}}, one a line'
 
 
 def _is_known(path: PurePath) -> bool:
