@@ -4,10 +4,50 @@ import errno
 import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from nemo_upcycle.errors import UpcyclingError
+
+
+def name_problem(name: str, max_bytes: int, forbidden: str = "/\\") -> str | None:
+    """Return why a name cannot be a file's or directory's; None where it can.
+
+    Args:
+        name: The name, without its directory.
+        max_bytes: How long it may be.
+        forbidden: Characters that it may not have.
+    """
+    if not name.strip():
+        return "empty"
+    if name in (".", ".."):
+        return "which leads elsewhere"
+    if not name.isprintable():
+        return "with characters that cannot be printed"
+    if found := set(forbidden) & set(name):
+        return f"with {' '.join(sorted(found))}"
+    if len(name.encode()) > max_bytes:
+        return f"of more than {max_bytes} bytes"
+    return None
+
+
+@contextmanager
+def output_directory(directory: Path) -> Iterator[None]:
+    """Make a directory to write in; what was made for it and holds nothing is removed at the end.
+
+    Args:
+        directory: The directory, which may be there.
+    """
+    missing = [each for each in (directory, *directory.parents) if not each.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for made in missing:
+            with suppress(OSError):  # it holds something, or was never made
+                made.rmdir()
 
 
 def check_writable(directory: Path) -> None:
@@ -18,20 +58,14 @@ def check_writable(directory: Path) -> None:
     Raises:
         UpcyclingError: They cannot.
     """
-    missing = [each for each in (directory, *directory.parents) if not each.exists()]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
+        with output_directory(directory), tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
         raise UpcyclingError(
             f"{directory} cannot be written to: {error.strerror or error}. Give another one, or "
             "change its permissions."
         ) from error
-    finally:
-        for made in missing:
-            if made.is_dir() and not any(made.iterdir()):
-                made.rmdir()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -41,11 +75,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
         path: The file; what is there is replaced.
         content: Text, in UTF-8, or bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Of this process alone: another may write the same file.
     new = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    new.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(new, path)
+    with output_directory(path.parent):
+        try:
+            new.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(new, path)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
 
 
 def lock(file: IO[Any]) -> bool:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemo_upcycle.cli.tools import Directory, one_line_errors
-from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.files import check_writable
+from nemo_upcycle.cli.tools import Directory, check_file_writable, one_line_errors
+from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.progress import Progress, progress
 
 if TYPE_CHECKING:
@@ -125,16 +124,27 @@ def tokenize(
       nemo-upcycle data tokenize "redpajama-v2://?snapshots=2023-06&shards=0-99" \\
         --text-key raw_content --where bucket=head --tokenizer tokenizer --out data
     """
+    from nemo_upcycle.data.paths import check_dataset_name
     from nemo_upcycle.data.preparation import Preparation
     from nemo_upcycle.data.selection import Selection
-    from nemo_upcycle.data.sources import name_of
+    from nemo_upcycle.data.sources import files_of, name_of
 
     selection = Selection(text_key, dict(map(_field, where or [])))
-    groups = {name: tuple(sources)} if name else {name_of(each): (each,) for each in sources}
-    if not name and len(groups) < len(sources):
+    groups: dict[str, tuple[str, ...]]
+    if name is None:
+        groups = {name_of(each): (each,) for each in sources}
+        for dataset, (source, *_) in groups.items():
+            check_dataset_name(dataset, f"Give a --name: {source} makes a dataset called")
+    else:
+        check_dataset_name(name, "--name is")
+        groups = {name: tuple(sources)}
+    if name is None and len(groups) < len(sources):
         raise UpcyclingError(
             f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
         )
+    if len(groups) > 1:  # before the first of them is made
+        for of_dataset in groups.values():
+            files_of(of_dataset)
     found_tokenizer = _tokenizer_of(tokenizer)
     for dataset, of_dataset in groups.items():
         of_job = of_dataset, found_tokenizer, out / dataset, selection, without, max_malformed
@@ -143,14 +153,20 @@ def tokenize(
 
 def _prepare(preparation: "Preparation", workers: int | None) -> "Manifest":
     from nemo_upcycle.data.preparation import prepare
+    from nemo_upcycle.data.sources import passed_over
 
     prefix = preparation.prefix
     with progress(prefix.name) as show:
         manifest = prepare(preparation, workers or os.cpu_count() or 1, _speed(show))
     typer.echo(f"{prefix}: {manifest.documents} documents, {manifest.tokens} tokens")
+    for source in preparation.sources:
+        if found := passed_over(source):
+            typer.echo(f"{source}: passed over {found}", err=True)
     if manifest.spelled:
         taken = "taken for them" if preparation.parse_special else "text: --parse-special"
         typer.echo(f"{manifest.spelled} spelled special tokens are {taken}", err=True)
+    if bare := [each["source"] for each in manifest.sources if not each["documents"]]:
+        typer.echo(f"{len(bare)} sources gave no document: {listing(bare)}", err=True)
     for kind in ("malformed", "contaminated"):
         if count := getattr(manifest, kind):
             typer.echo(f"{count} {kind} left out: {prefix}.{kind}.jsonl", err=True)
@@ -234,7 +250,7 @@ def items(
     """Write the items of evaluations, that training data must not have: for `--without`."""
     from nemo_upcycle.evaluation.items import write_items
 
-    check_writable(out.parent)
+    check_file_writable(out)
     count = write_items([name for name in tasks.split(",") if name], out, include_path)
     typer.echo(f"{out}: {count} items")
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemo_upcycle.cli.tools import one_line_errors
+from nemo_upcycle.cli.tools import check_picture, one_line_errors
 
 if TYPE_CHECKING:
     from nemo_upcycle_recipes.recipe import Recipe
@@ -128,6 +128,8 @@ def groups(
 
     from nemo_upcycle.plans.groups_report import draw, render
 
+    if out is not None:
+        check_picture(out)
     chosen = _recipe(recipe, settings, world_size)
     sizes = chosen.folding, chosen.world_size, chosen.num_gpus_per_node
     Console(highlight=False).print(render(*sizes))

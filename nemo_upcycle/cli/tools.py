@@ -13,6 +13,7 @@ import typer
 from nemo_upcycle.engine.launch import is_first_rank
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.files import check_writable
+from nemo_upcycle.pictures import PICTURES
 
 P = ParamSpec("P")
 Directory = Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")]
@@ -98,6 +99,17 @@ def check_file_writable(out: Path) -> None:
     if out.is_dir():
         raise UpcyclingError(f"{out} is a directory; expected a file to write.")
     check_writable(out.parent)
+
+
+def check_picture(out: Path) -> None:
+    """Check before the work that a picture can be written.
+
+    Raises:
+        UpcyclingError: It cannot, or its ending says no format.
+    """
+    if out.suffix.lower() not in PICTURES:
+        raise UpcyclingError(f"{out} has no picture's ending; expected {', '.join(PICTURES)}.")
+    check_file_writable(out)
 
 
 def one_of(checkpoints: Sequence[Path]) -> Path:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemo_upcycle.cli.plan import Dense, RecipeName, Settings, dense_model
-from nemo_upcycle.cli.tools import one_line_errors
+from nemo_upcycle.cli.tools import check_picture, one_line_errors
 from nemo_upcycle.progress import progress
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def tune(
     from nemo_upcycle.planner.report import point_json, render, scaling_table, to_json
     from nemo_upcycle.planner.tuning import tune
 
+    if scaling is not None:
+        check_picture(scaling)
     kind = read_hardware(hardware)
     chosen = override(recipe_named(recipe), settings or [])
     world_size = chosen.world_size if gpus is None else gpus

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_upcycle import settings
-from nemo_upcycle.data.paths import DataPath, text_of
+from nemo_upcycle.data.paths import DataPath, check_dataset_name, text_of
 from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.data.sources import resolved
 from nemo_upcycle.errors import UpcyclingError
@@ -122,6 +122,7 @@ def _datasets(
         of_group = sum(each.weight for each in group.datasets.values())
         for name, each in group.datasets.items():
             _check(path, f"groups.{group_name}.datasets.{name}", group, each)
+            check_dataset_name(name, f"{path}: groups.{group_name} has a dataset called")
             found.append(
                 BlendedDataset(
                     name,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from nemo_upcycle.data.tokenizer import read_documents
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.files import check_writable
+from nemo_upcycle.files import check_writable, output_directory
 
 MIN_CONTEXT, MAX_CONTEXT = 100, 400
 MIN_LINE, MAX_LINE = 20, 120
@@ -180,8 +180,10 @@ def _write_task(out: Path, name: str, items: Sequence[dict[str, object]]) -> Non
     }
     lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
     contents = {"jsonl": "".join(lines), "yaml": yaml.safe_dump(task, sort_keys=False)}
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".choices-") as temporary:
+    with (
+        output_directory(out),
+        tempfile.TemporaryDirectory(dir=out, prefix=".choices-") as temporary,
+    ):
         for suffix, content in contents.items():
             Path(temporary, suffix).write_bytes(content.encode())
         for suffix in contents:

@@ -146,7 +146,19 @@ def parse_line(line: bytes) -> Any:
     except RecursionError:
         raise ValueError("not a line of JSON that Python reads: too deeply nested") from None
     except ValueError as error:  # bad JSON or bad UTF-8
-        raise ValueError(f"not a line of JSON in UTF-8: {error}") from None
+        raise ValueError(f"not a line of JSON in UTF-8: {error}{_hint(line)}") from None
+
+
+def _hint(line: bytes) -> str:
+    """Say what to do with the first line of a JSON document over several lines, or of UTF-16."""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return " (it is UTF-16: iconv -f UTF-16 -t UTF-8 FILE)"
+    begun = {
+        b"[": "an array over several lines: jq -c '.[]' FILE writes one a line",
+        b"{": "an object over several lines: jq -c . FILE writes one a line",
+    }
+    begins = line.removeprefix(codecs.BOM_UTF8).strip()
+    return f" ({begun[begins]})" if begins in begun else ""
 
 
 def is_blank(line: bytes) -> bool:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.files import name_problem
+
+MAX_NAME_BYTES = 200
+"""Of a dataset's name: with the endings of its files a file system's limit is 255."""
 
 SUFFIXES = (".bin", ".idx")
 
@@ -37,6 +41,28 @@ class DataPath:
     def file(self, suffix: str) -> Path:
         """Return one of the dataset's files."""
         return Path(self.prefix + suffix)
+
+
+def check_dataset_name(name: str, what: str) -> None:
+    """Check that a dataset's files can have this name.
+
+    Args:
+        name: The name.
+        what: Who gives it, for the error.
+
+    Raises:
+        UpcyclingError: It is no file's, hides the files, or spaces around it would be lost.
+    """
+    problem = name_problem(name, MAX_NAME_BYTES)
+    if problem is None and name.startswith("."):
+        problem = "which hides the files"
+    if problem is None and name != name.strip():
+        problem = "with spaces around it"
+    if problem is not None:
+        raise UpcyclingError(
+            f"{what} {name!r}, {problem}; expected what its files are called without their "
+            "endings, such as web. The directory is given by --out."
+        )
 
 
 def parse(text: str) -> list[DataPath]:

@@ -36,7 +36,7 @@ from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.data.sources import HUB, files_of
 from nemo_upcycle.data.workers import tokenize_parts
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.files import check_writable, lock
+from nemo_upcycle.files import check_writable, lock, output_directory
 
 FORMAT = 2
 REPORTS = ("malformed", "contaminated")
@@ -114,7 +114,7 @@ def prepare(
     check_writable(preparation.prefix.parent)
     parts = _parts(names, preparation.part_bytes)
     try:
-        with _work_directory(preparation, job):
+        with output_directory(preparation.prefix.parent), _work_directory(preparation, job):
             records = _records(preparation, parts, (encoder, evaluations), workers, progress)
             _check(preparation, records)
             manifest = _put_together(preparation, job, records, encoder)
@@ -177,9 +177,11 @@ def _work_directory(preparation: Preparation, job: dict[str, Any]) -> Iterator[N
             _begin(work, file, job)
         try:
             yield
-        except UpcyclingError:
-            if {path.name for path in work.glob("*")} == {"job.json"}:
-                shutil.rmtree(work)
+        except BaseException:
+            for unfinished in (*work.glob("new.*"), *work.glob("*.partial")):
+                unfinished.unlink(missing_ok=True)
+            if {path.name for path in work.glob("*")} <= {"job.json"}:
+                shutil.rmtree(work, ignore_errors=True)
             raise
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.files import check_writable
+from nemo_upcycle.files import check_writable, output_directory
 
 MIN_CHARACTERS = 200
 """Shorter documents are left out: they are stubs, not text."""
@@ -174,8 +174,10 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 def _write_corpora(out: Path, corpora: dict[str, list[tuple[str, str]]]) -> dict[str, Path]:
     """Writes one JSONL file for each corpus; all of them appear at the end or none does."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".sample-") as temporary:
+    with (
+        output_directory(out),
+        tempfile.TemporaryDirectory(dir=out, prefix=".sample-") as temporary,
+    ):
         for name, documents in corpora.items():
             _write_jsonl(Path(temporary, name), documents)
         paths = {name: out / f"{name}.jsonl" for name in corpora}

@@ -32,7 +32,8 @@ class Selection:
     def of(self, record: Any) -> tuple[str | None, str | None]:
         """Return a record's text, or why it has none; neither where it is left out."""
         if not isinstance(record, dict):
-            return None, f"expected an object, found {type(record).__name__}"
+            hint = ": jq -c '.[]' FILE writes one a line" if isinstance(record, list) else ""
+            return None, f"expected an object, found {type(record).__name__}{hint}"
         for key, value in self.where.items():
             found = _field(record, key)
             if found is _MISSING:

@@ -1,29 +1,53 @@
 """Where documents come from: files, directories, URLs, RedPajama-V2, the hub's data sets."""
 
-from collections.abc import Iterable
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
 from nemo_upcycle.data import redpajama, remote
-from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.errors import UpcyclingError, listing
 
 LINES = (".jsonl", ".json", ".ndjson")
 COMPRESSED = (".gz", ".zst")
 PARQUET = ".parquet"
 HUB = "hf://"
+OURS = (".bin", ".idx", ".manifest.json", ".malformed.jsonl", ".contaminated.jsonl")
+"""What a dataset has: no documents, though some end like them."""
+
+ONE_DOCUMENT_A_FILE = (
+    'python -c "import json, sys; '
+    "[print(json.dumps({'text': open(f).read()})) for f in sys.argv[1:]]"
+    '" FILES > documents.jsonl'
+)
+
+TEXT = (".txt", ".text", ".md", ".rst", "")
+PACKED = (".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z", ".lz4", *COMPRESSED)
+TABLES = (".csv", ".tsv", ".arrow")
 
 
 def files_of(sources: Iterable[str]) -> list[str]:
     """Return the sources with directories and RedPajama-V2 replaced by their files, by name.
 
     Raises:
-        UpcyclingError: One is not there, is of no kind that is known, or there is none.
+        UpcyclingError: One is not there, is of no kind that is known, or is given twice.
     """
     found = [file for source in sources for file in _files_of(source)]
-    if not found:
-        raise UpcyclingError(f"no documents in {', '.join(sources)}")
+    if lost := [file for file in found if "://" not in file and not Path(file).is_file()]:
+        raise UpcyclingError(f"{listing(lost)}: links to no file; expected documents")
+    _check_given_once(found)
     return found
+
+
+def passed_over(source: str) -> str:
+    """Say what a directory holds that is not read, by endings; nothing of other sources."""
+    path = Path(source).expanduser()
+    files = [] if "://" in source or not path.is_dir() else list(_within(path))
+    endings = Counter(_ending(file) for file in files if not _is_known(file) and not _is_ours(file))
+    words = [f"{count} {ending or 'without an ending'}" for ending, count in endings.most_common()]
+    return listing(words) if words else ""
 
 
 def _files_of(source: str) -> list[str]:
@@ -33,18 +57,76 @@ def _files_of(source: str) -> list[str]:
         return redpajama.excerpt(source).files()
     path = Path(source).expanduser()
     if path.is_dir():
-        return sorted(str(file) for file in path.rglob("*") if _is_known(file))
-    if not remote.is_url(source) and not path.is_file():
+        files = list(_within(path))
+        if found := sorted(str(file) for file in files if _is_known(file) and not _is_ours(file)):
+            return found
+        raise UpcyclingError(
+            f"no documents in {source}: {passed_over(source) or 'it is empty'}; "
+            f"{_expected(max(map(_ending, files), default=None))}"
+        )
+    if not remote.is_url(source) and not (path.is_file() or path.is_symlink()):
         raise UpcyclingError(f"no file {source}; expected documents")
     if not _is_known(path_of(source)):
-        kinds = ", ".join([*LINES, *(f".jsonl{end}" for end in COMPRESSED), PARQUET])
-        raise UpcyclingError(f"{source}: expected one of {kinds}, or {HUB}NAME")
+        raise UpcyclingError(f"{source}: {_expected(_ending(path_of(source)))}")
     return [source if remote.is_url(source) else str(path)]
 
 
+def _within(directory: Path) -> Iterator[Path]:
+    """Yield the files below a directory, through links too; what is hidden is passed over."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    seen = set()
+    for where, directories, files in os.walk(directory, onerror=fail, followlinks=True):
+        real = os.path.realpath(where)
+        directories[:] = [] if real in seen else [d for d in directories if not d.startswith(".")]
+        if real not in seen:  # a link may lead back up
+            yield from (Path(where, file) for file in files if not file.startswith("."))
+        seen.add(real)
+
+
+def _check_given_once(files: list[str]) -> None:
+    """Check that no document would be trained on more often than others."""
+    first: dict[str, str] = {}
+    for file in files:
+        same = file if "://" in file else os.path.realpath(file)
+        if same in first:
+            raise UpcyclingError(
+                f"{file} is given twice (also as {first[same]}): its documents would be in the "
+                "dataset twice. Give it once; a blend's weights say what is read more often."
+            )
+        first[same] = file
+
+
+def _expected(ending: str | None) -> str:
+    """Say which files are read, and what to do with those of another ending."""
+    kinds = ", ".join([*LINES, *(f".jsonl{end}" for end in COMPRESSED), PARQUET])
+    expected = f"expected one of {kinds}, or {HUB}NAME"
+    if ending in TEXT:
+        return (
+            f"{expected}. Plain text does not say where a document ends; with each file as one: "
+            f"{ONE_DOCUMENT_A_FILE}"
+        )
+    if ending in PACKED:
+        return f"{expected}. Unpack it, or pack JSON lines with gzip or zstd"
+    if ending in TABLES:
+        return f"{expected}. {HUB}DIRECTORY reads a directory of {ending} files"
+    return f'{expected}. JSON lines are documents such as {{"text": "…"}}, one a line'
+
+
 def _is_known(path: PurePath) -> bool:
-    plain = path.with_suffix("") if kind_of(str(path)) in COMPRESSED else path
-    return plain.suffix.lower() in LINES or kind_of(str(path)) == PARQUET
+    return _ending(path) in LINES or kind_of(str(path)) == PARQUET
+
+
+def _is_ours(path: PurePath) -> bool:
+    return path.name.endswith(OURS)
+
+
+def _ending(path: PurePath) -> str:
+    """Return a file's ending, unpacked, in small letters."""
+    plain = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return plain.suffix.lower()
 
 
 def kind_of(source: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_upcycle.data.documents import is_blank, parse_line
 from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.files import check_writable
+from nemo_upcycle.files import check_writable, output_directory
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -125,8 +125,10 @@ def _save(tokenizer: Tokenizer, out: Path) -> None:
         clean_up_tokenization_spaces=False,  # would eat the space in "a , b"
         model_input_names=["input_ids", "attention_mask"],  # Llama refuses token_type_ids
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+    with (
+        output_directory(out.parent),
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary,
+    ):
         new = Path(temporary, "new")
         fast.save_pretrained(str(new))
         if out.exists():  # a directory with files in it cannot be renamed over

@@ -3,8 +3,11 @@
 import multiprocessing
 import os
 import queue
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from nemo_upcycle.data.documents import Part
 from nemo_upcycle.data.encoder import Encoder
 from nemo_upcycle.data.parts import Advance, PartFiles, tokenize_part
 from nemo_upcycle.data.selection import Selection
+from nemo_upcycle.errors import UpcyclingError
 
 SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -39,24 +43,44 @@ def tokenize_parts(
         evaluations: Items whose documents are left out.
 
     Raises:
-        UpcyclingError: A source cannot be read to its end; what other processes have begun is
-            brought to its end.
+        UpcyclingError: A source cannot be read to its end, and what other processes have begun is
+            brought to its end; or a process was killed.
     """
     context = multiprocessing.get_context("spawn")
-    told = context.Queue()
-    with ProcessPoolExecutor(
-        min(workers, len(tasks)), context, _begin, (encoder, evaluations, told, os.getpid())
-    ) as pool:
-        futures = {pool.submit(_work, part, files, selection) for part, files in tasks}
+    told, before = context.Queue(), multiprocessing.active_children()
+    given = encoder, evaluations, told, os.getpid()
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, _begin, given) as pool:
+        with _without_interrupts():
+            futures = {pool.submit(_work, part, files, selection) for part, files in tasks}
         try:
             while futures:
                 done, futures = wait(futures, SECONDS_BETWEEN_LOOKS, "FIRST_COMPLETED")
                 _pass_on(told, advance)
                 _raise_first(done)
+        except BrokenProcessPool:
+            raise UpcyclingError(
+                "A process that tokenises was killed, perhaps for the memory it took: give fewer "
+                "--workers. Parts that are complete are kept, and the same command goes on."
+            ) from None
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                if process not in before:
+                    process.kill()
+            raise
         finally:
             for future in futures:
                 future.cancel()
     _pass_on(told, advance)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Start processes that do not hear of Ctrl-C, at which each would show a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(encoder: Encoder, evaluations: Path | None, told: Any, parent: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.pictures import require_matplotlib
+from nemo_upcycle.pictures import require_matplotlib, write_picture
 
 SNAPSHOTS = 400
 """So many are kept: of more, every second one is dropped, and from then on every second added."""
@@ -79,5 +79,4 @@ class LoadHistory:
         axes.set_title(f"Load of {experts} experts in each of {layers} MoE layers")
         bar = figure.colorbar(image, ax=axes, ticks=[0.1, 0.3, 1, 3, 10])
         bar.ax.set_yticklabels(["0.1 ×", "0.3 ×", "even", "3 ×", "10 ×"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        write_picture(figure, path, dpi=120)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from nemo_upcycle.config import ParallelFolding
 
+SECONDS_TO_END = 5
+"""After Ctrl-C; a rank that waits for another in a collective hears of nothing else."""
+
 
 def fewest_ranks(folding: ParallelFolding) -> int:
     """Return the ranks that a mapping needs at least."""
@@ -62,6 +65,7 @@ def launch(arguments: list[str], ranks: int, errors: str) -> int:
         )
         command = (sys.executable, "-m", "nemo_upcycle.cli", *arguments)
         os.environ[errors] = said
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_END))
         try:
             elastic_launch(config, command[0])(*command[1:])
         except ChildFailedError as error:

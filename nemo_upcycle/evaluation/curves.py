@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.files import output_directory
 from nemo_upcycle.pictures import require_matplotlib
 
 if TYPE_CHECKING:
@@ -150,8 +151,10 @@ def compare_runs(
     _check_same_start(*curves, dense, moe)
     markdown, picture = out / "comparison.md", out / "comparison.png"
     comparison = Comparison(*curves, tokens_per_step, markdown, picture)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".comparison-") as temporary:
+    with (
+        output_directory(out),
+        tempfile.TemporaryDirectory(dir=out, prefix=".comparison-") as temporary,
+    ):
         new = Path(temporary, "new.md"), Path(temporary, "new.png")
         new[0].write_text(_markdown(comparison, title), encoding="utf-8")
         plot(comparison, title).savefig(new[1], dpi=150)

@@ -1,6 +1,7 @@
 """The name of a run: a directory, and what its checkpoints are called."""
 
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.files import name_problem
 
 MAX_BYTES = 120
 """Of a part of a name: a checkpoint's has some 100 more, and a file system's end at 255."""
@@ -29,19 +30,12 @@ def checkpoint_prefix(name: str) -> str:
 
 
 def _problem(name: str) -> str | None:
-    parts = name.split("/")
     if name.startswith("/"):
         return "an absolute path"
+    if name.startswith("~"):
+        return "which looks like a home directory"
+    parts = name.split("/")
     if not all(part.strip() for part in parts):
         return "empty, or with an empty part"
-    if any(part in (".", "..") for part in parts):
-        return "which leads elsewhere"
-    if any(part.startswith("~") for part in parts[:1]):
-        return "which looks like a home directory"
-    if not name.isprintable():
-        return "with characters that cannot be printed"
-    if found := set("{}\\") & set(name):
-        return f"with {' '.join(sorted(found))}"
-    if any(len(part.encode()) > MAX_BYTES for part in parts):
-        return f"with a part of more than {MAX_BYTES} bytes"
-    return None
+    problems = (name_problem(part, MAX_BYTES, forbidden="{}\\") for part in parts)
+    return next(filter(None, problems), None)

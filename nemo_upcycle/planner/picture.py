@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.pictures import require_matplotlib
+from nemo_upcycle.pictures import require_matplotlib, write_picture
 from nemo_upcycle.planner.report import WHERE
 from nemo_upcycle.planner.scaling import Point
 from nemo_upcycle.planner.search import HEADROOM, Prediction
@@ -58,8 +58,7 @@ def draw_scaling(points: Sequence[Point], title: str, path: Path) -> None:
             axes.text(place, 0.5, "does not fit", rotation=90, ha="center", va="center",
                       color="0.4", transform=axes.get_xaxis_transform())  # fmt: skip
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    write_picture(figure, path, dpi=100)
 
 
 def _step_times(axes: "Axes", found: Found) -> None:

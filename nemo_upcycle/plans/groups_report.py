@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from nemo_upcycle.config import ParallelFolding
-from nemo_upcycle.pictures import require_matplotlib
+from nemo_upcycle.pictures import require_matplotlib, write_picture
 from nemo_upcycle.plans.groups import ATTENTION, EXPERTS, PURPOSES, rank_groups
 from nemo_upcycle.plans.layout import coordinates
 
@@ -79,8 +79,7 @@ def draw(folding: ParallelFolding, world_size: int, gpus_per_node: int, path: Pa
     every = -(-world_size // gpus_per_node)
     more = f", the first {len(nodes)} of {every} nodes by stage" if len(nodes) < every else ""
     figure.suptitle(f"{folding}: {world_size} ranks on nodes of {gpus_per_node}{more}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_picture(figure, path, dpi=110)
 
 
 def drawn_nodes(folding: ParallelFolding, world_size: int, gpus_per_node: int) -> list[int]:

@@ -177,18 +177,36 @@ def test_what_a_run_cannot_change_is_refused(runs: Runs, resumable: Path, change
     assert "another name for a new run" in errors[0]
 
 
-def test_another_tokenizer_is_refused(runs: Runs, resumable: Path) -> None:
-    """Even one of the same size: what the run has learnt of an id would be another token's."""
-    tokenizer = Path(shutil.copytree(runs.workspace / "tokenizer", resumable / "other"))
+def another_tokenizer(runs: Runs, directory: Path) -> str:
+    """Return one of the same size, in which two tokens have changed places."""
+    tokenizer = Path(shutil.copytree(runs.workspace / "tokenizer", directory / "other"))
     file = tokenizer / "tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary = content["model"]["vocab"]
     first, second = sorted(vocabulary)[-2:]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     file.write_text(json.dumps(content))
-    errors, _ = runs.start(resumable, options=EP2 | {"tokenizer": str(tokenizer)})
+    return str(tokenizer)
+
+
+def test_another_tokenizer_is_refused(runs: Runs, resumable: Path) -> None:
+    """Even one of the same size: what the run has learnt of an id would be another token's."""
+    tokenizer = another_tokenizer(runs, resumable)
+    errors, _ = runs.start(resumable, options=EP2 | {"tokenizer": tokenizer})
     assert len(set(errors)) == 1
     assert "was made with another" in errors[0]  # the data say so, before the run does
+
+
+def test_another_tokenizer_than_the_runs_is_refused(runs: Runs, resumable: Path) -> None:
+    """Of data without a manifest, which say nothing, by what the run was trained with."""
+    data = Path(shutil.copytree(runs.workspace / "data", resumable / "data"))
+    for manifest in data.glob("*.manifest.json"):
+        manifest.unlink()
+    options = {"tokenizer": another_tokenizer(runs, resumable)}
+    options["data_paths"] = f"0.7 {data / 'documentation'} 0.3 {data / 'sources'}"
+    errors, _ = runs.start(resumable, options=EP2 | options)
+    assert len(set(errors)) == 1
+    assert "was trained with data.tokenizer=" in errors[0]
 
 
 def test_what_a_run_can_change_is_said(runs: Runs, resumable: Path, expected: list[float]) -> None:

@@ -1,8 +1,10 @@
 """Ctrl-C on the real command, as a terminal does it: to the whole process group."""
 
+import getpass
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,45 @@ def test_ctrl_c_before_training_leaves_nothing(tmp_path: Path) -> None:
     assert "there was nothing to save" in log
     assert "Traceback" not in log
     assert not list((tmp_path / "demo").glob("e8t2/checkpoints/*"))
+
+
+def processes_of(word: str) -> list[int]:
+    """Return the processes that have a word in their command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if word.encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0, 8])
+def test_ctrl_c_on_the_ranks_of_a_command(tmp_path: Path, seconds: int) -> None:
+    """As they begin, and as they work: one line, and nothing is left."""
+    dense = make_workspace(tmp_path / "demo") / "dense_hf"
+    (tmp_path / "tmp").mkdir()
+    out = tmp_path / "out" / "text"
+    words = ["generate", str(dense), "x", "--max-new-tokens", "250", "--tp", "2", "--out", str(out)]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            cli.command("nemo-upcycle", *words),
+            env=cli.environment() | {"TMPDIR": str(tmp_path / "tmp")},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    while len(processes_of(str(out))) < 3:
+        assert process.poll() is None, log.read_text()
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert log.read_text().strip() == "Error: interrupted."
+    assert not processes_of(str(out))
+    assert not (tmp_path / "out").exists()
+    left = {path.name for path in (tmp_path / "tmp").iterdir()}
+    assert left <= {f"torchinductor_{getpass.getuser()}"}  # torch's own cache

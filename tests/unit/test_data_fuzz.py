@@ -8,18 +8,27 @@ import gzip
 import json
 import os
 import random
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
 
+from nemo_upcycle.cli import app
 from nemo_upcycle.data.encoder import load_encoder
 from nemo_upcycle.data.manifest import Manifest
 from nemo_upcycle.data.preparation import Preparation, prepare
 from nemo_upcycle.data.selection import Selection
+from nemo_upcycle.data.sources import files_of
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.files import write_whole
 from tests.tokenizers import write_tokenizer
 
 SEEDS = int(os.environ.get("UPCYCLE_FUZZ", "60"))
@@ -239,10 +248,6 @@ def test_a_nested_field_is_read(tmp_path: Path, tokenizer: Path) -> None:
 def test_an_output_that_cannot_be_written_is_one_line(
     tokenizer: Path, tmp_path: Path, command: str
 ) -> None:
-    from typer.testing import CliRunner
-
-    from nemo_upcycle.cli import app
-
     (tmp_path / "file").write_text("in the way")
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "a"}\n')
@@ -258,3 +263,241 @@ def test_an_output_that_cannot_be_written_is_one_line(
     result = CliRunner().invoke(app, ["data", command, *words.get(command, []), *out])
     assert result.exit_code == 1
     assert "cannot be written to: Not a directory" in " ".join(result.output.split())
+
+
+# --- What users give by mistake ------------------------------------------------------------------
+
+
+def tokenized(source: Path | str, tokenizer: Path, out: Path, *options: str) -> Result:
+    words = ["data", "tokenize", str(source), "--tokenizer", str(tokenizer), "--out", str(out)]
+    return CliRunner().invoke(app, [*words, "--workers", "1", *options])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../x", "--name is '../x', with /;"),
+        ("", "--name is '', empty;"),
+        ("..", "--name is '..', which leads elsewhere;"),
+        (".x", "--name is '.x', which hides the files;"),
+        ("x ", "--name is 'x ', with spaces around it;"),
+        ("a\nb", "with characters that cannot be printed"),
+        ("x" * 201, "of more than 200 bytes"),
+    ],
+)
+def test_a_name_is_a_files(tokenizer: Path, tmp_path: Path, name: str, message: str) -> None:
+    source = tmp_path / "in" / "a.jsonl"
+    source.parent.mkdir()
+    source.write_text('{"text": "a"}\n')
+    result = tokenized(source, tokenizer, tmp_path / "out", "--name", name)
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+    blend = tmp_path / "in" / "blend.yaml"
+    datasets = {name: {"sources": ["a.jsonl"]}}
+    blend.write_text(json.dumps({"groups": {"web": {"datasets": datasets}}}))
+    result = CliRunner().invoke(
+        app, ["data", "blend", str(blend), "--tokenizer", str(tokenizer), "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 1
+    assert message.removeprefix("--name is ") in " ".join(result.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_source_without_a_name_needs_one(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    result = tokenized(".", tokenizer, tmp_path / "out")
+    assert "Give a --name: . makes a dataset called ''" in result.output
+
+
+ANOTHER_ENDING = {
+    "a.txt": "with each file as one: python -c",
+    "a.md": "with each file as one: python -c",
+    "a.jsonl.bz2": "Unpack it, or pack JSON lines with gzip or zstd",
+    "a.csv": "hf://DIRECTORY reads a directory of .csv files",
+    "a.foo": 'JSON lines are documents such as {"text": "…"}, one a line',
+}
+
+
+@pytest.mark.parametrize("name", ANOTHER_ENDING)
+def test_a_file_of_another_ending_is_told_what_to_do(
+    tokenizer: Path, tmp_path: Path, name: str
+) -> None:
+    directory = tmp_path / "corpus"
+    directory.mkdir()
+    (directory / name).write_text("x")
+    for source in (directory / name, directory):
+        result = tokenized(source, tokenizer, tmp_path / "out")
+        assert result.exit_code == 1
+        assert ANOTHER_ENDING[name] in " ".join(result.output.split())
+    assert f"no documents in {directory}: 1 .{name.split('.')[-1]};" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_said_of_plain_text_makes_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text('two\n"lines"\n')
+    with pytest.raises(UpcyclingError) as error:
+        files_of([str(tmp_path / "a.txt")])
+    command = str(error.value).partition("as one: ")[2].replace("FILES", "a.txt")
+    command = command.replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert json.loads((tmp_path / "documents.jsonl").read_text()) == {"text": 'two\n"lines"\n'}
+
+
+def test_a_directory_is_read_through_links_and_what_is_not_read_is_said(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "corpus"
+    (corpus / ".hidden").mkdir(parents=True)
+    (corpus / "directory.jsonl").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    line = '{"text": "a"}\n'
+    for name in ("corpus/a.jsonl", "elsewhere/b.jsonl", "corpus/.hidden/c.jsonl", "corpus/d.txt"):
+        (tmp_path / name).write_text(line)
+    (corpus / "empty.jsonl").write_text("\n")
+    (corpus / "link").symlink_to(tmp_path / "elsewhere")
+    (corpus / "up").symlink_to(corpus)
+    for _ in range(2):  # what the first has written there is not read by the second
+        result = tokenized(corpus, tokenizer, corpus, "--name", "web")
+        assert result.exit_code == 0
+        said = " ".join(result.output.split())
+        assert "web: 2 documents" in said
+        assert "passed over 1 .txt" in said
+        assert f"1 sources gave no document: {corpus}/empty.jsonl" in said
+
+
+@pytest.mark.parametrize("again", ["a.jsonl", "link.jsonl", "."])
+def test_a_file_that_is_given_twice_is_refused(tmp_path: Path, again: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    with pytest.raises(UpcyclingError, match="is given twice"):
+        files_of([str(tmp_path / "a.jsonl"), str(tmp_path / again)])
+
+
+def test_a_link_to_no_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to("gone.jsonl")
+    for source in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(UpcyclingError, match=r"a\.jsonl: links to no file"):
+            files_of([str(source)])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[\n", "jq -c '.[]' FILE writes one a line"),
+        (b"{\n", "jq -c . FILE writes one a line"),
+        ('{"text": "a"}\n'.encode("utf-16"), "it is UTF-16: iconv"),
+        (b'[{"text": "a"}]\n', "jq -c '.[]' FILE writes one a line"),
+    ],
+)
+def test_json_that_is_no_lines_is_told_what_to_do(
+    tokenizer: Path, tmp_path: Path, line: bytes, message: str
+) -> None:
+    (tmp_path / "a.json").write_bytes(line)
+    with pytest.raises(UpcyclingError, match=re.escape(message)):
+        prepare(Preparation((str(tmp_path / "a.json"),), tokenizer, tmp_path / "data"))
+
+
+def test_nothing_is_made_where_one_of_several_sources_is_bad(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    result = tokenized(tmp_path / "a.jsonl", tokenizer, tmp_path / "out", str(tmp_path / "b.txt"))
+    assert "no file" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+# --- Where nothing may be left -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_failure_leaves_no_directory_that_it_made(tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "a" / "b"
+    if there:
+        out.mkdir(parents=True)
+    with pytest.raises(OSError, match="File name too long"):
+        write_whole(out / ("x" * 300), "x")
+    assert out.exists() == there
+    assert (tmp_path / "a").exists() == there
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from nemo_upcycle.data.preparation import Preparation, prepare
+from nemo_upcycle.errors import UpcyclingError
+source, tokenizer, prefix, part_bytes = sys.argv[1:]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+try:
+    prepare(Preparation((source,), Path(tokenizer), Path(prefix), part_bytes=int(part_bytes)))
+except UpcyclingError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("part_bytes", "kept"), [(10**9, False), (10_000, True)])
+def test_a_full_disk_keeps_complete_parts_alone(
+    tokenizer: Path, tmp_path: Path, part_bytes: int, kept: bool
+) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": f"{n} expert " * 20}) + "\n" for n in range(300)))
+    prefix = tmp_path / "out" / "data"
+    words = [sys.executable, "-c", FULL, str(source), str(tokenizer), str(prefix), str(part_bytes)]
+    said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "File too large" in said
+    assert "the same command goes on" in said
+    names = {path.name for path in tmp_path.glob("out/.data.parts/*")}
+    assert ("000000.json" in names) == kept
+    assert not [name for name in names if name.startswith("new") or name.endswith(".partial")]
+    assert prefix.parent.exists() == kept
+    prepare(Preparation((str(source),), tokenizer, prefix, part_bytes=part_bytes))
+    assert len(list(prefix.parent.iterdir())) == 3
+
+
+# --- Processes -----------------------------------------------------------------------------------
+
+
+def begun(tokenizer: Path, tmp_path: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start the command with two processes and return it once both have begun."""
+    source = tmp_path / "a.jsonl"
+    source.write_text((json.dumps({"text": "expert dense " * 300}) + "\n") * 10_000)
+    words = ["data", "tokenize", str(source), "--workers", "2"]
+    words += ["--tokenizer", str(tokenizer), "--out", str(tmp_path / "out")]
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nemo_upcycle.cli", *words],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+    while len(list(tmp_path.glob("out/.a.parts/*.partial"))) < 2:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    return process, log
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_with_one_line(tokenizer: Path, tmp_path: Path) -> None:
+    process, log = begun(tokenizer, tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert log.read_text().splitlines()[-1] == "Error: interrupted."
+    assert "Traceback" not in log.read_text()
+    assert not list(tmp_path.glob("out/.a.parts/*.partial"))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_one_line(tokenizer: Path, tmp_path: Path) -> None:
+    """As the kernel does where memory is short."""
+    process, log = begun(tokenizer, tmp_path)
+    partial = next(tmp_path.glob("out/.a.parts/*.partial"))
+    os.kill(int(partial.name.split(".")[1]), signal.SIGKILL)
+    assert process.wait(60) == 1
+    said = " ".join(log.read_text().split())
+    assert "A process that tokenises was killed" in said
+    assert "Traceback" not in said

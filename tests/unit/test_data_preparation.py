@@ -294,7 +294,7 @@ def test_bad_input_leaves_nothing_behind_and_old_data_alone(
     out = tmp_path / "out"
     with pytest.raises(UpcyclingError, match=message):
         prepared(bad, tokenizer, out / "data")
-    assert not list(out.iterdir())
+    assert not out.exists()
     prepared(write(tmp_path / "a.jsonl", TEXTS), tokenizer, out / "data")
     before = contents(out)
     with pytest.raises(UpcyclingError, match=message):
@@ -369,10 +369,14 @@ def nothing_in_it(tmp_path: Path) -> Path:
 def test_what_cannot_be_read_is_one_error(
     tokenizer: Path, tmp_path: Path, make: Callable[[Path], Path | str], message: str
 ) -> None:
-    out = tmp_path / "out"
+    out, source = tmp_path / "out", make(tmp_path)
     with pytest.raises(UpcyclingError, match=message):
-        prepared(make(tmp_path), tokenizer, out / "data")
-    assert not out.exists() or not list(out.iterdir())
+        prepared(source, tokenizer, out / "data")
+    assert not out.exists()
+    out.mkdir()
+    with pytest.raises(UpcyclingError, match=message):
+        prepared(source, tokenizer, out / "data")
+    assert not list(out.iterdir())
 
 
 def test_a_directory_is_read_by_name(tmp_path: Path) -> None:

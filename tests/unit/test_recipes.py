@@ -233,7 +233,7 @@ def test_experts_are_expansion_rate_times_granularity(values: dict, experts: int
         ({"name": "~/run"}, "name is '~/run', which looks like a home directory"),
         ({"name": "run{step}"}, "name is 'run{step}', with { }"),
         ({"name": "run\n"}, "with characters that cannot be printed"),
-        ({"name": "r" * 121}, "with a part of more than 120 bytes"),
+        ({"name": "r" * 121}, ", of more than 120 bytes"),
         ({"name": "data"}, "demo/data/documentation lies in the run's own directory demo/data"),
         (
             {"name": "bpe", "tokenizer": "demo/bpe"},
