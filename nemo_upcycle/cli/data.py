@@ -128,17 +128,17 @@ def tokenize(
     from nemo_upcycle.data.sources import files_of, name_of
 
     selection = Selection(text_key, dict(map(_field, where or [])))
-    if name is None:
-        groups = {name_of(each): (each,) for each in sources}
-        for dataset, (source,) in groups.items():
-            check_dataset_name(dataset, f"Give a --name: {source} makes a dataset called")
-    else:
+    if name is not None:
         check_dataset_name(name, "--name is")
         groups = {name: tuple(sources)}
-    if name is None and len(groups) < len(sources):
-        raise UpcyclingError(
-            f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
-        )
+    else:
+        for source in sources:
+            check_dataset_name(name_of(source), f"Give a --name: {source} makes a dataset called")
+        groups = {name_of(source): (source,) for source in sources}
+        if len(groups) < len(sources):
+            raise UpcyclingError(
+                f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
+            )
     if len(groups) > 1:  # before the first of them is made
         for of_dataset in groups.values():
             files_of(of_dataset)

@@ -85,7 +85,7 @@ def test_what_does_not_end_well_is_one_error(
     url = f"{server.url}/a.jsonl"
     with pytest.raises(UpcyclingError, match=f"{url} cannot be read: .*{message}.*curl -C"):
         prepared(url, tokenizer, tmp_path / "out" / "data")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     assert not server.faults["/a.jsonl"]
     prepared(url, tokenizer, tmp_path / "out" / "data")  # the same command goes on
 
@@ -99,7 +99,7 @@ def test_a_file_that_is_always_short_is_an_error(
     server.faults["/a.jsonl.gz"] = [-100]
     with pytest.raises(UpcyclingError, match="cannot begin in the middle of a file"):
         prepared(f"{server.url}/a.jsonl.gz", tokenizer, tmp_path / "out" / "data")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_changes_is_an_error(tmp_path: Path, server: FileServer) -> None:
