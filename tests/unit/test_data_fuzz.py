@@ -464,7 +464,7 @@ def test_a_full_disk_keeps_complete_parts_alone(
 
 
 def begun(tokenizer: Path, tmp_path: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """Start the command with two processes and return it once both have begun."""
+    """Start the command with two processes and return it once the first has begun."""
     source = tmp_path / "a.jsonl"
     source.write_text((json.dumps({"text": "expert dense " * 300}) + "\n") * 10_000)
     words = ["data", "tokenize", str(source), "--workers", "2"]
@@ -478,7 +478,7 @@ def begun(tokenizer: Path, tmp_path: Path) -> tuple[subprocess.Popen[bytes], Pat
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-    while len(list(tmp_path.glob("out/.a.parts/*.partial"))) < 2:
+    while not list(tmp_path.glob("out/.a.parts/*.partial")):
         assert process.poll() is None, log.read_text()
         time.sleep(0.02)
     return process, log
