@@ -50,8 +50,8 @@ class UpcyclingCallback(Provenance):
 
     Args:
         dense_checkpoint: Directory of Hugging Face's, NeMo 2's or Megatron-LM's, or the name of a
-            model in the local Hugging Face cache. Several, separated by commas, give experts from
-            each in turn, and everything else their average (Branch-Train-MiX).
+            model in the local Hugging Face cache. Several, separated by semicolons, give experts
+            from each in turn, and everything else their average (Branch-Train-MiX).
         initializer: What fills experts, such as `copy`, `drop(ratio=0.3)`; see `initializers`.
         weight_scaling: `exact`, `paper`, `none`, or None; see `UpcyclingConfig`.
         router_initializer: `virtual_groups` or `random`; see `UpcyclingConfig`.

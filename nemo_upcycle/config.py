@@ -4,6 +4,7 @@ Plain data, validated on construction: recipes, the plan and the command line re
 numbers, and none of them needs NeMo or torch for it.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -15,6 +16,9 @@ ACCOUNTED_LAYERS = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 )
+
+LARGEST_SEED = 2**63 - 1
+"""Beyond it numpy rounds the seed, so that several give the same values, or has no place for it."""
 
 RECOMPUTE: dict[str, dict[str, object]] = {
     "none": {},
@@ -85,7 +89,7 @@ class UpcyclingConfig:
             have equal rows, so that top-k picks whole copies; the same as `random` for G=1.
             `random`: every expert has a row of its own.
         router_init_std: Standard deviation of the random router weights.
-        seed: Seed of all random values.
+        seed: Seed of all random values, from 0 to 2**63 - 1.
 
     Raises:
         UpcyclingError: A value is out of range or contradicts another.
@@ -119,16 +123,30 @@ class UpcyclingConfig:
         self._check_dispatch()
         for name in ("router_init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UpcyclingError(f"{name} is {value}; expected 0 or more.")
+            if value is not None and not 0 <= value < math.inf:  # which NaN is not either
+                raise UpcyclingError(f"{name} is {value}; expected a number of 0 or more.")
+        self._check_seed()
+
+    def _check_seed(self) -> None:
+        is_integer = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if not is_integer or not 0 <= self.seed <= LARGEST_SEED:
+            raise UpcyclingError(
+                f"seed is {self.seed!r}; expected an integer from 0 to {LARGEST_SEED} (2**63 - 1)."
+            )
 
     def _check_experts(self, experts: int) -> None:
+        # Before the number of experts, which is made of it.
+        if self.granularity < 1:
+            raise UpcyclingError(
+                f"granularity is {self.granularity}; expected 1 or more: the shards that the "
+                "dense feed-forward layer is cut into."
+            )
         if experts < 2:
             raise UpcyclingError(
                 f"num_moe_experts is {experts}; an MoE needs at least 2 "
                 "(None keeps the model dense)."
             )
-        if self.granularity < 1 or experts % self.granularity:
+        if experts % self.granularity:
             raise UpcyclingError(
                 f"granularity is {self.granularity}, num_moe_experts {experts}; expected a "
                 "granularity that divides it: there are E·G experts, E copies of each of G shards."
@@ -153,7 +171,7 @@ class UpcyclingConfig:
 
     def _check_dispatch(self) -> None:
         factor = self.moe_expert_capacity_factor
-        if factor is not None and factor <= 0:
+        if factor is not None and not 0 < factor < math.inf:
             raise UpcyclingError(
                 f"moe_expert_capacity_factor is {factor}; expected a positive number, or None to "
                 "never drop a token."

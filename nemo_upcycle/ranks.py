@@ -12,6 +12,13 @@ TIMEOUT_S = 1800.0
 """How long a rank waits for the others: torch's own for gloo."""
 
 
+def _said(error: Exception) -> str:
+    """Return what an error says; of one that is not ours also what it is, which may be all."""
+    if isinstance(error, UpcyclingError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
 class Ranks:
     """All ranks of the run, on a gloo group of their own.
 
@@ -63,10 +70,11 @@ class Ranks:
         Raises:
             UpcyclingError: Some rank failed; names the ranks and says what each one said.
         """
+        said = _said(error) if error else None
         try:
-            messages = self.gather(str(error) if error else None)
+            messages = self.gather(said)
         except UpcyclingError as lost:
-            raise UpcyclingError(f"{error} ({lost})" if error else str(lost)) from error or lost
+            raise UpcyclingError(f"{said} ({lost})" if said else str(lost)) from error or lost
         by_message: dict[str, list[int]] = {}
         for rank, message in enumerate(messages):
             if message:

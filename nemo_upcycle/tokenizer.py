@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.checkpoint.huggingface import resolve_directory
+from nemo_upcycle.checkpoint.huggingface import find_directory, resolve_directory
 from nemo_upcycle.checkpoint.megatron import find_layout
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.checkpoint.tokenizer_files import (
@@ -54,6 +54,30 @@ def _directory(model: str | None) -> Path | None:
         return None if model is None else resolve_directory(model)
     except UpcyclingError:
         return None
+
+
+def named_tokenizer(source: str | Path) -> Path:
+    """Return the directory of the tokenizer that a user names.
+
+    Args:
+        source: What `tokenizer_directory` takes.
+
+    Raises:
+        UpcyclingError: There is no such directory, or no tokenizer in it.
+    """
+    if find_directory(source) is None:
+        raise UpcyclingError(
+            f"no tokenizer directory at {source}; expected one with {' or '.join(NEEDED)}, or a "
+            "model's name in the local hub cache. Check the path (relative paths start where the "
+            "command runs), or fetch a model's first with `hf download NAME`."
+        )
+    found = tokenizer_directory(source)
+    if found is None:
+        raise UpcyclingError(
+            f"{resolve_directory(source)} holds no tokenizer; expected one of {', '.join(NEEDED)}. "
+            "Put the model's tokenizer there, or name the directory that has it."
+        )
+    return found
 
 
 def tokenizer_directory(source: str | Path) -> Path | None:

@@ -72,6 +72,12 @@ def _experts(upcycling: UpcyclingConfig, values: Mapping[str, Any]) -> int:
     """Return E·G, of what is said of the three."""
     experts, rate = values.get("num_moe_experts"), values.get("expansion_rate")
     granularity = values.get("granularity", upcycling.granularity)
+    fewest = 2 if granularity == 1 else 1
+    if rate is not None and rate < fewest:
+        raise UpcyclingError(
+            f"expansion_rate is {rate}; expected {fewest} or more with granularity={granularity}: "
+            "the copies of the dense feed-forward layer."
+        )
     if experts is None:
         return (upcycling.expansion_rate if rate is None else rate) * granularity
     if rate is not None and rate * granularity != experts:
@@ -97,6 +103,11 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     for setting in settings:
         key, equals, text = setting.partition("=")
         name = plain_name(key)
+        if name == "dense_checkpoint":
+            raise UpcyclingError(
+                f"{setting!r} is the factory's word; expected --dense {text or 'DIR'}, with which "
+                "`plan` and `tune` take a dense checkpoint."
+            )
         if not equals or name not in known:
             raise UpcyclingError(
                 f"{setting!r} is not an argument of {recipe.name}; expected KEY=VALUE with one "

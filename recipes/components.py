@@ -10,13 +10,12 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
-from nemo.collections import llm
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo_upcycle_recipes.recipe import Recipe, Schedule
 
 from nemo_upcycle import cpu
 from nemo_upcycle.data.gpt_dataset import GPTDataset
-from nemo_upcycle.data.module import PreTrainingDataModule
+from nemo_upcycle.data.module import MockDataModule, PreTrainingDataModule
 from nemo_upcycle.data.paths import DataPath, words_of
 from nemo_upcycle.strategy import MegatronStrategy
 from nemo_upcycle.training.model_checkpoint import ModelCheckpoint
@@ -81,7 +80,7 @@ def data(
         "num_workers": 0 if cpu_only else 8,
     }
     if paths is None:
-        return run.Config(llm.MockDataModule, **sizes)
+        return run.Config(MockDataModule, **sizes)
     return run.Config(
         PreTrainingDataModule,
         paths=words_of(paths),

@@ -139,8 +139,8 @@ def pretrain(
         recipe: Its numbers. GPUs and nodes are not used on CPU, where the launcher decides.
         dir: Where runs are logged; this one goes to `dir/name`.
         name: The run's name.
-        dense_checkpoint: Weights to start from, or several separated by commas; None trains from
-            random ones.
+        dense_checkpoint: Weights to start from, or several separated by semicolons; None
+            trains from random ones.
         tokenizer: Directory of the tokenizer; None takes the dense checkpoint's.
         data_paths: Megatron `.bin/.idx` prefixes, separated by spaces, with weights before each
             where they are blended (Megatron's `--data-path`); one with spaces is in quotes. None

@@ -30,21 +30,28 @@ def split_sources(source: str) -> list[str]:
     """Return the dense checkpoints that a text names.
 
     Args:
-        source: One, or several separated by commas, or by semicolons, for NeMo-Run's command line
-            cuts the arguments of a factory at commas.
+        source: One, or several separated by semicolons; or by commas, at which NeMo-Run's command
+            line cuts the arguments of a factory.
 
     Raises:
-        UpcyclingError: There is nothing, or nothing between two of them.
+        UpcyclingError: There is nothing, or nothing between two of them, or they are separated by
+            something else.
     """
     if source and Path(os.path.expanduser(source)).exists():
         return [source]
     sources = [part.strip() for part in re.split("[,;]", source)]
-    if not all(sources):
+    if not all(sources) or any(map(_are_several, sources)):
         raise UpcyclingError(
             f"dense_checkpoint is {source!r}; expected one checkpoint, or several separated by "
-            "single commas."
+            "single semicolons: 'DIR1; DIR2'."
         )
     return sources
+
+
+def _are_several(source: str) -> bool:
+    """Say whether a text that is no directory is several, separated by something else."""
+    parts = [Path(os.path.expanduser(part)) for part in re.split(r"[\s:|+]+", source)]
+    return len(parts) > 1 and not Path(source).is_dir() and all(part.is_dir() for part in parts)
 
 
 def open_branches(source: str) -> DenseCheckpoint:

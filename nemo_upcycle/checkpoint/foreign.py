@@ -86,6 +86,7 @@ _QUANTISED_TENSORS = {
 }
 """How names of tensors end that are parts of quantised weights."""
 _SNAPSHOT = re.compile(r"models--(?P<name>[^/]+)/snapshots/[^/]+$")
+_CACHED_MODEL = re.compile(r"models--(?P<name>[^/]+)$")
 _PARTS = ("text_config", "llm_config", "language_config", "vision_config", "audio_config")
 """Keys of a config under which a model of several parts has one of them."""
 
@@ -95,8 +96,24 @@ def get_again(directory: Path) -> str:
     found = _SNAPSHOT.search(str(directory))
     if found is None:
         return "Get the checkpoint again."
-    name = found["name"].replace("--", "/")
+    name = _hub_name(found)
     return f"Not all of the model was downloaded; `hf download {name}` gets the rest."
+
+
+def _hub_name(found: re.Match[str]) -> str:
+    """Return a model's name on the hub, of its directory's in the hub's cache."""
+    return found["name"].replace("--", "/", 1)
+
+
+def _snapshots(directory: Path) -> tuple[str, str] | None:
+    """Say that a directory is a model's in the hub's cache, and what of it to give."""
+    snapshots = sorted(directory.glob("snapshots/*/"))
+    if not snapshots or not {"refs", "blobs"} & {path.name for path in directory.iterdir()}:
+        return None
+    found = _CACHED_MODEL.search(str(directory.resolve()))
+    named = f", or the model's name, {_hub_name(found)}" if found else ""
+    what = "a model of the hub's cache, whose files are under snapshots/"
+    return what, f"Give {' or '.join(map(str, snapshots[:3]))}{named}."
 
 
 def held_instead(directory: Path) -> tuple[str, str] | None:
@@ -112,6 +129,8 @@ def held_instead(directory: Path) -> tuple[str, str] | None:
     dangling = [name for name, path in entries.items() if path.is_symlink() and not path.exists()]
     if any(name.endswith((".safetensors", ".json")) for name in dangling):
         return f"links to files that are not there ({listing(dangling)})", get_again(directory)
+    if cached := _snapshots(directory):
+        return cached
     if {"model.safetensors", "model.safetensors.index.json"} & entries.keys():
         return "weights without what they are", "Copy the config.json that belongs to them too."
     for kind in _KINDS:
@@ -126,6 +145,15 @@ def held_instead(directory: Path) -> tuple[str, str] | None:
     if any(name in entries for name in NEEDED):
         return "a tokenizer and no model", "Give the directory of the model's weights."
     return None
+
+
+def no_checkpoint(directory: Path) -> UpcyclingError:
+    """Return the error of a directory that is a checkpoint of no format."""
+    what, way_out = held_instead(directory) or ("nothing that is known", "Check the path.")
+    return UpcyclingError(
+        f"{directory} is no checkpoint: it holds {what}; expected config.json and *.safetensors, "
+        f"or what NeMo 2 or Megatron-LM saves. {way_out}"
+    )
 
 
 def check_no_adapter(directory: Path) -> None:

@@ -101,7 +101,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory} has no config.json; expected a Hugging Face checkpoint directory. "
             f"It holds {what}. {way_out}"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also of a number without end
         raise UpcyclingError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(config, dict):
         raise UpcyclingError(f"{path} holds a {type(config).__name__}; expected a JSON object.")

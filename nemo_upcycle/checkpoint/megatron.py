@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, DenseCheckpoint, Piece, Span, TensorInfo
+from nemo_upcycle.checkpoint.foreign import no_checkpoint
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
 from nemo_upcycle.checkpoint.megatron_config import read_args, read_model_yaml
 from nemo_upcycle.checkpoint.megatron_metadata import Chunk, StoredTensor, read_metadata
@@ -105,11 +106,10 @@ class MegatronCheckpoint(DenseCheckpoint):
 
     def __init__(self, source: str | Path, experts: bool = False) -> None:
         super().__init__()
-        layout = find_layout(resolve_directory(source))
+        directory = resolve_directory(source)
+        layout = find_layout(directory)
         if layout is None:
-            raise UpcyclingError(
-                f"{source} holds no .metadata; expected a NeMo 2 or Megatron-LM checkpoint."
-            )
+            raise no_checkpoint(directory)
         self.directory = layout.weights
         _check_format(self.directory)
         if layout.context is None:

@@ -95,10 +95,14 @@ def load_alone(directory: Path) -> "tuple[PreTrainedTokenizerBase, Path]":
         UpcyclingError: As `load_tokenizer`.
     """
     if not directory.is_dir():  # otherwise taken for the name of a model on the hub
-        raise UpcyclingError(f"no tokenizer directory at {directory}")
+        raise UpcyclingError(
+            f"no tokenizer directory at {directory}; expected one with {' or '.join(NEEDED)}. "
+            "Check the path (relative paths start where the command runs)."
+        )
     if not any((directory / name).is_file() for name in NEEDED):
         raise UpcyclingError(
-            f"{directory} holds no tokenizer; expected one of {', '.join(NEEDED)}."
+            f"{directory} holds no tokenizer; expected one of {', '.join(NEEDED)}. Give the "
+            "directory that has the model's tokenizer."
         )
     scratch = Path(tempfile.mkdtemp(prefix="nemo-upcycle-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)

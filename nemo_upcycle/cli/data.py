@@ -37,6 +37,13 @@ MaxMalformed = Annotated[
     float, typer.Option(help="Share of the lines that may be malformed.", min=0, max=1)
 ]
 
+Tokenizer = Annotated[
+    str,
+    typer.Option(
+        help="Directory of the tokenizer, or of a checkpoint that has one; or a model's name in "
+        "the local hub cache."
+    ),
+]
 ParseSpecial = Annotated[
     bool,
     typer.Option(
@@ -87,7 +94,7 @@ def tokenize(
             show_default=False,
         ),
     ],
-    tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer.")],
+    tokenizer: Tokenizer,
     out: Directory,
     name: Annotated[
         str | None,
@@ -122,30 +129,37 @@ def tokenize(
       nemo-upcycle data tokenize "redpajama-v2://?snapshots=2023-06&shards=0-99" \\
         --text-key raw_content --where bucket=head --tokenizer tokenizer --out data
     """
-    from nemo_upcycle.data.paths import check_dataset_name
     from nemo_upcycle.data.preparation import Preparation
     from nemo_upcycle.data.selection import Selection
-    from nemo_upcycle.data.sources import files_of, name_of
+    from nemo_upcycle.data.sources import files_of
 
     selection = Selection(text_key, dict(map(_field, where or [])))
-    if name is not None:
-        check_dataset_name(name, "--name is")
-        groups = {name: tuple(sources)}
-    else:
-        for source in sources:
-            check_dataset_name(name_of(source), f"Give a --name: {source} makes a dataset called")
-        groups = {name_of(source): (source,) for source in sources}
-        if len(groups) < len(sources):
-            raise UpcyclingError(
-                f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
-            )
+    groups = _datasets(sources, name)
     if len(groups) > 1:  # before the first of them is made
         for of_dataset in groups.values():
             files_of(of_dataset)
-    _warn_of_its_end(tokenizer)
+    found_tokenizer = _tokenizer_of(tokenizer)
     for dataset, of_dataset in groups.items():
-        of_job = of_dataset, tokenizer, out / dataset, selection, without, max_malformed
+        of_job = of_dataset, found_tokenizer, out / dataset, selection, without, max_malformed
         _prepare(Preparation(*of_job, parse_special=parse_special), workers)
+
+
+def _datasets(sources: list[str], name: str | None) -> dict[str, tuple[str, ...]]:
+    """Return the sources of each dataset, by its name."""
+    from nemo_upcycle.data.paths import check_dataset_name
+    from nemo_upcycle.data.sources import name_of
+
+    if name is not None:
+        check_dataset_name(name, "--name is")
+        return {name: tuple(sources)}
+    for source in sources:
+        check_dataset_name(name_of(source), f"Give a --name: {source} makes a dataset called")
+    groups = {name_of(source): (source,) for source in sources}
+    if len(groups) < len(sources):
+        raise UpcyclingError(
+            f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
+        )
+    return groups
 
 
 def _prepare(preparation: "Preparation", workers: int | None) -> "Manifest":
@@ -170,12 +184,18 @@ def _prepare(preparation: "Preparation", workers: int | None) -> "Manifest":
     return manifest
 
 
-def _warn_of_its_end(tokenizer: Path) -> None:
-    """Say, before the work, if documents would end with a token that may not be what is meant."""
-    from nemo_upcycle.checkpoint.tokenizer_files import doubtful_end, load_tokenizer
+def _tokenizer_of(source: str) -> Path:
+    """Return a tokenizer's directory.
 
-    if doubt := doubtful_end(load_tokenizer(tokenizer), tokenizer):
+    Say, before the work, if documents would end with a token that may not be what is meant.
+    """
+    from nemo_upcycle.checkpoint.tokenizer_files import doubtful_end, load_tokenizer
+    from nemo_upcycle.tokenizer import named_tokenizer
+
+    directory = named_tokenizer(source)
+    if doubt := doubtful_end(load_tokenizer(directory), directory):
         typer.echo(f"Warning: {doubt}", err=True)
+    return directory
 
 
 @app.command()
@@ -184,7 +204,7 @@ def blend(
     source: Annotated[
         str, typer.Argument(help="A YAML file, or llama3_moe, the paper's.", show_default=False)
     ],
-    tokenizer: Annotated[Path, typer.Option(help="Directory of the tokenizer.")],
+    tokenizer: Tokenizer,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Directory to write to; without it the YAML's."),
@@ -217,10 +237,11 @@ def blend(
     for name in only or ():
         if name not in names:
             raise UpcyclingError(f"There is no dataset {name!r}; expected one of {names}.")
-    _warn_of_its_end(tokenizer)
+    found_tokenizer = _tokenizer_of(tokenizer)
     for each in found.datasets:
         if only is None or each.name in only:
-            of_job = each.sources, tokenizer, each.prefix, each.selection, without, max_malformed
+            made_of = each.sources, found_tokenizer, each.prefix, each.selection
+            of_job = *made_of, without, max_malformed
             manifest = _prepare(Preparation(*of_job, parse_special=parse_special), workers)
             lasts[each.name] = int(manifest.tokens / each.weight)
     first = min(lasts, key=lambda name: lasts[name])

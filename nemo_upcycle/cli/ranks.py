@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemo_upcycle.cli.tools import ERRORS, hand_over
-from nemo_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
     from nemo_upcycle.config import ParallelFolding
@@ -46,14 +45,12 @@ def folding_of(tp: int, pp: int, ep: int, etp: int) -> "ParallelFolding":
 def check_there(*sources: Path | None) -> None:
     """Check what can be checked before ranks are started and NeMo is imported."""
     from nemo_upcycle.checkpoint import is_checkpoint
+    from nemo_upcycle.checkpoint.foreign import no_checkpoint
     from nemo_upcycle.checkpoint.run_directory import resolve_trained
 
     for source in sources:
-        if source is not None and not is_checkpoint(resolve_trained(source)):
-            raise UpcyclingError(
-                f"{source} is no checkpoint; expected a directory with config.json and "
-                "*.safetensors, or one that NeMo 2 or Megatron-LM has saved."
-            )
+        if source is not None and not is_checkpoint(directory := resolve_trained(source)):
+            raise no_checkpoint(directory)
 
 
 def quiet() -> None:

@@ -122,19 +122,36 @@ def check_vocabulary(prefix: str, largest: int, rows: int) -> None:
 
 
 def check_tokenizer_fits(tokenizer: Any, rows: int) -> None:
-    """Check that the model has an embedding for the token that ends a document.
+    """Check that the model has embeddings for the tokens that begin and end a text.
 
-    Tokens that no document has may lie beyond the embeddings.
+    Tokens that no text has may lie beyond the embeddings.
 
     Raises:
         UpcyclingError: It has not.
     """
-    eos = getattr(tokenizer, "eos_id", None)
-    if eos is not None and eos >= rows:
+    for kind in ("bos", "eos"):
+        number = getattr(tokenizer, f"{kind}_id", None)
+        if number is not None and number >= rows:
+            raise UpcyclingError(
+                f"the tokenizer's {kind} token {getattr(tokenizer, f'{kind}_token', '')} has the "
+                f"id {number}, and the model has {rows} embeddings, for ids up to {rows - 1}. "
+                "Give the dense checkpoint's own tokenizer: tokenizer=DIR; or resize the "
+                "checkpoint's embeddings."
+            )
+
+
+def check_random_ids_fit(tokenizer: Any, rows: int) -> None:
+    """Check that the model has an embedding for each id of mock data, which are a tokenizer's.
+
+    Raises:
+        UpcyclingError: It has not.
+    """
+    size = getattr(tokenizer, "vocab_size", None)
+    if size is not None and size > rows:
         raise UpcyclingError(
-            f"the tokenizer's eos token {getattr(tokenizer, 'eos_token', '')} has the id {eos}, "
-            f"and the model has {rows} embeddings, for ids up to {rows - 1}. Give the dense "
-            "checkpoint's own tokenizer: tokenizer=DIR; or resize the checkpoint's embeddings."
+            f"mock data are random ids of the tokenizer's {size} tokens, and the model has {rows} "
+            f"embeddings, for ids up to {rows - 1}. Give the dense checkpoint's own tokenizer: "
+            "tokenizer=DIR; or data_paths=PREFIX."
         )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from nemo_upcycle.data.checks import (
     Dataset,
     TokenizerCheck,
+    check_random_ids_fit,
     check_there,
     check_tokenizer_fits,
     check_vocabulary,
@@ -29,6 +30,31 @@ def _paths_of(paths: Any) -> dict[str, list[DataPath]]:
     if isinstance(paths, dict):
         return {split: _paths_of(given)[""] for split, given in paths.items()}
     return {"": of_words(paths if isinstance(paths, (list, tuple)) else [paths])}
+
+
+class MockDataModule(llm.MockDataModule):
+    """NeMo's random ids, none of which the model has no embedding for.
+
+    Args: those of NeMo's.
+    """
+
+    def setup(self, stage: str = "") -> None:
+        """Check that the ids are the model's, which all ranks see alike.
+
+        Raises:
+            UpcyclingError: They are not.
+        """
+        rows = _rows_of(self)
+        if rows is not None:
+            check_random_ids_fit(self.tokenizer, rows)
+        super().setup(stage)
+
+
+def _rows_of(module: Any) -> int | None:
+    """Return how many embeddings the model has, without what TP pads them with."""
+    trainer = getattr(module, "trainer", None)
+    config = getattr(getattr(trainer, "lightning_module", None), "config", None)
+    return getattr(config, "vocab_size", None)
 
 
 class PreTrainingDataModule(llm.PreTrainingDataModule):
@@ -69,7 +95,7 @@ class PreTrainingDataModule(llm.PreTrainingDataModule):
             error = failed
         ranks.raise_on_all(error)
         seen = ranks.gather(found)
-        rows = self._rows()
+        rows = _rows_of(self)
         if rows is not None:
             for number, path in enumerate(self._data_paths):
                 check_vocabulary(path.prefix, max(each[number] for each in seen), rows)
@@ -86,7 +112,7 @@ class PreTrainingDataModule(llm.PreTrainingDataModule):
     def _check(self, rank: int, ranks: int) -> list[int]:
         """Check this rank's view of the datasets; return the largest ids in its part of them."""
         datasets = [Dataset(path) for path in self._data_paths]
-        rows, tokenizer = self._rows(), self._transformers_tokenizer()
+        rows, tokenizer = _rows_of(self), self._transformers_tokenizer()
         if rows is not None:
             check_tokenizer_fits(self.tokenizer, rows)
         if tokenizer is not None:
@@ -94,12 +120,6 @@ class PreTrainingDataModule(llm.PreTrainingDataModule):
             for dataset in datasets:
                 check.check(dataset)
         return [dataset.largest_id(rank, ranks) for dataset in datasets]
-
-    def _rows(self) -> int | None:
-        """Return how many embeddings the model has, without what TP pads them with."""
-        trainer = getattr(self, "trainer", None)
-        config = getattr(getattr(trainer, "lightning_module", None), "config", None)
-        return getattr(config, "vocab_size", None)
 
     def _transformers_tokenizer(self) -> PreTrainedTokenizerBase | None:
         tokenizer = getattr(self.tokenizer, "tokenizer", None)

@@ -1,6 +1,7 @@
 """What experts start from: each a function of a block of neurons, which holds the dense layer's."""
 
 import math
+import sys
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers.neurons import Neurons
@@ -96,10 +97,14 @@ def hybrid(*initializers: Initializer) -> Initializer:
 
 
 def _check_fraction(name: str, option: str, value: float) -> None:
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
+    if not _is_number(value) or not 0 <= value <= 1:
         raise UpcyclingError(f"{name}: {option} is {value!r}; expected a number from 0 to 1.")
 
 
 def _check_positive(name: str, option: str, value: float) -> None:
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+    if not _is_number(value) or not 0 <= value <= sys.float_info.max:
         raise UpcyclingError(f"{name}: {option} is {value!r}; expected a number of 0 or more.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

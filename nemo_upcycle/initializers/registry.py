@@ -34,6 +34,9 @@ Initializer = Callable[[Neurons], None]
 Maker = Callable[..., Initializer]
 F = TypeVar("F", bound=Maker)
 
+_NO_NUMBERS = ("nan", "-nan", "inf", "-inf")
+"""What `float` writes and no literal is: an initialiser refuses it under its option's name."""
+
 _makers: dict[str, Maker] = {}
 
 
@@ -94,6 +97,8 @@ def _options(maker: Maker) -> str:
 
 
 def _value(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Name | ast.UnaryOp) and ast.unparse(node).lower() in _NO_NUMBERS:
+        return float(ast.unparse(node))
     if isinstance(node, ast.Name | ast.Call):
         return _make(node, text)
     try:

@@ -57,6 +57,9 @@ def _rope(config: Mapping[str, Any], place: str) -> dict[str, Any]:
                 "layer; only one for all layers can be upcycled."
             )
     found = dict(said)
+    if {"type", "rope_type"} <= found.keys():  # of which one version or the other ignores a null
+        unsaid = [key for key in ("type", "rope_type") if found[key] is None]
+        found = {key: value for key, value in found.items() if key not in unsaid[:1]}
     if "type" in found:  # its name before transformers 4.43
         kind = found.pop("type")
         if found.setdefault("rope_type", kind) != kind:
@@ -107,7 +110,7 @@ def _at_the_top(
     if five and said.get("the top level", 0) is None:
         del said["the top level"]  # which is silence for transformers 5
     values = list(said.values())
-    if any(value != values[0] for value in values):
+    if any(value != values[0] for value in values[1:]):  # NaN is not even itself
         listed = " and ".join(f"{value!r} in {place}" for place, value in said.items())
         raise UpcyclingError(
             f"config.json says {word}={listed}, of which transformers 4 and 5 read different "

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping.family import Architecture
-from nemo_upcycle.mapping.values import Values, positive, unfit
+from nemo_upcycle.mapping.values import MOST_LISTED, Values, positive, unfit
 
 _LLAMA3_ROPE = (
     "factor",
@@ -45,7 +45,7 @@ def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> 
             raise unfit(bias, True, "false: only a model without it can be upcycled")
     head_width = _head_width(values)
     arch = Architecture(
-        num_layers=values.count("num_hidden_layers"),
+        num_layers=_layers(values),
         hidden_size=values.count("hidden_size"),
         ffn_hidden_size=values.count("intermediate_size"),
         num_attention_heads=values.count("num_attention_heads"),
@@ -71,6 +71,10 @@ def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> 
             f"{arch.num_query_groups} key-value heads; expected the second to divide the first."
         )
     return arch
+
+
+def _layers(values: Values) -> int:
+    return values.count("num_hidden_layers", most=MOST_LISTED)
 
 
 def _head_width(values: Values) -> int:
@@ -115,6 +119,8 @@ def _rotary_percent(values: Values, head_width: int) -> float:
             f"config.json says {key}={part}, with which transformers 4 computes nothing and "
             "transformers 5 what it computes without; remove it."
         )
+    if part > 1:
+        raise unfit(key, part, "a number above 0 and at most 1")
     rotated = int(head_width * part)
     if not 0 < rotated + rotated % 2 <= head_width:
         raise UpcyclingError(
@@ -152,7 +158,7 @@ def _window(values: Values, family: str) -> int | None:
 
     Megatron's model has one window for all layers.
     """
-    size, layers = _window_size(values, family), values.count("num_hidden_layers")
+    size, layers = _window_size(values, family), _layers(values)
     first = 0 if size is not None else layers
     if size is not None and "max_window_layers" in values.defaults:
         first = values.count("max_window_layers", least=0)

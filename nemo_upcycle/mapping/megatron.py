@@ -15,6 +15,7 @@ from nemo_upcycle.mapping.family import (
 )
 from nemo_upcycle.mapping.llama import MEGATRON_LAYER
 from nemo_upcycle.mapping.llama import PARAMETERS as LLAMA_PARAMETERS
+from nemo_upcycle.mapping.values import LARGEST_SIZE, MOST_LISTED, is_positive, shown
 
 _ATTENTION = MEGATRON_LAYER + "self_attention."
 _MLP = MEGATRON_LAYER + "mlp."
@@ -79,7 +80,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     heads = _count(config, "num_attention_heads")
     hidden_size = _count(config, "hidden_size")
     arch = Architecture(
-        num_layers=_count(config, "num_layers"),
+        num_layers=_count(config, "num_layers", most=MOST_LISTED),
         hidden_size=hidden_size,
         ffn_hidden_size=_count(config, "ffn_hidden_size"),
         num_attention_heads=heads,
@@ -111,7 +112,9 @@ def moe_architecture(config: Mapping[str, Any]) -> Architecture:
     Raises:
         UpcyclingError: A number is missing, or the model is of none of these families.
     """
-    window = config.get("window_size")
+    window, interpolation = (
+        config.get(name) for name in ("window_size", "seq_len_interpolation_factor")
+    )
     gated = config.get("gated_linear_unit", True)
     norm = config.get("normalization", "RMSNorm")
     as_llama = {
@@ -127,7 +130,9 @@ def moe_architecture(config: Mapping[str, Any]) -> Architecture:
         add_qkv_bias=bool(config.get("add_qkv_bias")),
         qk_layernorm=bool(config.get("qk_layernorm")),
         rotary_percent=_number(config, "rotary_percent", 1.0),
-        seq_len_interpolation_factor=config.get("seq_len_interpolation_factor"),
+        seq_len_interpolation_factor=(
+            None if interpolation is None else _number(config, "seq_len_interpolation_factor")
+        ),
         sliding_window=None if window is None else window[0] + 1,
     )
 
@@ -172,22 +177,27 @@ def _rope_scaling(config: Mapping[str, Any]) -> dict[str, float] | None:
     return {ours: _number(config, field) for field, ours in _ROPE_SCALING.items()}
 
 
-def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    return _positive(config, name, default, int)
+def _count(
+    config: Mapping[str, Any], name: str, default: int | None = None, most: int = LARGEST_SIZE
+) -> int:
+    value = default if config.get(name) is None else config[name]
+    if not isinstance(value, int) or not is_positive(value) or value > most:
+        raise _unfit(name, value, f"a positive integer, at most {most}")
+    return value
 
 
 def _number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    return _positive(config, name, default, int | float)
-
-
-def _positive(config: Mapping[str, Any], name: str, default: Any, kind: Any) -> Any:
-    value = default if config.get(name) is None else config[name]
-    if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
-        raise UpcyclingError(
-            f"The dense checkpoint's config says {name}={value!r}; expected a positive number. "
-            "Use a checkpoint with the config that it was saved with."
-        )
+    value: Any = default if config.get(name) is None else config[name]
+    if not is_positive(value):
+        raise _unfit(name, value, "a positive number")
     return value
+
+
+def _unfit(name: str, value: object, expected: str) -> UpcyclingError:
+    return UpcyclingError(
+        f"The dense checkpoint's config says {name}={shown(value)}; expected {expected}. "
+        "Use a checkpoint with the config that it was saved with."
+    )
 
 
 MEGATRON = Family(

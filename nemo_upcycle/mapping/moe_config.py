@@ -6,7 +6,7 @@ from typing import Any
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping.huggingface import read_architecture
 from nemo_upcycle.mapping.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE, MoEFamily, MoEModel
-from nemo_upcycle.mapping.values import Values, unfit
+from nemo_upcycle.mapping.values import MOST_LISTED, Values, unfit
 
 MOE_FAMILIES: dict[str, MoEFamily] = {
     family.model_type: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE)
@@ -47,7 +47,7 @@ def _mixtral(config: Mapping[str, Any]) -> MoEModel:
     values, arch = Values(config, "mixtral"), read_architecture(config, "mixtral")
     return MoEModel(
         arch=arch,
-        num_experts=values.count("num_local_experts"),
+        num_experts=values.count("num_local_experts", most=MOST_LISTED),
         topk=values.count("num_experts_per_tok"),
         pre_softmax=False,
         # A granular model's dense width is not said; no layer is that wide.
@@ -72,7 +72,7 @@ def _qwen(config: Mapping[str, Any], kind: str) -> MoEModel:
         )
     return MoEModel(
         arch=arch,
-        num_experts=values.count("num_experts"),
+        num_experts=values.count("num_experts", most=MOST_LISTED),
         topk=values.count("num_experts_per_tok"),
         pre_softmax=not values.flag("norm_topk_prob"),
         expert_width=values.count("moe_intermediate_size"),

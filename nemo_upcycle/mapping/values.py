@@ -1,12 +1,21 @@
 """What a Hugging Face `config.json` says, each value of the kind that it has to be."""
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.mapping.config_words import in_words_of_transformers_4
 from nemo_upcycle.mapping.defaults import DEFAULTS
+
+LARGEST_SIZE = 2**31 - 1
+"""Of anything that is counted: larger ones have no place in Megatron's indices."""
+
+MOST_LISTED = 10_000
+"""Of layers or experts, which are gone through one by one."""
+
+_SHOWN = 200
+"""Characters of a value in a message."""
 
 _OF_ONE_VERSION = {
     "per_layer_config": "of which transformers 5 makes layers that differ and transformers 4 none",
@@ -42,15 +51,17 @@ class Values:
         """Say whether a key is null or not there."""
         return self.said.get(key) is None
 
-    def count(self, key: str, least: int = 1) -> int:
+    def count(self, key: str, least: int = 1, most: int = LARGEST_SIZE) -> int:
         """Return an integer.
 
         Raises:
-            UpcyclingError: It is something else, or less than `least`.
+            UpcyclingError: It is something else, less than `least`, or more than `most`.
         """
         value = self.said.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise unfit(key, value, f"an integer of at least {least}")
+        if value > most:
+            raise unfit(key, value, f"an integer of at most {most}")
         return value
 
     def number(self, key: str) -> float:
@@ -75,13 +86,24 @@ def positive(key: str, value: Any) -> float:
     Raises:
         UpcyclingError: It is something else, or not finite.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
+    if not is_positive(value):
         raise unfit(key, value, "a number above 0")
     return value
 
 
+def is_positive(value: Any) -> bool:
+    """Say whether a value is a number above 0 that a float can have."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value <= sys.float_info.max
+
+
 def unfit(key: str, value: Any, expected: str) -> UpcyclingError:
     """Return the error of a value that is not what it has to be."""
-    said = "null" if value is None else repr(value)
+    said = "null" if value is None else shown(value)
     return UpcyclingError(f"config.json says {key}={said}; expected {expected}.")
+
+
+def shown(value: object) -> str:
+    """Return a value as a message has it: cut, where it is long."""
+    said = repr(value)
+    return said if len(said) <= _SHOWN else f"{said[:_SHOWN]}…"

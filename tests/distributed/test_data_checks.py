@@ -209,6 +209,42 @@ def test_an_end_of_documents_beyond_the_embeddings_is_refused(
         check_on_login(parse(str(tmp_path / "data")), rows)
 
 
+def test_a_beginning_of_texts_beyond_the_embeddings_is_refused(
+    ranks: RankPool, workspace: Path, data: Path, tmp_path: Path
+) -> None:
+    tokenizer = with_added_token(workspace, tmp_path / "tokenizer", bos_token="<more>")
+    for answer in ranks.run(start, 2, paths=[str(data)], tokenizer=tokenizer):
+        assert "the tokenizer's bos token <more> has the id 512, and the model has 512" in answer
+
+
+def start_mock(tokenizer: Path) -> Any:
+    from types import SimpleNamespace
+
+    from nemo_upcycle.data.module import MockDataModule
+    from nemo_upcycle.errors import UpcyclingError
+    from nemo_upcycle.tokenizer import checkpoint_tokenizer
+
+    sizes = {"seq_length": SEQ_LENGTH, "micro_batch_size": 1, "global_batch_size": 4}
+    module = MockDataModule(tokenizer=checkpoint_tokenizer(str(tokenizer)), **sizes)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=VOCAB_SIZE))
+    module.trainer = SimpleNamespace(lightning_module=model)
+    try:
+        module.setup()
+    except UpcyclingError as error:
+        return str(error)
+    return len(module._train_ds[0]["tokens"])
+
+
+def test_mock_data_of_a_larger_tokenizer_are_refused(
+    ranks: RankPool, workspace: Path, tmp_path: Path
+) -> None:
+    tokenizer = with_added_token(workspace, tmp_path / "tokenizer")
+    said = "mock data are random ids of the tokenizer's 513 tokens, and the model has 512"
+    for answer in ranks.run(start_mock, 2, tokenizer=tokenizer):
+        assert said in answer
+    assert ranks.run(start_mock, 1, tokenizer=workspace / "tokenizer") == [SEQ_LENGTH]
+
+
 # --- What is not ---------------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ def share_errors(errors: list[str | None]) -> str:
     ranks = Ranks(timeout_s=3)
     text = errors[ranks.rank]
     try:
-        ranks.raise_on_all(ValueError(text) if text else None)
+        ranks.raise_on_all(UpcyclingError(text) if text else None)
     except UpcyclingError as error:
         return str(error)
     return "no error"
@@ -102,7 +102,23 @@ def test_of_two_ranks_the_other_is_named(nursery: Nursery) -> None:
 
 
 def test_a_lost_rank_does_not_hide_an_error(nursery: Nursery) -> None:
-    error = ValueError("the disk is gone")
+    error = UpcyclingError("the disk is gone")
     run = nursery.start(exchange, 2, values=[error, None], lose=1)
     assert run.wait(0, timeout=60) == [0]
     assert run.result(0).startswith("the disk is gone (Rank 0 got no answer from rank 1")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UpcyclingError("no weights"), "no weights"),
+        (KeyError("num_layers"), "KeyError: 'num_layers'"),
+        (AssertionError(), "AssertionError: "),
+    ],
+    ids=["ours", "another", "without a word"],
+)
+def test_what_is_not_ours_says_what_it_is(error: Exception, said: str) -> None:
+    with pytest.raises(UpcyclingError) as raised:
+        Ranks().raise_on_all(error)
+    assert str(raised.value) == said
+    assert raised.value.__cause__ is error

@@ -160,14 +160,23 @@ def test_bad_recipe_argument_is_refused_before_anything_starts(tmp_path: Path) -
             "Error: model.config.nonsense=3: No parameter named 'nonsense'",
         ),
         (["optim.config.lr=abc"], "Error: Failed to parse 'abc' as typing.Optional[float]. --dry"),
+        (
+            ["dense_checkpoint=a,b"],
+            "Error: Positional argument found after keyword argument: 'b'. A factory's arguments "
+            "are KEY=VALUE, cut at commas; several values of one are separated by semicolons: "
+            "dense_checkpoint='DIR1; DIR2'.",
+        ),
         # Found while NeMo-Run builds the configuration, which Fiddle then describes.
         (["--yes"], "Error: No dense checkpoint at 'demo/dense_hf'"),
     ],
-    ids=["no such name", "no such value", "while it is built"],
+    ids=["no such name", "no such value", "a comma", "while it is built"],
 )
 def test_nemo_run_says_a_mistake_in_one_line(tmp_path: Path, words: list[str], said: str) -> None:
     recipe = [] if "--yes" in words else ["--dryrun"]
-    command = ["--factory", "llama_tiny_e8t2", *words, *recipe]
+    factory = "llama_tiny_e8t2"
+    if "," in words[0]:
+        factory, words = f"{factory}({words[0]})", []
+    command = ["--factory", factory, *words, *recipe]
     output = cli.run(tmp_path, "nemo", "llm", "pretrain", *command)
     assert said in output
     after = output.split(said)[1].strip()

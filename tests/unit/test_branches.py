@@ -100,8 +100,18 @@ def test_a_name_with_a_comma(tmp_path: Path) -> None:
     assert split_sources(str(directory)) == [str(directory)]
     assert split_sources("a; b,c") == ["a", "b", "c"]
     for nothing in ("a,,b", "", " "):
-        with pytest.raises(UpcyclingError, match="single commas"):
+        with pytest.raises(UpcyclingError, match="semicolons: 'DIR1; DIR2'"):
             split_sources(nothing)
+
+
+@pytest.mark.parametrize("between", [" ", ":", " | ", "+", "\n", "; 0 "])
+def test_what_separates_checkpoints_otherwise_is_refused(
+    sources: list[Path], between: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sources[0].parent)
+    with pytest.raises(UpcyclingError, match="semicolons: 'DIR1; DIR2'"):
+        split_sources(between.join(("0", "1")))
+    assert split_sources("/only/on the nodes") == ["/only/on the nodes"]
 
 
 def test_what_computes_nothing_may_differ(sources: list[Path], tmp_path: Path) -> None:

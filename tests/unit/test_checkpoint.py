@@ -86,6 +86,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), "has no config.json"),
     "config is no JSON": (_write("config.json", "{"), "cannot be read as JSON"),
     "config is a list": (_write("config.json", "[]"), "holds a list"),
+    "config has a number without end": (
+        _write("config.json", f'{{"rope_theta": {"9" * 5000}}}'),
+        "cannot be read as JSON",
+    ),
+    "config is nested without end": (_write("config.json", "[" * 10**5), "cannot be read as JSON"),
     "config is no text": (_write("config.json", b"\xff\xfe{}"), "cannot be read as JSON"),
     "a shard is missing": (lambda d: (d / SHARD).unlink(), "lacks 1 of the 4 files"),
     "a shard is a directory": (

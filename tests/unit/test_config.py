@@ -1,5 +1,7 @@
 """UpcyclingConfig and ParallelFolding."""
 
+import math
+
 import pytest
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
@@ -14,10 +16,20 @@ from nemo_upcycle.errors import UpcyclingError
         ({"moe_router_topk": 0}, "1 to num_moe_experts"),
         ({"moe_expert_capacity_factor": 0.0}, "positive number"),
         ({"router_init_std": -0.1}, "0 or more"),
+        ({"router_init_std": math.inf}, "router_init_std is inf; expected a number of 0 or more"),
+        ({"router_init_std": math.nan}, "router_init_std is nan"),
+        ({"moe_z_loss_coeff": math.nan}, "moe_z_loss_coeff is nan"),
+        ({"moe_expert_capacity_factor": math.nan}, "moe_expert_capacity_factor is nan"),
+        ({"moe_expert_capacity_factor": math.inf}, "or None to never drop a token"),
+        ({"seed": -1}, "seed is -1; expected an integer from 0 to 9223372036854775807"),
+        ({"seed": 2**63}, "seed is 9223372036854775808; expected an integer"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"seed": True}, "seed is True"),
         ({"moe_aux_loss_coeff": -1.0}, "0 or more"),
         ({"moe_router_topk": 1}, "the router would not learn"),
         ({"granularity": 3}, "a granularity that divides it"),
-        ({"granularity": 0}, "a granularity that divides it"),
+        ({"granularity": 0}, "granularity is 0; expected 1 or more"),
+        ({"granularity": -1, "num_moe_experts": -8}, "granularity is -1; expected 1 or more"),
         ({"weight_scaling": "half"}, "expected one of: None, exact, paper, none"),
         ({"router_initializer": "zeros"}, "expected one of: virtual_groups, random"),
         ({"moe_token_dispatcher_type": "magic"}, "alltoall, allgather, flex"),

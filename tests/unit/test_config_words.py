@@ -1,6 +1,7 @@
 """What a `config.json` means, in the words of transformers 4, of 5 and of both."""
 
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -84,6 +85,9 @@ def test_translation_is_the_same_again() -> None:
         ({"hidden_act": "swish"}, {}),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, {"seq_len_interpolation_factor": 2}),
         ({"rope_scaling": {"type": "default"}}, {}),
+        ({"rope_scaling": {**LINEAR, "type": None}}, {"seq_len_interpolation_factor": 2}),
+        ({"rope_scaling": {"rope_type": None, "type": "linear", "factor": 2}},
+         {"seq_len_interpolation_factor": 2}),
         (
             {"rope_scaling": {k: LLAMA31_ROPE[k] for k in list(LLAMA31_ROPE)[:4]}},
             {"rope_scaling": {**dict(list(LLAMA31_ROPE.items())[1:4]),
@@ -115,6 +119,17 @@ def test_what_transformers_reads_is_read(config: dict, expected: dict) -> None:
     [
         ("llama", {"rope_theta": None}, "rope_theta=null; expected a number above 0"),
         ("llama", {"rope_theta": "10000"}, "rope_theta='10000'; expected a number above 0"),
+        ("llama", {"rope_theta": 10**400}, "…; expected a number above 0"),
+        ("llama", {"rope_theta": math.nan}, "rope_theta=nan; expected a number above 0"),
+        ("llama", {"rms_norm_eps": math.inf}, "rms_norm_eps=inf; expected a number above 0"),
+        ("llama", {"rope_scaling": {**LLAMA31_ROPE, "low_freq_factor": 10**400}}, "above 0"),
+        ("llama", {"num_hidden_layers": 10**400}, "…; expected an integer of at most 10000"),
+        ("llama", {"hidden_size": 2**31}, "hidden_size=2147483648; expected an integer of at most"),
+        ("llama", {"vocab_size": math.nan}, "vocab_size=nan; expected an integer"),
+        ("mixtral", {"num_experts": 10**6}, "an integer of at most 10000"),
+        ("nemotron", {"partial_rotary_factor": 1.7e308}, "a number above 0 and at most 1"),
+        ("llama", {"rope_scaling": {"rope_type": None, "type": None}}, "expected a name"),
+        ("llama", {"rope_scaling": {"rope_type": None, "factor": 2.0}}, "expected a name"),
         ("llama", {"rope_scaling": "linear"}, "rope_scaling='linear'; expected an object"),
         ("llama", {"rope_parameters": []}, "expected an object"),
         ("llama", {"rope_scaling": {"factor": 2.0}}, "without a rope_type"),

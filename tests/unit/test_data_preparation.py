@@ -418,13 +418,41 @@ def test_missing_tokenizers_are_named(tokenizer: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     source = write(tmp_path / "a.jsonl", TEXTS)
-    with pytest.raises(UpcyclingError, match=r"no tokenizer directory at .*gpt2"):
+    with pytest.raises(
+        UpcyclingError, match=r"no tokenizer directory at .*gpt2; expected .* Check"
+    ):
         prepared(source, tmp_path / "gpt2", tmp_path / "data")
     loaded = AutoTokenizer.from_pretrained(str(tokenizer))
     loaded.eos_token = None
     loaded.save_pretrained(str(tmp_path / "without"))
     with pytest.raises(UpcyclingError, match="no eos token"):
         prepared(source, tmp_path / "without", tmp_path / "data")
+
+
+def test_a_hub_name_is_a_tokenizer_as_elsewhere(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+    from typer.testing import CliRunner
+
+    from nemo_upcycle.cli import app
+    from tests.tiny import into_hub_cache
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    into_hub_cache(tokenizer, tmp_path / "hub", "some-org/some-model")
+    source = write(tmp_path / "a.jsonl", TEXTS)
+
+    def tokenize(name: str) -> Any:
+        words = ["data", "tokenize", str(source), "--tokenizer", name]
+        return CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out"), "--workers", "1"])
+
+    result = tokenize("some-org/some-model")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "a.bin").read_bytes()
+    result = tokenize("some-org/another-model")
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("Error: no tokenizer directory at some-org/another-model")
+    assert "`hf download NAME`" in line
 
 
 # --- Going on ------------------------------------------------------------------------------------

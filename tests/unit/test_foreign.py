@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.checkpoint import open_checkpoint
 from nemo_upcycle.checkpoint.described import checked, open_dense
+from nemo_upcycle.cli.ranks import check_there
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.trained import open_trained
 from tests.tiny import CONFIG, into_hub_cache, write_dense, write_llama
 
 INDEX = "model.safetensors.index.json"
@@ -193,6 +195,27 @@ def test_refused_by_name(dense: Path, tmp_path: Path, case: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("model-q4.gguf",), "GGUF, llama.cpp's format, quantised as a rule (model-q4.gguf)"),
+        (("adapter_config.json", "adapter_model.safetensors"), "an adapter (PEFT)"),
+        (("tokenizer.json",), "a tokenizer and no model"),
+        (("notes.txt",), "nothing that is known"),
+    ],
+    ids=["GGUF", "an adapter", "a tokenizer", "nothing"],
+)
+def test_what_runs_a_model_or_exports_it_calls_it_by_name_too(
+    tmp_path: Path, names: tuple[str, ...], message: str
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    for look in (check_there, open_trained):
+        with pytest.raises(UpcyclingError) as error:
+            look(tmp_path)
+        assert f"{tmp_path} is no checkpoint: it holds {message}" in str(error.value)
+
+
 def _other_weights(name: str) -> Damage:
     return lambda d: save_file({"model.norm.weight": torch.zeros(2)}, d / name)
 
@@ -284,6 +307,21 @@ def test_a_moe_of_ours_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UpcyclingError, match="is an MoE already"):
         open_dense(str(tmp_path))
+
+
+def test_a_models_directory_in_the_hubs_cache_says_what_of_it_to_give(
+    dense: Path, tmp_path: Path
+) -> None:
+    snapshot = into_hub_cache(dense, tmp_path / "hub", "some-org/some--model")
+    with pytest.raises(UpcyclingError) as error:
+        open_dense(str(snapshot.parents[1]))
+    said = str(error.value)
+    assert "holds a model of the hub's cache" in said
+    assert f"Give {snapshot}, or the model's name, some-org/some--model." in said
+    assert "\n" not in said
+    moved = snapshot.parents[1].rename(tmp_path / "moved")
+    with pytest.raises(UpcyclingError, match=f"Give {moved / 'snapshots' / snapshot.name}[.]$"):
+        open_dense(str(moved))
 
 
 @pytest.mark.parametrize(

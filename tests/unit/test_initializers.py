@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_upcycle.checkpoint.branches import open_branches
-from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.config import LARGEST_SEED, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers import initialize_router, make_initializer, names
 from nemo_upcycle.initializing import initialize_experts
@@ -227,6 +227,12 @@ def test_values_do_not_depend_on_the_size_of_blocks(
             assert torch.equal(whole[place][kind], values)
 
 
+def test_seeds_up_to_the_largest_are_different_ones() -> None:
+    seeds = (0, 2**53, 2**53 + 1, LARGEST_SEED - 1, LARGEST_SEED)
+    drawn = {initialize_router(UpcyclingConfig(seed=s), 0, (0, 1), 4).tobytes() for s in seeds}
+    assert len(drawn) == len(seeds)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -234,6 +240,14 @@ def test_values_do_not_depend_on_the_size_of_blocks(
         ("drop(rate=0.5)", r"unexpected keyword argument 'rate'; expected drop\(ratio"),
         ("drop(ratio=1.5)", "ratio is 1.5; expected a number from 0 to 1"),
         ("drop(ratio='half')", "ratio is 'half'"),
+        ("drop(ratio=nan)", "drop: ratio is nan; expected a number from 0 to 1"),
+        ("drop(ratio=True)", "drop: ratio is True"),
+        ("noise(std=inf)", "noise: std is inf; expected a number of 0 or more"),
+        ("noise(std=-Inf)", "noise: std is -inf"),
+        ("noise(fraction=NaN)", "noise: fraction is nan"),
+        (f"random(std={10**400})", "random: std is 1000"),
+        ("hybrid(copy, random(std=nan))", "random: std is nan"),
+        ("hybrid(nan)", "takes initializers"),
         ("noise(std=-1)", "std is -1"),
         ("hybrid", "takes initializers"),
         ("hybrid(0.5)", "takes initializers"),

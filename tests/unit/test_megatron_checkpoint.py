@@ -1,6 +1,7 @@
 """Megatron checkpoints: what is read, what is refused, and that nothing in them is run."""
 
 import json
+import math
 import os
 import pickle
 import zipfile
@@ -239,7 +240,11 @@ UNSUPPORTED = {
     "position_embedding_type": ("learned_absolute", "position_embedding_type"),
     "window_size": ([4096, 0], "window_size"),
     "num_query_groups": (3, "to divide the first"),
-    "num_layers": ("two", "num_layers='two'; expected a positive number"),
+    "num_layers": ("two", "num_layers='two'; expected a positive integer"),
+    "kv_channels": (2**31, "kv_channels=2147483648; expected a positive integer, at most"),
+    "rotary_base": (math.nan, "rotary_base=nan; expected a positive number"),
+    "layernorm_epsilon": (math.inf, "layernorm_epsilon=inf; expected a positive number"),
+    "init_method_std": (10**400, "…; expected a positive number"),
     "hidden_size": (None, "hidden_size=None"),
     "ffn_hidden_size": (10, "do not fit its config"),
     "vocab_size": (VOCAB + 1, "do not fit its config"),

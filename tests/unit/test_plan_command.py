@@ -330,6 +330,14 @@ def test_world_size_fills_nodes() -> None:
     [
         (["tensor_parallel=4"], "'tensor_parallel=4' is not an argument of llama3_8b_e8t2"),
         (["num_nodes"], "'num_nodes' is not an argument"),
+        (
+            ["dense_checkpoint=/a"],
+            "'dense_checkpoint=/a' is the factory's word; expected --dense /a",
+        ),
+        (["seed=-1"], "seed is -1; expected an integer"),
+        (["granularity=-1"], "granularity is -1; expected 1 or more"),
+        (["initializer=drop(ratio=nan)"], "drop: ratio is nan"),
+        (["router_init_std=inf"], "router_init_std=inf: expected float"),
         (["num_nodes=two"], "num_nodes=two: expected int."),
         (["num_nodes=2.5"], "num_nodes=2.5: expected int."),
         (["num_nodes=True"], "num_nodes=True: expected int."),
@@ -357,6 +365,11 @@ def test_mistakes_are_one_line(words: list[str], message: str) -> None:
     (line,) = result.stderr.splitlines()
     assert line.startswith("Error: ")
     assert message in line
+
+
+def test_tune_names_its_word_for_a_dense_checkpoint_too() -> None:
+    result = CliRunner().invoke(app, ["tune", "dense_checkpoint=/a"])
+    assert result.stderr.startswith("Error: 'dense_checkpoint=/a' is the factory's word")
 
 
 # --- The dense checkpoint -----------------------------------------------------------------------
