@@ -154,7 +154,7 @@ def _datasets(sources: list[str], name: str | None) -> dict[str, tuple[str, ...]
         return {name: tuple(sources)}
     for source in sources:
         check_dataset_name(name_of(source), f"Give a --name: {source} makes a dataset called")
-    groups = {name_of(source): (source,) for source in sources}
+    groups: dict[str, tuple[str, ...]] = {name_of(source): (source,) for source in sources}
     if len(groups) < len(sources):
         raise UpcyclingError(
             f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
