@@ -124,24 +124,12 @@ def tokenize(
       nemo-upcycle data tokenize "redpajama-v2://?snapshots=2023-06&shards=0-99" \\
         --text-key raw_content --where bucket=head --tokenizer tokenizer --out data
     """
-    from nemo_upcycle.data.paths import check_dataset_name
     from nemo_upcycle.data.preparation import Preparation
     from nemo_upcycle.data.selection import Selection
-    from nemo_upcycle.data.sources import files_of, name_of
+    from nemo_upcycle.data.sources import files_of
 
     selection = Selection(text_key, dict(map(_field, where or [])))
-    groups: dict[str, tuple[str, ...]]
-    if name is None:
-        groups = {name_of(each): (each,) for each in sources}
-        for dataset, (source, *_) in groups.items():
-            check_dataset_name(dataset, f"Give a --name: {source} makes a dataset called")
-    else:
-        check_dataset_name(name, "--name is")
-        groups = {name: tuple(sources)}
-    if name is None and len(groups) < len(sources):
-        raise UpcyclingError(
-            f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
-        )
+    groups = _datasets(sources, name)
     if len(groups) > 1:  # before the first of them is made
         for of_dataset in groups.values():
             files_of(of_dataset)
@@ -149,6 +137,24 @@ def tokenize(
     for dataset, of_dataset in groups.items():
         of_job = of_dataset, found_tokenizer, out / dataset, selection, without, max_malformed
         _prepare(Preparation(*of_job, parse_special=parse_special), workers)
+
+
+def _datasets(sources: list[str], name: str | None) -> dict[str, tuple[str, ...]]:
+    """Return the sources of each dataset, by its name."""
+    from nemo_upcycle.data.paths import check_dataset_name
+    from nemo_upcycle.data.sources import name_of
+
+    if name is not None:
+        check_dataset_name(name, "--name is")
+        return {name: tuple(sources)}
+    for source in sources:
+        check_dataset_name(name_of(source), f"Give a --name: {source} makes a dataset called")
+    groups: dict[str, tuple[str, ...]] = {name_of(source): (source,) for source in sources}
+    if len(groups) < len(sources):
+        raise UpcyclingError(
+            f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
+        )
+    return groups
 
 
 def _prepare(preparation: "Preparation", workers: int | None) -> "Manifest":

@@ -99,20 +99,35 @@ def _check_given_once(files: list[str]) -> None:
         first[same] = file
 
 
+def check_is_lines(file: Path) -> None:
+    """Check that a file's ending is that of JSON lines, not packed.
+
+    Raises:
+        UpcyclingError: It is another.
+    """
+    if kind_of(str(file)) not in LINES:
+        raise UpcyclingError(
+            f"{file}: expected one of {', '.join(LINES)}. {_advice(kind_of(str(file)))}"
+        )
+
+
 def _expected(ending: str | None) -> str:
     """Say which files are read, and what to do with those of another ending."""
     kinds = ", ".join([*LINES, *(f".jsonl{end}" for end in COMPRESSED), PARQUET])
-    expected = f"expected one of {kinds}, or {HUB}NAME"
+    return f"expected one of {kinds}, or {HUB}NAME. {_advice(ending)}"
+
+
+def _advice(ending: str | None) -> str:
     if ending in TEXT:
         return (
-            f"{expected}. Plain text does not say where a document ends; with each file as one: "
+            "Plain text does not say where a document ends; with each file as one: "
             f"{ONE_DOCUMENT_A_FILE}"
         )
     if ending in PACKED:
-        return f"{expected}. Unpack it, or pack JSON lines with gzip or zstd"
+        return "Unpack it, or pack JSON lines with gzip or zstd for `data tokenize`"
     if ending in TABLES:
-        return f"{expected}. {HUB}DIRECTORY reads a directory of {ending} files"
-    return f'{expected}. JSON lines are documents such as {{"text": "…"}}, one a line'
+        return f"{HUB}DIRECTORY of `data tokenize` reads a directory of {ending} files"
+    return 'JSON lines are documents such as {"text": "…"}, one a line'
 
 
 def _is_known(path: PurePath) -> bool:

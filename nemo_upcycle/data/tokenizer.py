@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.data.documents import is_blank, parse_line
 from nemo_upcycle.data.selection import Selection
+from nemo_upcycle.data.sources import check_is_lines
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.files import check_writable, output_directory
 
@@ -76,6 +77,7 @@ def read_documents(jsonl: Path) -> Iterator[tuple[str, int]]:
     """
     if not jsonl.is_file():
         raise UpcyclingError(f"no file {jsonl}; expected a JSONL file of documents")
+    check_is_lines(jsonl)
     end = 0
     with jsonl.open("rb") as file:  # binary, for byte positions and `\n` as the only line end
         for number, line in enumerate(file, start=1):

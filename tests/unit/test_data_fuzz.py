@@ -315,8 +315,8 @@ def test_a_source_without_a_name_needs_one(
 ANOTHER_ENDING = {
     "a.txt": "with each file as one: python -c",
     "a.md": "with each file as one: python -c",
-    "a.jsonl.bz2": "Unpack it, or pack JSON lines with gzip or zstd",
-    "a.csv": "hf://DIRECTORY reads a directory of .csv files",
+    "a.jsonl.bz2": "Unpack it, or pack JSON lines with gzip or zstd for `data tokenize`",
+    "a.csv": "hf://DIRECTORY of `data tokenize` reads a directory of .csv files",
     "a.foo": 'JSON lines are documents such as {"text": "…"}, one a line',
 }
 
@@ -328,8 +328,11 @@ def test_a_file_of_another_ending_is_told_what_to_do(
     directory = tmp_path / "corpus"
     directory.mkdir()
     (directory / name).write_text("x")
-    for source in (directory / name, directory):
-        result = tokenized(source, tokenizer, tmp_path / "out")
+    trained = ["data", "tokenizer", str(directory / name), "--out", str(tmp_path / "out")]
+    results = [
+        tokenized(source, tokenizer, tmp_path / "out") for source in (directory / name, directory)
+    ]
+    for result in (CliRunner().invoke(app, trained), *results):
         assert result.exit_code == 1
         assert ANOTHER_ENDING[name] in " ".join(result.output.split())
     assert f"no documents in {directory}: 1 .{name.split('.')[-1]};" in result.output
@@ -461,7 +464,7 @@ def test_a_full_disk_keeps_complete_parts_alone(
 
 
 def begun(tokenizer: Path, tmp_path: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """Start the command with two processes and return it once both have begun."""
+    """Start the command with two processes and return it once the first has begun."""
     source = tmp_path / "a.jsonl"
     source.write_text((json.dumps({"text": "expert dense " * 300}) + "\n") * 10_000)
     words = ["data", "tokenize", str(source), "--workers", "2"]
@@ -475,7 +478,7 @@ def begun(tokenizer: Path, tmp_path: Path) -> tuple[subprocess.Popen[bytes], Pat
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-    while len(list(tmp_path.glob("out/.a.parts/*.partial"))) < 2:
+    while not list(tmp_path.glob("out/.a.parts/*.partial")):
         assert process.poll() is None, log.read_text()
         time.sleep(0.02)
     return process, log
