@@ -19,8 +19,8 @@ from nemo_upcycle.config import Scales, UpcyclingConfig
 from nemo_upcycle.engine.owned_shards import OwnedShard
 from nemo_upcycle.engine.reading import thread_count
 from nemo_upcycle.families import Architecture, Family, Rows
+from nemo_upcycle.families.names import expert_of, layer_of
 from nemo_upcycle.initializers import Initializer, Neurons, make_initializer
-from nemo_upcycle.plans.rank import expert_of, layer_of
 
 BLOCK_BYTES = 2**20
 """Neurons come to an initialiser in blocks: at most this of gate, of up and of down, in fp32."""
@@ -174,10 +174,10 @@ class _Statistics:
     def _read(self, rows: Rows) -> tuple[float, float]:
         tensors = self._checkpoint.tensors
         info = tensors[rows.tensor]
-        stop = info.shape[0] if rows.stop is None else rows.stop
+        start, stop = rows.span(info.shape[0])
         step = max(1, BLOCK_BYTES // (4 * info.width))
         sums, squares = [], []
-        for first in range(rows.start, stop, step):
+        for first in range(start, stop, step):
             span = first, min(first + step, stop)
             dtype = TORCH_DTYPES[info.dtype]
             buffer = torch.empty((span[1] - span[0], info.width), dtype=dtype)
@@ -187,7 +187,7 @@ class _Statistics:
             values = buffer.double().numpy()
             sums.append(values.sum(axis=1))
             squares.append(np.square(values).sum(axis=1))
-        count = (stop - rows.start) * info.width
+        count = (stop - start) * info.width
         mean = float(np.concatenate(sums).sum()) / count
         variance = float(np.concatenate(squares).sum()) / count - mean**2
         return mean, max(0.0, variance) ** 0.5

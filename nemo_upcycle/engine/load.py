@@ -23,7 +23,8 @@ from nemo_upcycle.families import Architecture
 from nemo_upcycle.initializers import initialize_router, make_initializer
 from nemo_upcycle.plans.rank import Block, Plan, Target, make_plan
 from nemo_upcycle.progress import Progress, no_progress
-from nemo_upcycle.trained.opened import Trained, plan_restore
+from nemo_upcycle.trained.opened import Trained
+from nemo_upcycle.trained.restore import plan_restore
 
 
 @dataclass(frozen=True)

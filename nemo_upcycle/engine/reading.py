@@ -21,7 +21,7 @@ from nemo_upcycle.checkpoint import DenseCheckpoint, Span
 from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
 from nemo_upcycle.engine.sharing import Sharers
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.plans.rank import BUFFERS, CHUNK_BYTES, Block, block_bytes
+from nemo_upcycle.plans.rank import BUFFERS, Block, block_bytes, chunks
 
 # Bits of +Inf: as a signed integer, no finite value is as large.
 _INFINITY: dict[str, "np.signedinteger[Any]"] = {
@@ -34,7 +34,7 @@ _INFINITY: dict[str, "np.signedinteger[Any]"] = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a block, at most `CHUNK_BYTES`."""
+    """Some rows of a block; see `plans.rank.chunks`."""
 
     block: Block
     rows: Span
@@ -96,10 +96,10 @@ def copy_blocks(
     Raises:
         UpcyclingError: The checkpoint cannot be read, or holds NaN or Inf.
     """
-    chunks = [chunk for block in blocks for chunk in _chunks(block, checkpoint)]
-    largest = max((chunk_bytes(chunk, checkpoint) for chunk in chunks), default=0)
+    todo = [Chunk(block, rows) for block in blocks for rows in chunks(block, checkpoint.tensors)]
+    largest = max((chunk_bytes(chunk, checkpoint) for chunk in todo), default=0)
     cores = thread_count()
-    count = min(BUFFERS if shared else cores, len(chunks))
+    count = min(BUFFERS if shared else cores, len(todo))
     free = deque(_Buffer(largest, device) for _ in range(count))
 
     def read(chunk: Chunk, buffer: _Buffer) -> torch.Tensor:
@@ -116,7 +116,7 @@ def copy_blocks(
     running: deque[tuple[Chunk, _Buffer, Future[torch.Tensor]]] = deque()
     threads = ThreadPoolExecutor(cores) if cores > 1 else _ThisThread()
     with threads:
-        waiting = iter(chunks)
+        waiting = iter(todo)
         while True:
             for chunk in itertools.islice(waiting, len(free)):
                 buffer = free.popleft()
@@ -217,12 +217,3 @@ def chunk_bytes(chunk: Chunk, checkpoint: DenseCheckpoint) -> int:
     """Return the size of a chunk in the checkpoint's dtype."""
     rows = Block(chunk.block.tensor, chunk.rows, chunk.block.columns)
     return block_bytes(rows, checkpoint.tensors)
-
-
-def _chunks(block: Block, checkpoint: DenseCheckpoint) -> Iterator[Chunk]:
-    """Yield the block in runs of rows that fit `CHUNK_BYTES`, one row at least."""
-    start, stop = block.rows
-    row_bytes = block_bytes(block, checkpoint.tensors) // (stop - start)
-    step = max(1, CHUNK_BYTES // row_bytes)
-    for row in range(start, stop, step):
-        yield Chunk(block, (row, min(row + step, stop)))

@@ -16,7 +16,8 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.load import check_all_used, fill, restore
 from nemo_upcycle.families import FAMILIES
 from nemo_upcycle.families.model import MoEModel, upcycled_model
-from nemo_upcycle.trained.opened import check_all_restored, open_trained
+from nemo_upcycle.trained.opened import open_trained
+from nemo_upcycle.trained.restore import check_all_restored
 
 
 @dataclass(frozen=True)

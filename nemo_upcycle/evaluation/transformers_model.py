@@ -20,7 +20,8 @@ from nemo_upcycle.families.model import upcycling_of
 from nemo_upcycle.families.moe_config import MOE_FAMILIES
 from nemo_upcycle.plans.layout import shards
 from nemo_upcycle.plans.rank import Block
-from nemo_upcycle.trained.opened import check_all_restored, open_trained, plan_restore
+from nemo_upcycle.trained.opened import open_trained
+from nemo_upcycle.trained.restore import check_all_restored, plan_restore
 
 
 def is_known(config: dict[str, Any]) -> bool:

@@ -70,6 +70,10 @@ class Rows:
     start: int = 0
     stop: int | None = None
 
+    def span(self, count: int) -> tuple[int, int]:
+        """Return the first row and the one after the last, of a tensor with so many rows."""
+        return self.start, count if self.stop is None else self.stop
+
 
 class Operation(Protocol):
     """Where the rows of a Megatron parameter come from; `{layer}` in names stands for the layer."""

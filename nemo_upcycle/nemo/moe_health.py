@@ -26,9 +26,9 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.heat_map import LoadHistory
 from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.names import expert_of, layer_of
 from nemo_upcycle.initializers import initialize_router
 from nemo_upcycle.nemo.recorded import Recorded
-from nemo_upcycle.plans.rank import expert_of, layer_of
 
 LOSSES = {
     "load_balancing_loss": "dp",

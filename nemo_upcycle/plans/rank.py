@@ -5,10 +5,8 @@ read for it, and it needs neither process groups nor torch. Sharding never shows
 a rectangle of rows and columns of a parameter, however it came about.
 """
 
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from nemo_upcycle.checkpoint import DTYPE_BYTES, Span, TensorInfo
 from nemo_upcycle.checkpoint.branches import branch_name
@@ -16,16 +14,13 @@ from nemo_upcycle.checkpoint.megatron import VOCABULARY
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, Family, Operation, Rows
+from nemo_upcycle.families.names import dense_name, expert_of, layer_of
 
 CHUNK_BYTES = 4 * 2**20
 """Blocks are read in chunks of at most this, which stay in the processor's cache until written."""
 
 BUFFERS = 4
 """Chunks of the dense checkpoint that a rank holds at a time."""
-
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
-_SHARED_EXPERT = ".mlp.shared_experts."
 
 
 @dataclass(frozen=True)
@@ -100,24 +95,108 @@ class Plan:
     tensors: frozenset[str]
 
 
+Segment = tuple[str, int, int]
+"""A stored tensor, its first row and the one after its last."""
+
+
+def segments(
+    rows: Iterable[Rows],
+    tensors: Mapping[str, TensorInfo],
+    name_of: Callable[[str], str],
+    missing: Callable[[str], UpcyclingError],
+) -> list[Segment]:
+    """Return what is stored of the rows that make up a parameter, one after another.
+
+    Args:
+        rows: What an operation says of the parameter.
+        tensors: What is stored.
+        name_of: Fills layer and expert into a tensor's name.
+        missing: Makes the error for a tensor that is not stored.
+
+    Raises:
+        UpcyclingError: A tensor is not stored.
+    """
+    found = []
+    for part in rows:
+        name = name_of(part.tensor)
+        if name not in tensors:
+            raise missing(name)
+        found.append((name, *part.span(tensors[name].shape[0])))
+    return found
+
+
+class PlanBuilder:
+    """Collects what fills a rank's shards.
+
+    Args:
+        tensors: The stored tensors.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self.tensors = tensors
+        self._copies: dict[Block, list[Target]] = {}
+        self._routers: list[RouterTarget] = []
+        self._zeros: list[Target] = []
+
+    def copy(
+        self, index: int, shard: Shard, parts: Sequence[Segment], columns: Span | None
+    ) -> None:
+        """Fill a shard with its rows of the segments, and with zeros beyond their end.
+
+        Args:
+            index: The shard's place in the rank's list.
+            shard: The shard.
+            parts: What makes up the whole parameter.
+            columns: The shard's columns in the stored tensors.
+        """
+        for block, rows in cut(shard.rows, columns, parts):
+            self._copies.setdefault(block, []).append(Target(index, rows))
+        total = sum(stop - start for _, start, stop in parts)
+        padding = max(shard.rows[0], total) - shard.rows[0], shard.shape[0]
+        if padding[0] < padding[1]:
+            self._zeros.append(Target(index, padding))
+
+    def router(self, index: int, layer: int) -> None:
+        """Draw a shard of a layer's router."""
+        self._routers.append(RouterTarget(index, layer))
+
+    def zero(self, index: int, shard: Shard) -> None:
+        """Fill a shard with zeros."""
+        self._zeros.append(Target(index, (0, shard.shape[0])))
+
+    def plan(self) -> Plan:
+        """Return the plan."""
+        return Plan(
+            copies={block: tuple(targets) for block, targets in self._copies.items()},
+            routers=tuple(self._routers),
+            zeros=tuple(self._zeros),
+            bytes_to_read=sum(read_bytes(block, self.tensors) for block in self._copies),
+            tensors=frozenset(block.tensor for block in self._copies),
+        )
+
+
+def is_padded(shard: Shard, rows: int) -> bool:
+    """Say whether a shard is of a vocabulary that has more rows than are stored."""
+    return shard.name in VOCABULARY and shard.global_shape[0] > rows
+
+
 @dataclass
-class _Builder:
-    tensors: Mapping[str, TensorInfo]
+class _Upcycling:
+    """Says of each shard of an MoE what of the dense model fills it."""
+
+    builder: PlanBuilder
     family: Family
     arch: Architecture
     upcycling: UpcyclingConfig
     branches: int
-    copies: dict[Block, list[Target]] = field(default_factory=dict)
-    routers: list[RouterTarget] = field(default_factory=list)
-    zeros: list[Target] = field(default_factory=list)
 
     def add(self, index: int, shard: Shard) -> None:
         layer = layer_of(shard.name)
         if shard.name.endswith(".mlp.router.weight") and layer is not None:
             self._check_router(shard)
-            self.routers.append(RouterTarget(index, layer))
+            self.builder.router(index, layer)
         elif shard.name.endswith(".mlp.router.expert_bias"):
-            self.zeros.append(Target(index, (0, shard.shape[0])))
+            self.builder.zero(index, shard)
         else:
             self._add_copies(index, shard, layer)
 
@@ -141,43 +220,37 @@ class _Builder:
         neurons = None
         if expert is not None:
             neurons = self.upcycling.neurons(expert, self.arch.ffn_hidden_size)
-        segments = self._segments(operation.rows(self.arch, neurons), shard, layer, expert)
-        total = sum(stop - start for _, start, stop in segments)
-        padded = shard.name in VOCABULARY and shard.global_shape[0] > total
-        if shard.global_shape[0] != total and not padded:
+        parts = self._segments(operation.rows(self.arch, neurons), shard, layer, expert)
+        total = sum(stop - start for _, start, stop in parts)
+        if shard.global_shape[0] != total and not is_padded(shard, total):
             raise self._mismatch(shard, "rows", shard.global_shape[0], total)
-        columns = self._columns(shard, segments[0][0], operation, neurons)
-        for block, rows in cut(shard.rows, columns, segments):
-            self.copies.setdefault(block, []).append(Target(index, rows))
-        padding = max(shard.rows[0], total), shard.rows[1]
-        if padding[0] < padding[1]:
-            start, stop = (row - shard.rows[0] for row in padding)
-            self.zeros.append(Target(index, (start, stop)))
+        columns = self._columns(shard, parts[0][0], operation, neurons)
+        self.builder.copy(index, shard, parts, columns)
 
     def _segments(
         self, parts: Iterable[Rows], shard: Shard, layer: int | None, expert: int | None
-    ) -> list[tuple[str, int, int]]:
-        segments = []
-        for rows in parts:
-            tensor = rows.tensor.format(layer=layer)
-            if expert is not None and self.branches > 1:
-                tensor = branch_name(self.upcycling.copy_of(expert) % self.branches, tensor)
-            if tensor not in self.tensors:
-                raise UpcyclingError(
-                    f"The model has {shard.name}, but the dense checkpoint has no {tensor} "
-                    f"(it has {self.arch.num_layers} layers and "
-                    f"{'tied' if self.arch.share_embeddings_and_output_weights else 'untied'} "
-                    "embeddings). Make the model's config from the checkpoint's config."
-                )
-            stop = self.tensors[tensor].shape[0] if rows.stop is None else rows.stop
-            segments.append((tensor, rows.start, stop))
-        return segments
+    ) -> list[Segment]:
+        def name_of(tensor: str) -> str:
+            name = tensor.format(layer=layer)
+            if expert is None or self.branches == 1:
+                return name
+            return branch_name(self.upcycling.copy_of(expert) % self.branches, name)
+
+        def missing(tensor: str) -> UpcyclingError:
+            return UpcyclingError(
+                f"The model has {shard.name}, but the dense checkpoint has no {tensor} "
+                f"(it has {self.arch.num_layers} layers and "
+                f"{'tied' if self.arch.share_embeddings_and_output_weights else 'untied'} "
+                "embeddings). Make the model's config from the checkpoint's config."
+            )
+
+        return segments(parts, self.builder.tensors, name_of, missing)
 
     def _columns(
         self, shard: Shard, tensor: str, operation: Operation, neurons: Span | None
     ) -> Span | None:
         """Return the shard's columns in the dense tensor: an expert's down has its neurons'."""
-        expected = self.tensors[tensor].shape[1:]
+        expected = self.builder.tensors[tensor].shape[1:]
         skipped = 0
         if operation.columns_are_neurons and neurons is not None:
             expected, skipped = (neurons[1] - neurons[0],), neurons[0]
@@ -227,46 +300,11 @@ def make_plan(
     Raises:
         UpcyclingError: A shard has no source or does not fit it.
     """
-    builder = _Builder(tensors, family, arch, upcycling, branches)
+    builder = PlanBuilder(tensors)
+    add = _Upcycling(builder, family, arch, upcycling, branches).add
     for index, shard in enumerate(shards):
-        builder.add(index, shard)
-    return Plan(
-        copies={block: tuple(targets) for block, targets in builder.copies.items()},
-        routers=tuple(builder.routers),
-        zeros=tuple(builder.zeros),
-        bytes_to_read=sum(read_bytes(block, tensors) for block in builder.copies),
-        tensors=frozenset(block.tensor for block in builder.copies),
-    )
-
-
-def dense_name(name: str) -> str:
-    """Return the dense parameter that a parameter of the MoE comes from, `{layer}` left open.
-
-    Experts are made of the layer's feed-forward network. Its norm is a parameter of its own
-    only where an MoE follows; in a dense layer it is fused into linear_fc1.
-    """
-    name = (
-        pattern_of(name).replace(".mlp.experts.{expert}.", ".mlp.").replace(_SHARED_EXPERT, ".mlp.")
-    )
-    return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
-
-
-def pattern_of(name: str) -> str:
-    """Return a parameter's name with `{layer}` and `{expert}` left open."""
-    name = _LAYER.sub("decoder.layers.{layer}.", name)
-    return _EXPERT.sub(".mlp.experts.{expert}.", name)
-
-
-def expert_of(name: str) -> int | None:
-    """Return the routed expert that a parameter belongs to, None where it belongs to none."""
-    found = _EXPERT.search(name)
-    return int(found[1]) if found else None
-
-
-def layer_of(name: str) -> int | None:
-    """Return the layer that a parameter belongs to, None where it belongs to none."""
-    found = _LAYER.match(name)
-    return int(found[1]) if found else None
+        add(index, shard)
+    return builder.plan()
 
 
 def block_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
@@ -279,9 +317,17 @@ def read_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
     return block_bytes(block, tensors) * tensors[block.tensor].sources
 
 
-def chunk_rows(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
-    """Return how many rows of a block are read at a time: what fits `CHUNK_BYTES`, at least one."""
-    return min(block.rows[1] - block.rows[0], max(1, CHUNK_BYTES // _row_bytes(block, tensors)))
+def chunk_spans(rows: Span, row_bytes: int) -> Iterator[Span]:
+    """Yield rows in runs that fit `CHUNK_BYTES`, one row at least."""
+    start, stop = rows
+    step = max(1, CHUNK_BYTES // row_bytes)
+    for row in range(start, stop, step):
+        yield row, min(row + step, stop)
+
+
+def chunks(block: Block, tensors: Mapping[str, TensorInfo]) -> Iterator[Span]:
+    """Yield the rows of a block as they are read: a run at a time."""
+    return chunk_spans(block.rows, _row_bytes(block, tensors))
 
 
 def peak_bytes(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: str) -> int:
@@ -297,10 +343,12 @@ def peak_bytes(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: str) -> int
         one chunk in the parameters' dtype where it is not the checkpoint's and the chunk goes to
         several places. An initialiser works afterwards, on less at a time: see `engine/experts.py`.
     """
-    largest = converted = averaged = chunks = 0
+    largest = converted = averaged = count = 0
     for block, targets in plan.copies.items():
-        rows, row_bytes = chunk_rows(block, tensors), _row_bytes(block, tensors)
-        chunks += math.ceil((block.rows[1] - block.rows[0]) / rows)
+        row_bytes = _row_bytes(block, tensors)
+        spans = list(chunks(block, tensors))
+        rows = spans[0][1] - spans[0][0]
+        count += len(spans)
         largest = max(largest, rows * row_bytes)
         source = tensors[block.tensor].dtype
         values = rows * row_bytes // DTYPE_BYTES[source]
@@ -308,7 +356,7 @@ def peak_bytes(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: str) -> int
             converted = max(converted, values * DTYPE_BYTES[dtype])
         if tensors[block.tensor].sources > 1:  # two chunks more, and two in fp32
             averaged = max(averaged, 2 * rows * row_bytes + 2 * values * DTYPE_BYTES["F32"])
-    return min(BUFFERS, chunks) * (largest + averaged) + converted
+    return min(BUFFERS, count) * (largest + averaged) + converted
 
 
 def _row_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
@@ -316,13 +364,11 @@ def _row_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
     return columns * DTYPE_BYTES[tensors[block.tensor].dtype]
 
 
-def cut(
-    rows: Span, columns: Span | None, segments: list[tuple[str, int, int]]
-) -> Iterator[tuple[Block, Span]]:
+def cut(rows: Span, columns: Span | None, parts: Iterable[Segment]) -> Iterator[tuple[Block, Span]]:
     """Yield the parts of the segments that lie in a shard, with the shard's rows they fill."""
     first, last = rows
     position = 0
-    for tensor, start, stop in segments:
+    for tensor, start, stop in parts:
         low, high = max(first, position), min(last, position + stop - start)
         if low < high:
             source = (start + low - position, start + high - position)

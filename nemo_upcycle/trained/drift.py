@@ -1,7 +1,8 @@
 """How far the weights of an upcycled model are from the dense ones, read tensor by tensor."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -10,6 +11,7 @@ from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, Family, family_of
 from nemo_upcycle.families.model import MoEModel, upcycling_of
+from nemo_upcycle.plans.rank import Segment, segments
 from nemo_upcycle.progress import Progress
 from nemo_upcycle.trained.opened import Trained
 
@@ -54,14 +56,21 @@ def drift(dense: DenseCheckpoint, trained: Trained, progress: Progress | None = 
     _check_alike(arch, trained.model.arch)
     found, neurons = Drift(), _neurons(trained.model, arch)
     pairs = list(_pairs(family, trained.model))
+
+    def missing(tensor: str) -> UpcyclingError:
+        return UpcyclingError(
+            f"{dense.directory} has no {tensor}. Give the dense checkpoint that the MoE was "
+            "upcycled from."
+        )
+
     for done, (pattern, layer, expert, name) in enumerate(pairs, 1):
         rows = family.parameters[pattern].rows(arch, None if expert is None else neurons(expert))
         columns = None
         if expert is not None and family.parameters[pattern].columns_are_neurons:
             columns = neurons(expert)
-        source = [(r.tensor.format(layer=layer), r.start, r.stop) for r in rows]
+        source = segments(rows, dense.tensors, partial(str.format, layer=layer), missing)
         before = _read(dense, source, columns)
-        after = _read(trained.checkpoint, list(trained.segments(name)), None)
+        after = _read(trained.checkpoint, trained.segments(name), None)
         if ".experts." in name or ".shared_experts." in name:
             _add_expert(found, name, before, after)
         else:
@@ -112,12 +121,11 @@ def _pairs(family: Family, model: MoEModel) -> Iterator[tuple[str, int | None, i
 
 
 def _read(
-    checkpoint: DenseCheckpoint, segments: list[tuple[str, int, int | None]], columns: Span | None
+    checkpoint: DenseCheckpoint, source: Sequence[Segment], columns: Span | None
 ) -> torch.Tensor:
     parts = []
-    for name, start, stop in segments:
+    for name, start, stop in source:
         info = checkpoint.tensors[name]
-        stop = info.shape[0] if stop is None else stop
         width = info.width if columns is None else columns[1] - columns[0]
         dtype = TORCH_DTYPES[info.dtype]
         buffer = bytearray((stop - start) * width * dtype.itemsize)

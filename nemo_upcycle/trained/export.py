@@ -20,7 +20,8 @@ from nemo_upcycle.checkpoint import DTYPE_BYTES, MegatronCheckpoint, TensorInfo
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe import MoEFamily, moe_family_of
-from nemo_upcycle.plans.rank import CHUNK_BYTES, expert_of, layer_of, pattern_of
+from nemo_upcycle.families.names import expert_of, layer_of, pattern_of
+from nemo_upcycle.plans.rank import chunk_spans
 from nemo_upcycle.progress import Progress, no_progress
 from nemo_upcycle.trained.configs import write_configs, write_json
 from nemo_upcycle.trained.opened import open_trained
@@ -129,13 +130,14 @@ def _outputs(
         width = model.expert_width if numbers["expert"] is not None else model.arch.ffn_hidden_size
         position = 0
         for rows in operation.rows(model.arch, (0, width)):
-            count = info.shape[0] if rows.stop is None else rows.stop - rows.start
+            start, stop = rows.span(info.shape[0])
+            count = stop - start
             tensor = rows.tensor.format(**numbers)
             output = outputs.setdefault(
                 tensor, Output(TensorInfo((0, *info.shape[1:]), info.dtype))
             )
-            output.parts[rows.start] = Part(name, position, count)
-            end = max(output.info.shape[0], rows.start + count)
+            output.parts[start] = Part(name, position, count)
+            end = max(output.info.shape[0], stop)
             output.info = TensorInfo((end, *info.shape[1:]), info.dtype)
             output.doubled = family.doubled is not None and tensor.endswith(family.doubled)
             position += count
@@ -283,10 +285,8 @@ def _chunks(checkpoint: MegatronCheckpoint, output: Output) -> Iterator[bytes | 
         yield bytes(output.bytes)
         return
     row_bytes = output.bytes // output.info.shape[0]
-    step = max(1, CHUNK_BYTES // row_bytes)
     for _, part in sorted(output.parts.items()):
-        for first in range(0, part.count, step):
-            rows = part.start + first, part.start + min(first + step, part.count)
+        for rows in chunk_spans((part.start, part.start + part.count), row_bytes):
             buffer = bytearray((rows[1] - rows[0]) * row_bytes)
             checkpoint.read_into(memoryview(buffer), part.name, rows, None)
             yield _doubled(buffer, output.info.dtype) if output.doubled else buffer

@@ -4,7 +4,7 @@ Where the rows of a parameter lie is said by the same operations as for upcyclin
 model is exported, imported and loaded under any mapping slice by slice, and no model is built.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -28,17 +28,8 @@ from nemo_upcycle.families.fields import megatron_model
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe import MoEFamily
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
-from nemo_upcycle.plans.rank import (
-    Block,
-    Plan,
-    Shard,
-    Target,
-    cut,
-    expert_of,
-    layer_of,
-    pattern_of,
-    read_bytes,
-)
+from nemo_upcycle.families.names import expert_of, layer_of, pattern_of, stored_name
+from nemo_upcycle.plans.rank import Segment, segments
 
 
 @dataclass(frozen=True)
@@ -61,29 +52,32 @@ class Trained:
     @property
     def dtype(self) -> str:
         """The dtype of its embeddings, by safetensors' name."""
-        return self.checkpoint.tensors[next(self.segments(VOCABULARY[0]))[0]].dtype
+        return self.checkpoint.tensors[self.segments(VOCABULARY[0])[0][0]].dtype
 
-    def segments(self, parameter: str) -> Iterator[tuple[str, int, int]]:
-        """Yield the tensors, with rows, that make up a parameter of Megatron's.
+    def segments(self, parameter: str) -> list[Segment]:
+        """Return the tensors, with rows, that make up a parameter of Megatron's.
 
         Raises:
             UpcyclingError: The checkpoint has nothing for it.
         """
         layer, expert = layer_of(parameter), expert_of(parameter)
         width = self.model.arch.ffn_hidden_size if expert is None else self.model.expert_width
-        for rows in self._operation(parameter).rows(self.model.arch, (0, width)):
-            tensor = rows.tensor.format(layer=layer, expert=expert)
-            if tensor not in self.checkpoint.tensors:
-                raise UpcyclingError(
-                    f"{self.checkpoint.directory} has no {tensor}, which the model's {parameter} "
-                    "is. It is incomplete, or its config is another model's."
-                )
-            stop = self.checkpoint.tensors[tensor].shape[0] if rows.stop is None else rows.stop
-            yield tensor, rows.start, stop
+
+        def missing(tensor: str) -> UpcyclingError:
+            return UpcyclingError(
+                f"{self.checkpoint.directory} has no {tensor}, which the model's {parameter} "
+                "is. It is incomplete, or its config is another model's."
+            )
+
+        return segments(
+            self._operation(parameter).rows(self.model.arch, (0, width)),
+            self.checkpoint.tensors,
+            lambda tensor: tensor.format(layer=layer, expert=expert),
+            missing,
+        )
 
     def _operation(self, parameter: str) -> Operation:
-        # In a checkpoint the norm before an MoE has the name that it has before a dense layer.
-        name = parameter.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
+        name = stored_name(parameter)
         if self.family is None:
             return Rename(name)
         operation = self.family.parameters.get(pattern_of(name))
@@ -194,71 +188,3 @@ def _check_zeros(opened: Trained) -> None:
                 f"{name} of {checkpoint.directory} is not 0; Megatron's model has no gate of the "
                 "shared expert. Only a Qwen2-MoE as `nemo-upcycle export` writes it can be read."
             )
-
-
-# --- Loading -------------------------------------------------------------------------------------
-
-
-def plan_restore(shards: Iterable[Shard], trained: Trained) -> Plan:
-    """Say for each shard of a rank which blocks of which tensors fill it.
-
-    Args:
-        shards: What the rank owns.
-        trained: The model.
-
-    Raises:
-        UpcyclingError: A shard has no source or does not fit it.
-    """
-    copies: dict[Block, list[Target]] = {}
-    zeros = []
-    tensors = trained.checkpoint.tensors
-    for index, shard in enumerate(shards):
-        segments = list(trained.segments(shard.name))
-        total = sum(stop - start for _, start, stop in segments)
-        _check_fits(shard, total, tensors[segments[0][0]].shape[1:])
-        for block, rows in cut(shard.rows, shard.columns, segments):
-            copies.setdefault(block, []).append(Target(index, rows))
-        padding = max(shard.rows[0], total) - shard.rows[0], shard.shape[0]
-        if padding[0] < padding[1]:
-            zeros.append(Target(index, padding))
-    return Plan(
-        copies={block: tuple(targets) for block, targets in copies.items()},
-        routers=(),
-        zeros=tuple(zeros),
-        bytes_to_read=sum(read_bytes(block, tensors) for block in copies),
-        tensors=frozenset(block.tensor for block in copies),
-    )
-
-
-def _check_fits(shard: Shard, rows: int, columns: tuple[int, ...]) -> None:
-    padded = shard.name in VOCABULARY and shard.global_shape[0] > rows
-    if shard.global_shape[1:] != columns or (shard.global_shape[0] != rows and not padded):
-        raise UpcyclingError(
-            f"The model's {shard.name} is {list(shard.global_shape)}, the checkpoint's "
-            f"{[rows, *columns]}. Its config is another model's."
-        )
-
-
-def check_all_restored(trained: Trained, used: Iterable[str]) -> None:
-    """Check that the ranks together have used the whole checkpoint.
-
-    Args:
-        trained: The model.
-        used: Names of the tensors that any rank has read.
-
-    Raises:
-        UpcyclingError: Some tensor went nowhere.
-    """
-    known = trained.unread | frozenset(used)
-    left = [
-        name
-        for name in trained.checkpoint.tensors
-        if name not in known and not name.endswith(("rotary_emb.inv_freq", "_extra_state"))
-    ]
-    if trained.model.arch.share_embeddings_and_output_weights:
-        left = [name for name in left if name not in ("lm_head.weight", "output_layer.weight")]
-    if left:
-        raise UpcyclingError(
-            f"The model has no place for {len(left)} tensors of {trained.checkpoint.directory}: "
-            f"{listing(left)}. Its config is another model's."
-        )

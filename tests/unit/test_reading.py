@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
-from nemo_upcycle.engine import reading
 from nemo_upcycle.engine.reading import Chunk, all_finite, copy_blocks
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.plans.rank import Block
@@ -37,7 +36,7 @@ def read(checkpoint: HuggingFaceCheckpoint, block: Block) -> torch.Tensor:
 def test_any_block_is_the_tensor_there(
     dense: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
-    monkeypatch.setattr(reading, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("nemo_upcycle.plans.rank.CHUNK_BYTES", chunk_bytes)
     generator = random.Random(0)
     tensors = load_file(dense / "model.safetensors")
     checkpoint = HuggingFaceCheckpoint(dense)
@@ -73,7 +72,7 @@ def test_only_the_blocks_bytes_are_read(dense: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_several_blocks_come_in_their_order(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "CHUNK_BYTES", 64 * 4 * 5)
+    monkeypatch.setattr("nemo_upcycle.plans.rank.CHUNK_BYTES", 64 * 4 * 5)
     blocks = [Block(f"model.layers.{i}.self_attn.k_proj.weight", (0, 32), (0, 64)) for i in (3, 0)]
     tensors = load_file(dense / "model.safetensors")
     seen = []
