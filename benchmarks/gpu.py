@@ -121,7 +121,7 @@ def filled(
 ) -> torch.nn.Module:
     """Build a model and fill it from a dense checkpoint."""
     checkpoint = HuggingFaceCheckpoint(dense)
-    arch = family_of(checkpoint.config).architecture(checkpoint.config)
+    arch = checkpoint.architecture
     model = build(arch, upcycling, dtype, **overrides).eval()
     load.fill([model], checkpoint, upcycling)
     return model

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_upcycle.checkpoint.described import architecture_here
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.families import Architecture, architecture_of
 
 CONFIGS = Path(__file__).parent / "configs"
 OF_RECIPE = ("num_nodes", "num_gpus_per_node", "precision", "recompute")
@@ -165,4 +165,4 @@ class Recipe:
 
 def architecture(config: dict[str, Any]) -> Architecture:
     """Return the numbers of a parsed Hugging Face config."""
-    return family_of(config).architecture(config)
+    return architecture_of(config)

@@ -11,7 +11,7 @@ from nemo_upcycle.ablations.studies import Arm, most_sequences
 from nemo_upcycle.checkpoint import is_checkpoint, open_checkpoint
 from nemo_upcycle.checkpoint.fingerprint import fingerprint
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.families import Architecture, architecture_of
 from nemo_upcycle.files import write_whole
 
 FORMAT = 1
@@ -69,7 +69,7 @@ class Workspace:
     def architecture(self) -> Architecture:
         """The dense model's numbers."""
         config = open_checkpoint(str(self.dense)).config
-        return family_of(config).architecture(config)
+        return architecture_of(config)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

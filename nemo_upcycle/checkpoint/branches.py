@@ -15,7 +15,6 @@ from pathlib import Path
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, Piece, Span, TensorInfo, open_checkpoint
 from nemo_upcycle.errors import UpcyclingError, listing
-from nemo_upcycle.families import family_of
 
 _MAY_DIFFER = ("max_position_embeddings", "init_method_std")
 """Fields of an architecture that change nothing of what it computes."""
@@ -90,8 +89,6 @@ class BranchedCheckpoint(DenseCheckpoint):
         self._branches = tuple(branches)
         self.directory = branches[0].directory
         self.config = branches[0].config
-        self._family = family_of(self.config)
-        self._arch = self._family.architecture(self.config)
         for other in branches[1:]:
             self._check_alike(other)
 
@@ -104,12 +101,12 @@ class BranchedCheckpoint(DenseCheckpoint):
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Averages by their names, and each branch's feed-forward tensors."""
         first = self._branches[0].tensors
-        names = [name for name in self._family.shapes(self._arch) if name in first]
+        names = [name for name in self.family.shapes(self.architecture) if name in first]
         found = {name: replace(first[name], sources=len(self._branches)) for name in names}
         parts = {
             rows.tensor
-            for layer in range(self._arch.num_layers)
-            for rows in self._family.feed_forward(self._arch, layer).values()
+            for layer in range(self.architecture.num_layers)
+            for rows in self.family.feed_forward(self.architecture, layer).values()
         }
         for index, branch in enumerate(self._branches):
             own = {branch_name(index, name): branch.tensors.get(name) for name in parts}
@@ -157,16 +154,15 @@ class BranchedCheckpoint(DenseCheckpoint):
         return (self._branches[int(index)], own) if colon else (None, name)
 
     def _check_alike(self, other: DenseCheckpoint) -> None:
-        family = family_of(other.config)
-        arch = family.architecture(other.config)
+        arch = other.architecture
         different = [
-            f"{field.name} {getattr(self._arch, field.name)} and {getattr(arch, field.name)}"
+            f"{field.name} {getattr(self.architecture, field.name)} and {getattr(arch, field.name)}"
             for field in fields(arch)
             if field.name not in _MAY_DIFFER
-            and getattr(self._arch, field.name) != getattr(arch, field.name)
+            and getattr(self.architecture, field.name) != getattr(arch, field.name)
         ]
-        if family.model_type != self._family.model_type:
-            different.append(f"model_type {self._family.model_type} and {family.model_type}")
+        if other.family.model_type != self.family.model_type:
+            different.append(f"model_type {self.family.model_type} and {other.family.model_type}")
         if different:
             raise UpcyclingError(
                 f"{self.directory} and {other.directory} are not of one architecture: "

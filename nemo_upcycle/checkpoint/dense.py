@@ -11,10 +11,12 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families import Architecture, Family, family_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,6 +83,24 @@ class DenseCheckpoint(ABC):
 
     def __init__(self) -> None:
         self._descriptors: dict[str, int] = {}
+
+    @cached_property
+    def family(self) -> Family:
+        """Its family.
+
+        Raises:
+            UpcyclingError: The family is not one that can be upcycled.
+        """
+        return family_of(self.config)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The numbers that its config says.
+
+        Raises:
+            UpcyclingError: It cannot be upcycled.
+        """
+        return self.family.architecture(self.config)
 
     @property
     def branches(self) -> "tuple[DenseCheckpoint, ...]":

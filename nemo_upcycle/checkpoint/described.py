@@ -94,31 +94,26 @@ def open_dense(source: str) -> Dense:
         check_dense(config, directory)
         return dense_of_config(config, source, note)
     checkpoint = open_branches(source)
-    family, arch = checked(checkpoint)
-    branches = len(checkpoint.branches)
-    return Dense(source, "headers read and checked", family, arch, checkpoint.tensors, branches)
+    check_whole(checkpoint)
+    return Dense(
+        source,
+        "headers read and checked",
+        checkpoint.family,
+        checkpoint.architecture,
+        checkpoint.tensors,
+        len(checkpoint.branches),
+    )
 
 
-def described(checkpoint: DenseCheckpoint) -> tuple[Family, Architecture]:
-    """Return what a dense checkpoint's config says it is.
-
-    Raises:
-        UpcyclingError: It cannot be upcycled.
-    """
-    family = family_of(checkpoint.config)
-    return family, family.architecture(checkpoint.config)
-
-
-def checked(checkpoint: DenseCheckpoint) -> tuple[Family, Architecture]:
-    """Return what a dense checkpoint is, its tensors held against its config.
+def check_whole(checkpoint: DenseCheckpoint) -> None:
+    """Check that a dense checkpoint has the tensors that its config says.
 
     Raises:
         UpcyclingError: It cannot be upcycled, or has other tensors than its config says.
     """
-    family, arch = described(checkpoint)
     for branch in checkpoint.branches:
-        check_tensors(branch.tensors, family, arch, str(branch.directory))
-    return family, arch
+        where = str(branch.directory)
+        check_tensors(branch.tensors, checkpoint.family, checkpoint.architecture, where)
 
 
 def architecture_here(source: str) -> tuple[Architecture | None, list[str]]:
@@ -137,4 +132,4 @@ def architecture_here(source: str) -> tuple[Architecture | None, list[str]]:
     parts = split_sources(source)
     absent = [part for part in parts if find_directory(part) is None]
     here = [part for part in parts if part not in absent]
-    return described(open_parts(here))[1] if here else None, absent
+    return open_parts(here).architecture if here else None, absent

@@ -3,7 +3,6 @@
 import hashlib
 
 from nemo_upcycle.checkpoint import DTYPE_BYTES, DenseCheckpoint
-from nemo_upcycle.checkpoint.described import described
 from nemo_upcycle.errors import UpcyclingError
 
 VALUES = 64
@@ -26,8 +25,7 @@ def fingerprint(checkpoint: DenseCheckpoint) -> str:
     Raises:
         UpcyclingError: The checkpoint is damaged.
     """
-    _, architecture = described(checkpoint)
-    digest = hashlib.sha256(repr(architecture).encode())
+    digest = hashlib.sha256(repr(checkpoint.architecture).encode())
     for name, info in sorted(checkpoint.tensors.items()):
         digest.update(repr((name, info)).encode())
         if info.dtype in DTYPE_BYTES and all(info.shape):
@@ -47,8 +45,8 @@ def check_tied(checkpoint: DenseCheckpoint) -> None:
     Raises:
         UpcyclingError: It is not.
     """
-    family, arch = described(checkpoint)
-    is_tied = arch.share_embeddings_and_output_weights
+    family = checkpoint.family
+    is_tied = checkpoint.architecture.share_embeddings_and_output_weights
     if family.tied is None or not is_tied or family.tied[0] not in checkpoint.tensors:
         return
     output, embeddings = family.tied

@@ -13,7 +13,7 @@ from nemo_upcycle.checkpoint import DenseCheckpoint, HuggingFaceCheckpoint, Mega
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
 from nemo_upcycle.checkpoint.torch_save import read_pickle
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families import family_of
+from nemo_upcycle.families import architecture_of
 from nemo_upcycle.families.family import Architecture
 from nemo_upcycle.families.megatron import moe_architecture
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
@@ -100,7 +100,7 @@ def _architecture(config: dict[str, Any]) -> Architecture:
         return moe_model(config).arch
     if config.get("num_moe_experts"):
         return moe_architecture(config)
-    return family_of(config).architecture(config)
+    return architecture_of(config)
 
 
 def _context(arch: Architecture) -> dict[str, Any]:

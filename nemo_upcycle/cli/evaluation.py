@@ -336,14 +336,13 @@ def _why(dense: Path, moe: Path) -> list[str]:
     from nemo_upcycle.checkpoint.branches import split_sources
     from nemo_upcycle.checkpoint.kept import dense_checkpoints_in
     from nemo_upcycle.evaluation.parity import reasons
-    from nemo_upcycle.families import family_of
     from nemo_upcycle.trained.drift import drift
     from nemo_upcycle.trained.opened import open_trained
 
     checkpoint, trained = open_checkpoint(str(dense)), open_trained(moe)
     with progress("weights") as show:
         found = drift(checkpoint, trained, show)
-    arch = family_of(checkpoint.config).architecture(checkpoint.config)
+    arch = checkpoint.architecture
     sources = dense_checkpoints_in(trained.checkpoint.directory) or ""
     return list(reasons(found, trained.model, arch, len(split_sources(sources or str(dense)))))
 

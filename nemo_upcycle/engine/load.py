@@ -11,7 +11,7 @@ import torch
 
 from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.checkpoint.branches import branch_name
-from nemo_upcycle.checkpoint.described import checked, described
+from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.fingerprint import check_tied
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.experts import initialize_experts
@@ -71,7 +71,8 @@ def fill(
             before anything is written, except for values that are not finite.
     """
     started = time.perf_counter()
-    family, arch = checked(checkpoint)
+    check_whole(checkpoint)
+    family, arch = checkpoint.family, checkpoint.architecture
     for branch in checkpoint.branches:
         check_tied(branch)
     make_initializer(upcycling.initializer)  # before anything is written
@@ -133,8 +134,7 @@ def check_all_used(checkpoint: DenseCheckpoint, reports: Iterable[LoadReport]) -
         UpcyclingError: Some tensor went nowhere; the model is smaller than the checkpoint.
     """
     used = frozenset().union(*(report.tensors for report in reports))
-    family, arch = described(checkpoint)
-    expected = family.shapes(arch)
+    expected = checkpoint.family.shapes(checkpoint.architecture)
     branches = range(len(checkpoint.branches))
     unused = [
         name

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
-from nemo_upcycle.checkpoint.described import checked
+from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
 from nemo_upcycle.checkpoint.huggingface import read_config, resolve_directory
 from nemo_upcycle.config import UpcyclingConfig
@@ -69,7 +69,8 @@ def _is_dense_huggingface(directory: Path) -> bool:
 
 def _dense(directory: Path) -> Source:
     checkpoint, dense = HuggingFaceCheckpoint(directory), UpcyclingConfig(num_moe_experts=None)
-    family, arch = checked(checkpoint)
+    check_whole(checkpoint)
+    family, arch = checkpoint.family, checkpoint.architecture
     first = next(iter(family.shapes(arch)))
     return Source(
         upcycled_model(arch, dense),

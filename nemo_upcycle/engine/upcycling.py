@@ -8,7 +8,7 @@ import torch
 
 from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.checkpoint.branches import open_branches
-from nemo_upcycle.checkpoint.described import checked, described
+from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.fingerprint import fingerprint
 from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.config import Exactness, UpcyclingConfig
@@ -79,8 +79,8 @@ class Prepared:
         Raises:
             UpcyclingError: The checkpoint's tensors are not its config's, or the model is another.
         """
-        _, arch = checked(self.checkpoint)
-        check_agreement(config, arch, tokenizer_size)
+        check_whole(self.checkpoint)
+        check_agreement(config, self.checkpoint.architecture, tokenizer_size)
 
 
 def prepare(dense_checkpoint: str, upcycling: UpcyclingConfig) -> Prepared:
@@ -134,9 +134,8 @@ def fill_all(
     ranks.raise_on_all(error)
     reports = ranks.gather(report)
     check_all_used(prepared.checkpoint, reports)
-    _, arch = described(prepared.checkpoint)
-    branches = len(prepared.checkpoint.branches)
-    exactness = exactness_of(config, prepared.upcycling, arch, branches)
+    dense = prepared.checkpoint
+    exactness = exactness_of(config, prepared.upcycling, dense.architecture, len(dense.branches))
     return Report(prepared.name, prepared.upcycling, tuple(reports), exactness)
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, read_config
-from nemo_upcycle.checkpoint.described import checked
+from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, load_tokenizer
@@ -65,7 +65,9 @@ def _architecture(directory: Path) -> Architecture | None:
     config = read_config(directory)
     kind = str(config.get("model_type"))
     if kind in FAMILIES:
-        return checked(HuggingFaceCheckpoint(directory))[1]
+        checkpoint = HuggingFaceCheckpoint(directory)
+        check_whole(checkpoint)
+        return checkpoint.architecture
     return moe_model(config).arch if kind in MOE_FAMILIES else None
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, read_config
-from nemo_upcycle.checkpoint.described import checked
+from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.fingerprint import check_tied
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.engine.reading import Chunk, copy_blocks
@@ -65,7 +65,7 @@ def _check(checkpoint: HuggingFaceCheckpoint) -> None:
         UpcyclingError: They are not those of the config.
     """
     if checkpoint.config["model_type"] in FAMILIES:
-        checked(checkpoint)
+        check_whole(checkpoint)
         check_tied(checkpoint)
         return
     trained = open_trained(checkpoint.directory)

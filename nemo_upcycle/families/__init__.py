@@ -31,4 +31,25 @@ def family_of(config: dict[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-__all__ = ["FAMILIES", "Architecture", "Family", "Operation", "Rows", "dimensions", "family_of"]
+def architecture_of(config: dict[str, Any]) -> Architecture:
+    """Return the numbers of a dense model.
+
+    Args:
+        config: The parsed `config.json`, in the words of transformers 4 or 5.
+
+    Raises:
+        UpcyclingError: It cannot be upcycled.
+    """
+    return family_of(config).architecture(config)
+
+
+__all__ = [
+    "FAMILIES",
+    "Architecture",
+    "Family",
+    "Operation",
+    "Rows",
+    "architecture_of",
+    "dimensions",
+    "family_of",
+]

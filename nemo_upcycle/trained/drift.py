@@ -9,7 +9,7 @@ import torch
 from nemo_upcycle.checkpoint import DenseCheckpoint, Span
 from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families import Architecture, Family, family_of
+from nemo_upcycle.families import Architecture, Family
 from nemo_upcycle.families.model import MoEModel, upcycling_of
 from nemo_upcycle.plans.rank import Segment, segments
 from nemo_upcycle.progress import Progress
@@ -51,8 +51,7 @@ def drift(dense: DenseCheckpoint, trained: Trained, progress: Progress | None = 
     Raises:
         UpcyclingError: The two are not of one shape.
     """
-    family = family_of(dense.config)
-    arch = family.architecture(dense.config)
+    family, arch = dense.family, dense.architecture
     _check_alike(arch, trained.model.arch)
     found, neurons = Drift(), _neurons(trained.model, arch)
     pairs = list(_pairs(family, trained.model))

@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import AttnBackend
 from nemo_upcycle.checkpoint import open_checkpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine import load
-from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.families import Architecture
 from tests.distributed import scenarios
 
 DENSE = UpcyclingConfig(num_moe_experts=None)
@@ -32,7 +32,7 @@ def save_dense(dense: Path, folding: ParallelFolding, directory: Path, **overrid
     load.fill(chunks, checkpoint, DENSE)
     iteration = directory / f"iter_{ITERATION:07d}"
     iteration.mkdir(parents=True, exist_ok=True)
-    arch = family_of(checkpoint.config).architecture(checkpoint.config)
+    arch = checkpoint.architecture
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     state = {
         "args": megatron_args(arch, folding),
@@ -84,7 +84,7 @@ def upcycled_from(
 ) -> scenarios.Shards:
     """Build the model that a dense checkpoint of any format asks for, fill it, return it."""
     checkpoint = open_checkpoint(str(source))
-    arch = family_of(checkpoint.config).architecture(checkpoint.config)
+    arch = checkpoint.architecture
     chunks = scenarios.build_from(arch, folding, upcycling)
     load.fill(chunks, checkpoint, upcycling)
     return scenarios.shards(chunks)

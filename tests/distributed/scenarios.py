@@ -25,7 +25,7 @@ from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine import cpu, load
 from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
-from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.families import Architecture, architecture_of
 from nemo_upcycle.families.fields import moe_fields, window_fields
 from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields
 from nemo_upcycle.plans.rank import Shard
@@ -64,7 +64,7 @@ def build(
 ) -> Chunks:
     """Build this rank's model for a dense checkpoint."""
     hf_config = HuggingFaceCheckpoint(dense).config
-    arch = family_of(hf_config).architecture(hf_config)
+    arch = architecture_of(hf_config)
     return build_from(arch, folding, upcycling, **overrides)
 
 

@@ -123,12 +123,11 @@ def test_a_checkpoint_that_only_the_ranks_see_is_compared(
 def fill_a_smaller_model(dense: Path) -> str:
     """Fill two layers from a checkpoint of four; return the error."""
     from nemo_upcycle.checkpoint import open_checkpoint
-    from nemo_upcycle.checkpoint.described import described
     from nemo_upcycle.engine import load
     from tests.distributed import scenarios
 
     checkpoint, upcycling = open_checkpoint(str(dense)), UpcyclingConfig(num_moe_experts=None)
-    _, arch = described(checkpoint)
+    arch = checkpoint.architecture
     chunks = scenarios.build_from(replace(arch, num_layers=2), ParallelFolding(), upcycling)
     report = load.fill(chunks, checkpoint, upcycling)
     with pytest.raises(UpcyclingError) as error:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, MegatronCheckpoint, open_checkpoint
 from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.families import family_of
+from nemo_upcycle.families import architecture_of
 from nemo_upcycle.families.llama import LLAMA
 from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer
 from tests.distributed.foldings import Spread, spread
@@ -105,7 +105,7 @@ def test_tensors_are_the_dense_models_bit_for_bit(saved: Path, dense: Path) -> N
 
 def test_architecture_is_the_dense_models(saved: Path, dense: Path) -> None:
     config = open_checkpoint(str(saved)).config
-    found = family_of(config).architecture(config)
+    found = architecture_of(config)
     assert found == LLAMA.architecture(json.loads((dense / "config.json").read_text()))
 
 

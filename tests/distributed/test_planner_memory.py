@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.families import Architecture, architecture_of
 from nemo_upcycle.planner.memory import ModelState, model_state, of_stage
 from nemo_upcycle.planner.workload import Mapping, Workload
 from nemo_upcycle.plans.layout import coordinates
@@ -57,7 +57,7 @@ def architecture(**config: Any) -> Architecture:
     # Wide enough that padding to 64 elements is no percent.
     sizes = {"hidden_size": 128, "intermediate_size": 192, "model_type": "llama"}
     full = CONFIG | sizes | config
-    return family_of(full).architecture(full)
+    return architecture_of(full)
 
 
 def state_bytes(

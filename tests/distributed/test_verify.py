@@ -16,7 +16,7 @@ from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.parity import Parity, compare, length_beyond, reasons, rows_of
 from nemo_upcycle.evaluation.rounding import reorder
-from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.families import Architecture, architecture_of
 from nemo_upcycle.trained.drift import drift
 from nemo_upcycle.trained.export import export
 from nemo_upcycle.trained.opened import open_trained
@@ -58,7 +58,7 @@ def parity(dense: Path, moe: Path, folding: ParallelFolding, dtype: str = "float
 
 def why(dense: Path, moe: Path, dense_checkpoints: int = 1) -> str:
     checkpoint, trained = open_checkpoint(str(dense)), open_trained(moe)
-    arch = family_of(checkpoint.config).architecture(checkpoint.config)
+    arch = checkpoint.architecture
     found = drift(checkpoint, trained)
     return "; ".join(reasons(found, trained.model, arch, dense_checkpoints))
 
@@ -299,7 +299,7 @@ def test_rows_reach_beyond_a_window(tmp_path: Path) -> None:
 def mistral_of(directory: Path, **config: Any) -> Architecture:
     path = write_dense(directory / "mistral", "mistral", **config)
     found = open_checkpoint(str(path)).config
-    return family_of(found).architecture(found)
+    return architecture_of(found)
 
 
 def test_models_of_other_shapes_are_refused(ranks: RankPool, tmp_path: Path) -> None:

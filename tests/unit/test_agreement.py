@@ -13,7 +13,7 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine import cpu
 from nemo_upcycle.engine.agreement import check_agreement, exactness_of
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.families import Architecture, architecture_of
 from nemo_upcycle.families.fields import moe_fields, upcycling_in, window_fields
 from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields, is_llama
 from tests.tiny import CONFIG, FAMILIES, LLAMA31_ROPE, write_dense
@@ -23,7 +23,7 @@ KINDS = {**FAMILIES, "llama, llama3 RoPE": {"rope_scaling": LLAMA31_ROPE}}
 
 def architecture(kind: str, **change: Any) -> Architecture:
     config = {**CONFIG, **KINDS[kind], "model_type": kind.partition(",")[0], **change}
-    return family_of(config).architecture(config)
+    return architecture_of(config)
 
 
 def config_of(arch: Architecture, seq_length: int = 64, **fields: Any) -> Any:
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_disk_is_what_its_recipe_makes(tmp_path: Path) -> None:
         values = {**KINDS[kind], "rope_theta": 5e5}
         dense = write_dense(tmp_path / kind, kind, **values)
         config = {**CONFIG, **values, "model_type": kind.split(",")[0]}
-        arch = family_of(config).architecture(config)
+        arch = architecture_of(config)
         for factory in (dense_recipe, upcycled_recipe):
             recipe = factory(dense_checkpoint=str(dense), accelerator="cpu")
             check_agreement(fiddle.build(recipe.model.config), arch)

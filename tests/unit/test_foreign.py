@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.checkpoint import open_checkpoint
-from nemo_upcycle.checkpoint.described import checked, open_dense
+from nemo_upcycle.checkpoint.described import check_whole, open_dense
 from nemo_upcycle.cli.ranks import check_there
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.trained.opened import open_trained
@@ -293,7 +293,7 @@ def test_a_tied_base_model_is_read_as_transformers_reads_it(tmp_path: Path) -> N
     assert "embed_tokens.weight" in stored
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
     base = open_checkpoint(str(tmp_path / "base"))
-    checked(base)
+    check_whole(base)
     assert base.tensors == open_checkpoint(str(whole)).tensors
     name = "model.layers.2.self_attn.q_proj.weight"
     raw = bytearray(4 * 64 * 64)

@@ -9,7 +9,7 @@ from nemo_upcycle.checkpoint import TensorInfo
 from nemo_upcycle.checkpoint.checks import check_tensors
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families import Architecture, family_of
+from nemo_upcycle.families import Architecture, architecture_of
 from nemo_upcycle.families.llama import LLAMA
 from nemo_upcycle.initializers.random import normal_row
 from nemo_upcycle.plans.rank import (
@@ -166,7 +166,7 @@ def test_tensors_are_checked_all_at_once() -> None:
 def test_configs_that_cannot_be_upcycled(change: dict, message: str) -> None:
     config = {**CONFIG, "model_type": "llama", **change}
     with pytest.raises(UpcyclingError, match=message):
-        family_of(config).architecture(config)
+        architecture_of(config)
 
 
 def test_random_rows_are_independent_of_each_other_and_of_their_order() -> None:
