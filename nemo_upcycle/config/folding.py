@@ -1,0 +1,186 @@
+"""How the model is spread over ranks, with parallel folding; checked on construction."""
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from nemo_upcycle.errors import UpcyclingError
+
+UNEVEN_STAGES = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+ACCOUNTED_LAYERS = (
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
+RECOMPUTE: dict[str, dict[str, object]] = {
+    "none": {},
+    "moe_act": {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+"""What the backward pass computes again instead of keeping it, as Megatron's fields say it; the
+least first. `moe_act`: the experts' activation function; `moe`: the MoE layers."""
+
+
+@dataclass(frozen=True)
+class ParallelFolding:
+    """How one model is spread: attention on TP×CP×DP×PP, experts on ETP×EP×EDP×PP.
+
+    Attributes are Megatron's names; sequence parallelism comes with TP. Layers are spread evenly
+    over the pipeline stages, unless the first or the last stage is given a number of them
+    (`num_layers_in_…`), or embedding and loss count as a layer each (`account_for_…`).
+
+    Raises:
+        UpcyclingError: A size is not positive, virtual stages or uneven stages come without
+            pipeline stages, or both kinds of uneven stages are asked for.
+
+    Source: MoE Parallel Folding, arXiv 2504.14960.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
+
+    NAMES: ClassVar[dict[str, str]] = {
+        "tp": "tensor_model_parallel_size",
+        "cp": "context_parallel_size",
+        "pp": "pipeline_model_parallel_size",
+        "vpp": "virtual_pipeline_model_parallel_size",
+        "ep": "expert_model_parallel_size",
+        "etp": "expert_tensor_parallel_size",
+    }
+    """What the papers call the sizes, and Megatron."""
+
+    @classmethod
+    def of(cls, **sizes: Any) -> "ParallelFolding":
+        """Return a folding by the papers' names: `ParallelFolding.of(tp=2, ep=8, pp=4, vpp=8)`.
+
+        Args:
+            sizes: By a key of `NAMES`, or by a field's own name.
+
+        Raises:
+            UpcyclingError: There is no such name, or see the class.
+        """
+        known = {field.name for field in fields(cls)}
+        values = {cls.NAMES.get(name, name): size for name, size in sizes.items()}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UpcyclingError(
+                f"There is no {unknown[0]}; expected one of: {', '.join([*cls.NAMES, *known])}."
+            )
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not isinstance(value, bool) and value < 1:
+                raise UpcyclingError(f"{name} is {value}; expected 1 or more.")
+        virtual = self.virtual_pipeline_model_parallel_size
+        if virtual is not None and self.pipeline_model_parallel_size == 1:
+            raise UpcyclingError(
+                f"virtual_pipeline_model_parallel_size is {virtual}, but "
+                "pipeline_model_parallel_size is 1; virtual stages need pipeline stages."
+            )
+        self._check_uneven_stages()
+
+    def _check_uneven_stages(self) -> None:
+        uneven = [name for name in UNEVEN_STAGES if getattr(self, name) is not None]
+        if uneven and self.pipeline_model_parallel_size == 1:
+            raise UpcyclingError(
+                f"{uneven[0]} is {getattr(self, uneven[0])}, but pipeline_model_parallel_size is "
+                "1; uneven stages need pipeline stages."
+            )
+        accounted = [name for name in ACCOUNTED_LAYERS if getattr(self, name)]
+        if uneven and accounted:
+            raise UpcyclingError(
+                f"Both {uneven[0]} and {accounted[0]} are set; Megatron takes one kind of uneven "
+                "stages. Drop one."
+            )
+
+    def __str__(self) -> str:
+        """Say it in the papers' words: TP2 CP2 PP4 VPP8 · ETP1 EP8."""
+        sizes = {name.upper(): getattr(self, field) for name, field in self.NAMES.items()}
+        attention = [f"{name}{sizes[name]}" for name in ("TP", "CP", "PP", "VPP") if sizes[name]]
+        return f"{' '.join(attention)} · ETP{sizes['ETP']} EP{sizes['EP']}"
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations are split along the sequence between the TP regions.
+
+        Megatron-Core's MoE with TP needs it.
+        """
+        return self.tensor_model_parallel_size > 1
+
+    @property
+    def parallel_sizes(self) -> dict[str, int | None]:
+        """What Megatron's `initialize_model_parallel` takes."""
+        return {name: getattr(self, name) for name in self.NAMES.values()}
+
+    @property
+    def strategy_arguments(self) -> dict[str, Any]:
+        """What NeMo's MegatronStrategy and Megatron's config are told.
+
+        All of it: NeMo takes TP for an expert_tensor_parallel_size that is left unset, which would
+        split every expert.
+        """
+        return {**vars(self), "sequence_parallel": self.sequence_parallel}
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Return DP = W/(TP·CP·PP).
+
+        Raises:
+            UpcyclingError: The world size does not divide.
+        """
+        attention = (
+            self.tensor_model_parallel_size
+            * self.context_parallel_size
+            * self.pipeline_model_parallel_size
+        )
+        return _divide(world_size, attention, "TP·CP·PP")
+
+    def expert_data_parallel_size(self, world_size: int) -> int:
+        """Return EDP = W/(ETP·EP·PP).
+
+        Raises:
+            UpcyclingError: The world size does not divide.
+        """
+        experts = (
+            self.expert_tensor_parallel_size
+            * self.expert_model_parallel_size
+            * self.pipeline_model_parallel_size
+        )
+        return _divide(world_size, experts, "ETP·EP·PP")
+
+    def validate(self, world_size: int | None = None, num_moe_experts: int | None = None) -> None:
+        """Check the folding against a world size and an expert count, where they are known.
+
+        Raises:
+            UpcyclingError: A size does not divide.
+        """
+        if world_size is not None:
+            self.data_parallel_size(world_size)
+            self.expert_data_parallel_size(world_size)
+        expert_parallel = self.expert_model_parallel_size
+        if num_moe_experts is not None and num_moe_experts % expert_parallel:
+            raise UpcyclingError(
+                f"{num_moe_experts} experts do not divide over expert_model_parallel_size="
+                f"{expert_parallel}; choose a divisor of {num_moe_experts}."
+            )
+
+
+def _divide(world_size: int, by: int, product: str) -> int:
+    if world_size % by:
+        raise UpcyclingError(
+            f"{world_size} ranks do not divide by {product} = {by}; "
+            f"use a multiple of {by} ranks or another mapping."
+        )
+    return world_size // by
