@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, Piece, Span, TensorInfo, open_checkpoint
+from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.errors import UpcyclingError, listing
 
 _MAY_DIFFER = ("max_position_embeddings", "init_method_std")
@@ -130,13 +131,11 @@ class BranchedCheckpoint(DenseCheckpoint):
             return
         import torch
 
-        from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
-
-        mean_dtype = TORCH_DTYPES[self.tensors[own].dtype]
+        mean_dtype = torch_dtype(self.tensors[own].dtype)
         count = len(buffer) // mean_dtype.itemsize
         total = torch.zeros(count)
         for source in self._branches:
-            dtype = TORCH_DTYPES[source.tensors[own].dtype]
+            dtype = torch_dtype(source.tensors[own].dtype)
             raw = bytearray(count * dtype.itemsize)
             source.read_into(memoryview(raw), own, rows, columns)
             total += torch.frombuffer(raw, dtype=dtype).float()

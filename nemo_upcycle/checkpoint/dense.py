@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_upcycle.checkpoint.dtypes import DTYPE_BYTES
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, Family, family_of
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 """Start and stop."""
-
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Bytes an element, by safetensors' names: the dtypes that can be upcycled."""
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from typing import Any
 from nemo_upcycle.checkpoint import DenseCheckpoint, TensorInfo
 from nemo_upcycle.checkpoint.branches import open_branches, open_parts, split_sources
 from nemo_upcycle.checkpoint.checks import check_tensors
+from nemo_upcycle.checkpoint.dtypes import dtype_called
 from nemo_upcycle.checkpoint.foreign import check_dense
 from nemo_upcycle.checkpoint.huggingface import HuggingFaceCheckpoint, find_directory
 from nemo_upcycle.families import Architecture, Family, family_of
-
-CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def dense_of_config(config: dict[str, Any], source: str, note: str) -> Dense:
     family = family_of(config)
     arch = family.architecture(config)
     said = config.get("dtype") or config.get("torch_dtype")  # transformers 5, and before
-    dtype = CONFIG_DTYPES.get(str(said), "BF16")
+    dtype = dtype_called(said) or "BF16"
     shapes = family.shapes(arch)
     tensors = {name: TensorInfo(shape, dtype) for name, shape in shapes.items()}
     return Dense(source, note, family, arch, tensors)

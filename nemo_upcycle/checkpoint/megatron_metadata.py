@@ -12,16 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, TensorInfo
+from nemo_upcycle.checkpoint.dense import TensorInfo
+from nemo_upcycle.checkpoint.dtypes import DTYPE_BYTES, dtype_called
 from nemo_upcycle.checkpoint.unpickle import unpickle
 from nemo_upcycle.errors import UpcyclingError, listing
 
-_DTYPES = {
-    "torch.float64": "F64",
-    "torch.float32": "F32",
-    "torch.float16": "F16",
-    "torch.bfloat16": "BF16",
-}
 _PREFIX = re.compile(r"^(module\.|model\.)+")
 _NO_WEIGHT = re.compile(r"^(chained_\d+\.)?optimizer\.|\._extra_state|^rng_state")
 _EXPERTS = re.compile(r"\.mlp\.(experts|shared_experts|router)\.")
@@ -191,7 +186,7 @@ def _unstacked(
 ) -> dict[str, StoredTensor]:
     """Present a stored tensor as one a layer and expert, if these are stacked in it."""
     dtype = entry["properties"].state[0].path
-    dtype = _DTYPES.get(dtype, dtype.removeprefix("torch."))
+    dtype = dtype_called(dtype) or dtype.removeprefix("torch.")
     key = _PREFIX.sub("", key)
     for name, fused in _ALIASES.items():
         key = key.replace(name, fused)

@@ -14,7 +14,7 @@ import torch
 
 from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.checkpoint.branches import branch_name
-from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
+from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.config import Scales, UpcyclingConfig
 from nemo_upcycle.engine.owned_shards import OwnedShard
 from nemo_upcycle.engine.reading import thread_count
@@ -179,7 +179,7 @@ class _Statistics:
         sums, squares = [], []
         for first in range(start, stop, step):
             span = first, min(first + step, stop)
-            dtype = TORCH_DTYPES[info.dtype]
+            dtype = torch_dtype(info.dtype)
             buffer = torch.empty((span[1] - span[0], info.width), dtype=dtype)
             raw = memoryview(buffer.view(-1).view(torch.uint8).numpy())
             self._checkpoint.read_into(raw, rows.tensor, span, None)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, Span
-from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
+from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.engine.sharing import Sharers
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.plans.rank import BUFFERS, Block, block_bytes, chunks
@@ -209,7 +209,7 @@ def _values(checkpoint: DenseCheckpoint, chunk: Chunk, raw: memoryview) -> torch
     if len(info.shape) > 1:
         first, last = chunk.block.columns or (0, info.width)
         shape.append(last - first)
-    dtype = TORCH_DTYPES[info.dtype]
+    dtype = torch_dtype(info.dtype)
     return torch.frombuffer(raw, dtype=dtype, count=math.prod(shape)).view(shape)
 
 

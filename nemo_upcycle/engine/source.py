@@ -10,7 +10,7 @@ import torch
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.checkpoint.described import check_whole
-from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
+from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.checkpoint.huggingface import read_config, resolve_directory
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.load import check_all_used, fill, restore
@@ -54,7 +54,7 @@ def open_source(source: str | Path) -> Source:
     trained = open_trained(directory)
     return Source(
         trained.model,
-        TORCH_DTYPES[trained.dtype],
+        torch_dtype(trained.dtype),
         partial(restore, trained=trained),
         lambda used: check_all_restored(trained, frozenset().union(*used)),
     )
@@ -74,7 +74,7 @@ def _dense(directory: Path) -> Source:
     first = next(iter(family.shapes(arch)))
     return Source(
         upcycled_model(arch, dense),
-        TORCH_DTYPES[checkpoint.tensors[first].dtype],
+        torch_dtype(checkpoint.tensors[first].dtype),
         partial(fill, checkpoint=checkpoint, upcycling=dense),
         partial(check_all_used, checkpoint),
     )

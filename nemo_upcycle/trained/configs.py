@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.checkpoint import MegatronCheckpoint
+from nemo_upcycle.checkpoint.dtypes import DTYPE_NAMES
 from nemo_upcycle.checkpoint.kept import CHAT_TEMPLATES, CONFIG, default_tokens
 from nemo_upcycle.checkpoint.tokenizer_files import copy_tokenizer, find_tokenizer
 from nemo_upcycle.families.model import MoEModel
@@ -21,8 +22,6 @@ _TOKENIZERS = {
     "qwen3_moe": "Qwen2Tokenizer",
 }
 """What transformers takes by the model type where a tokenizer's files name no class."""
-
-_DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def write_configs(
@@ -88,7 +87,7 @@ def config_of(model: MoEModel, family: MoEFamily, dtype: str) -> dict[str, Any]:
         "rope_theta": arch.rotary_base,
         "rope_scaling": rope,
         "tie_word_embeddings": arch.share_embeddings_and_output_weights,
-        "torch_dtype": _DTYPE_NAMES[dtype],
+        "torch_dtype": DTYPE_NAMES[dtype],
         **family.config(model),
     }
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, Span
-from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
+from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, Family
 from nemo_upcycle.families.model import MoEModel, upcycling_of
@@ -126,7 +126,7 @@ def _read(
     for name, start, stop in source:
         info = checkpoint.tensors[name]
         width = info.width if columns is None else columns[1] - columns[0]
-        dtype = TORCH_DTYPES[info.dtype]
+        dtype = torch_dtype(info.dtype)
         buffer = bytearray((stop - start) * width * dtype.itemsize)
         checkpoint.read_into(memoryview(buffer), name, (start, stop), columns)
         parts.append(torch.frombuffer(buffer, dtype=dtype).view(stop - start, width))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.checkpoint import DTYPE_BYTES, MegatronCheckpoint, TensorInfo
+from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe import MoEFamily, moe_family_of
@@ -295,7 +296,5 @@ def _chunks(checkpoint: MegatronCheckpoint, output: Output) -> Iterator[bytes | 
 def _doubled(raw: bytearray, dtype: str) -> bytes:
     import torch
 
-    from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
-
-    values = torch.frombuffer(raw, dtype=TORCH_DTYPES[dtype]) * 2
+    values = torch.frombuffer(raw, dtype=torch_dtype(dtype)) * 2
     return values.view(torch.uint8).numpy().tobytes()

@@ -19,6 +19,7 @@ from nemo_upcycle.checkpoint import (
     Span,
     TensorInfo,
 )
+from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.checkpoint.kept import kept_in
 from nemo_upcycle.checkpoint.megatron import VOCABULARY
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
@@ -140,9 +141,7 @@ class _HuggingFaceMoE(HuggingFaceCheckpoint):
         if self._doubled is not None and name.endswith(self._doubled):
             import torch
 
-            from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
-
-            torch.frombuffer(buffer, dtype=TORCH_DTYPES[self.tensors[name].dtype]).mul_(0.5)
+            torch.frombuffer(buffer, dtype=torch_dtype(self.tensors[name].dtype)).mul_(0.5)
 
 
 def _open_huggingface(directory: Path) -> Trained:

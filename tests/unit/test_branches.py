@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.checkpoint.branches import branch_name, open_branches, split_sources
 from nemo_upcycle.checkpoint.described import open_dense
-from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
+from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import family_of
@@ -33,7 +33,7 @@ def checkpoint(sources: list[Path]) -> DenseCheckpoint:
 
 def read(checkpoint: DenseCheckpoint, name: str) -> torch.Tensor:
     info = checkpoint.tensors[name]
-    values = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+    values = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
     raw = memoryview(values.view(-1).view(torch.uint8).numpy())
     checkpoint.read_into(raw, name, (0, info.shape[0]), None)
     return values

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
-from nemo_upcycle.checkpoint.dtypes import TORCH_DTYPES
+from nemo_upcycle.checkpoint.dtypes import DTYPE_NAMES, torch_dtype
 from nemo_upcycle.engine.reading import Chunk, all_finite, copy_blocks
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.plans.rank import Block
@@ -82,12 +82,12 @@ def test_several_blocks_come_in_their_order(dense: Path, monkeypatch: pytest.Mon
     assert seen == [(block.tensor, row) for block in blocks for row in range(0, 32, 5)]
 
 
-@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
 def test_finite_is_what_torch_says(dtype: str) -> None:
-    limits = torch.finfo(TORCH_DTYPES[dtype])
+    limits = torch.finfo(torch_dtype(dtype))
     finite = [0.0, -0.0, 1.0, -1.0, limits.max, limits.min, limits.tiny, limits.tiny / 2]
     for value in (float("nan"), -float("nan"), float("inf"), -float("inf"), *finite):
-        values = torch.tensor([1.0, -2.0, value, 3.0], dtype=TORCH_DTYPES[dtype])
+        values = torch.tensor([1.0, -2.0, value, 3.0], dtype=torch_dtype(dtype))
         raw = values.view(torch.uint8).numpy()
         assert all_finite(raw, dtype) == bool(torch.isfinite(values).all()), value
 
@@ -95,7 +95,7 @@ def test_finite_is_what_torch_says(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_finite_for_every_half(dtype: str) -> None:
     every = torch.from_numpy(np.arange(2**16, dtype=np.uint16).view(np.int16).copy())
-    values = every.view(TORCH_DTYPES[dtype])
+    values = every.view(torch_dtype(dtype))
     found = [all_finite(value.view(torch.uint8).numpy(), dtype) for value in values.split(1)]
     assert found == torch.isfinite(values).tolist()
 
