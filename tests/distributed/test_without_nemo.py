@@ -100,7 +100,7 @@ def test_what_needs_nemo_says_so(models: Path, blocked: dict[str, str]) -> None:
         text=True,
     )
     assert done.returncode == 1
-    assert "nemo is not installed: pip install 'nemo-upcycle[nemo]'" in done.stderr
+    assert "is not installed: pip install 'nemo-upcycle[nemo]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
