@@ -293,6 +293,9 @@ def test_a_copied_checkpoint_of_another_run(runs: Runs, resumable: Path) -> None
         ({"trainer.max_steps": -1}, "max_steps is -1; expected 1 or more"),
         ({"trainer.val_check_interval": 0}, "trainer.val_check_interval is 0; expected 1 step"),
         ({"optim.config.lr": -1.0}, "optim.config.lr is -1.0; expected 0 or more"),
+        ({"trainer.gradient_clip_val": 1.0}, "trainer.gradient_clip_val is 1.0, which NeMo does"),
+        ({"trainer.limit_train_batches": 1}, "trainer.limit_train_batches is 1, which NeMo does"),
+        ({"data.rampup_batch_size": [8, 8, 64]}, "data.rampup_batch_size is [8, 8, 64], which"),
     ],
 )
 def test_nonsense_on_the_command_line_is_refused(

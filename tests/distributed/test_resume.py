@@ -40,7 +40,8 @@ def test_a_run_goes_on_with_other_micro_batches(
     runs: Runs, resumable: Path, expected: list[float]
 ) -> None:
     """The auxiliary loss is taken over a micro-batch: what follows is near, not equal."""
-    losses, _ = runs.start(resumable, overrides={"data.micro_batch_size": 1})
+    losses, said = runs.start(resumable, overrides={"data.micro_batch_size": 1})
+    assert "[resume] data.micro_batch_size 2 → 1" in said
     assert losses[0] == pytest.approx(expected[STOPPED:], rel=1e-4)
 
 
@@ -54,6 +55,20 @@ def test_another_global_batch_size_is_refused(runs: Runs, resumable: Path) -> No
     errors, _ = runs.start(resumable, overrides={"data.global_batch_size": 4})
     assert len(set(errors)) == 1
     assert "16 samples in 2 steps; now global_batch_size=4" in errors[0]
+
+
+def test_accumulation_by_lightning_is_refused(runs: Runs, resumable: Path) -> None:
+    """It would validate for ever."""
+    errors, _ = runs.start(resumable, overrides={"trainer.accumulate_grad_batches": 2})
+    assert len(set(errors)) == 1
+    assert "trainer.accumulate_grad_batches is 2, which NeMo does not honour" in errors[0]
+
+
+def test_data_that_end_before_the_steps_end_the_run(runs: Runs, resumable: Path) -> None:
+    """Whatever made them so short: Lightning would look for more for ever."""
+    errors, _ = runs.start(resumable, accident=("ShortData", {"samples": 24}))
+    assert len(set(errors)) == 1
+    assert "The data end after step 3 of trainer.max_steps=4" in errors[0]
 
 
 def test_a_changed_dense_checkpoint_is_refused(runs: Runs, resumable: Path) -> None:
