@@ -87,18 +87,18 @@ def _check_tokens(parts: Sequence[str]) -> None:
 
     A token that one branch alone has, such as a chat's, may be in a row that is unused in others.
     """
-    found = {part: tokenizer_directory(part) for part in parts}
-    first, *others = [(part, place) for part, place in found.items() if place is not None] or [None]
-    if first is None or all(_same_files(first[1], place) for _, place in others):
+    found = [(part, tokenizer_directory(part)) for part in parts]
+    there = [(part, place) for part, place in found if place is not None]
+    if all(_same_files(there[0][1], place) for _, place in there):
         return
-    tokens = _tokens(first[1])
-    for part, place in others:
+    first, tokens = there[0][0], _tokens(there[0][1])
+    for part, place in there[1:]:
         theirs = _tokens(place)
         rows = sorted(row for row in tokens.keys() & theirs if tokens[row] != theirs[row])
         if rows:
             row = rows[0]
             raise UpcyclingError(
-                f"The tokenizers of {first[0]} and {part} differ: row {row} of the embeddings is "
+                f"The tokenizers of {first} and {part} differ: row {row} of the embeddings is "
                 f"{tokens[row]!r} in one and {theirs[row]!r} in the other, and so are {len(rows)} "
                 "rows in all. Embeddings are averaged over dense checkpoints: give some that were "
                 "trained on from one, with its tokenizer."

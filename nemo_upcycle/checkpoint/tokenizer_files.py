@@ -97,8 +97,9 @@ def load_alone(directory: Path) -> "tuple[PreTrainedTokenizerBase, Path]":
     """Load a tokenizer; return a directory of it alone too, which stays.
 
     The directory lies where temporary files do, one for each content, so that processes which are
-    killed leave no more of them. It says in `tokenizer_config.json`, in transformers 4's words, all that decides how
-    the tokenizer is loaded. NeMo copies the whole of it into every checkpoint's context.
+    killed leave no more of them. It says in `tokenizer_config.json`, in transformers 4's words, all
+    that decides how the tokenizer is loaded. NeMo copies the whole of it into every checkpoint's
+    context.
 
     Raises:
         UpcyclingError: As `load_tokenizer`.

@@ -87,7 +87,9 @@ def _received(number: int, frame: FrameType | None) -> None:
         # torchrun first, which would report the ranks' end as a failure, at length.
         _kill([launcher.pid for launcher in running] + ranks)
         name = _TOLD_BY[signum]
-        _say(f"{name} again: ended at once" if _told else f"{name}: ended, there was nothing to save")
+        _say(
+            f"{name} again: ended at once" if _told else f"{name}: ended, there was nothing to save"
+        )
         _end_watchers()
         os._exit(_exit_code(signum))
     _told.extend(ranks)

@@ -24,8 +24,8 @@ SECONDS_OF_ONE_KEY = 1.0
 class PreemptionCallback(pl.Callback, io.IOMixin):
     """On SIGTERM, SIGHUP or Ctrl-C save at the end of the step and exit; the same command goes on.
 
-    The exit code is 143, or 130 at Ctrl-C. A second Ctrl-C ends at once, and so does one before training has
-    begun, when there is nothing to save.
+    The exit code is 143, or 130 at Ctrl-C. A second Ctrl-C ends at once, and so does one before
+    training has begun, when there is nothing to save.
 
     Slurm sends SIGTERM before it preempts or at `--signal=TERM@SECONDS` before a time limit, to any
     of the ranks. NeMo's own callback looks at the first rank alone, needs CUDA, and ends with 0: a

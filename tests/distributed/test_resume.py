@@ -1,5 +1,6 @@
 """What may change between a run's starts, and what may not."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,18 @@ def test_a_damaged_checkpoint_of_the_run_is_an_error(runs: Runs, resumable: Path
     losses, said = runs.start(resumable)
     assert "starting anew" in said
     assert len(losses[0]) == STEPS
+
+
+def test_a_checkpoint_of_the_run_that_is_cut_off_is_an_error(runs: Runs, resumable: Path) -> None:
+    """The file is named, and what to do; not the ranks that have failed."""
+    (file,) = resumable.glob("run/checkpoints/*/weights/__0_0.distcp")
+    size = file.stat().st_size
+    os.truncate(file, size // 2)
+    errors, _ = runs.start(resumable)
+    for error in errors:
+        assert f"{file} has {size // 2} bytes of the {size} that .metadata says" in error
+        assert "remove it to go on from an older checkpoint of the run" in error
+        assert len(error.splitlines()) == 1
 
 
 def test_a_run_that_is_at_its_end_says_so(runs: Runs, resumable: Path) -> None:
