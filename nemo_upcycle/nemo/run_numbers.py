@@ -21,7 +21,7 @@ _NOT_HONOURED: dict[str, tuple[tuple[Any, ...], str]] = {
     "trainer.gradient_clip_val": ((None,), "optim.config.clip_grad"),
     "trainer.gradient_clip_algorithm": ((None,), "optim.config.clip_grad, which clips the norm"),
     "trainer.limit_train_batches": ((None, 1.0), _STEPS),
-    "trainer.overfit_batches": ((0.0,), _STEPS),
+    "trainer.overfit_batches": ((0.0, 0), _STEPS),
     "trainer.fast_dev_run": ((False,), _STEPS),
     "trainer.max_epochs": ((None, -1), _STEPS),
     "trainer.reload_dataloaders_every_n_epochs": ((0,), _STEPS),
@@ -56,7 +56,8 @@ def check_trainer(trainer: pl.Trainer) -> None:
     check_max_steps(trainer.max_steps)
     for name, (idle, instead) in _NOT_HONOURED.items():
         value = _value(trainer, name)
-        if value not in idle:
+        # To Lightning 1.0 is all batches, 1 is one.
+        if not any(type(value) is type(each) and value == each for each in idle):
             raise UpcyclingError(
                 f"{name} is {value}, which NeMo does not honour; expected {idle[0]}. Set {instead} "
                 "instead."

@@ -62,6 +62,7 @@ def test_nonsense_is_refused(change: dict[str, Any], message: str) -> None:
         ({"trainer__gradient_clip_val": 1.0}, "Set optim.config.clip_grad instead"),
         ({"trainer__gradient_clip_algorithm": "value"}, "Set optim.config.clip_grad, which clips"),
         ({"trainer__limit_train_batches": 3}, "Set trainer.max_steps instead"),
+        ({"trainer__limit_train_batches": 1}, "limit_train_batches is 1, which NeMo does not"),
         ({"trainer__limit_train_batches": 0.5}, "limit_train_batches is 0.5, which NeMo does not"),
         ({"trainer__overfit_batches": 1}, "trainer.overfit_batches is 1, which NeMo does not"),
         ({"trainer__fast_dev_run": True}, "trainer.fast_dev_run is True, which NeMo does not"),
