@@ -105,3 +105,12 @@ def lock(file: IO[Any]) -> bool:
             raise
         return False
     return True
+
+
+def leave_terminal() -> None:
+    """Print to nowhere what went to a terminal that is gone: each line would be an error."""
+    for descriptor in (1, 2):
+        if os.isatty(descriptor):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -10,11 +10,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from filecmp import cmp
 from functools import cached_property
 from pathlib import Path
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, Piece, Span, TensorInfo, open_checkpoint
 from nemo_upcycle.checkpoint.dtypes import torch_dtype
+from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
+from nemo_upcycle.checkpoint.tokenizer_files import VOCABULARIES, load_tokenizer
 from nemo_upcycle.errors import UpcyclingError, listing
 
 _MAY_DIFFER = ("max_position_embeddings", "init_method_std")
@@ -64,7 +67,7 @@ def open_branches(source: str) -> DenseCheckpoint:
         The checkpoint, or all of them as one.
 
     Raises:
-        UpcyclingError: One cannot be read, or they are not of one architecture.
+        UpcyclingError: One cannot be read, or they are not of one architecture or tokenizer.
     """
     return open_parts(split_sources(source))
 
@@ -72,7 +75,47 @@ def open_branches(source: str) -> DenseCheckpoint:
 def open_parts(parts: Sequence[str]) -> DenseCheckpoint:
     """Open the dense checkpoints that `split_sources` returns; see `open_branches`."""
     opened = [open_checkpoint(part) for part in parts]
-    return opened[0] if len(opened) == 1 else BranchedCheckpoint(opened)
+    if len(opened) == 1:
+        return opened[0]
+    branched = BranchedCheckpoint(opened)
+    _check_tokens(parts)
+    return branched
+
+
+def _check_tokens(parts: Sequence[str]) -> None:
+    """Check that a row of the embeddings, which are averaged, is one token in all branches.
+
+    A token that one branch alone has, such as a chat's, may be in a row that is unused in others.
+    """
+    found = [(part, tokenizer_directory(part)) for part in parts]
+    there = [(part, place) for part, place in found if place is not None]
+    if all(_same_files(there[0][1], place) for _, place in there):
+        return
+    first, tokens = there[0][0], _tokens(there[0][1])
+    for part, place in there[1:]:
+        theirs = _tokens(place)
+        rows = sorted(row for row in tokens.keys() & theirs if tokens[row] != theirs[row])
+        if rows:
+            row = rows[0]
+            raise UpcyclingError(
+                f"The tokenizers of {first} and {part} differ: row {row} of the embeddings is "
+                f"{tokens[row]!r} in one and {theirs[row]!r} in the other, and so are {len(rows)} "
+                "rows in all. Embeddings are averaged over dense checkpoints: give some that were "
+                "trained on from one, with its tokenizer."
+            )
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    """Say whether two vocabularies are one, byte by byte: it is quicker than loading them."""
+    pairs = [(one / name, other / name) for name in VOCABULARIES]
+    return all(
+        a.is_file() == b.is_file() and (not a.is_file() or cmp(a, b, shallow=False))
+        for a, b in pairs
+    )
+
+
+def _tokens(directory: Path) -> dict[int, str]:
+    return {row: token for token, row in load_tokenizer(directory).get_vocab().items()}
 
 
 class BranchedCheckpoint(DenseCheckpoint):

@@ -25,7 +25,23 @@ def fingerprint(checkpoint: DenseCheckpoint) -> str:
     Raises:
         UpcyclingError: The checkpoint is damaged.
     """
-    digest = hashlib.sha256(repr(checkpoint.architecture).encode())
+    return _digest(repr(checkpoint.architecture), checkpoint)
+
+
+def weights_fingerprint(checkpoint: DenseCheckpoint) -> str:
+    """Return what tells a checkpoint of any model from others, by its tensors alone.
+
+    Args:
+        checkpoint: The checkpoint, dense or MoE.
+
+    Raises:
+        UpcyclingError: The checkpoint is damaged.
+    """
+    return _digest("", checkpoint)
+
+
+def _digest(begin: str, checkpoint: DenseCheckpoint) -> str:
+    digest = hashlib.sha256(begin.encode())
     for name, info in sorted(checkpoint.tensors.items()):
         digest.update(repr((name, info)).encode())
         if info.dtype in DTYPE_BYTES and all(info.shape):

@@ -7,7 +7,7 @@ every tensor's parts must cover it exactly once and lie inside files of the dire
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,21 +205,50 @@ def _unstacked(
     return tensors
 
 
+def check_files(weights: Path) -> None:
+    """Check that all files of a checkpoint, the optimizer's too, are as long as `.metadata` says.
+
+    Args:
+        weights: Directory of `.metadata`.
+
+    Raises:
+        UpcyclingError: One is missing or shorter, or `.metadata` is damaged.
+    """
+    path = weights / ".metadata"
+    try:
+        places = [
+            info.state for info in unpickle(path.read_bytes(), path).state["storage_data"].values()
+        ]
+        ends = [(place["relative_path"], place["offset"] + place["length"]) for place in places]
+    except OSError as error:
+        raise UpcyclingError(f"{path} cannot be read: {error.strerror}.") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UpcyclingError(f"{path} is damaged: {error!r}.") from error
+    _check_ends(weights, ends)
+
+
 def _check_files(directory: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    chunks = [chunk for tensor in tensors.values() for chunk, _ in tensor.chunks]
+    try:
+        _check_ends(directory, [(chunk.file, chunk.start + chunk.length) for chunk in chunks])
+    except UpcyclingError as error:
+        raise UpcyclingError(f"{error} It is damaged or incomplete; copy it again.") from error
+
+
+def _check_ends(directory: Path, ends: Iterable[tuple[str, int]]) -> None:
+    """Check that files are there, and as long as the ends of what is in them."""
     needed: dict[str, int] = {}
-    for tensor in tensors.values():
-        for chunk, _ in tensor.chunks:
-            needed[chunk.file] = max(needed.get(chunk.file, 0), chunk.start + chunk.length)
+    for file, end in ends:
+        needed[file] = max(needed.get(file, 0), end)
     missing = [file for file in needed if not (directory / file).is_file()]
     if missing:
         raise UpcyclingError(
             f"{directory} lacks {len(missing)} of the {len(needed)} files its .metadata names: "
-            f"{listing(missing)}. Copy the checkpoint again."
+            f"{listing(missing)}."
         )
     for file, end in needed.items():
         size = (directory / file).stat().st_size
         if size < end:
             raise UpcyclingError(
-                f"{directory / file} has {size} bytes of the {end} that .metadata says. "
-                "It is damaged or incomplete; copy it again."
+                f"{directory / file} has {size} bytes of the {end} that .metadata says."
             )

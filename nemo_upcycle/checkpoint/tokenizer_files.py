@@ -1,11 +1,13 @@
 """The files of a tokenizer: found among all that a directory holds, copied, loaded."""
 
 import atexit
+import hashlib
 import json
+import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,9 @@ NEEDED = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of these is a tokenizer."""
 
 SETTINGS = "tokenizer_config.json"
+
+VOCABULARIES = (*NEEDED, SETTINGS, "merges.txt", "added_tokens.json")
+"""What says which token has which id."""
 
 _PATTERNS = (
     "tokenizer*",
@@ -66,10 +71,13 @@ def find_tokenizer(directory: Path, context: Path | None) -> Path | None:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files out of a directory that may hold weights too."""
-    for pattern in _PATTERNS:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copy(path, target / path.name)
+    for path in _files(source):
+        shutil.copy(path, target / path.name)
+
+
+def _files(directory: Path) -> list[Path]:
+    found = {path for pattern in _PATTERNS for path in directory.glob(pattern) if path.is_file()}
+    return sorted(found)
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
@@ -86,10 +94,12 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
 
 def load_alone(directory: Path) -> "tuple[PreTrainedTokenizerBase, Path]":
-    """Load a tokenizer; return a directory of it alone too, which lives as long as the process.
+    """Load a tokenizer; return a directory of it alone too, which stays.
 
-    The directory says in `tokenizer_config.json`, in transformers 4's words, all that decides how
-    the tokenizer is loaded. NeMo copies the whole of it into every checkpoint's context.
+    The directory lies where temporary files do, one for each content, so that processes which are
+    killed leave no more of them. It says in `tokenizer_config.json`, in transformers 4's words, all
+    that decides how the tokenizer is loaded. NeMo copies the whole of it into every checkpoint's
+    context.
 
     Raises:
         UpcyclingError: As `load_tokenizer`.
@@ -104,17 +114,12 @@ def load_alone(directory: Path) -> "tuple[PreTrainedTokenizerBase, Path]":
             f"{directory} holds no tokenizer; expected one of {', '.join(NEEDED)}. Give the "
             "directory that has the model's tokenizer."
         )
-    scratch = Path(tempfile.mkdtemp(prefix="nemo-upcycle-"))
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    alone = scratch / "tokenizer"
-    alone.mkdir()
-    copy_tokenizer(directory, alone)
     said = _read(directory / SETTINGS)
     settings = _settings(directory, said)
-    _write(alone, said, settings)
+    alone = _alone(directory, said, settings)
     tokenizer = _load(directory, alone)
     if eos := _missing_eos(directory, settings, tokenizer):
-        _write(alone, said, settings | {"eos_token": eos})
+        alone = _alone(directory, said, settings | {"eos_token": eos})
         tokenizer = _load(directory, alone)
     tokenizer.name_or_path = str(directory)
     return tokenizer, alone
@@ -248,7 +253,31 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _write(alone: Path, said: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Write the settings where they are not what was said."""
+def _alone(directory: Path, said: dict[str, Any], settings: dict[str, Any]) -> Path:
+    """Return a directory of a tokenizer's files, with the settings where they are not as said."""
+    files = {path.name: path.read_bytes() for path in _files(directory)}
     if settings != said:
-        (alone / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False))
+        files[SETTINGS] = json.dumps(settings, indent=2, ensure_ascii=False).encode()
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name}:{len(content)}:".encode() + content)
+    place = Path(tempfile.gettempdir()) / f"nemo-upcycle-{os.getuid()}-{digest.hexdigest()[:16]}"
+    place.mkdir(mode=0o700, exist_ok=True)
+    if place.is_symlink() or place.stat().st_uid != os.getuid():  # who made it could change it
+        place = Path(tempfile.mkdtemp(prefix="nemo-upcycle-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+    _fill(place, files)
+    return place / "tokenizer"
+
+
+def _fill(place: Path, files: Mapping[str, bytes]) -> None:
+    """Write what is not there, or not whole; other processes may do the same."""
+    alone = place / "tokenizer"
+    alone.mkdir(exist_ok=True)
+    for name, content in files.items():
+        path = alone / name
+        if path.is_file() and path.read_bytes() == content:
+            continue
+        partial = place / f"{name}.{os.getpid()}"  # beside it: NeMo copies all that is in it
+        partial.write_bytes(content)
+        partial.replace(path)

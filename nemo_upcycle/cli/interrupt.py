@@ -1,8 +1,8 @@
-"""Ctrl-C under `nemo`: the ranks save and stop.
+"""Ctrl-C, SIGTERM and SIGHUP under `nemo`: the ranks save and stop. So they do where it is killed.
 
-NeMo-Run starts the jobs of this machine in sessions of their own, so a terminal tells NeMo-Run
-alone, which waits for them in threads: the first Ctrl-C does nothing, the second leaves them
-behind.
+NeMo-Run starts the jobs of this machine in sessions of their own, so a terminal or a scheduler
+tells NeMo-Run alone, which waits for them in threads: the first Ctrl-C does nothing, the second and
+all else leave them behind.
 """
 
 import atexit
@@ -10,52 +10,108 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
-from subprocess import Popen
+from subprocess import DEVNULL, PIPE, Popen
 from types import FrameType
 from typing import Any
 
-EXIT_CODE = 128 + signal.SIGINT
+from nemo_upcycle.files import leave_terminal
+
+_TOLD_BY = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
+_PASSED_ON = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
+"""What the ranks get; at SIGHUP the second."""
 
 _launchers: list[Popen[bytes]] = []
+_watchers: list[Popen[bytes]] = []
 _told: list[int] = []
 
 
 def listen() -> None:
-    """Listen for Ctrl-C from here on, for the jobs that this process starts."""
+    """Listen from here on, for the jobs that this process starts."""
     from nemo_run.run.torchx_backend.schedulers.local import PersistentLocalScheduler
 
-    # Only the main thread can; a shell has background jobs ignore Ctrl-C.
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if threading.current_thread() is not threading.main_thread():  # no other one can
         return
     schedule = PersistentLocalScheduler.schedule
 
     def schedule_and_remember(self: Any, dryrun_info: Any) -> str:
         app_id = schedule(self, dryrun_info)
         replicas = self._apps[app_id].role_replicas.values()
-        _launchers.extend(replica.proc for each in replicas for replica in each)
+        for each in replicas:
+            for replica in each:
+                remember(replica.proc)
         return app_id
 
     PersistentLocalScheduler.schedule = schedule_and_remember
-    signal.signal(signal.SIGINT, _interrupted)
+    for number in _TOLD_BY:
+        # A shell has background jobs ignore Ctrl-C, nohup SIGHUP.
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _received)
 
 
-def _interrupted(number: int, frame: FrameType | None) -> None:
+def remember(launcher: Popen[bytes]) -> None:
+    """Pass signals on to the ranks of a job from here on; and this process's end, if it is killed.
+
+    Args:
+        launcher: The job's first process: torchrun.
+    """
+    _launchers.append(launcher)
+    if not _watchers:
+        atexit.register(_end_watchers)
+    # It reads to the end of a pipe that this process alone can write to, and so ends with it.
+    watch = f"read -r _; kill -TERM {launcher.pid}"
+    _watchers.append(
+        Popen(
+            ("/bin/sh", "-c", watch),
+            stdin=PIPE,
+            stdout=DEVNULL,
+            stderr=DEVNULL,
+            start_new_session=True,
+        )
+    )
+
+
+def _received(number: int, frame: FrameType | None) -> None:
+    signum = signal.Signals(number)
     running = [launcher for launcher in _launchers if launcher.poll() is None]
     if not running:
-        signal.default_int_handler(number, frame)
+        _as_ever(signum, frame)
+        return
+    if signum == signal.SIGHUP:
+        leave_terminal()
+    if _told and signum != signal.SIGINT:  # as one that is sent to all processes of a job
+        return
     ranks = [rank for launcher in running for rank in _children(launcher.pid)]
     if _told or not ranks or not all(_listens(rank) for rank in ranks):
         # torchrun first, which would report the ranks' end as a failure, at length.
         _kill([launcher.pid for launcher in running] + ranks)
-        _say("Ctrl-C again: ended at once" if _told else "Ctrl-C: ended, there was nothing to save")
-        os._exit(EXIT_CODE)
+        name = _TOLD_BY[signum]
+        _say(
+            f"{name} again: ended at once" if _told else f"{name}: ended, there was nothing to save"
+        )
+        _end_watchers()
+        os._exit(_exit_code(signum))
     _told.extend(ranks)
-    _say("Ctrl-C: the ranks save at the end of their step and stop; again ends them at once")
+    _say(
+        f"{_TOLD_BY[signum]}: the ranks save at the end of their step and stop; Ctrl-C "
+        f"{'again ' if signum == signal.SIGINT else ''}ends them at once"
+    )
     for rank in ranks:
-        os.kill(rank, signal.SIGINT)
-    atexit.register(_exit)  # NeMo-Run ends with 0
+        os.kill(rank, _PASSED_ON.get(signum, signal.SIGTERM))
+    atexit.register(_exit, _exit_code(signum))  # NeMo-Run ends with 0
+
+
+def _as_ever(signum: signal.Signals, frame: FrameType | None) -> None:
+    """Do what a signal does where nobody listens to it."""
+    if signum == signal.SIGINT:
+        signal.default_int_handler(signum, frame)
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
+
+
+def _exit_code(signum: signal.Signals) -> int:
+    return 128 + _PASSED_ON.get(signum, signal.SIGTERM)
 
 
 def _children(process: int) -> list[int]:
@@ -87,10 +143,21 @@ def _kill(processes: list[int]) -> None:
 
 
 def _say(text: str) -> None:
-    os.write(1, f"\n[nemo-upcycle] {text}\n".encode())
+    with suppress(OSError):  # the terminal may be gone
+        os.write(1, f"\n[nemo-upcycle] {text}\n".encode())
 
 
-def _exit() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_CODE)
+def _end_watchers() -> None:
+    for watcher in _watchers:
+        watcher.kill()
+        watcher.wait()
+
+
+def _exit(code: int) -> None:
+    for launcher in _launchers:  # also where NeMo-Run has failed at what it prints
+        launcher.wait()
+    _end_watchers()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

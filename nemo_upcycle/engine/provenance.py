@@ -29,7 +29,8 @@ class Origin:
     """The weights that a run began from, what they became, and how they are trained.
 
     Attributes:
-        dense_checkpoint: Where the checkpoint was; None where the weights were random.
+        dense_checkpoint: Where the checkpoint was, dense or restored; None where the weights were
+            random.
         fingerprint: What tells it from others; None where it could not be read.
         upcycling: The fields of `UpcyclingConfig`; where no dense model was upcycled, the number
             of experts and top-k alone.
@@ -95,7 +96,7 @@ class Origin:
             )
         if now.fingerprint is not None and self.fingerprint not in (None, now.fingerprint):
             raise UpcyclingError(
-                f"The run in {run} was upcycled from {self.dense_checkpoint}; the weights in "
+                f"The run in {run} began from {self.dense_checkpoint}; the weights in "
                 f"{now.dense_checkpoint} are others or were changed since. Give the original "
                 "checkpoint, or another name for a new run."
             )

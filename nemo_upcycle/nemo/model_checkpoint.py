@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from megatron.core import dist_checkpointing
 from nemo import lightning as nl
+from nemo.collections import llm
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_upcycle.engine.ranks import Ranks
@@ -28,6 +29,12 @@ class ModelCheckpoint(nl.ModelCheckpoint):
     `val_check_interval`, taking it for granted that a validation has saved otherwise.
     """
 
+    _began_at: int | None = None
+    """The step at which the last pass over the data began."""
+
+    _empty = 0
+    """Passes without a step, one after another."""
+
     def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Remove what a killed run left unfinished, and check what is resumed.
 
@@ -35,8 +42,29 @@ class ModelCheckpoint(nl.ModelCheckpoint):
             UpcyclingError: The run was begun with another global batch size.
         """
         super().setup(trainer, *args, **kwargs)
+        self._began_at, self._empty = None, 0
         if trainer.ckpt_path:
             _check_batch_size(trainer)
+
+    def on_train_epoch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Look at what the pass over the data that has just ended has done.
+
+        Raises:
+            UpcyclingError: It has ended before the steps, and the next would bring the same samples
+                again, or none without end.
+        """
+        step, began_at = trainer.global_step, self._began_at
+        self._began_at, self._empty = step, self._empty + 1 if began_at == step else 0
+        # Of NeMo's data one pass is made for all steps; of others one may be empty on a resume.
+        once = isinstance(trainer.datamodule, llm.PreTrainingDataModule)
+        if self._empty > 1 or (once and began_at not in (None, step)):
+            raise UpcyclingError(
+                f"The data end after step {step} of trainer.max_steps={trainer.max_steps}: there "
+                "is no sample left that the run has not seen. Give the batch size and the data "
+                "that the run began with, or another name for a new run."
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         super().on_train_end(trainer, pl_module)
@@ -64,9 +92,11 @@ def _check_batch_size(trainer: pl.Trainer) -> None:
     seen = common.get(type(data).__qualname__, {}).get("consumed_samples")
     steps, size = common["global_step"], getattr(data, "global_batch_size", None)
     if seen and size and seen != steps * size:
+        # Steps of several sizes, as of a ramp-up, cannot be gone on with.
+        again = f"Go on with {seen // steps}, or give" if seen % steps == 0 else "Give"
         raise UpcyclingError(
             f"The run has seen {seen} samples in {steps} steps; now global_batch_size={size} is "
-            f"given. Go on with {seen // steps}, or give another name for a new run."
+            f"given. {again} another name for a new run."
         )
 
 

@@ -1,4 +1,4 @@
-"""Save and stop when a scheduler takes the machine back, or a user presses Ctrl-C."""
+"""Save and stop when a scheduler takes the machine back, or a user leaves or presses Ctrl-C."""
 
 import os
 import signal
@@ -12,17 +12,20 @@ from nemo.lightning import io
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from nemo.utils.get_rank import is_global_rank_zero
 
+from nemo_upcycle.files import leave_terminal
+
 NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+"""SIGHUP, of a terminal that is closed, is taken for the second."""
 
 SECONDS_OF_ONE_KEY = 1.0
 """A terminal tells all ranks and torchrun, and torchrun then tells the ranks again."""
 
 
 class PreemptionCallback(pl.Callback, io.IOMixin):
-    """On SIGTERM or Ctrl-C save at the end of the step and exit; the same command goes on.
+    """On SIGTERM, SIGHUP or Ctrl-C save at the end of the step and exit; the same command goes on.
 
-    The exit code is 143 or 130. A second Ctrl-C ends at once, and so does one before training has
-    begun, when there is nothing to save.
+    The exit code is 143, or 130 at Ctrl-C. A second Ctrl-C ends at once, and so does one before
+    training has begun, when there is nothing to save.
 
     Slurm sends SIGTERM before it preempts or at `--signal=TERM@SECONDS` before a time limit, to any
     of the ranks. NeMo's own callback looks at the first rank alone, needs CUDA, and ends with 0: a
@@ -43,13 +46,17 @@ class PreemptionCallback(pl.Callback, io.IOMixin):
         """Listen."""
         self._training = True
         self._listen(signal.SIGTERM)
+        self._listen(signal.SIGHUP)
 
     def _listen(self, number: int) -> None:
-        # A shell has background jobs ignore Ctrl-C.
+        # A shell has background jobs ignore Ctrl-C, nohup SIGHUP.
         if signal.getsignal(number) is not signal.SIG_IGN:
             self._previous.setdefault(number, signal.signal(number, self._receive))
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
+            number = signal.SIGTERM
         if not self._training:
             _write(f"[preemption] {NAMES[number]} before the first step: there is nothing to save")
             raise SystemExit(128 + number)

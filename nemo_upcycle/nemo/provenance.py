@@ -13,6 +13,8 @@ from megatron.core import dist_checkpointing
 from nemo.utils import AppState
 from nemo.utils.get_rank import is_global_rank_zero
 
+from nemo_upcycle.checkpoint import MegatronCheckpoint
+from nemo_upcycle.checkpoint.fingerprint import weights_fingerprint
 from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.engine.provenance import RANDOM, RESTORED, Origin
 from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks, check_same
@@ -137,8 +139,9 @@ class Provenance(pl.Callback, Recorded):
                 kept = kept_of(self.model_of)
             except UpcyclingError as error:
                 say(f"[run] an export will not have the dense model's tokens: {error}")
-        weights = RANDOM if self.restored is None else RESTORED
-        return Origin(self.restored, None, model, kept, weights)
+        if self.restored is None:
+            return Origin(None, None, model, kept, RANDOM)
+        return Origin(self.restored, _fingerprint(self.restored), model, kept, RESTORED)
 
     def _check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.lock_error is not None:
@@ -146,6 +149,7 @@ class Provenance(pl.Callback, Recorded):
         self._remarks = [f"[run] {remark}" for remark in check_numbers(trainer, module)]
         settings = settings_of(trainer, module)
         now = replace(self.begin(trainer, module.config), settings=settings)
+        self._remarks += _beyond_context(now, settings.get("data.seq_length"))
         self._origin, self._changes = now, []
         if not trainer.ckpt_path:
             return
@@ -189,6 +193,28 @@ def said_on_every_rank(prefix: str) -> Iterator[None]:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         print(f"{prefix} rank {rank}: {error}", file=sys.stderr, flush=True)
         raise
+
+
+def _beyond_context(origin: Origin, seq_length: int | None) -> list[str]:
+    """Say where sequences are longer than what the weights have seen: it may be meant."""
+    context = (origin.kept or {}).get("max_position_embeddings")
+    if origin.weights == RANDOM or not context or not seq_length or seq_length <= context:
+        return []
+    return [
+        f"[run] data.seq_length is {seq_length}, beyond the context of {context} that the dense "
+        "model has: the run extends it"
+    ]
+
+
+def _fingerprint(restored: str) -> str | None:
+    """Return what tells restored weights from others; None where they cannot be read.
+
+    A resume does not need them, and NeMo says what is wrong with them at the first start.
+    """
+    try:
+        return weights_fingerprint(MegatronCheckpoint(restored, experts=True))
+    except UpcyclingError:
+        return None
 
 
 def _release() -> None:

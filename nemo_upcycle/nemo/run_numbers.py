@@ -14,6 +14,28 @@ _AT_LEAST_0 = (
 )
 
 
+_STEPS = "trainer.max_steps"
+_BATCHES = "data.micro_batch_size and data.global_batch_size"
+_NOT_HONOURED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "trainer.accumulate_grad_batches": ((1,), _BATCHES),
+    "trainer.gradient_clip_val": ((None,), "optim.config.clip_grad"),
+    "trainer.gradient_clip_algorithm": ((None,), "optim.config.clip_grad, which clips the norm"),
+    "trainer.limit_train_batches": ((None, 1.0), _STEPS),
+    "trainer.overfit_batches": ((0.0, 0), _STEPS),
+    "trainer.fast_dev_run": ((False,), _STEPS),
+    "trainer.max_epochs": ((None, -1), _STEPS),
+    "trainer.reload_dataloaders_every_n_epochs": ((0,), _STEPS),
+    "data.rampup_batch_size": ((None,), "data.global_batch_size"),
+    "data.init_consumed_samples": ((None, 0), "resume.resume_if_exists"),
+    "data.init_global_step": ((None, 0), "resume.resume_if_exists"),
+}
+"""What NeMo takes and does not do: the values that change nothing, and the field that works.
+
+With its accumulation, limits and epochs Lightning begins the data anew, which NeMo makes for one
+pass of max_steps · global_batch_size samples; NeMo saves no batch sizes of a ramp-up.
+"""
+
+
 def check_max_steps(max_steps: int) -> None:
     """Check how long a run is to be.
 
@@ -29,9 +51,17 @@ def check_trainer(trainer: pl.Trainer) -> None:
     """Check how long a run is, and how often it validates: the data are made by these numbers.
 
     Raises:
-        UpcyclingError: A number is out of range.
+        UpcyclingError: A number is out of range, or of a field that NeMo does not honour.
     """
     check_max_steps(trainer.max_steps)
+    for name, (idle, instead) in _NOT_HONOURED.items():
+        value = _value(trainer, name)
+        # To Lightning 1.0 is all batches, 1 is one.
+        if not any(type(value) is type(each) and value == each for each in idle):
+            raise UpcyclingError(
+                f"{name} is {value}, which NeMo does not honour; expected {idle[0]}. Set {instead} "
+                "instead."
+            )
     interval = trainer.val_check_interval  # steps, or a share of an epoch
     if interval is not None and not interval > 0:
         raise UpcyclingError(
@@ -67,6 +97,16 @@ def check_numbers(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
             if isinstance(value, int | float) and not value >= 0:
                 raise UpcyclingError(f"{place}.{name} is {value}; expected 0 or more.")
     return list(_check_schedule(config, scheduler, trainer.max_steps))
+
+
+def _value(trainer: pl.Trainer, name: str) -> Any:
+    """Return a field of the trainer or its data; where there is none, what changes nothing."""
+    owner, _, field = name.partition(".")
+    data = getattr(trainer, "datamodule", None)
+    # NeMo's data modules hand some of their fields on, and forget them.
+    places = (trainer,) if owner == "trainer" else (getattr(data, "data_sampler", None), data)
+    values = (getattr(place, field) for place in places if hasattr(place, field))
+    return next(values, _NOT_HONOURED[name][0][0])
 
 
 def _check_schedule(config: Any, scheduler: Any, max_steps: int) -> Iterator[str]:

@@ -52,8 +52,8 @@ _NO_SETTING = re.compile(
     "moe_layer_recompute|mlp_chunks|^_|mamba|heterogeneous|hetereogenous|cp_comm|meta_device"
 )
 _OF_DATA = (
-    *("seq_length", "seed", "split", "num_train_samples", "dataloader_type"),
-    *("reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
+    *("seq_length", "micro_batch_size", "seed", "split", "num_train_samples", "dataloader_type"),
+    *("dataset_cls", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"),
 )
 _OF_OPTIMIZER = (
     *("optimizer", "lr", "decoupled_lr", "decoupled_min_lr", "weight_decay", "clip_grad"),
@@ -132,7 +132,9 @@ def _of_optimizer(optim: Any) -> Settings:
 
 
 def _of_data(data: Any) -> Settings:
-    found = {f"data.{name}": getattr(data, name) for name in _OF_DATA if hasattr(data, name)}
+    found = {
+        f"data.{name}": _plain(getattr(data, name)) for name in _OF_DATA if hasattr(data, name)
+    }
     found["data"] = type(data).__name__
     sources = getattr(data, "build_kwargs", {})
     blends = [sources["blend"]] if "blend" in sources else sources.get("blend_per_split") or []

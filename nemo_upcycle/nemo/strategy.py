@@ -4,12 +4,15 @@ import os
 import re
 from dataclasses import fields
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from nemo import lightning as nl
+from torch.distributed.checkpoint.api import CheckpointException
 
+from nemo_upcycle.checkpoint.megatron_metadata import check_files
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 
@@ -53,7 +56,8 @@ class MegatronStrategy(nl.MegatronStrategy):
         """
         try:
             return super().load_checkpoint(checkpoint_path, selective_restore)
-        except (CheckpointingException, RuntimeError) as error:
+        except (CheckpointingException, CheckpointException, RuntimeError) as error:
+            _check_whole(Path(checkpoint_path))
             raise UpcyclingError(
                 f"{checkpoint_path} cannot be loaded: {_cause(error)}. It is damaged, or of "
                 "another model than the command says: give the architecture that the run began "
@@ -71,6 +75,21 @@ class MegatronStrategy(nl.MegatronStrategy):
         if values["expert_tensor_parallel_size"] is None:  # Megatron takes TP then
             values["expert_tensor_parallel_size"] = self.tensor_model_parallel_size
         return ParallelFolding(**values)
+
+
+def _check_whole(weights: Path) -> None:
+    """Check a checkpoint that could not be loaded.
+
+    Raises:
+        UpcyclingError: A file of it is not whole.
+    """
+    try:
+        check_files(weights)
+    except UpcyclingError as error:
+        raise UpcyclingError(
+            f"{weights} cannot be loaded: {error} It is damaged; remove it to go on from an older "
+            "checkpoint of the run, or to start anew."
+        ) from error
 
 
 def _cause(error: Exception) -> str:

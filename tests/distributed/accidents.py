@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from nemo.lightning import io
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -37,6 +38,17 @@ class Hang(pl.Callback, io.IOMixin):
                 Path(self.says).touch()
             while True:
                 time.sleep(60)
+
+
+class ShortData(pl.Callback, io.IOMixin):
+    """Leave out all samples but the first."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def on_fit_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        data = trainer.datamodule
+        data._train_ds = torch.utils.data.Subset(data._train_ds, range(self.samples))
 
 
 class SayRates(pl.Callback, io.IOMixin):

@@ -52,13 +52,14 @@ def train(
     run = fiddle.build(recipe)
     tell = Tell()
     run.keywords["trainer"].callbacks.append(tell)
-    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    numbers = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
+    before = [signal.getsignal(each) for each in numbers]
     code = None
     try:
         run()
     except SystemExit as stopped:
         code = stopped.code
-    assert before == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    assert before == [signal.getsignal(each) for each in numbers]
     return code, tell.steps
 
 
@@ -67,9 +68,10 @@ def train(
     [
         pytest.param(signal.SIGTERM, 0, 143, marks=pytest.mark.slow),
         (signal.SIGTERM, 1, 143),
+        (signal.SIGHUP, 1, 143),
         (signal.SIGINT, 0, 130),
     ],
-    ids=["SIGTERM on rank 0", "SIGTERM on rank 1", "Ctrl-C"],
+    ids=["SIGTERM on rank 0", "SIGTERM on rank 1", "SIGHUP", "Ctrl-C"],
 )
 def test_a_signal_saves_and_the_same_command_goes_on(
     ranks: RankPool, tmp_path: Path, number: int, told: int, code: int

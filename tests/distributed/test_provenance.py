@@ -155,6 +155,39 @@ def test_the_same_beginning_goes_on(
     ]
 
 
+def test_restored_weights_are_told_from_others(
+    beginnings: Beginnings, begun: dict[str, Path], tmp_path: Path
+) -> None:
+    """And where they lie does not count, nor that they are gone."""
+    places = {}
+    for name in ("upcycled", "scratch"):
+        (found,) = begun[name].glob("checkpoints/*-last")
+        places[name] = shutil.copytree(found, tmp_path / name)
+
+    def start(source: Path, max_steps: int) -> list[Any]:
+        return beginnings.runs.start(
+            tmp_path,
+            options=EP2 | {"from_scratch": True, "max_steps": max_steps},
+            overrides={"resume.restore_config": str(source)},
+        )[0]
+
+    assert len(start(places["upcycled"], 1)[0]) == 1
+    errors = start(places["scratch"], 2)
+    assert len(set(errors)) == 1
+    assert f"began from {places['upcycled']}; the weights in {places['scratch']}" in errors[0]
+    moved = places["upcycled"].rename(tmp_path / "moved")
+    assert len(start(moved, 2)[0]) == 1
+    shutil.rmtree(moved)
+    assert len(start(moved, 3)[0]) == 1
+
+
+def test_a_context_that_is_extended_is_said(runs: Runs, tmp_path: Path) -> None:
+    longer = {"data.seq_length": 512, "model.config.seq_length": 512}
+    losses, said = runs.start(tmp_path, options=EP2 | {"max_steps": 1}, overrides=longer)
+    assert len(losses[0]) == 1
+    assert "[run] data.seq_length is 512, beyond the context of 256" in said
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "length": ({"data.seq_length": 128}, "data.seq_length=256; now data.seq_length=128"),
     "optimizer": ({"optim.config.optimizer": "sgd"}, "optim.config.optimizer=adam; now"),
@@ -293,6 +326,9 @@ def test_a_copied_checkpoint_of_another_run(runs: Runs, resumable: Path) -> None
         ({"trainer.max_steps": -1}, "max_steps is -1; expected 1 or more"),
         ({"trainer.val_check_interval": 0}, "trainer.val_check_interval is 0; expected 1 step"),
         ({"optim.config.lr": -1.0}, "optim.config.lr is -1.0; expected 0 or more"),
+        ({"trainer.gradient_clip_val": 1.0}, "trainer.gradient_clip_val is 1.0, which NeMo does"),
+        ({"trainer.limit_train_batches": 1}, "trainer.limit_train_batches is 1, which NeMo does"),
+        ({"data.rampup_batch_size": [8, 8, 64]}, "data.rampup_batch_size is [8, 8, 64], which"),
     ],
 )
 def test_nonsense_on_the_command_line_is_refused(

@@ -1,5 +1,6 @@
 """What may change between a run's starts, and what may not."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def test_a_run_goes_on_with_other_micro_batches(
     runs: Runs, resumable: Path, expected: list[float]
 ) -> None:
     """The auxiliary loss is taken over a micro-batch: what follows is near, not equal."""
-    losses, _ = runs.start(resumable, overrides={"data.micro_batch_size": 1})
+    losses, said = runs.start(resumable, overrides={"data.micro_batch_size": 1})
+    assert "[resume] data.micro_batch_size 2 → 1" in said
     assert losses[0] == pytest.approx(expected[STOPPED:], rel=1e-4)
 
 
@@ -54,6 +56,20 @@ def test_another_global_batch_size_is_refused(runs: Runs, resumable: Path) -> No
     errors, _ = runs.start(resumable, overrides={"data.global_batch_size": 4})
     assert len(set(errors)) == 1
     assert "16 samples in 2 steps; now global_batch_size=4" in errors[0]
+
+
+def test_accumulation_by_lightning_is_refused(runs: Runs, resumable: Path) -> None:
+    """It would validate for ever."""
+    errors, _ = runs.start(resumable, overrides={"trainer.accumulate_grad_batches": 2})
+    assert len(set(errors)) == 1
+    assert "trainer.accumulate_grad_batches is 2, which NeMo does not honour" in errors[0]
+
+
+def test_data_that_end_before_the_steps_end_the_run(runs: Runs, resumable: Path) -> None:
+    """Whatever made them so short: Lightning would look for more for ever."""
+    errors, _ = runs.start(resumable, accident=("ShortData", {"samples": 24}))
+    assert len(set(errors)) == 1
+    assert "The data end after step 3 of trainer.max_steps=4" in errors[0]
 
 
 def test_a_changed_dense_checkpoint_is_refused(runs: Runs, resumable: Path) -> None:
@@ -116,6 +132,18 @@ def test_a_damaged_checkpoint_of_the_run_is_an_error(runs: Runs, resumable: Path
     losses, said = runs.start(resumable)
     assert "starting anew" in said
     assert len(losses[0]) == STEPS
+
+
+def test_a_checkpoint_of_the_run_that_is_cut_off_is_an_error(runs: Runs, resumable: Path) -> None:
+    """The file is named, and what to do; not the ranks that have failed."""
+    (file,) = resumable.glob("run/checkpoints/*/weights/__0_0.distcp")
+    size = file.stat().st_size
+    os.truncate(file, size // 2)
+    errors, _ = runs.start(resumable)
+    for error in errors:
+        assert f"{file} has {size // 2} bytes of the {size} that .metadata says" in error
+        assert "remove it to go on from an older checkpoint of the run" in error
+        assert len(error.splitlines()) == 1
 
 
 def test_a_run_that_is_at_its_end_says_so(runs: Runs, resumable: Path) -> None:

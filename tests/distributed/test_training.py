@@ -49,6 +49,7 @@ def train(
     """
     import fiddle
     import torch
+    from nemo.lightning import RestoreConfig
     from nemo_upcycle_recipes import llama_tiny
 
     from tests.distributed import accidents
@@ -60,6 +61,8 @@ def train(
         target = recipe
         for name in filter(None, owner.split(".")):
             target = target[int(name)] if name.lstrip("-").isdigit() else getattr(target, name)
+        if attribute == "restore_config":
+            value = fiddle.Config(RestoreConfig, path=value)
         setattr(target, attribute, value)
     if dense_by_rank is not None:
         import os

@@ -1,5 +1,6 @@
-"""Ctrl-C on the real command, as a terminal does it: to the whole process group."""
+"""Ctrl-C on the real command, as a terminal does it, to the whole group; and other signals."""
 
+import contextlib
 import getpass
 import os
 import signal
@@ -7,8 +8,10 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from nemo_upcycle.checkpoint.run_directory import is_complete
 from tests.end_to_end import cli
 from tests.workspace import make_workspace
 
@@ -31,8 +34,13 @@ def words(ranks: int, steps: int = STEPS) -> list[str]:
     return [word.format(ranks=ranks, steps=steps) for word in COMMAND]
 
 
-def press(directory: Path, ranks: int, when: str) -> tuple[int, str]:
-    """Start the command, press Ctrl-C once a line is there; return the exit code and the log."""
+def press(
+    directory: Path, ranks: int, when: str, number: signal.Signals = signal.SIGINT
+) -> tuple[int, str]:
+    """Start the command, press Ctrl-C once a line is there; return the exit code and the log.
+
+    Another signal comes to the command alone.
+    """
     log = directory / "log"
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -46,7 +54,10 @@ def press(directory: Path, ranks: int, when: str) -> tuple[int, str]:
         )
     while when not in log.read_text(errors="replace"):
         assert process.poll() is None, log.read_text()[-3000:]
-    os.killpg(process.pid, signal.SIGINT)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     return process.wait(timeout=120), log.read_text(errors="replace")
 
 
@@ -67,6 +78,26 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, ranks: int) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGKILL, -signal.SIGKILL)],
+    ids=["SIGTERM", "SIGHUP", "SIGKILL"],
+)
+def test_what_ends_nemo_lets_the_ranks_save(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    make_workspace(tmp_path / "demo")
+    found, log = press(tmp_path, 2, "iteration 2/", number)
+    assert found == code, log[-3000:]
+    deadline = time.monotonic() + 60 if number == signal.SIGKILL else 0  # they go on for a while
+    while (left := processes_in(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+    (saved,) = (tmp_path / "demo" / "e8t2" / "checkpoints").glob("*-last")
+    assert is_complete(saved)
+
+
+@pytest.mark.slow
 def test_ctrl_c_before_training_leaves_nothing(tmp_path: Path) -> None:
     make_workspace(tmp_path / "demo")
     code, log = press(tmp_path, 2, "Launched app")
@@ -74,6 +105,16 @@ def test_ctrl_c_before_training_leaves_nothing(tmp_path: Path) -> None:
     assert "there was nothing to save" in log
     assert "Traceback" not in log
     assert not list((tmp_path / "demo").glob("e8t2/checkpoints/*"))
+
+
+def processes_in(directory: Path) -> list[int]:
+    """Return the processes that work in a directory."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(directory):
+                found.append(process.pid)
+    return found
 
 
 def processes_of(word: str) -> list[int]:
@@ -114,5 +155,6 @@ def test_ctrl_c_on_the_ranks_of_a_command(tmp_path: Path, seconds: int) -> None:
     assert log.read_text().strip() == "Error: interrupted."
     assert not processes_of(str(out))
     assert not (tmp_path / "out").exists()
-    left = {path.name for path in (tmp_path / "tmp").iterdir()}
-    assert left <= {f"torchinductor_{getpass.getuser()}"}  # torch's own cache
+    left = [path.name for path in (tmp_path / "tmp").iterdir()]
+    left = [name for name in left if not name.startswith(f"nemo-upcycle-{os.getuid()}-")]
+    assert set(left) <= {f"torchinductor_{getpass.getuser()}"}  # torch's own cache

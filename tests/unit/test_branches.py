@@ -1,5 +1,6 @@
 """Several dense checkpoints as one: experts from each, everything else averaged."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import family_of
 from nemo_upcycle.plans.rank import Shard, make_plan
 from tests.tiny import write_dense, write_llama
+from tests.tokenizers import write_tokenizer
 
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.norm.weight"
@@ -134,3 +136,41 @@ def test_other_architectures_are_refused(
     other = write_dense(tmp_path, family, **config)
     with pytest.raises(UpcyclingError, match=message):
         open_branches(f"{sources[0]},{other}")
+
+
+def with_tokenizer(directory: Path, seed: int, swapped: tuple[str, str] | None = None) -> Path:
+    """Write a checkpoint with a tokenizer, in which two tokens have changed places."""
+    write_tokenizer(write_llama(directory, seed=seed), "BPE")
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    for one, other in [swapped] if swapped else []:
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    file.write_text(json.dumps(content))
+    return directory
+
+
+def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
+    """Row i of the averaged embeddings would be another token in each."""
+    first = with_tokenizer(tmp_path / "first", 0)
+    other = with_tokenizer(tmp_path / "other", 1, ("a", "b"))
+    expected = rf"The tokenizers of {first} and {other} differ: row \d+ of the embeddings is 'a'"
+    with pytest.raises(UpcyclingError, match=expected):
+        open_branches(f"{first}; {other}")
+
+
+@pytest.mark.parametrize("change", ["nothing", "no tokenizer", "a token more", "written otherwise"])
+def test_tokenizers_that_have_the_same_tokens_are_taken(tmp_path: Path, change: str) -> None:
+    first = with_tokenizer(tmp_path / "first", 0)
+    other = with_tokenizer(tmp_path / "other", 1)
+    file = other / "tokenizer.json"
+    content = json.loads(file.read_text())
+    if change == "no tokenizer":
+        file.unlink()
+    elif change == "a token more":
+        chat = {"id": 400, "content": "<|turn|>", "special": True}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        content["added_tokens"].append(chat | flags)
+    if change in ("a token more", "written otherwise"):
+        file.write_text(json.dumps(content, indent=1))
+    assert len(open_branches(f"{first}; {other}").branches) == 2

@@ -1,4 +1,4 @@
-"""Ctrl-C under `nemo` reaches the ranks, with stand-ins for NeMo-Run, torchrun and ranks."""
+"""What ends `nemo` reaches the ranks, with stand-ins for NeMo-Run, torchrun and ranks."""
 
 import signal
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 RANK = """
@@ -21,15 +22,17 @@ Path(sys.argv[1]).write_text("ready")
 time.sleep(300)
 """
 TORCHRUN = """
-import subprocess, sys
-sys.exit(subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True).wait())
+import signal, subprocess, sys
+rank = subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)
+signal.signal(signal.SIGTERM, lambda *_: rank.terminate())
+sys.exit(rank.wait())
 """
 NEMO = """
 import subprocess, sys
 from nemo_upcycle.cli import interrupt
 interrupt.listen()
 launched = subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)
-interrupt._launchers.append(launched)
+interrupt.remember(launched)
 launched.wait()
 print("NeMo-Run ends", flush=True)
 """
@@ -57,6 +60,9 @@ class Command:
     def ctrl_c(self) -> None:
         self.process.send_signal(signal.SIGINT)
 
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
     def end(self) -> tuple[int, str]:
         output, _ = self.process.communicate(timeout=60)
         return self.process.returncode, output
@@ -72,6 +78,52 @@ def test_ranks_that_train_are_told(tmp_path: Path) -> None:
     assert command.state.read_text() == f"signal {signal.SIGINT:d}"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_ranks_that_train_are_told_of_a_schedulers_signal(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """And `nemo` waits for them; nothing is left."""
+    command = Command(tmp_path, "trains", "saves")
+    started = command.descendants()
+    command.process.send_signal(number)
+    code, output = command.end()
+    assert f"{number.name}: the ranks save at the end of their step and stop" in output
+    assert "NeMo-Run ends" in output
+    assert code == 143
+    assert command.state.read_text() == f"signal {signal.SIGTERM:d}"
+    assert not psutil.wait_procs(started, timeout=10)[1]
+
+
+def test_ranks_save_where_nemo_is_killed(tmp_path: Path) -> None:
+    command = Command(tmp_path, "trains", "saves")
+    started = command.descendants()
+    command.process.kill()
+    assert not psutil.wait_procs(started, timeout=10)[1]
+    assert command.state.read_text() == f"signal {signal.SIGTERM:d}"
+
+
+def test_a_job_that_has_ended_leaves_no_watcher(tmp_path: Path) -> None:
+    command = Command(tmp_path, "trains", "saves")
+    started = command.descendants()
+    (rank,) = next(p for p in started if p.children()).children()
+    rank.terminate()
+    assert command.end()[0] == 0
+    assert not psutil.wait_procs(started, timeout=10)[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_without_a_job_a_signal_ends_nemo_as_ever(tmp_path: Path, number: int) -> None:
+    script = "import sys, time; from nemo_upcycle.cli import interrupt; interrupt.listen()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{script}; print('ready', flush=True); time.sleep(300)"],
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stdout.readline()
+    process.send_signal(number)
+    assert process.wait(timeout=60) == -number
+    process.stdout.close()
+
+
 def test_a_second_time_they_are_ended_at_once(tmp_path: Path) -> None:
     command = Command(tmp_path, "trains", "takes long")
     command.ctrl_c()
@@ -83,13 +135,19 @@ def test_a_second_time_they_are_ended_at_once(tmp_path: Path) -> None:
     assert code == 130
 
 
-def test_before_training_they_are_ended_without_a_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "name", "expected"),
+    [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)],
+)
+def test_before_training_they_are_ended_without_a_traceback(
+    tmp_path: Path, number: int, name: str, expected: int
+) -> None:
     command = Command(tmp_path, "imports")
-    command.ctrl_c()
+    command.process.send_signal(number)
     code, output = command.end()
-    assert "Ctrl-C: ended, there was nothing to save" in output
+    assert f"{name}: ended, there was nothing to save" in output
     assert "Traceback" not in output
-    assert code == 130
+    assert code == expected
 
 
 @pytest.fixture(autouse=True)

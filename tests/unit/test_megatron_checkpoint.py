@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_upcycle.checkpoint import MegatronCheckpoint, open_checkpoint
 from nemo_upcycle.checkpoint.checks import check_tensors
+from nemo_upcycle.checkpoint.megatron_metadata import check_files
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, family_of
@@ -228,6 +229,19 @@ def test_a_model_with_too_few_rows_for_the_vocabulary_is_refused(tmp_path: Path)
     shard = Shard("embedding.word_embeddings.weight", shape, (0, 0), shape)
     with pytest.raises(UpcyclingError, match=r"has 15 rows, the dense checkpoint gives 16"):
         make_plan([shard], checkpoint.tensors, family, arch, UpcyclingConfig())
+
+
+def test_files_of_the_optimizer_are_checked_too(tmp_path: Path) -> None:
+    state = tensors() | {"optimizer.state.exp_avg.x": torch.zeros(100_000)}
+    directory = save(tmp_path / "saved", state)
+    check_files(directory)
+    for file in directory.glob("*.distcp"):
+        os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(UpcyclingError, match=r"distcp has \d+ bytes of the \d+ that .metadata"):
+        check_files(directory)
+    (directory / ".metadata").write_bytes(b"")
+    with pytest.raises(UpcyclingError, match="metadata"):
+        check_files(directory)
 
 
 UNSUPPORTED = {

@@ -1,5 +1,6 @@
 """Numbers of trainer, data, optimizer and schedule that make no sense."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,8 @@ def checked(**changes: Any) -> list[str]:
         owner, _, field = name.partition("__")
         values[owner][field] = value
     made = {name: SimpleNamespace(**each) for name, each in values.items()}
+    sampler = {"rampup_batch_size": values["data"].pop("rampup_batch_size", None)}
+    made["data"].data_sampler = SimpleNamespace(**sampler)  # NeMo's data have it there alone
     trainer: Any = SimpleNamespace(**values["trainer"], datamodule=made["data"])
     optim = SimpleNamespace(config=made["config"], lr_scheduler=made["scheduler"])
     module: Any = SimpleNamespace(optim=optim)
@@ -50,6 +53,34 @@ def test_usual_numbers_are_not_mentioned() -> None:
 def test_nonsense_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UpcyclingError, match=message):
         checked(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainer__accumulate_grad_batches": 2}, "Set data.micro_batch_size and data.global_"),
+        ({"trainer__gradient_clip_val": 1.0}, "Set optim.config.clip_grad instead"),
+        ({"trainer__gradient_clip_algorithm": "value"}, "Set optim.config.clip_grad, which clips"),
+        ({"trainer__limit_train_batches": 3}, "Set trainer.max_steps instead"),
+        ({"trainer__limit_train_batches": 1}, "limit_train_batches is 1, which NeMo does not"),
+        ({"trainer__limit_train_batches": 0.5}, "limit_train_batches is 0.5, which NeMo does not"),
+        ({"trainer__overfit_batches": 1}, "trainer.overfit_batches is 1, which NeMo does not"),
+        ({"trainer__fast_dev_run": True}, "trainer.fast_dev_run is True, which NeMo does not"),
+        ({"trainer__max_epochs": 1}, "trainer.max_epochs is 1, which NeMo does not honour"),
+        ({"trainer__reload_dataloaders_every_n_epochs": 1}, "every_n_epochs is 1, which NeMo"),
+        ({"data__rampup_batch_size": [8, 8, 64]}, "Set data.global_batch_size instead"),
+        ({"data__init_consumed_samples": 8}, "data.init_consumed_samples is 8, which NeMo does"),
+        ({"data__init_global_step": 8}, "data.init_global_step is 8, which NeMo does not honour"),
+    ],
+)
+def test_what_nemo_does_not_honour_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UpcyclingError, match=re.escape(message)):
+        checked(**change)
+
+
+def test_what_changes_nothing_may_be_said() -> None:
+    idle = {"accumulate_grad_batches": 1, "limit_train_batches": 1.0, "max_epochs": -1}
+    assert checked(**{f"trainer__{name}": value for name, value in idle.items()}) == []
 
 
 @pytest.mark.parametrize(
