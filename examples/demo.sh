@@ -4,7 +4,7 @@
 #
 #   examples/demo.sh        writes to demo/ in the current directory
 #
-# The commands are those of the README. A step that is done is not done again; a training that
+# The commands are those of docs/demo.md. A step that is done is not done again; a training that
 # was interrupted goes on from its last checkpoint.
 set -euo pipefail
 

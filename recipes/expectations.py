@@ -1,11 +1,28 @@
-"""What the planner expects of a recipe."""
+"""What the planner expects of a recipe, and the documents' table of it.
 
+`python -m nemo_upcycle_recipes.expectations docs/running.md` writes the table between the markers
+of a document; without a document it is printed.
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from nemo_upcycle_recipes.numbers import RECIPES
 from nemo_upcycle_recipes.recipe import Recipe
 
+from nemo_upcycle.checkpoint.described import dense_of_config
+from nemo_upcycle.config import RECOMPUTE
+from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
-from nemo_upcycle.planner.hardware import Hardware
+from nemo_upcycle.planner.hardware import Hardware, hardware
 from nemo_upcycle.planner.search import Prediction, predict
 from nemo_upcycle.planner.workload import Mapping, Workload
+from nemo_upcycle.plans.job import plan_job
+
+BEGIN, END = "<!-- recipes: generated -->", "<!-- recipes: end -->"
+"""What stands before and after the table in a document."""
 
 
 def workload(recipe: Recipe, arch: Architecture | None = None) -> Workload:
@@ -46,3 +63,85 @@ def summary(prediction: Prediction) -> str:
         f"On {gpus} {hardware.name}: {prediction.memory.total / 2**30:.0f} GiB a GPU, "
         f"{prediction.time.total:.2g} s a step, {prediction.mfu:.0%} MFU (predicted)."
     )
+
+
+def lightest_recompute(recipe: Recipe, hardware: Hardware) -> Prediction:
+    """Predict a recipe with the least recompute that fits.
+
+    Args:
+        recipe: The recipe.
+        hardware: On what.
+
+    Raises:
+        UpcyclingError: None fits.
+    """
+    has_experts = recipe.upcycling.num_moe_experts is not None
+    for name in RECOMPUTE:
+        if has_experts or "moe" not in name:
+            prediction = expected(replace(recipe, recompute=name), hardware)
+            if prediction.fits:
+                return prediction
+    raise UpcyclingError(f"{recipe.name} does not fit {hardware.name} with any recompute.")
+
+
+def table(recipes: Iterable[Recipe], hardware: Hardware) -> str:
+    """Return the documents' table of recipes, in Markdown.
+
+    Args:
+        recipes: Its rows.
+        hardware: On what memory and step time are predicted.
+    """
+    lines = [
+        "| recipe | GPUs | mapping | parameters | the recipe's recompute | the least that fits |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [f"| {' | '.join(_row(recipe, hardware))} |" for recipe in recipes]
+    return "\n".join(lines)
+
+
+def _row(recipe: Recipe, hardware: Hardware) -> list[str]:
+    dense = dense_of_config(recipe.config, recipe.dense, "")
+    nodes = recipe.num_nodes, recipe.num_gpus_per_node
+    job = plan_job(dense, recipe.upcycling, recipe.folding, *nodes, recipe.precision)
+    predictions = expected(recipe, hardware), lightest_recompute(recipe, hardware)
+    return [
+        f"`{recipe.name}`",
+        str(recipe.world_size),
+        str(recipe.folding),
+        f"{job.parameters / 1e9:.1f}B",
+        *(
+            f"{one.mapping.recompute}: {one.memory.total / 2**30:.0f} GiB, "
+            f"{one.time.total:.2g} s, {one.mfu:.0%} MFU"
+            for one in predictions
+        ),
+    ]
+
+
+def documented() -> str:
+    """Return the table of the documents: the full-size recipes on H100."""
+    return table((one for one in RECIPES.values() if "tiny" not in one.name), hardware("h100"))
+
+
+def with_table(document: str) -> str:
+    """Return a document with the table between its markers.
+
+    Raises:
+        UpcyclingError: It has no markers.
+    """
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise UpcyclingError(f"The document has no {BEGIN} with {END} after it; write both.")
+    return f"{before}{begin}\n\n{documented()}\n\n{end}{after}"
+
+
+def main() -> None:
+    """Write the table into the documents that the command names, or print it."""
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(with_table(path.read_text()))
+    if not sys.argv[1:]:
+        print(documented())
+
+
+if __name__ == "__main__":
+    main()

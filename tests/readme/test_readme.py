@@ -1,7 +1,7 @@
-"""The README is true: its commands are the demo's, and they run."""
+"""README.md and docs/ are true: their commands are the demo's, and they run."""
 
 import re
-import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,115 +9,223 @@ import pytest
 import typer
 
 from nemo_upcycle.cli import app
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from tests.distributed import scenarios
+from tests.distributed.pool import RankPool
 from tests.end_to_end import cli
+from tests.readme.documents import PAGES, ROOT, Command, code, commands, text
+from tests.tiny import tokens
 
-ROOT = Path(__file__).parents[2]
+ALL = [command for page in PAGES for command in commands(page)]
+STEPS = commands("docs/demo.md")
+AFTERWARDS = commands("docs/export-and-evaluate.md")
+"""Run by the slow test, after the demo."""
+
+OURS = [command for command in ALL if "nemo-upcycle" in command.words[:1]]
+PREDICTED = [command for command in OURS if command.words[1] in ("plan", "groups", "tune")]
+TRAININGS = [command for command in ALL if command.line.startswith("nemo llm pretrain")]
+EXPERIMENTS = [command for command in ALL if "examples/experiment.py" in command.line]
+
+NOT_RUN = {
+    "curl": "downloads 100 files of RedPajama-V2",
+    "pip": "what the extras are is checked",
+    "make": "what the targets are is checked",
+}
 
 
-def blocks(heading: str) -> list[str]:
-    """Return the shell commands under a heading of the README, one a line."""
-    section = (ROOT / "README.md").read_text().split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    code = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
-    lines = "\n".join(code).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.strip() and not line.startswith("#")]
-
-
-STEPS = [line for line in blocks("Step by step") if not line.startswith("CPU2=")]
-LIGHT = [line for line in STEPS if line.startswith("nemo-upcycle data")]
-AFTERWARDS = blocks("Out of NeMo, and measured")
-DATA = blocks("Your data")
-TRAININGS = [line for line in STEPS if line.startswith("nemo llm pretrain")]
-
-
-def words(line: str) -> list[str]:
-    return shlex.split(line.replace("$CPU2", "run.executor=cpu run.executor.ntasks_per_node=2"))
+def test_every_command_has_a_test() -> None:
+    tested = {*STEPS, *AFTERWARDS, *OURS, *TRAININGS, *EXPERIMENTS}
+    assert [c for c in ALL if c not in tested and c.words[0] not in NOT_RUN] == []
 
 
 def test_steps_are_those_of_the_demo() -> None:
     demo = (ROOT / "examples" / "demo.sh").read_text().replace("\\\n", " ")
-    commands = re.findall(r'^step "[^"]*" "[^"]*" +(.*)$', demo, flags=re.MULTILINE)
-    assert [words(line) for line in commands] == [words(line) for line in STEPS]
+    found = re.findall(r'^step "[^"]*" "[^"]*" +(.*)$', demo, flags=re.MULTILINE)
+    assert [Command("", line).words for line in found] == [step.words for step in STEPS]
     assert len(STEPS) == 12
 
 
-def test_tree_names_files_that_exist() -> None:
-    tree = (ROOT / "README.md").read_text().split("## What is where\n", 1)[1]
-    tree = re.findall(r"```\n(.*?)```", tree, flags=re.DOTALL)[0]
-    folder = Path()
-    for line in tree.splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = Path(name) if name.endswith("/") else Path()
-            path = ROOT / name
-        else:
-            path = ROOT / folder / name
-        assert path.exists(), path
+def test_what_the_readme_does_afterwards_is_run() -> None:
+    """The slow test runs the same commands of docs/export-and-evaluate.md."""
+    said = [c.words for c in commands("README.md") if "demo/" in c.line]
+    assert len(said) == 3
+    assert all(words in [c.words for c in AFTERWARDS] for words in said)
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if c.words[0] in ("make", "pip")], ids=str)
+def test_targets_and_extras_exist(command: Command) -> None:
+    if command.words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        assert re.search(rf"^{command.words[1]}:", makefile, flags=re.MULTILINE)
+        return
+    (package,) = command.words[2:]
+    name, _, extras = package.strip("]").partition("[")
+    assert name == "nemo-upcycle"
+    project = (ROOT / "pyproject.toml").read_text()
+    for extra in filter(None, extras.split(",")):
+        assert re.search(rf"^{extra} = \[", project, flags=re.MULTILINE), extra
 
 
 def test_data_steps_run_as_written(tmp_path: Path) -> None:
-    for line in LIGHT:
-        cli.run(tmp_path, *words(line))
+    for command in STEPS:
+        if command.words[:2] == ["nemo-upcycle", "data"]:
+            cli.run(tmp_path, *command.words)
     for file in ("documentation.idx", "documentation.bin", "sources.idx", "sources.bin"):
         assert (tmp_path / "demo" / "data" / file).stat().st_size > 0
     assert (tmp_path / "demo" / "tokenizer" / "tokenizer.json").exists()
     assert (tmp_path / "demo" / "task" / "next_line.yaml").exists()
 
 
-@pytest.mark.parametrize("line", [x for x in (*STEPS, *DATA, *AFTERWARDS) if "nemo-upcycle" in x])
-def test_options_exist(line: str) -> None:
-    _, *arguments = words(line)
-    command: Any = typer.main.get_command(app)
-    while hasattr(command, "commands"):
-        command = command.commands[arguments.pop(0)]
-    known = {name for parameter in command.params for name in parameter.opts}
+@pytest.mark.parametrize("command", OURS, ids=str)
+def test_options_exist(command: Command) -> None:
+    _, *arguments = command.words
+    found: Any = typer.main.get_command(app)
+    while hasattr(found, "commands"):
+        found = found.commands[arguments.pop(0)]
+    known = {name for parameter in found.params for name in parameter.opts}
     assert {word for word in arguments if word.startswith("-")} <= known
 
 
-@pytest.mark.parametrize("line", TRAININGS)
-def test_trainings_are_configured_as_written(tmp_path: Path, line: str) -> None:
-    arguments = [word for word in words(line) if word != "--yes"]
-    output = cli.run(tmp_path, *arguments, "--dryrun")
+@pytest.mark.parametrize("command", EXPERIMENTS, ids=str)
+def test_options_of_the_experiment_exist(command: Command) -> None:
+    """`make test-slurm` runs it; see tests/end_to_end/test_slurm.py."""
+    script = (ROOT / "examples" / "experiment.py").read_text()
+    for word in command.words[1:]:
+        if word.startswith("-") and " " not in word:
+            assert f'"{word}"' in script, word
+
+
+@pytest.mark.parametrize("command", TRAININGS, ids=str)
+def test_trainings_are_configured_as_written(tmp_path: Path, command: Command) -> None:
+    words = [word for word in command.words if word not in ("--yes", "--dryrun")]
+    output = cli.run(tmp_path, *words, "--dryrun")
     assert "Dry run for pretrain" in output
+    if command not in STEPS:  # which start jobs
+        assert "--dryrun" in command.words
+        steps = 100 if "llama_tiny" in words[4] else 23842
+        assert f"max_steps={steps}," in output
+        assert "UpcyclingCallback" in output
 
 
-CONFIGURED = [*blocks("The real run"), *blocks("Ways of upcycling")]
+SHOWS = {"plan": "step 0", "groups": "expert", "tune": "nemo llm pretrain --factory"}
 
 
-@pytest.mark.parametrize("line", [x for x in CONFIGURED if x.startswith("nemo llm pretrain")])
-def test_runs_are_configured_as_written(tmp_path: Path, line: str) -> None:
-    assert "--dryrun" in words(line)
-    output = cli.run(tmp_path, *words(line))
-    assert "Dry run for pretrain" in output
-    assert "max_steps=100," in output if "llama_tiny" in line else "max_steps=23842" in output
-    assert "UpcyclingCallback" in output
+@pytest.mark.parametrize("command", PREDICTED, ids=str)
+def test_predictions_are_printed_as_written(tmp_path: Path, command: Command) -> None:
+    output = cli.run(tmp_path, *command.words)
+    shown = "[rows, columns]" if "--rank" in command.words else SHOWS[command.words[1]]
+    assert shown in output
 
 
-@pytest.mark.parametrize("line", [x for x in CONFIGURED if x.startswith("nemo-upcycle plan")])
-def test_plans_are_printed_as_written(tmp_path: Path, line: str) -> None:
-    output = cli.run(tmp_path, *words(line))
-    assert "job reads" in output
-    assert "step 0" in output
-
-
-def test_the_plan_is_the_one_shown(tmp_path: Path) -> None:
-    section = (ROOT / "README.md").read_text().split("## The real run\n", 1)[1]
-    code = re.findall(r"```\w*\n(.*?)```", section, flags=re.DOTALL)
-    (shown,) = (block for block in code if block.startswith(" stage"))
-    output = cli.run(tmp_path, "nemo-upcycle", "plan")
+def same_lines(shown: str, output: str) -> None:
     printed = [" ".join(line.split()) for line in output.splitlines()]
     for line in shown.splitlines():
         if line.strip(" ─"):
             assert " ".join(line.split()) in printed, line
 
 
+def test_the_plan_is_the_one_shown(tmp_path: Path) -> None:
+    (shown,) = (block for block in code("docs/planner.md") if block.startswith(" stage"))
+    same_lines(shown, cli.run(tmp_path, "nemo-upcycle", "plan"))
+
+
+def test_the_mappings_are_those_shown(tmp_path: Path) -> None:
+    (shown,) = (block for block in code("docs/planner.md") if "MFU*" in block)
+    command = "nemo-upcycle tune --gpus 128"
+    assert f"`{command}`" in text("docs/planner.md")
+    same_lines(shown, cli.run(tmp_path, *command.split()))
+
+
+def test_the_hardware_shown_is_taken(tmp_path: Path) -> None:
+    (shown,) = code("docs/planner.md", "yaml")
+    (tmp_path / "our.yaml").write_text(shown)
+    words = ["nemo-upcycle", "tune", "--gpus", "64", "--hardware", "our.yaml"]
+    assert "our cluster" in cli.run(tmp_path, *words)
+
+
+def test_the_blend_shown_is_taken(tmp_path: Path) -> None:
+    from nemo_upcycle.data.blend import read_blend
+
+    (shown,) = code("docs/data.md", "yaml")
+    (tmp_path / "my.yaml").write_text(shown)
+    read_blend(str(tmp_path / "my.yaml"))
+
+
 def test_the_initializer_shown_works(monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_upcycle.initializers import make_initializer, registry
 
     monkeypatch.setattr(registry, "_makers", dict(registry._makers))
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    (shown,) = (block for block in code if "@register" in block)
+    (shown,) = code("docs/ways-of-upcycling.md", "python")
     exec(shown, {})
     make_initializer("flip(fraction=0.1)")
+
+
+@pytest.mark.filterwarnings("ignore")  # of a dense checkpoint that is not there
+def test_the_recipe_shown_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nemo_run
+
+    made: list[Any] = []
+    monkeypatch.setattr(nemo_run, "run", lambda recipe, direct: made.append(recipe))
+    (shown,) = code("docs/running.md", "python")
+    exec(shown, {"__name__": "__main__"})
+    (recipe,) = made
+    assert (recipe.log.name, recipe.trainer.max_steps) == ("e4t2", 20)
+    assert recipe.trainer.callbacks[-1].__fn_or_cls__.__name__ == "UpcyclingCallback"
+
+
+def without_nemo(directory: Path, name: str, *arguments: str) -> str:
+    """Run a script, or a module, where NeMo cannot be imported."""
+    run = "run_path" if name.endswith(".py") else "run_module"
+    start = (
+        "import runpy, sys; sys.modules.update(dict.fromkeys(['nemo', 'nemo_run', 'lightning'])); "
+        f"sys.argv[0] = {name!r}; runpy.{run}({name!r}, run_name='__main__')"
+    )
+    return cli.run_script(directory, sys.executable, "-c", start, *arguments)
+
+
+def test_the_public_names_are_all_there() -> None:
+    import nemo_upcycle
+
+    names, _ = code("docs/without-nemo.md", "python")
+    found: dict[str, Any] = {}
+    exec(names, found)
+    assert set(nemo_upcycle.__all__) <= set(found)
+    table = re.findall(r"^\| `(\w+)", text("docs/without-nemo.md"), flags=re.MULTILINE)
+    assert set(nemo_upcycle.__all__) <= set(table)
+
+
+def test_the_script_shown_runs_without_nemo(ranks: RankPool, dense: Path, tmp_path: Path) -> None:
+    ranks.run(
+        scenarios.trained_and_saved,
+        1,
+        dense=dense,
+        folding=ParallelFolding(),
+        upcycling=UpcyclingConfig(),
+        directory=tmp_path / "saved",
+        ids=tokens(rows=1, length=16),
+    )
+    _, script = code("docs/without-nemo.md", "python")
+    (tmp_path / "script.py").write_text(script)
+    output = without_nemo(tmp_path, "script.py", str(dense), "saved", "hf")
+    assert "step 0 is exact" in output
+    assert "tensors" in output
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+    again = without_nemo(tmp_path, "script.py", str(dense), "saved", "hf")
+    assert "Error: hf exists" in again
+
+
+def test_commands_that_need_no_nemo(tmp_path: Path) -> None:
+    def run(*words: str) -> str:
+        return without_nemo(tmp_path, "nemo_upcycle.cli", *words)
+
+    assert "step 0" in run("plan")
+    assert "expert" in run("groups")
+    assert "nemo llm pretrain" in run("tune", "--recipe", "llama32_1b_e8t2")
+    document = '{"text": "An expert is a copy of the layer."}\n'
+    (tmp_path / "some.jsonl").write_text(document * 20)
+    run("data", "tokenizer", "some.jsonl", "--vocab-size", "280", "--out", "tokenizer")
+    run("data", "tokenize", "some.jsonl", "--tokenizer", "tokenizer", "--out", "data")
+    assert (tmp_path / "data" / "some.idx").exists()
 
 
 def _in_shell(directory: Path, line: str) -> str:
@@ -142,7 +250,7 @@ def test_demo_runs_and_a_second_run_reuses_it(tmp_path: Path) -> None:
     rows = [line.split("|") for line in scores.splitlines() if "next_line" in line]
     assert [row[3].strip() for row in rows] == ["acc", "acc_norm"]
     assert all(0 < float(cell.split("±")[0]) < 1 for row in rows for cell in row[4:6])
-    said = [_in_shell(tmp_path, line) for line in AFTERWARDS]
+    said = [_in_shell(tmp_path, command.line) for command in AFTERWARDS]
     assert "MixtralForCausalLM" in said[0]
     assert "not exact: attention, norms" in said[3]
     assert said[4].count("acc") > 1

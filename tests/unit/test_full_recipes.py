@@ -3,19 +3,16 @@
 import importlib
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from nemo_upcycle_recipes.expectations import expected, workload
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
 
-from nemo_upcycle.checkpoint.described import dense_of_config
-from nemo_upcycle.config import RECOMPUTE, ParallelFolding
+from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.tuning import tune
-from nemo_upcycle.plans.job import plan_job
 
 MODULES = {name: name for name in RECIPES if name.endswith("e8t2") and "tiny" not in name}
 
@@ -214,28 +211,3 @@ def test_megatron_takes_what_the_planner_finds() -> None:
     for one in tune(workload(LLAMA3_8B_E8T2), 128, h100).best[::25]:
         sizes = vars(one.mapping.folding) | {"num_nodes": 16, "recompute": one.mapping.recompute}
         megatrons_config(recipe(**sizes, micro_batch_size=one.mapping.micro_batch_size))
-
-
-README = (Path(__file__).parents[2] / "README.md").read_text()
-
-
-@pytest.mark.parametrize("name", [name for name in RECIPES if "tiny" not in name])
-def test_the_readmes_table_is_what_the_planner_says(name: str) -> None:
-    numbers, h100 = RECIPES[name], hardware("h100")
-    first = expected(numbers, h100)
-    names = [n for n in RECOMPUTE if numbers.upcycling.num_moe_experts or "moe" not in n]
-    options = [expected(replace(numbers, recompute=name), h100) for name in names]
-    then = next(option for option in options if option.fits)
-    dense = dense_of_config(numbers.config, "", "")
-    nodes = numbers.num_nodes, numbers.num_gpus_per_node
-    job = plan_job(dense, numbers.upcycling, numbers.folding, *nodes)
-    sizes = [f"{p.memory.total / 2**30:.0f} GiB, {p.time.total:.2g} s" for p in (first, then)]
-    row = [
-        f"`{name}`",
-        str(numbers.world_size),
-        str(numbers.folding),
-        f"{job.parameters / 1e9:.1f}B",
-        sizes[0],
-        f"{then.mapping.recompute}: {sizes[1]}, {then.mfu:.0%} MFU",
-    ]
-    assert f"| {' | '.join(row)} |" in README
