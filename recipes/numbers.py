@@ -30,6 +30,7 @@ _PAPER = Schedule(
 
 LLAMA3_8B_E8T2 = Recipe(
     name="llama3_8b_e8t2",
+    title="Upcycle Llama 3 8B into 8 experts, top-2, and train on 100B tokens: arXiv 2412.09952.",
     dense="llama3_8b",
     # Stated by arXiv 2412.09952: 8 experts, top-2, Mixtral-type router, capacity factor 4.
     upcycling=UpcyclingConfig(
@@ -52,6 +53,7 @@ LLAMA3_8B_E8T2 = Recipe(
 LLAMA3_8B_DENSE = replace(
     LLAMA3_8B_E8T2,
     name="llama3_8b_dense",
+    title="Train Llama 3 8B on the tokens of `llama3_8b_e8t2`, in the same order: its control.",
     upcycling=UpcyclingConfig(num_moe_experts=None),
     # Chosen: the MoE's own; without experts there is nothing to spread over EP.
     folding=replace(LLAMA3_8B_E8T2.folding, expert_model_parallel_size=1),
@@ -60,11 +62,14 @@ LLAMA3_8B_DENSE = replace(
 """The control: the dense model trained on, over the same tokens in the same order."""
 
 
-def _sibling(dense: str, checkpoint: str, num_nodes: int, folding: ParallelFolding) -> Recipe:
+def _sibling(
+    dense: str, model: str, checkpoint: str, num_nodes: int, folding: ParallelFolding
+) -> Recipe:
     """Return the paper's recipe for another dense model, on GPUs and a mapping of its own."""
     return replace(
         LLAMA3_8B_E8T2,
         name=f"{dense}_e8t2",
+        title=f"Upcycle {model} into 8 experts, top-2, and train it on 100B tokens.",
         dense=dense,
         checkpoint=checkpoint,
         num_nodes=num_nodes,
@@ -75,25 +80,36 @@ def _sibling(dense: str, checkpoint: str, num_nodes: int, folding: ParallelFoldi
 # Chosen with `nemo-upcycle tune`: among the fastest the simplest, and all fit without recompute or
 # that of the experts' activation function once routing is even.
 LLAMA32_1B_E8T2 = _sibling(
-    "llama32_1b", "meta-llama/Llama-3.2-1B", num_nodes=1, folding=ParallelFolding.of(ep=2)
+    "llama32_1b",
+    "Llama 3.2 1B",
+    "meta-llama/Llama-3.2-1B",
+    num_nodes=1,
+    folding=ParallelFolding.of(ep=2),
 )
 LLAMA32_3B_E8T2 = _sibling(
-    "llama32_3b", "meta-llama/Llama-3.2-3B", num_nodes=2, folding=ParallelFolding.of(cp=2, ep=4)
+    "llama32_3b",
+    "Llama 3.2 3B",
+    "meta-llama/Llama-3.2-3B",
+    num_nodes=2,
+    folding=ParallelFolding.of(cp=2, ep=4),
 )
 MISTRAL_7B_E8T2 = _sibling(
     "mistral_7b",
+    "Mistral 7B v0.3",
     "mistralai/Mistral-7B-v0.3",
     num_nodes=16,
     folding=ParallelFolding.of(cp=2, pp=4, vpp=8, ep=4),
 )
 QWEN25_7B_E8T2 = _sibling(
     "qwen25_7b",
+    "Qwen2.5 7B",
     "Qwen/Qwen2.5-7B",
     num_nodes=16,
     folding=ParallelFolding.of(cp=2, pp=4, vpp=7, ep=4),
 )
 LLAMA31_70B_E8T2 = _sibling(
     "llama31_70b",
+    "Llama 3.1 70B",
     "meta-llama/Llama-3.1-70B",
     num_nodes=64,
     folding=ParallelFolding.of(tp=4, cp=4, pp=16, vpp=5, ep=8),
@@ -131,20 +147,18 @@ LLAMA_TINY_E8T2 = Recipe(
     precision="32",
 )
 
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        LLAMA3_8B_E8T2,
-        LLAMA3_8B_DENSE,
-        LLAMA32_1B_E8T2,
-        LLAMA32_3B_E8T2,
-        MISTRAL_7B_E8T2,
-        QWEN25_7B_E8T2,
-        LLAMA31_70B_E8T2,
-        LLAMA_TINY,
-        LLAMA_TINY_E8T2,
-    )
-}
+FULL_SIZE = (
+    LLAMA3_8B_E8T2,
+    LLAMA3_8B_DENSE,
+    LLAMA32_1B_E8T2,
+    LLAMA32_3B_E8T2,
+    MISTRAL_7B_E8T2,
+    QWEN25_7B_E8T2,
+    LLAMA31_70B_E8T2,
+)
+"""The recipes that `upcycled.py` makes factories of."""
+
+RECIPES = {recipe.name: recipe for recipe in (*FULL_SIZE, LLAMA_TINY, LLAMA_TINY_E8T2)}
 """By the name that `--factory` takes."""
 
 

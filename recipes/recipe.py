@@ -63,6 +63,7 @@ class Recipe:
         precision: `bf16-mixed` or `32`.
         recompute: What the backward pass computes again: a key of `config.RECOMPUTE`.
         checkpoint: The dense checkpoint's name on the hub.
+        title: What the recipe does: a sentence.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Recipe:
     precision: str = "bf16-mixed"
     recompute: str = "none"
     checkpoint: str | None = None
+    title: str = ""
 
     def __post_init__(self) -> None:
         if self.recompute not in RECOMPUTE:

@@ -7,17 +7,17 @@ import nemo_run as run
 from nemo.collections import llm
 from nemo_upcycle_recipes import expectations, factory
 from nemo_upcycle_recipes.arguments import with_arguments
+from nemo_upcycle_recipes.numbers import FULL_SIZE
 from nemo_upcycle_recipes.recipe import Recipe
 
 from nemo_upcycle.planner.hardware import hardware
 
 
-def pretrain_recipe_of(recipe: Recipe, title: str) -> Callable[..., run.Partial]:
+def pretrain_recipe_of(recipe: Recipe) -> Callable[..., run.Partial]:
     """Return a recipe's factory, which `nemo llm pretrain --factory` finds by the recipe's name.
 
     Args:
         recipe: Its numbers.
-        title: What it does: a sentence.
     """
 
     def pretrain_recipe(
@@ -51,14 +51,14 @@ def pretrain_recipe_of(recipe: Recipe, title: str) -> Callable[..., run.Partial]
             fn=fn,
         )
 
-    pretrain_recipe.__doc__ = _doc(recipe, title)
+    pretrain_recipe.__doc__ = _doc(recipe)
     numbered = factory.takes_numbers_of(recipe)(pretrain_recipe)
     return run.cli.factory(target=llm.pretrain, name=recipe.name)(numbered)
 
 
-def _doc(recipe: Recipe, title: str) -> str:
+def _doc(recipe: Recipe) -> str:
     expected = expectations.expected(recipe, hardware("h100"))
-    return f"""{title}
+    return f"""{recipe.title}
 
     {recipe.folding}. {expectations.summary(expected)}
 
@@ -92,5 +92,10 @@ def _doc(recipe: Recipe, title: str) -> str:
             $ nemo llm pretrain --factory "{recipe.name}(num_nodes=4)" optim.config.lr=2e-5
 
         Python API usage:
-            >>> recipe = pretrain_recipe(dense_checkpoint="/models/dense")
+            >>> from nemo_upcycle_recipes.upcycled import FACTORIES
+            >>> recipe = FACTORIES["{recipe.name}"](dense_checkpoint="/models/dense")
     """
+
+
+FACTORIES = {recipe.name: pretrain_recipe_of(recipe) for recipe in FULL_SIZE}
+"""The factories, by the name that `--factory` takes."""

@@ -11,33 +11,13 @@ import typer
 from nemo_run.cli import cli_parser
 from nemo_run.cli.api import Entrypoint, RunContext
 from nemo_run.cli.cli_parser import CLIException
-from nemo_upcycle_recipes import (
-    executors,
-    llama3_8b_e8t2,
-    llama31_70b_e8t2,
-    llama32_1b_e8t2,
-    llama32_3b_e8t2,
-    llama_tiny,
-    mistral_7b_e8t2,
-    qwen25_7b_e8t2,
-    upcycled_gpt,
-)
+from nemo_upcycle_recipes import executors, llama_tiny, upcycled, upcycled_gpt
 
 from nemo_upcycle.cli import app
 from nemo_upcycle.cli.interrupt import listen
 from nemo_upcycle.errors import UpcyclingError
 
-__all__ = [
-    "executors",
-    "llama3_8b_e8t2",
-    "llama31_70b_e8t2",
-    "llama32_1b_e8t2",
-    "llama32_3b_e8t2",
-    "llama_tiny",
-    "mistral_7b_e8t2",
-    "qwen25_7b_e8t2",
-    "upcycled_gpt",
-]
+__all__ = ["executors", "llama_tiny", "upcycled", "upcycled_gpt"]
 
 
 class Commands(Entrypoint):

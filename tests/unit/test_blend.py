@@ -114,16 +114,16 @@ def test_the_command_prepares_it(tokenizer: Path, blend: Path) -> None:
 
 
 def test_the_recipe_takes_it(blend: Path) -> None:
-    from nemo_upcycle_recipes.llama3_8b_e8t2 import pretrain_recipe
     from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+    from nemo_upcycle_recipes.upcycled import FACTORIES
 
     prepared = blend.parent / "prepared"
     words = ["0.7", f"{prepared}/redpajama_v2", "0.2", f"{prepared}/boolq", "0.1",
              f"{prepared}/openbookqa"]  # fmt: skip
-    for recipe in (pretrain_recipe, upcycled_recipe):
+    for recipe in (FACTORIES["llama3_8b_e8t2"], upcycled_recipe):
         assert recipe(data_blend=str(blend)).data.paths == words
     with pytest.raises(UpcyclingError, match="Both data_paths and data_blend are given"):
-        pretrain_recipe(data_blend=str(blend), data_paths="a")
+        FACTORIES["llama3_8b_e8t2"](data_blend=str(blend), data_paths="a")
 
 
 OTHER_DATA = """

@@ -1,6 +1,5 @@
 """The full-size recipes: one factory, its own numbers each, and what each of them says."""
 
-import importlib
 import json
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,9 @@ MODULES = {name: name for name in RECIPES if name.endswith("e8t2") and "tiny" no
 
 
 def factory(name: str) -> Any:
-    return importlib.import_module(f"nemo_upcycle_recipes.{name}").pretrain_recipe
+    from nemo_upcycle_recipes.upcycled import FACTORIES
+
+    return FACTORIES[name]
 
 
 def recipe(of: str = "llama3_8b_e8t2", **arguments: Any) -> Any:
@@ -88,7 +89,7 @@ def test_what_watches_a_run() -> None:
     watching = ["TimingCallback", "MFUCallback", "PreemptionCallback"]
     moe = ["MoEHealthCallback", "UpcyclingCallback"]
     assert callbacks(recipe()) == [*watching, *moe]
-    dense = importlib.import_module("nemo_upcycle_recipes.llama3_8b_e8t2").dense_recipe()
+    dense = factory("llama3_8b_dense")()
     assert callbacks(dense) == [*watching, "UpcyclingCallback"]
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -278,15 +277,13 @@ def test_padding_is_shown_as_zeros(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_arguments_are_the_factorys(name: str) -> None:
-    from nemo_upcycle_recipes import llama3_8b_e8t2, llama_tiny
+    from nemo_upcycle_recipes import llama_tiny
+    from nemo_upcycle_recipes.upcycled import FACTORIES
 
-    factories = {
-        "llama3_8b_dense": llama3_8b_e8t2.dense_recipe,
+    factories = FACTORIES | {
         "llama_tiny": llama_tiny.dense_recipe,
         "llama_tiny_e8t2": llama_tiny.upcycled_recipe,
     }
-    if name not in factories:
-        factories[name] = import_module(f"nemo_upcycle_recipes.{name}").pretrain_recipe
     known = inspect.signature(factories[name]).parameters
     assert set(arguments(RECIPES[name])) <= set(known)
     assert not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())

@@ -82,15 +82,15 @@ NAMES = ("a path", "a hub name", "home", "relative", "two", "two, one of them el
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:/only/on/nodes cannot be read")
 def test_a_checkpoint_is_the_same_by_any_name(named: dict[str, str], name: str) -> None:
-    from nemo_upcycle_recipes.llama3_8b_e8t2 import pretrain_recipe
     from nemo_upcycle_recipes.llama_tiny import dense_recipe, upcycled_recipe
+    from nemo_upcycle_recipes.upcycled import FACTORIES
 
     one_stage = {"pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": None}
     for factory, options in (
         (dense_recipe, {}),
         (upcycled_recipe, {}),
         (upcycled_recipe, {"from_scratch": True}),
-        (pretrain_recipe, one_stage),
+        (FACTORIES["llama3_8b_e8t2"], one_stage),
     ):
         config = factory(dense_checkpoint=named[name], tokenizer="t", **options).model.config
         assert (config.rotary_base, config.hidden_size, config.vocab_size) == (5e5, 64, 256)
@@ -139,12 +139,12 @@ def test_nothing_is_assumed_of_what_is_here(tmp_path: Path) -> None:
 def test_the_recipes_own_checkpoint_is_not_remarked_on() -> None:
     import warnings
 
-    from nemo_upcycle_recipes.llama3_8b_e8t2 import pretrain_recipe
     from nemo_upcycle_recipes.recipe import AssumedModel
+    from nemo_upcycle_recipes.upcycled import FACTORIES
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", AssumedModel)
-        pretrain_recipe()
+        FACTORIES["llama3_8b_e8t2"]()
 
 
 @pytest.mark.parametrize("accelerator", ["gpu", "cpu"])
@@ -274,10 +274,10 @@ def test_the_scratch_control_has_the_same_model_and_no_upcycling(dense: Path) ->
 
 
 def test_the_dense_control_has_the_same_data_and_schedule() -> None:
-    from nemo_upcycle_recipes.llama3_8b_e8t2 import dense_recipe, pretrain_recipe
+    from nemo_upcycle_recipes.upcycled import FACTORIES
 
     assert LLAMA3_8B_DENSE.schedule == LLAMA3_8B_E8T2.schedule
-    dense, moe = dense_recipe(), pretrain_recipe()
+    dense, moe = (FACTORIES[name]() for name in ("llama3_8b_dense", "llama3_8b_e8t2"))
     assert dense.data == moe.data
     assert dense.optim == moe.optim
     assert dense.trainer.max_steps == moe.trainer.max_steps
