@@ -158,6 +158,11 @@ def dense_checkpoints_in(weights: Path) -> str | None:
 def _states(weights: Path) -> Iterator[dict[str, Any]]:
     """Yield what callbacks have stored in a checkpoint, as far as it is plain."""
     path = weights / "common.pt"
+    if not path.is_file() and (weights / ".metadata").is_file():
+        raise UpcyclingError(
+            f"{path} is missing, which NeMo and Megatron-LM write with every checkpoint: it was not "
+            "copied to its end. Copy it again."
+        )
     common = read_pickle(path) if path.is_file() else None
     callbacks = common.get("callbacks") if isinstance(common, dict) else None
     for state in callbacks.values() if isinstance(callbacks, dict) else ():
