@@ -56,7 +56,9 @@ class Values:
 
     def _check_read_alike(self, config: Mapping[str, Any]) -> None:
         found = {key: why for key, why in _READ_APART.items() if config.get(key)}
-        found |= {key: why for key, why in _READ_APART_IF_FALSE.items() if not config.get(key, True)}
+        found |= {
+            key: why for key, why in _READ_APART_IF_FALSE.items() if not config.get(key, True)
+        }
         if "sliding_window" not in self.defaults and config.get("sliding_window"):
             found["sliding_window"] = _CUTS_THE_CACHE
         for key, why in found.items():
