@@ -131,7 +131,8 @@ def held_instead(directory: Path) -> tuple[str, str] | None:
         return f"links to files that are not there ({listing(dangling)})", get_again(directory)
     if cached := _snapshots(directory):
         return cached
-    if {"model.safetensors", "model.safetensors.index.json"} & entries.keys():
+    weights = {"model.safetensors", "model.safetensors.index.json"} & entries.keys()
+    if weights and "config.json" not in entries:
         return "weights without what they are", "Copy the config.json that belongs to them too."
     for kind in _KINDS:
         names = [name for name in entries if re.fullmatch(kind.names, name)]

@@ -195,11 +195,17 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
             return {}
         try:
             index = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-            return {name: str(PurePath(file)) for name, file in index.items()}
+            found = {name: str(PurePath(file)) for name, file in index.items()}
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UpcyclingError(
                 f"{path} cannot be read: {error!r}; expected JSON with a weight_map."
             ) from error
+        if not found:
+            raise UpcyclingError(
+                f"{path} has an empty weight_map; expected the file of each tensor. "
+                f"{get_again(self.directory)}"
+            )
+        return found
 
     def _as_indexed(self, entries: dict[str, _Entry]) -> dict[str, _Entry]:
         """Leave out what the index does not name, as transformers does."""

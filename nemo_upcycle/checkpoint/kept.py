@@ -37,7 +37,7 @@ CONFIG = _TOKENS + _OTHERS
 """Keys of config.json that an exported MoE takes over."""
 
 # What older config.json say in generation_config.json's place.
-_GENERATION = (
+GENERATION = (
     "max_length",
     "min_length",
     "do_sample",
@@ -122,7 +122,7 @@ def _generation_config(directory: Path, config: Mapping[str, Any]) -> dict[str, 
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        said = {name: config.get(name) for name in _TOKENS + _GENERATION}
+        said = {name: config.get(name) for name in _TOKENS + GENERATION}
         known = {name: value for name, value in said.items() if value is not None}
         return {"_from_model_config": True, **known} if known else None
     except (OSError, ValueError) as error:
@@ -158,6 +158,11 @@ def dense_checkpoints_in(weights: Path) -> str | None:
 def _states(weights: Path) -> Iterator[dict[str, Any]]:
     """Yield what callbacks have stored in a checkpoint, as far as it is plain."""
     path = weights / "common.pt"
+    if not path.is_file() and (weights / ".metadata").is_file():
+        raise UpcyclingError(
+            f"{path} is missing, which NeMo and Megatron-LM write with every checkpoint: this one "
+            "was not copied to its end. Copy it again."
+        )
     common = read_pickle(path) if path.is_file() else None
     callbacks = common.get("callbacks") if isinstance(common, dict) else None
     for state in callbacks.values() if isinstance(callbacks, dict) else ():

@@ -46,8 +46,9 @@ def read_model_yaml(path: Path) -> dict[str, Any]:
             "checkpoint, with weights/ and context/. Copy the checkpoint again."
         ) from None
     except Exception as error:  # text that is no YAML can make it raise anything
+        said = " ".join(str(error).split())  # YAML's errors have lines
         raise UpcyclingError(
-            f"{path} cannot be read as NeMo 2's model.yaml ({type(error).__name__}: {error}). "
+            f"{path} cannot be read as NeMo 2's model.yaml ({type(error).__name__}: {said}). "
             "It is damaged; copy the checkpoint again."
         ) from error
     return {"model_type": "megatron"} | fields

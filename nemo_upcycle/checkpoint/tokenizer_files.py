@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,8 +130,22 @@ def model_eos(directory: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         eos = _read(directory / name).get("eos_token_id")
         if eos is not None:
-            return list(eos) if isinstance(eos, Sequence) else [eos]
+            check_token_ids(eos, "eos_token_id", directory / name)
+            return eos if isinstance(eos, list) else [eos]
     return []
+
+
+def check_token_ids(value: Any, key: str, path: Path) -> None:
+    """Check what a config says of special tokens: an id, several, or null.
+
+    Raises:
+        UpcyclingError: It is something else.
+    """
+    each = value if isinstance(value, list) else [value]
+    if value is not None and (not each or any(type(token) is not int for token in each)):
+        raise UpcyclingError(
+            f"{path} says {key}={value!r}; expected the id of a token, a list of them, or null."
+        )
 
 
 def doubtful_end(tokenizer: "PreTrainedTokenizerBase", model: Path) -> str | None:

@@ -138,17 +138,6 @@ def evaluate(
     checks.dtype_of(dtype)
     described = [checks.describe(model) for model in models]
     length = checks.row_length(described, max_length, row_length(earlier))
-    on_ranks(folding, ranks)
-    loaded = load_tasks(wanted, include_path)
-    for known in described:
-        chosen = checks.open_tokenizer(tokenizer or known.source)
-        checks.check_tokenizer(chosen, known)
-        if apply_chat_template:
-            checks.check_chat_template(chosen)
-    for told in check_tasks(loaded, length):
-        if is_first_rank():
-            typer.echo(told, err=True)
-
     options = harness.Options(
         folding,
         batch_size,
@@ -159,11 +148,28 @@ def evaluate(
         log_samples,
         apply_chat_template,
     )
+    if dense is not None:
+        harness.check_options(dense, earlier, options)
+    on_ranks(folding, ranks)
+    loaded = load_tasks(wanted, include_path)
+    for known in described:
+        chosen = checks.open_tokenizer(tokenizer or known.source)
+        checks.check_tokenizer(chosen, known)
+        if told := checks.other_tokens(chosen, known):
+            note(told)
+        if apply_chat_template:
+            checks.check_chat_template(chosen)
+    for told in check_tasks(loaded, length):
+        if is_first_rank():
+            typer.echo(told, err=True)
+
     written = harness.Written(out, several=len(wanted) > 1)
     results = {}
     for name, model in zip(("results", "dense"), models, strict=False):
         results[name] = harness.evaluate(model, loaded, options, partial(written.results, name))
-    if earlier:
+    if earlier and dense is not None:
+        if is_first_rank():
+            harness.check_alike(dense, earlier, results["results"])
         results["dense"] = earlier
         if is_first_rank():
             for request, found in earlier.items():
@@ -232,9 +238,11 @@ def verify(
     chosen = checks.open_tokenizer(*([tokenizer] if tokenizer else [moe, dense]))
     for known in described:
         checks.check_tokenizer(chosen, known)
+        if told := checks.other_tokens(chosen, known):
+            note(told)
     words = parity.default_text() if text is None else parity.read_text(text)
-    arch = described[0].arch
-    beyond = parity.length_beyond(arch, tokens) if arch is not None else 0
+    models_of = [known.arch for known in described if known.arch is not None]
+    beyond = parity.length_beyond(tokens, *models_of)
     length = checks.row_length(described) or tokens
     ids = parity.rows_of(words, chosen, tokens, length, beyond)
     on_ranks(folding, ranks)
@@ -246,7 +254,9 @@ def verify(
     with progress("text") as show:
         found = parity.compare(models[0], models[1], ids, batch_size, show)
     if is_first_rank():
-        why = _why(dense, moe) if weights and not found.exact else []
+        why = list(parity.other_numbers(*reversed(models_of))) if len(models_of) == 2 else []
+        if weights and not found.exact:
+            why += _why(dense, moe)
         _show_parity(found, why, f"{dense} → {moe}, {dtype}", json)
     harness.end()
 
@@ -293,6 +303,8 @@ def generate(
     model = checks.describe(checkpoint)
     chosen = checks.open_tokenizer(tokenizer or checkpoint)
     checks.check_tokenizer(chosen, model)
+    if told := checks.other_tokens(chosen, model):
+        note(told)
     generation_config(checkpoint)
     ids = prompt_ids(chosen, prompt, model.context_length)
     room = max_new_tokens if model.context_length is None else model.context_length - len(ids)
@@ -352,12 +364,14 @@ def _show_parity(found: "Parity", why: list[str], title: str, as_json: bool) -> 
     from dataclasses import asdict
 
     if as_json:
-        values = asdict(found) | {"exact": found.exact, "why": why}
+        values = asdict(found) | {"exact": found.exact and not why, "why": why}
         typer.echo(json.dumps(values))
         return
     verdict = "exact: the two compute the same but for rounding"
-    if not found.exact:
+    if not found.exact or why:
         verdict = f"not exact: {'; '.join(why) or 'the logits differ'}"
+    if found.exact and why:
+        verdict += " (which does not show in this text)"
     typer.echo(
         f"{title}, {found.tokens:,} tokens\n"
         f"  loss         {found.dense_loss:.6f} dense, {found.moe_loss:.6f} MoE\n"

@@ -6,10 +6,17 @@ from nemo_upcycle.config.folding import (
     UNEVEN_STAGES,
     ParallelFolding,
 )
-from nemo_upcycle.config.upcycling import LARGEST_SEED, Exactness, Scales, UpcyclingConfig
+from nemo_upcycle.config.upcycling import (
+    LARGEST_NUMBER,
+    LARGEST_SEED,
+    Exactness,
+    Scales,
+    UpcyclingConfig,
+)
 
 __all__ = [
     "ACCOUNTED_LAYERS",
+    "LARGEST_NUMBER",
     "LARGEST_SEED",
     "RECOMPUTE",
     "UNEVEN_STAGES",

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from nemo_upcycle.errors import UpcyclingError
 
+LARGEST_NUMBER = 1e30
+"""Of what weights and losses are multiplied with: what comes of it has to be a number in fp32 too,
+which end at 3.4e38."""
+
 LARGEST_SEED = 2**63 - 1
 """Beyond it numpy rounds the seed, so that several give the same values, or has no place for it."""
 
@@ -99,8 +103,10 @@ class UpcyclingConfig:
         self._check_dispatch()
         for name in ("router_init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:  # which NaN is not either
-                raise UpcyclingError(f"{name} is {value}; expected a number of 0 or more.")
+            if value is not None and not 0 <= value <= LARGEST_NUMBER:  # which NaN is not either
+                raise UpcyclingError(
+                    f"{name} is {value}; expected a number of 0 or more, up to {LARGEST_NUMBER:g}."
+                )
         self._check_seed()
 
     def _check_seed(self) -> None:

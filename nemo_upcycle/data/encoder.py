@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.checkpoint.tokenizer_files import load_tokenizer
 from nemo_upcycle.data.plain_text import is_nowhere, pattern_of, plain
 from nemo_upcycle.errors import UpcyclingError
@@ -122,6 +123,25 @@ def encoder_of(tokenizer: "PreTrainedTokenizerBase", parse_special: bool = False
         dtype="uint16" if largest < 65500 else "int32",
         special=pattern_of(special),
     )
+
+
+def other_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: str | Path) -> Path | None:
+    """Return the tokenizer beside a model's weights if it gives texts other tokens, else None.
+
+    Also None where there is none that can be read: what is given counts then.
+
+    Args:
+        tokenizer: What is to be used with the model.
+        model: Its checkpoint, or a run's directory.
+    """
+    try:
+        own = tokenizer_directory(model)
+        beside = None if own is None else encoder_of(load_tokenizer(own))
+    except UpcyclingError:
+        return None
+    if beside is None or beside.fingerprint() == encoder_of(tokenizer).fingerprint():
+        return None
+    return own
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:

@@ -10,9 +10,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, read_config
 from nemo_upcycle.checkpoint.described import check_whole
+from nemo_upcycle.checkpoint.huggingface import find_directory
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
-from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
+from nemo_upcycle.checkpoint.tokenizer_directory import named_tokenizer, tokenizer_directory
 from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, load_tokenizer
+from nemo_upcycle.data.encoder import other_tokenizer
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import FAMILIES, Architecture
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
@@ -123,12 +125,25 @@ def check_tokenizer(tokenizer: Any, model: Described) -> None:
         )
 
 
+def other_tokens(tokenizer: PreTrainedTokenizerBase, model: Described) -> str | None:
+    """Say that a tokenizer gives texts other tokens than the model's own; None if it does not."""
+    own = other_tokenizer(tokenizer, model.source)
+    if own is None:
+        return None
+    return (
+        f"the tokenizer {tokenizer.name_or_path} gives texts other tokens than {own}, the one "
+        f"beside {model.source}: what the model makes of them says little of it"
+    )
+
+
 def open_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the first checkpoint that has one.
 
     Raises:
         UpcyclingError: There is none, or it cannot be read.
     """
+    if find_directory(sources[0]) is None:  # checkpoints are there, so a user has named it
+        return load_tokenizer(named_tokenizer(sources[0]))
     found = next(filter(None, map(tokenizer_directory, sources)), None)
     if found is None:
         raise UpcyclingError(

@@ -1,6 +1,7 @@
 """Where a model stops, and how it goes on from a text."""
 
 import json
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,30 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig, Pre
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from nemo_upcycle.checkpoint import read_config
-from nemo_upcycle.checkpoint.kept import default_tokens
+from nemo_upcycle.checkpoint.kept import GENERATION, default_tokens
+from nemo_upcycle.checkpoint.tokenizer_files import check_token_ids
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import FAMILIES
 from nemo_upcycle.families.config_words import in_words_of_transformers_4
+from nemo_upcycle.families.defaults import DEFAULTS
 from nemo_upcycle.families.moe_config import MOE_FAMILIES
 from nemo_upcycle.trained.opened import open_trained
 
 FILE = "generation_config.json"
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NUMBERS = (
+    *("max_length", "min_length", "num_beams", "temperature", "top_k", "top_p", "typical_p"),
+    *("repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
+)
+_READ_BESIDE = ("rope_scaling", "head_dim", *_TOKENS, *GENERATION)
+"""Keys of a config that are read beside those with a default of the family's."""
+
+_RUNNING = (
+    *("return_dict", "output_hidden_states", "output_attentions", "torchscript", "use_cache"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "gradient_checkpointing"),
+)
+"""Keys that change how a model runs and not what it computes: that is decided here."""
 
 
 def generation_config(directory: Path) -> GenerationConfig:
@@ -34,19 +50,40 @@ def generation_config(directory: Path) -> GenerationConfig:
     """
     if (directory / FILE).is_file():
         try:
-            return GenerationConfig.from_dict(json.loads((directory / FILE).read_text()))
+            said = json.loads((directory / FILE).read_text())
+            _check(said, directory / FILE)
+            return GenerationConfig.from_dict(said)
+        except UpcyclingError:
+            raise
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UpcyclingError(
                 f"{directory / FILE} cannot be read: {error}; expected the JSON that transformers "
                 "writes."
             ) from error
     if (directory / "config.json").is_file():
+        _check(read_config(directory), directory / "config.json")
         return GenerationConfig.from_model_config(transformers_config(directory))
     kept = open_trained(directory).kept or {}
     if found := kept.get("generation_config"):
+        _check(found, directory)
         return GenerationConfig.from_dict(dict(found))
     said = default_tokens(str(kept.get("model_type"))) | dict(kept.get("config", {}))
+    _check(said, directory)
     return GenerationConfig(**{name: said.get(name) for name in _TOKENS})
+
+
+def _check(said: Mapping[str, Any], path: Path) -> None:
+    """Check the kind of what transformers takes as it is, and fails with as it generates.
+
+    Raises:
+        UpcyclingError: A value is of another.
+    """
+    for key in _TOKENS:
+        check_token_ids(said.get(key), key, path)
+    for key in _NUMBERS:
+        value = said.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UpcyclingError(f"{path} says {key}={value!r}; expected a number, or null.")
 
 
 def transformers_config(directory: Path) -> PretrainedConfig:
@@ -67,12 +104,16 @@ def transformers_config(directory: Path) -> PretrainedConfig:
     if kind not in (*FAMILIES, *MOE_FAMILIES):
         config = _of_another_family(config)
     else:
-        config = in_words_of_transformers_4(config)
+        words = in_words_of_transformers_4(config)
+        read = {*DEFAULTS[kind], *_READ_BESIDE}
+        config = {key: value for key, value in words.items() if key in read}
+    config = {key: value for key, value in config.items() if key not in _RUNNING}
     try:
         return CONFIG_MAPPING[kind].from_dict(config)
     except Exception as error:  # of the code of any of some hundred families
+        said = " ".join(str(error).split())
         raise UpcyclingError(
-            f"transformers cannot read {directory / 'config.json'}: {type(error).__name__}: {error}"
+            f"transformers cannot read {directory / 'config.json'}: {type(error).__name__}: {said}"
         ) from error
 
 

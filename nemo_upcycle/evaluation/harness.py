@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.data.encoder import encoder_of
 from nemo_upcycle.engine.launch import is_first_rank
-from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.evaluation.scores import Results
 from nemo_upcycle.evaluation.tasks import Request
 from nemo_upcycle.files import write_whole
@@ -95,7 +96,12 @@ def evaluate(
             bootstrap_iters=100_000 if is_first_rank() else 0,
         )
         if results is not None and is_first_rank():
-            results["config"] |= {"batch_size": options.batch_size, "max_length": lm.max_length}
+            results["config"] |= {
+                "batch_size": options.batch_size,
+                "max_length": lm.max_length,
+                "apply_chat_template": options.apply_chat_template,
+                "tokenizer": encoder_of(lm.tokenizer).fingerprint(),
+            }
             found[request] = results
             keep(request, results)
     return found
@@ -105,11 +111,12 @@ def read_results(path: Path, wanted: Sequence[Request]) -> Results:
     """Read lm-eval's results of an earlier run, where they are of the same tasks and examples.
 
     Raises:
-        UpcyclingError: The file holds none.
+        UpcyclingError: The file holds none, or a task without a score.
     """
     try:
         saved = json.loads(path.read_text())
         shots = {task: saved["n-shot"].get(task) for task in saved["results"]}
+        empty = [task for task, metrics in saved["results"].items() if not _has_score(metrics)]
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UpcyclingError(
             f"{path} cannot be read ({error!r}); expected lm-eval's JSON of an earlier run."
@@ -126,7 +133,75 @@ def read_results(path: Path, wanted: Sequence[Request]) -> Results:
             f"{path} has results of {', '.join(shots)}; expected the tasks that are run now, with "
             "as many examples."
         )
+    groups = saved.get("group_subtasks") or {}  # some groups have no score of their own
+    if without := [task for task in empty if task not in groups]:
+        raise UpcyclingError(
+            f"{path} has no score of {listing(without)}; expected lm-eval's JSON of a run that "
+            "came to its end."
+        )
     return found
+
+
+def _has_score(metrics: Mapping[str, Any]) -> bool:
+    return any("," in name and isinstance(value, int | float) for name, value in metrics.items())
+
+
+def check_options(path: Path, earlier: Results, options: Options) -> None:
+    """Check before the work that earlier results were asked for as those to come.
+
+    Args:
+        path: Their file.
+        earlier: From `read_results`.
+        options: How the tasks will be run.
+
+    Raises:
+        UpcyclingError: They were not.
+    """
+    for results in earlier.values():
+        limit = results.get("config", {}).get("limit")
+        if "limit" in results.get("config", {}) and limit != options.limit:
+            raise _other(path, "--limit", limit, options.limit)
+        templated = _is_templated(results)
+        if templated is not None and templated != options.apply_chat_template:
+            raise _other(path, "--apply-chat-template", templated, options.apply_chat_template)
+
+
+def check_alike(path: Path, earlier: Results, results: Results) -> None:
+    """Check that earlier results are of the same questions, asked in the same tokens.
+
+    Raises:
+        UpcyclingError: They are not.
+    """
+    for request, now in results.items():
+        before = earlier.get(request, {})
+        for key, name in (("n-samples", "questions"), ("versions", "version"), ("n-shot", "shots")):
+            said, found = before.get(key) or {}, now.get(key) or {}
+            for task in sorted(said.keys() & found.keys()):
+                one, other = _asked(said[task]), _asked(found[task])
+                if one != other:
+                    raise _other(path, f"{name} of {task}", one, other)
+        one, other = (each.get("config", {}).get("tokenizer") for each in (before, now))
+        if one and other and one != other:
+            raise _other(path, "fingerprint of the tokenizer", one[:16], other[:16])
+
+
+def _is_templated(results: Mapping[str, Any]) -> bool | None:
+    """Say whether questions were asked in a chat template; None where results do not say."""
+    said = results.get("config", {}).get("apply_chat_template")
+    if said is None and "chat_template" in results:  # of lm-eval's own command line
+        return bool(results["chat_template"])
+    return said
+
+
+def _asked(value: Any) -> Any:
+    return value.get("effective") if isinstance(value, Mapping) else value
+
+
+def _other(path: Path, what: str, before: Any, now: Any) -> UpcyclingError:
+    return UpcyclingError(
+        f"{path} has results with {what} {before}, and now it is {now}: they do not compare. "
+        "Evaluate the dense model in the same way: --dense CHECKPOINT."
+    )
 
 
 class Written:

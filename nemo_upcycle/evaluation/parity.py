@@ -29,6 +29,13 @@ ROW_TOKENS = 512
 WINDOWS = 1.5
 """How often a row is as long as the window: its last third does not see the first tokens."""
 
+_NUMBERS = (
+    *("rotary_base", "rope_scaling", "seq_len_interpolation_factor", "rotary_percent"),
+    *("layernorm_epsilon", "sliding_window", "activation"),
+    *("num_attention_heads", "num_query_groups", "kv_channels"),
+)
+"""What a model computes with and has no weight of."""
+
 KEPT_BYTES = 2**30
 """Logits that are kept, to be compared with those of the reordered model."""
 
@@ -86,20 +93,21 @@ def read_text(path: Path) -> str:
         raise UpcyclingError(f"{path} cannot be read as text: {error}.") from error
 
 
-def length_beyond(arch: Architecture, tokens: int) -> int:
-    """Return how long a row is that shows what a model does with distant tokens.
+def length_beyond(tokens: int, *models: Architecture) -> int:
+    """Return how long a row is that shows what models do with distant tokens.
 
     Args:
-        arch: The model's numbers.
+        models: The models' numbers: what only one of them has shows in no shorter row.
         tokens: What is not too much for a row beyond the context before a RoPE scaling. A sliding
             window has to be left behind, however long the window is.
 
     Returns:
         Tokens of a row; 0 where any length does.
     """
-    before = int((arch.rope_scaling or {}).get("original_max_position_embeddings", 0) * WINDOWS)
-    window = math.ceil((arch.sliding_window or 0) * WINDOWS)
-    return max(window, before if before <= tokens else 0)
+    scalings = [arch.rope_scaling or {} for arch in models]
+    befores = [int(s.get("original_max_position_embeddings", 0) * WINDOWS) for s in scalings]
+    windows = [math.ceil((arch.sliding_window or 0) * WINDOWS) for arch in models]
+    return max([0, *windows, *(before for before in befores if before <= tokens)])
 
 
 def rows_of(
@@ -255,14 +263,15 @@ def reasons(
             "an initializer"
         )
     if found.untouched:
-        yield from _other_numbers(model.arch, dense)
         yield from _at_step_0(found, model, dense, dense_checkpoints)
 
 
-def _other_numbers(moe: Architecture, dense: Architecture) -> Iterator[str]:
-    """Yield in which numbers that no weight shows the MoE is another model."""
-    names = ("rotary_base", "rope_scaling", "seq_len_interpolation_factor", "rotary_percent")
-    for name in (*names, "layernorm_epsilon", "sliding_window"):
+def other_numbers(moe: Architecture, dense: Architecture) -> Iterator[str]:
+    """Yield in which numbers that no weight shows the MoE is another model.
+
+    Also where the text does not show them: a window may be longer than its rows.
+    """
+    for name in _NUMBERS:
         here, there = getattr(moe, name), getattr(dense, name)
         if here != there:
             yield f"its {name} is {here}, the dense model's {there}"

@@ -17,11 +17,20 @@ MOST_LISTED = 10_000
 _SHOWN = 200
 """Characters of a value in a message."""
 
-_OF_ONE_VERSION = {
+_CUTS_THE_CACHE = "by which transformers' cache of keys and values is cut, and its model is not"
+_READ_APART = {
     "per_layer_config": "of which transformers 5 makes layers that differ and transformers 4 none",
     "pruned_heads": "with which transformers 4 opens no model, and which transformers 5 ignores",
+    "attention_chunk_size": _CUTS_THE_CACHE,
+    "num_kv_shared_layers": _CUTS_THE_CACHE,
+    "kv_sharing_modes": _CUTS_THE_CACHE,
 }
-"""Keys that only one version of transformers reads, where they are not empty."""
+"""Keys that one version or one part of transformers reads and another does not, where not empty."""
+
+_READ_APART_IF_FALSE = {
+    "is_causal": "with which tokens see those after them in transformers 5 and not in 4",
+}
+"""The same, where they are false or null; true is what is computed without them."""
 
 
 class Values:
@@ -43,9 +52,17 @@ class Values:
         self.defaults: Mapping[str, Any] = DEFAULTS[family]
         words = in_words_of_transformers_4({**config, "model_type": family})
         self.said: Mapping[str, Any] = {**self.defaults, **words}
-        for key, why in _OF_ONE_VERSION.items():
-            if config.get(key):
-                raise UpcyclingError(f"config.json says {key}={config[key]!r}, {why}; remove it.")
+        self._check_read_alike(config)
+
+    def _check_read_alike(self, config: Mapping[str, Any]) -> None:
+        found = {key: why for key, why in _READ_APART.items() if config.get(key)}
+        found |= {
+            key: why for key, why in _READ_APART_IF_FALSE.items() if not config.get(key, True)
+        }
+        if "sliding_window" not in self.defaults and config.get("sliding_window"):
+            found["sliding_window"] = _CUTS_THE_CACHE
+        for key, why in found.items():
+            raise UpcyclingError(f"config.json says {key}={shown(config[key])}, {why}; remove it.")
 
     def is_null(self, key: str) -> bool:
         """Say whether a key is null or not there."""

@@ -1,8 +1,8 @@
 """What experts start from: each a function of a block of neurons, which holds the dense layer's."""
 
 import math
-import sys
 
+from nemo_upcycle.config.upcycling import LARGEST_NUMBER
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers.neurons import Neurons
 from nemo_upcycle.initializers.registry import Initializer, register
@@ -102,8 +102,11 @@ def _check_fraction(name: str, option: str, value: float) -> None:
 
 
 def _check_positive(name: str, option: str, value: float) -> None:
-    if not _is_number(value) or not 0 <= value <= sys.float_info.max:
-        raise UpcyclingError(f"{name}: {option} is {value!r}; expected a number of 0 or more.")
+    if not _is_number(value) or not 0 <= value <= LARGEST_NUMBER:
+        raise UpcyclingError(
+            f"{name}: {option} is {value!r}; expected a number of 0 or more, up to "
+            f"{LARGEST_NUMBER:g}."
+        )
 
 
 def _is_number(value: object) -> bool:

@@ -1,16 +1,20 @@
 """The Lightning callback that upcycles a dense checkpoint as the model loads."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from nemo.utils import AppState
+from nemo.utils.get_rank import is_global_rank_zero
 from nemo.utils.model_utils import unwrap_model
 
-from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.checkpoint import DenseCheckpoint
+from nemo_upcycle.config import Exactness, UpcyclingConfig
+from nemo_upcycle.data.encoder import other_tokenizer
 from nemo_upcycle.engine.provenance import Origin
 from nemo_upcycle.engine.ranks import TIMEOUT_S
-from nemo_upcycle.engine.upcycling import Prepared, fill_all, prepare
+from nemo_upcycle.engine.upcycling import Prepared, Report, fill_all, prepare
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.fields import upcycling_in
 from nemo_upcycle.nemo.provenance import Provenance, said_on_every_rank, say
@@ -83,6 +87,7 @@ class UpcyclingCallback(Provenance):
         chunks = [unwrap_model(chunk.module) for chunk in trainer.strategy.megatron_parallel]
         with said_on_every_rank(self.prefix):
             report = fill_all(self._prepared, chunks, pl_module.config, self._ranks, self.read_once)
+        report = _with_tokenizer(report, pl_module, self._prepared.checkpoint)
         # Mixed precision trains fp32 copies, made before the weights were there.
         for optimizer in trainer.optimizers:
             if hasattr(optimizer, "mcore_optimizer"):
@@ -120,6 +125,20 @@ class UpcyclingCallback(Provenance):
             router_init_std=config.init_method_std if std is None else std,
             seed=self.seed,
         )
+
+
+def _with_tokenizer(
+    report: Report, module: pl.LightningModule, checkpoint: DenseCheckpoint
+) -> Report:
+    """Return the report, which is not of an exact start where texts get other tokens."""
+    tokenizer = getattr(getattr(module, "tokenizer", None), "tokenizer", None)
+    if tokenizer is None or not is_global_rank_zero():
+        return report
+    own = other_tokenizer(tokenizer, checkpoint.branches[0].directory)
+    if own is None:
+        return report
+    why = f"the tokenizer gives texts other tokens than {own}, which is beside the dense weights"
+    return replace(report, exactness=Exactness(False, f"{why}; the weights: {report.exactness}"))
 
 
 def _check_no_other_source(trainer: pl.Trainer) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
 from nemo_upcycle.checkpoint.tokenizer_directory import named_tokenizer
 from nemo_upcycle.checkpoint.tokenizer_files import doubtful_end, load_alone
+from nemo_upcycle.data.encoder import other_tokenizer
 from nemo_upcycle.errors import UpcyclingError
 
 if TYPE_CHECKING:
@@ -31,9 +32,15 @@ def checkpoint_tokenizer(source: str, model: str | None = None) -> "AutoTokenize
     from nemo.utils.get_rank import is_global_rank_zero
 
     tokenizer, alone = load_alone(found)
-    doubt = doubtful_end(tokenizer, _directory(model) or resolve_directory(source))
-    if doubt and is_global_rank_zero():
-        print(f"[data] {doubt}", file=sys.stderr, flush=True)
+    if is_global_rank_zero():
+        doubts = [doubtful_end(tokenizer, _directory(model) or resolve_directory(source))]
+        if model is not None and (own := other_tokenizer(tokenizer, model)):
+            doubts.append(
+                f"{found} gives texts other tokens than {own}, the tokenizer beside the dense "
+                "weights: the dense model does not know them as they are used here."
+            )
+        for doubt in filter(None, doubts):
+            print(f"[data] {doubt}", file=sys.stderr, flush=True)
     return AutoTokenizer(str(alone))
 
 

@@ -58,6 +58,7 @@ def config_of(family: str, seed: int) -> tuple[dict[str, Any], Sizes]:
         "logits_scaling": [ABSENT] * 5 + [8.0],
         "attention_multiplier": [ABSENT] * 5 + [0.5],
         "no_rope_layers": [ABSENT] * 5 + [[1, 0]],
+        "is_causal": [ABSENT] * 16 + [True, True, None, False],
         "router_jitter_noise": [ABSENT, 0.1],
         "output_router_logits": [ABSENT, False, True],
         "transformers_version": [ABSENT, "4.40.0", "4.57.6", "5.1.0"],

@@ -392,3 +392,35 @@ def start_with_a_run(run: Path, **given: Any) -> Any:
 
     AppState().log_dir = run
     return start(**given)
+
+
+def train_and_hear(**given: Any) -> tuple[Any, str]:
+    """Train; return what comes of it, and what this rank says."""
+    import io
+    from contextlib import redirect_stderr, redirect_stdout
+
+    heard = io.StringIO()
+    with redirect_stdout(heard), redirect_stderr(heard):
+        found = train(**given)
+    return found, heard.getvalue()
+
+
+def test_another_tokenizer_than_the_dense_models_is_said(
+    ranks: RankPool, workspace: Path, tmp_path: Path
+) -> None:
+    """As many tokens, and data made with it: nothing else shows it."""
+    other = Path(shutil.copytree(workspace / "tokenizer", tmp_path / "swapped"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    corpus = workspace / "data" / "sources.jsonl"
+    prepare(Preparation((str(corpus),), other, tmp_path / "corpus"))
+    options = {"max_steps": 1, "tokenizer": str(other), "data_paths": str(tmp_path / "corpus")}
+    ((found, said),) = ranks.run(
+        train_and_hear, 1, directory=workspace, options=options | {"name": "swapped"}
+    )
+    assert not isinstance(found, str), found
+    told = "gives texts other tokens than"
+    assert f"[data] {other} {told} {workspace / 'dense_hf'}, the tokenizer beside" in said
+    assert f"not exact: the tokenizer {told} {workspace / 'dense_hf'}, which is beside" in said

@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from nemo_upcycle.checkpoint import open_checkpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.evaluation.parity import Parity, compare, length_beyond, reasons, rows_of
+from nemo_upcycle.evaluation.parity import (
+    Parity,
+    compare,
+    length_beyond,
+    other_numbers,
+    reasons,
+    rows_of,
+)
 from nemo_upcycle.evaluation.rounding import reorder
 from nemo_upcycle.families import Architecture, architecture_of
 from nemo_upcycle.trained.drift import drift
@@ -260,7 +267,9 @@ def test_what_no_weight_shows_is_a_reason(deep: tuple[Path, Path], tmp_path: Pat
     moe = shutil.copytree(deep[1], tmp_path / "moe")
     config = json.loads((moe / "config.json").read_text())
     (moe / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5}))
-    assert "its rotary_base is 500000.0, the dense model's 10000.0" in why(deep[0], moe)
+    found = open_checkpoint(str(deep[0])).config
+    said = list(other_numbers(open_trained(moe).model.arch, architecture_of(found)))
+    assert said == ["its rotary_base is 500000.0, the dense model's 10000.0"]
 
 
 @pytest.mark.parametrize(
@@ -281,7 +290,7 @@ def test_squared_relu_is_not_blamed_for_a_gate(
 def test_rows_reach_beyond_a_window(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(make_workspace(tmp_path) / "tokenizer")
     mistral = mistral_of(tmp_path, sliding_window=1024)
-    assert length_beyond(mistral, 100) == 1536
+    assert length_beyond(100, mistral) == 1536
     text = "def main(): pass\n" * 5000
     assert rows_of(text, tokenizer, 4096, 32768, 1536).shape == (2, 1537)
     # A window has to be left behind, whatever number of tokens is enough otherwise.
@@ -292,8 +301,10 @@ def test_rows_reach_beyond_a_window(tmp_path: Path) -> None:
     assert rows == 1
     assert 513 < length < 1537
     scaled = replace(mistral, sliding_window=None, rope_scaling=LLAMA31_ROPE)
-    assert length_beyond(scaled, 4096) == 48
-    assert length_beyond(scaled, 40) == 0
+    assert length_beyond(4096, scaled) == 48
+    assert length_beyond(40, scaled) == 0
+    # A window of either model counts.
+    assert length_beyond(100, replace(mistral, sliding_window=None), mistral) == 1536
 
 
 def mistral_of(directory: Path, **config: Any) -> Architecture:
@@ -327,3 +338,16 @@ def test_json_is_whole(ranks: RankPool, tmp_path: Path, capsys: pytest.CaptureFi
     said = json.loads(capsys.readouterr().out)
     assert said["exact"] is True
     assert said["tokens"] == IDS[:, 1:].numel()
+
+
+def test_other_numbers_are_never_exact(capsys: pytest.CaptureFixture) -> None:
+    """A window beyond the text, say, does not show in the logits."""
+    from nemo_upcycle.cli.evaluation import _show_parity
+
+    same = Parity(10, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1e-5)
+    why = ["its sliding_window is 600, the dense model's None"]
+    _show_parity(same, why, "title", as_json=False)
+    said = capsys.readouterr().out
+    assert "  not exact: its sliding_window is 600, the dense model's None (which does not" in said
+    _show_parity(same, why, "title", as_json=True)
+    assert json.loads(capsys.readouterr().out)["exact"] is False

@@ -57,10 +57,35 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     change_json(other / "config.json", lambda config: config.update(intermediate_size=100))
     shorter = Path(shutil.copytree(root / "dense_hf", root / "shorter"))
     change_json(shorter / "config.json", lambda config: config.update(max_position_embeddings=128))
+    swapped = Path(shutil.copytree(root / "tokenizer", root / "swapped"))
+    change_json(swapped / "tokenizer.json", lambda tokenizer: swap(tokenizer["model"]["vocab"]))
+    other = Path(shutil.copytree(root / "dense_hf", root / "epsilon"))
+    change_json(other / "config.json", lambda config: config.update(rms_norm_eps=1.0001e-5))
+    running = Path(shutil.copytree(root / "dense_hf", root / "running"))
+    change_json(running / "config.json", lambda config: config.update(RUNNING))
+    for name, eos in (("no_end", []), ("end_in_words", "2")):
+        ending = Path(shutil.copytree(root / "dense_hf", root / name))
+        (ending / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    hot = Path(shutil.copytree(root / "dense_hf", root / "hot"))
+    (hot / "generation_config.json").write_text('{"temperature": "hot"}')
     unread = Path(shutil.copytree(root / "dense_hf", root / "unread"))
     (unread / "generation_config.json").write_text("{")
     (root / "piqa.json").write_text(json.dumps({"results": {"piqa": {}}, "n-shot": {}}))
     return root
+
+
+def swap(vocabulary: dict) -> None:
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+
+RUNNING = {
+    "return_dict": False,
+    "torchscript": True,
+    "output_hidden_states": "yes",
+    "_attn_implementation": "flash_attention_2",
+    "torch_dtype": "float99",
+}
+"""What changes how transformers runs a model, and not what it computes."""
 
 
 def change_json(path: Path, change: Callable[[dict], object]) -> None:
@@ -176,6 +201,30 @@ WRONG = {
         ["generate", "dense_hf", "unread", "def"],
         "2 checkpoints were given",
     ),
+    "a tokenizer that is nowhere": (
+        [*EVALUATE, *TASK, "--tokenizer", "nowhere"],
+        "no tokenizer directory at nowhere",
+    ),
+    "a tokenizer that is nowhere, to generate with": (
+        ["generate", "dense_hf", "def", "--tokenizer", "nowhere"],
+        "no tokenizer directory at nowhere",
+    ),
+    "a tokenizer that is nowhere, to verify with": (
+        ["verify", "dense_hf", "dense_hf", "--tokenizer", "nowhere"],
+        "no tokenizer directory at nowhere",
+    ),
+    "no token that ends texts": (
+        ["generate", "no_end", "def"],
+        "generation_config.json says eos_token_id=[]; expected the id of a token",
+    ),
+    "an ending token in words": (
+        ["generate", "end_in_words", "def"],
+        "generation_config.json says eos_token_id='2'; expected the id of a token",
+    ),
+    "a temperature in words": (
+        ["generate", "hot", "def"],
+        "generation_config.json says temperature='hot'; expected a number",
+    ),
     "a generation config that is no JSON": (
         ["generate", "unread", "def"],
         "generation_config.json cannot be read",
@@ -278,3 +327,35 @@ def test_what_is_made_ends_at_the_context_length(workspace: Path) -> None:
     )
     assert found and int(found[1]) + int(found[2]) == 128
     assert made[0].startswith("def main(")
+
+
+def said_by(workspace: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    monkeypatch.chdir(workspace)
+    result = CliRunner().invoke(app, arguments)
+    logging.disable(logging.NOTSET)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_what_changes_how_a_model_runs_is_set_here(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("def main(", "--max-new-tokens", "8")
+    expected = said_by(workspace, monkeypatch, "generate", "dense_hf", *words)
+    assert said_by(workspace, monkeypatch, "generate", "running", *words) == expected
+    assert "  exact: " in said_by(workspace, monkeypatch, "verify", "dense_hf", "running")
+
+
+def test_another_tokenizer_is_said(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tokens with other ids: nothing else shows it."""
+    told = "the tokenizer swapped gives texts other tokens than dense_hf, the one beside dense_hf"
+    words = ("generate", "dense_hf", "def", "--max-new-tokens", "2", "--tokenizer")
+    assert told in said_by(workspace, monkeypatch, *words, "swapped")
+    assert "other tokens" not in said_by(workspace, monkeypatch, *words, "tokenizer")
+
+
+def test_numbers_that_no_text_shows_are_not_exact(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = said_by(workspace, monkeypatch, "verify", "dense_hf", "epsilon", "--no-weights")
+    assert "not exact: its layernorm_epsilon is 1.0001e-05, the dense model's 1e-05" in said

@@ -126,6 +126,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "index is no JSON": (_write(INDEX, "no"), "cannot be read"),
     "index without a map": (_write(INDEX, "{}"), "weight_map"),
+    "index with an empty map": (_write(INDEX, '{"weight_map": {}}'), "has an empty weight_map"),
     "index of no names": (lambda d: _index(d, {"x": 5}), "cannot be read"),
     "index leaves the directory": (
         lambda d: _index(d, {"x": "../../etc/passwd"}),

@@ -18,6 +18,11 @@ from nemo_upcycle.errors import UpcyclingError
         ({"router_init_std": -0.1}, "0 or more"),
         ({"router_init_std": math.inf}, "router_init_std is inf; expected a number of 0 or more"),
         ({"router_init_std": math.nan}, "router_init_std is nan"),
+        (
+            {"router_init_std": 1e300},
+            r"router_init_std is 1e\+300; expected a number of 0 or more, up",
+        ),
+        ({"moe_aux_loss_coeff": 1e39}, r"moe_aux_loss_coeff is 1e\+39"),
         ({"moe_z_loss_coeff": math.nan}, "moe_z_loss_coeff is nan"),
         ({"moe_expert_capacity_factor": math.nan}, "moe_expert_capacity_factor is nan"),
         ({"moe_expert_capacity_factor": math.inf}, "or None to never drop a token"),

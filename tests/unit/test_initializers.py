@@ -244,6 +244,11 @@ def test_seeds_up_to_the_largest_are_different_ones() -> None:
         ("drop(ratio=True)", "drop: ratio is True"),
         ("noise(std=inf)", "noise: std is inf; expected a number of 0 or more"),
         ("noise(std=-Inf)", "noise: std is -inf"),
+        (
+            "noise(std=1e300)",
+            r"noise: std is 1e\+300; expected a number of 0 or more, up to 1e\+30",
+        ),
+        ("hybrid(copy, random(std=1e39))", r"random: std is 1e\+39"),
         ("noise(fraction=NaN)", "noise: fraction is nan"),
         (f"random(std={10**400})", "random: std is 1000"),
         ("hybrid(copy, random(std=nan))", "random: std is nan"),

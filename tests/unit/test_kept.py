@@ -10,7 +10,12 @@ import transformers
 from safetensors.torch import save_file
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
-from nemo_upcycle.checkpoint.kept import default_tokens, kept_in, kept_of
+from nemo_upcycle.checkpoint.kept import (
+    default_tokens,
+    dense_checkpoints_in,
+    kept_in,
+    kept_of,
+)
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.provenance import Origin
 from nemo_upcycle.errors import UpcyclingError
@@ -87,6 +92,14 @@ def test_templates_beside_the_tokenizers(tmp_path: Path) -> None:
     assert kept_of(HuggingFaceCheckpoint(dense))["chat_templates"] == {
         "tool_use.jinja": "{{ tools }}"
     }
+
+
+def test_a_checkpoint_without_its_common_file_is_damaged(tmp_path: Path) -> None:
+    """It has the record; without it an export would take what an older version leaves out."""
+    (tmp_path / ".metadata").touch()
+    for read in (kept_in, dense_checkpoints_in):
+        with pytest.raises(UpcyclingError, match=r"common\.pt is missing"):
+            read(tmp_path)
 
 
 class Other:

@@ -508,6 +508,15 @@ def test_nothing_in_a_context_is_run(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
+def test_a_config_cut_in_half_is_one_line(tmp_path: Path) -> None:
+    nemo = save_nemo(tmp_path / "nemo", tensors())
+    model = nemo / "context" / "model.yaml"
+    model.write_text(json.dumps(yaml.safe_load(model.read_text()))[:80])
+    with pytest.raises(UpcyclingError, match=r"cannot be read as NeMo 2's model\.yaml") as error:
+        open_checkpoint(str(nemo))
+    assert "\n" not in str(error.value)
+
+
 def test_a_compressed_chunk_is_refused(tmp_path: Path) -> None:
     """Its bytes cannot be read in place, and a small file could grow without bound."""
     directory = save(tmp_path / "saved", tensors())
