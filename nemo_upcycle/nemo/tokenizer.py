@@ -27,6 +27,8 @@ def checkpoint_tokenizer(source: str, model: str | None = None) -> "AutoTokenize
     Raises:
         UpcyclingError: There is no such directory, or no tokenizer in it.
     """
+    if model is None:
+        resolve_directory(source)  # what is not there is the dense checkpoint
     found = named_tokenizer(source)
     from nemo.collections.common.tokenizers import AutoTokenizer
     from nemo.utils.get_rank import is_global_rank_zero
