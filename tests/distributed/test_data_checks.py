@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.data.preparation import Preparation, prepare
-from tests.distributed.pool import RankPool
+from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.test_training import train
 from tests.workspace import VOCAB_SIZE, make_workspace
 
@@ -394,6 +394,7 @@ def start_with_a_run(run: Path, **given: Any) -> Any:
     return start(**given)
 
 
+@nemo_recipe
 def train_and_hear(**given: Any) -> tuple[Any, str]:
     """Train; return what comes of it, and what this rank says."""
     import io
