@@ -50,6 +50,21 @@ def output_directory(directory: Path) -> Iterator[None]:
                 made.rmdir()
 
 
+@contextmanager
+def scratch_directory(directory: Path, name: str) -> Iterator[Path]:
+    """Give a hidden directory for files that get their place in `directory` once all are whole.
+
+    Args:
+        directory: Where they belong; made, and left, as `output_directory` does.
+        name: What the hidden directory's name begins with.
+    """
+    with (
+        output_directory(directory),
+        tempfile.TemporaryDirectory(dir=directory, prefix=f".{name}-") as temporary,
+    ):
+        yield Path(temporary)
+
+
 def check_writable(directory: Path) -> None:
     """Make sure, before the work, that files can be written; the directory is made for that.
 

@@ -16,17 +16,13 @@ from nemo_upcycle.checkpoint.dense import TensorInfo
 from nemo_upcycle.checkpoint.dtypes import DTYPE_BYTES, dtype_called
 from nemo_upcycle.checkpoint.unpickle import unpickle
 from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.families.names import stored_name
 
 _PREFIX = re.compile(r"^(module\.|model\.)+")
 _NO_WEIGHT = re.compile(r"^(chained_\d+\.)?optimizer\.|\._extra_state|^rng_state")
 _EXPERTS = re.compile(r"\.mlp\.(experts|shared_experts|router)\.")
 _STACKED = re.compile(r"^(decoder\.layers\.)(?!\d)")
 _STACKED_EXPERTS = re.compile(r"(\.mlp\.experts\.)experts\.")
-# Norms where they are modules of their own, and where Transformer Engine fuses them.
-_ALIASES = {
-    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
-    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
-}
 
 
 @dataclass(frozen=True)
@@ -187,9 +183,11 @@ def _unstacked(
     """Present a stored tensor as one a layer and expert, if these are stacked in it."""
     dtype = entry["properties"].state[0].path
     dtype = dtype_called(dtype) or dtype.removeprefix("torch.")
-    key = _PREFIX.sub("", key)
-    for name, fused in _ALIASES.items():
-        key = key.replace(name, fused)
+    # A norm that is a module of its own, under the name where Transformer Engine fuses it.
+    key = _PREFIX.sub("", key).replace(
+        ".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"
+    )
+    key = stored_name(key)
     stacked = [pattern for pattern in (_STACKED, _STACKED_EXPERTS) if pattern.search(key)]
     info = TensorInfo(tuple(entry["size"])[len(stacked) :], dtype)
     tensors: dict[str, StoredTensor] = {}

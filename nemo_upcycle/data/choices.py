@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 from nemo_upcycle.data.tokenizer import read_documents
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.files import check_writable, output_directory
+from nemo_upcycle.files import check_writable, scratch_directory
 
 MIN_CONTEXT, MAX_CONTEXT = 100, 400
 MIN_LINE, MAX_LINE = 20, 120
@@ -180,14 +179,11 @@ def _write_task(out: Path, name: str, items: Sequence[dict[str, object]]) -> Non
     }
     lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
     contents = {"jsonl": "".join(lines), "yaml": yaml.safe_dump(task, sort_keys=False)}
-    with (
-        output_directory(out),
-        tempfile.TemporaryDirectory(dir=out, prefix=".choices-") as temporary,
-    ):
+    with scratch_directory(out, "choices") as temporary:
         for suffix, content in contents.items():
-            Path(temporary, suffix).write_bytes(content.encode())
+            (temporary / suffix).write_bytes(content.encode())
         for suffix in contents:
-            os.replace(Path(temporary, suffix), out / f"{name}.{suffix}")
+            os.replace(temporary / suffix, out / f"{name}.{suffix}")
 
 
 def _check_arguments(

@@ -10,7 +10,6 @@ import ast
 import json
 import os
 import sysconfig
-import tempfile
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.files import check_writable, output_directory
+from nemo_upcycle.files import check_writable, scratch_directory
 
 MIN_CHARACTERS = 200
 """Shorter documents are left out: they are stubs, not text."""
@@ -174,15 +173,12 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 def _write_corpora(out: Path, corpora: dict[str, list[tuple[str, str]]]) -> dict[str, Path]:
     """Writes one JSONL file for each corpus; all of them appear at the end or none does."""
-    with (
-        output_directory(out),
-        tempfile.TemporaryDirectory(dir=out, prefix=".sample-") as temporary,
-    ):
+    with scratch_directory(out, "sample") as temporary:
         for name, documents in corpora.items():
-            _write_jsonl(Path(temporary, name), documents)
+            _write_jsonl(temporary / name, documents)
         paths = {name: out / f"{name}.jsonl" for name in corpora}
         for name, path in paths.items():
-            os.replace(Path(temporary, name), path)
+            os.replace(temporary / name, path)
     return paths
 
 

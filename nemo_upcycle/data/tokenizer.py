@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from nemo_upcycle.data.documents import is_blank, parse_line
 from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.data.sources import check_is_lines
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.files import check_writable, output_directory
+from nemo_upcycle.files import check_writable, scratch_directory
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -127,14 +126,11 @@ def _save(tokenizer: Tokenizer, out: Path) -> None:
         clean_up_tokenization_spaces=False,  # would eat the space in "a , b"
         model_input_names=["input_ids", "attention_mask"],  # Llama refuses token_type_ids
     )
-    with (
-        output_directory(out.parent),
-        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary,
-    ):
-        new = Path(temporary, "new")
+    with scratch_directory(out.parent, out.name) as temporary:
+        new = temporary / "new"
         fast.save_pretrained(str(new))
         if out.exists():  # a directory with files in it cannot be renamed over
-            os.replace(out, Path(temporary, "old"))
+            os.replace(out, temporary / "old")
         os.replace(new, out)
 
 

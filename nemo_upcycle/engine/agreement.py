@@ -11,6 +11,7 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.fields import ROUTER_FIELDS, architecture_fields, window_fields
 from nemo_upcycle.families.megatron import LLAMA_FIELDS
+from nemo_upcycle.plans.layout import padded_vocabulary
 
 _USUAL: dict[str, Any] = LLAMA_FIELDS | {
     "activation_func": "silu",
@@ -118,11 +119,11 @@ def _of_vocabulary(
     """Yield a vocabulary that is not the dense model's, padded so that it divides by TP."""
     tp = config.tensor_model_parallel_size
     divisors = (1, tp, config.make_vocab_size_divisible_by * tp)
-    padded = {arch.vocab_size + -arch.vocab_size % divisor for divisor in divisors}
+    padded = {padded_vocabulary(arch.vocab_size, divisor) for divisor in divisors}
     size = config.vocab_size
     if size is None:  # NeMo then takes the tokenizer's, padded
         if tokenizer_size is None:
             return
-        size = tokenizer_size + -tokenizer_size % divisors[-1]
+        size = padded_vocabulary(tokenizer_size, divisors[-1])
     if size not in padded:
         yield "vocab_size", size, arch.vocab_size

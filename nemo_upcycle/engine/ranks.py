@@ -1,13 +1,15 @@
 """What all ranks tell each other while they upcycle, on a group that notices a lost rank."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from nemo_upcycle.errors import UpcyclingError
+
+T = TypeVar("T")
 
 TIMEOUT_S = 1800.0
 """How long a rank waits for the others: torch's own for gloo."""
@@ -86,6 +88,27 @@ class Ranks:
             raise UpcyclingError(next(iter(by_message))) from error
         parts = [f"rank {','.join(map(str, ranks))}: {text}" for text, ranks in by_message.items()]
         raise UpcyclingError("; ".join(parts)) from error
+
+    def on_all(self, work: Callable[[], T]) -> T:
+        """Do this rank's work; raise on every rank if any rank has failed at its own.
+
+        Args:
+            work: What this rank does.
+
+        Returns:
+            What came of it.
+
+        Raises:
+            UpcyclingError: As `raise_on_all`.
+        """
+        done: list[T] = []
+        error = None
+        try:
+            done.append(work())
+        except Exception as exception:  # whatever it is, the other ranks must hear of it
+            error = exception
+        self.raise_on_all(error)
+        return done[0]
 
     def _lost(self, error: RuntimeError) -> UpcyclingError:
         named = re.search(r"Ranks ([\d, ]+) failed to pass", str(error))

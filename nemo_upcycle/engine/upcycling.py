@@ -125,16 +125,11 @@ def fill_all(
         UpcyclingError: On all ranks, if any has failed or is lost, or if some of the checkpoint
             has gone nowhere.
     """
-    report = error = None
-    try:
-        with progress("[upcycle]", active=ranks.rank == 0, in_bytes=True) as show:
-            report = fill(modules, prepared.checkpoint, prepared.upcycling, show, read_once)
-    except Exception as exception:  # whatever it is, the other ranks must hear of it
-        error = exception
-    ranks.raise_on_all(error)
-    reports = ranks.gather(report)
-    check_all_used(prepared.checkpoint, reports)
     dense = prepared.checkpoint
+    with progress("[upcycle]", active=ranks.rank == 0, in_bytes=True) as show:
+        report = ranks.on_all(lambda: fill(modules, dense, prepared.upcycling, show, read_once))
+    reports = ranks.gather(report)
+    check_all_used(dense, reports)
     exactness = exactness_of(config, prepared.upcycling, dense.architecture, len(dense.branches))
     return Report(prepared.name, prepared.upcycling, tuple(reports), exactness)
 
@@ -174,13 +169,12 @@ def upcycle(
     Source: online upcycling, arXiv 2412.09952 §3.
     """
     ranks = ranks or Ranks()
-    prepared = error = None
-    try:
-        prepared = prepare(dense_checkpoint, upcycling or upcycling_in(config))
-        prepared.check_model(config)
-    except Exception as exception:
-        error = exception
-    ranks.raise_on_all(error)
-    assert prepared is not None
+
+    def prepared_here() -> Prepared:
+        found = prepare(dense_checkpoint, upcycling or upcycling_in(config))
+        found.check_model(config)
+        return found
+
+    prepared = ranks.on_all(prepared_here)
     check_same("dense checkpoints", ranks.gather(prepared.fingerprint))
     return fill_all(prepared, modules, config, ranks, read_once)

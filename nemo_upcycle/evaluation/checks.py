@@ -20,7 +20,8 @@ from nemo_upcycle.families import FAMILIES, Architecture
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
 from nemo_upcycle.trained.opened import open_trained
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
+"""Names of the dtypes that models run in."""
 
 
 @dataclass(frozen=True)
@@ -175,4 +176,4 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     """
     if name not in (None, *DTYPES):
         raise UpcyclingError(f"dtype is {name!r}; expected one of: {', '.join(DTYPES)}.")
-    return None if name is None else DTYPES[name]
+    return None if name is None else getattr(torch, name)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import UpcyclingError, listing
-from nemo_upcycle.files import output_directory
+from nemo_upcycle.files import scratch_directory
 from nemo_upcycle.pictures import require_matplotlib
 
 if TYPE_CHECKING:
@@ -151,11 +150,8 @@ def compare_runs(
     _check_same_start(*curves, dense, moe)
     markdown, picture = out / "comparison.md", out / "comparison.png"
     comparison = Comparison(*curves, tokens_per_step, markdown, picture)
-    with (
-        output_directory(out),
-        tempfile.TemporaryDirectory(dir=out, prefix=".comparison-") as temporary,
-    ):
-        new = Path(temporary, "new.md"), Path(temporary, "new.png")
+    with scratch_directory(out, "comparison") as temporary:
+        new = temporary / "new.md", temporary / "new.png"
         new[0].write_text(_markdown(comparison, title), encoding="utf-8")
         plot(comparison, title).savefig(new[1], dpi=150)
         os.replace(new[0], markdown)

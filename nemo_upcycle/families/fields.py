@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.config.layers import moe_layers
+from nemo_upcycle.config.layers import megatron_layer_freq, moe_layers
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.family import Architecture
 from nemo_upcycle.families.megatron import moe_architecture
@@ -118,7 +118,7 @@ def experts_fields(experts: Experts, dense_width: int) -> dict[str, Any]:
         "moe_router_topk": experts.topk,
         "moe_router_pre_softmax": experts.pre_softmax,
         "moe_ffn_hidden_size": experts.expert_width,
-        "moe_layer_freq": 1 if all(experts.is_moe) else [int(moe) for moe in experts.is_moe],
+        "moe_layer_freq": megatron_layer_freq(experts.is_moe, len(experts.is_moe)),
         "moe_shared_expert_intermediate_size": dense_width if experts.has_shared_expert else None,
     }
 

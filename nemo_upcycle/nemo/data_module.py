@@ -88,13 +88,7 @@ class PreTrainingDataModule(llm.PreTrainingDataModule):
             UpcyclingError: A dataset is not what it says; raised on every rank.
         """
         ranks = Ranks()
-        found, error = None, None
-        try:
-            found = self._check(ranks.rank, ranks.size)
-        except Exception as failed:  # whatever it is, the other ranks must hear of it
-            error = failed
-        ranks.raise_on_all(error)
-        seen = ranks.gather(found)
+        seen = ranks.gather(ranks.on_all(lambda: self._check(ranks.rank, ranks.size)))
         rows = _rows_of(self)
         if rows is not None:
             for number, path in enumerate(self._data_paths):

@@ -78,13 +78,7 @@ class Provenance(pl.Callback, Recorded):
             return
         with said_on_every_rank(self.prefix):
             self._ranks = Ranks(self.timeout_s)
-            error = None
-            try:
-                self._check(trainer, pl_module)
-            except Exception as exception:
-                # Whatever it is, the other ranks must hear of it before this one stops.
-                error = exception
-            self._ranks.raise_on_all(error)
+            self._ranks.on_all(lambda: self._check(trainer, pl_module))
             views = self._ranks.gather((str(trainer.ckpt_path), self._origin))
             check_same("checkpoints to resume from", [path for path, _ in views])
             check_same("dense checkpoints", [found and found.fingerprint for _, found in views])

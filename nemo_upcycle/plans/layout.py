@@ -35,9 +35,9 @@ class Coordinates:
         return self.pp, self.tp, self.etp, self.ep
 
 
-def padded_vocabulary(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Return the rows of the embeddings: the vocabulary, padded so that TP divides them."""
-    return vocab_size + -vocab_size % tensor_model_parallel_size
+def padded_vocabulary(vocab_size: int, divisor: int) -> int:
+    """Return the rows of the embeddings: the vocabulary, padded to a multiple, such as of TP."""
+    return vocab_size + -vocab_size % divisor
 
 
 def coordinates(folding: ParallelFolding, world_size: int, rank: int) -> Coordinates:
