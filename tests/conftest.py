@@ -1,5 +1,6 @@
 """Fixtures that all tests share."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,12 @@ import pytest
 from tests.distributed.nursery import Nursery
 from tests.distributed.pool import RankPool
 from tests.tiny import write_llama
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what is imported by now, most of all objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
