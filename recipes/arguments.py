@@ -18,12 +18,12 @@ def arguments(recipe: Recipe) -> dict[str, Any]:
     """Return the arguments of a recipe's factory that decide its plan, with their types."""
     moe = recipe.upcycling.num_moe_experts is not None
     kinds = (UpcyclingConfig, ParallelFolding) if moe else (ParallelFolding,)
-    found = {field.name: field.type for kind in kinds for field in fields(kind)}
+    types = {field.name: field.type for kind in kinds for field in fields(kind)}
     for kind, names in ((Recipe, OF_RECIPE), (Schedule, OF_SCHEDULE)):
-        found |= {field.name: field.type for field in fields(kind) if field.name in names}
+        types |= {field.name: field.type for field in fields(kind) if field.name in names}
     if moe:
-        return {"expansion_rate": int | None} | found
-    return {name: kind for name, kind in found.items() if not name.startswith("expert_")}
+        return {"expansion_rate": int | None} | types
+    return {name: kind for name, kind in types.items() if not name.startswith("expert_")}
 
 
 def defaults(recipe: Recipe) -> dict[str, Any]:

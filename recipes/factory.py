@@ -243,11 +243,15 @@ def _check_inputs_outside(run_directory: Path, inputs: Iterable[str | None]) -> 
 
 def _observers(upcycling: UpcyclingConfig, schedule: Schedule) -> list[run.Config]:
     """Configure the callbacks that observe every run."""
-    found = [run.Config(TimingCallback), run.Config(MFUCallback), run.Config(PreemptionCallback)]
+    callbacks = [
+        run.Config(TimingCallback),
+        run.Config(MFUCallback),
+        run.Config(PreemptionCallback),
+    ]
     if upcycling.num_moe_experts is not None:
         interval = schedule.moe_health_interval
-        found.append(run.Config(MoEHealthCallback, every_n_steps=interval))
-    return found
+        callbacks.append(run.Config(MoEHealthCallback, every_n_steps=interval))
+    return callbacks
 
 
 def _performance(folding: ParallelFolding, cpu_only: bool) -> list[run.Config]:

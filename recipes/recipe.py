@@ -141,9 +141,11 @@ class Recipe:
         """
         if dense_checkpoint is None:
             return self.architecture
-        found, absent = architecture_here(dense_checkpoint)
+        architecture, absent = architecture_here(dense_checkpoint)
         if absent and dense_checkpoint != self.checkpoint:
-            shown = "the others" if found else f"the recipe's own, {self.dense} ({self._size})"
+            shown = (
+                "the others" if architecture else f"the recipe's own, {self.dense} ({self._size})"
+            )
             warnings.warn(
                 f"{', '.join(absent)} cannot be read on this machine: its architecture is taken "
                 f"to be that of {shown}. If it is another, upcycling stops before anything is "
@@ -152,7 +154,7 @@ class Recipe:
                 AssumedModel,
                 stacklevel=2,
             )
-        return found or self.architecture
+        return architecture or self.architecture
 
     @property
     def _size(self) -> str:

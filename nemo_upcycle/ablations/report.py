@@ -129,16 +129,16 @@ def _study(study: Study, jobs: dict[str, Job], results: Results) -> StudyReport:
     )
 
 
-def _row(job: Job, found: dict[int, Result], baseline: dict[int, Result]) -> Row:
+def _row(job: Job, of_arm: dict[int, Result], baseline: dict[int, Result]) -> Row:
     def estimate(field: str) -> Estimate:
-        return Estimate.of([getattr(result, field) for result in found.values()])
+        return Estimate.of([getattr(result, field) for result in of_arm.values()])
 
     per_step = job.arm.flops_per_step(job.workspace.architecture)
     return Row(
         job.arm,
         estimate("start"),
         estimate("end"),
-        tuple(found[seed].end - baseline[seed].end for seed in sorted(found.keys() & baseline)),
+        tuple(of_arm[seed].end - baseline[seed].end for seed in sorted(of_arm.keys() & baseline)),
         estimate("capped_end"),
         estimate("dropped"),
         job.steps * job.arm.recipe.schedule.tokens_per_step,
@@ -281,5 +281,5 @@ def to_json(report: Report, jobs: Sequence[Job]) -> str:
         name: getattr(report, name)
         for name in ("steps", "seeds", "tokens_per_step", "held_out_tokens", "dense_flops")
     }
-    found = about | {"arms": arms, "studies": studies, "trainings": trainings}
-    return json.dumps(found, indent=1) + "\n"
+    document = about | {"arms": arms, "studies": studies, "trainings": trainings}
+    return json.dumps(document, indent=1) + "\n"

@@ -6,6 +6,7 @@ from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, DenseCheckpoint, Piece, S
 from nemo_upcycle.checkpoint.foreign import check_dense
 from nemo_upcycle.checkpoint.huggingface import (
     HuggingFaceCheckpoint,
+    is_huggingface,
     read_config,
     resolve_directory,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "Span",
     "TensorInfo",
     "is_checkpoint",
+    "is_huggingface",
     "open_checkpoint",
     "read_config",
 ]
@@ -39,7 +41,7 @@ def open_checkpoint(source: str) -> DenseCheckpoint:
         UpcyclingError: There is none, or not one that can be read, or it is an MoE's.
     """
     directory = resolve_directory(source)
-    if (directory / "config.json").is_file() or find_layout(directory) is None:
+    if is_huggingface(directory) or find_layout(directory) is None:
         checkpoint = HuggingFaceCheckpoint(directory)
         check_dense(checkpoint.config, directory)
         return checkpoint
@@ -52,4 +54,4 @@ def is_checkpoint(directory: Path) -> bool:
     Raises:
         UpcyclingError: It is one that cannot be read.
     """
-    return (directory / "config.json").is_file() or find_layout(directory) is not None
+    return is_huggingface(directory) or find_layout(directory) is not None

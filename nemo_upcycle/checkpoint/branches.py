@@ -87,8 +87,8 @@ def _check_tokens(parts: Sequence[str]) -> None:
 
     A token that one branch alone has, such as a chat's, may be in a row that is unused in others.
     """
-    found = [(part, tokenizer_directory(part)) for part in parts]
-    there = [(part, place) for part, place in found if place is not None]
+    tokenizers = [(part, tokenizer_directory(part)) for part in parts]
+    there = [(part, place) for part, place in tokenizers if place is not None]
     if all(_same_files(there[0][1], place) for _, place in there):
         return
     first, tokens = there[0][0], _tokens(there[0][1])
@@ -146,7 +146,7 @@ class BranchedCheckpoint(DenseCheckpoint):
         """Averages by their names, and each branch's feed-forward tensors."""
         first = self._branches[0].tensors
         names = [name for name in self.family.shapes(self.architecture) if name in first]
-        found = {name: replace(first[name], sources=len(self._branches)) for name in names}
+        infos = {name: replace(first[name], sources=len(self._branches)) for name in names}
         parts = {
             rows.tensor
             for layer in range(self.architecture.num_layers)
@@ -154,8 +154,8 @@ class BranchedCheckpoint(DenseCheckpoint):
         }
         for index, branch in enumerate(self._branches):
             own = {branch_name(index, name): branch.tensors.get(name) for name in parts}
-            found.update({name: info for name, info in own.items() if info is not None})
-        return found
+            infos.update({name: info for name, info in own.items() if info is not None})
+        return infos
 
     def pieces(self, name: str) -> Sequence[Piece]:
         """Return where a tensor lies in its branch, an average in the first."""

@@ -93,16 +93,16 @@ _PARTS = ("text_config", "llm_config", "language_config", "vision_config", "audi
 
 def get_again(directory: Path) -> str:
     """Say how to get what a directory lacks."""
-    found = _SNAPSHOT.search(str(directory))
-    if found is None:
+    match = _SNAPSHOT.search(str(directory))
+    if match is None:
         return "Get the checkpoint again."
-    name = _hub_name(found)
+    name = _hub_name(match)
     return f"Not all of the model was downloaded; `hf download {name}` gets the rest."
 
 
-def _hub_name(found: re.Match[str]) -> str:
+def _hub_name(match: re.Match[str]) -> str:
     """Return a model's name on the hub, of its directory's in the hub's cache."""
-    return found["name"].replace("--", "/", 1)
+    return match["name"].replace("--", "/", 1)
 
 
 def _snapshots(directory: Path) -> tuple[str, str] | None:
@@ -110,8 +110,8 @@ def _snapshots(directory: Path) -> tuple[str, str] | None:
     snapshots = sorted(directory.glob("snapshots/*/"))
     if not snapshots or not {"refs", "blobs"} & {path.name for path in directory.iterdir()}:
         return None
-    found = _CACHED_MODEL.search(str(directory.resolve()))
-    named = f", or the model's name, {_hub_name(found)}" if found else ""
+    match = _CACHED_MODEL.search(str(directory.resolve()))
+    named = f", or the model's name, {_hub_name(match)}" if match else ""
     what = "a model of the hub's cache, whose files are under snapshots/"
     return what, f"Give {' or '.join(map(str, snapshots[:3]))}{named}."
 
@@ -194,9 +194,9 @@ def check_not_quantised_tensors(names: Collection[str], directory: Path) -> None
         UpcyclingError: Some are.
     """
     for ending, method in _QUANTISED_TENSORS.items():
-        found = [name for name in names if re.search(f"{ending}$", name)]
-        if found:
-            raise _quantised(directory, f"{method} (it has {listing(found, 3)})")
+        quantised = [name for name in names if re.search(f"{ending}$", name)]
+        if quantised:
+            raise _quantised(directory, f"{method} (it has {listing(quantised, 3)})")
 
 
 def _quantised(directory: Path, by: str) -> UpcyclingError:

@@ -38,14 +38,19 @@ def resolve_directory(source: str | Path) -> Path:
     Raises:
         UpcyclingError: There is no such directory.
     """
-    found = find_directory(source)
-    if found is None:
+    directory = find_directory(source)
+    if directory is None:
         raise UpcyclingError(
             f"No dense checkpoint at '{source}': expected a directory with config.json and "
             "*.safetensors. Check the path (relative paths start where the command runs); "
             "fetch a model from the Hugging Face hub first with `hf download NAME`."
         )
-    return found
+    return directory
+
+
+def is_huggingface(directory: Path) -> bool:
+    """Say whether a checkpoint's format is Hugging Face's: its directory holds a config.json."""
+    return (directory / "config.json").is_file()
 
 
 def find_directory(source: str | Path) -> Path | None:
@@ -195,17 +200,17 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
             return {}
         try:
             index = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-            found = {name: str(PurePath(file)) for name, file in index.items()}
+            files = {name: str(PurePath(file)) for name, file in index.items()}
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UpcyclingError(
                 f"{path} cannot be read: {error!r}; expected JSON with a weight_map."
             ) from error
-        if not found:
+        if not files:
             raise UpcyclingError(
                 f"{path} has an empty weight_map; expected the file of each tensor. "
                 f"{get_again(self.directory)}"
             )
-        return found
+        return files
 
     def _as_indexed(self, entries: dict[str, _Entry]) -> dict[str, _Entry]:
         """Leave out what the index does not name, as transformers does."""

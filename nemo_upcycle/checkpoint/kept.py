@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, HuggingFaceCheckpoint, MegatronCheckpoint
-from nemo_upcycle.checkpoint.huggingface import resolve_directory
+from nemo_upcycle.checkpoint.huggingface import is_huggingface, resolve_directory
 from nemo_upcycle.checkpoint.torch_save import read_pickle
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import architecture_of
@@ -90,7 +90,7 @@ def kept_of(source: DenseCheckpoint | str | Path) -> dict[str, Any]:
 
 
 def _open(directory: Path) -> DenseCheckpoint:
-    if (directory / "config.json").is_file():
+    if is_huggingface(directory):
         return HuggingFaceCheckpoint(directory)
     return MegatronCheckpoint(directory, experts=True)
 
@@ -120,7 +120,7 @@ def _generation_config(directory: Path, config: Mapping[str, Any]) -> dict[str, 
     """Return the directory's own, or what config.json says in its place."""
     path = directory / "generation_config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         said = {name: config.get(name) for name in _TOKENS + GENERATION}
         known = {name: value for name, value in said.items() if value is not None}
@@ -129,9 +129,9 @@ def _generation_config(directory: Path, config: Mapping[str, Any]) -> dict[str, 
         raise UpcyclingError(
             f"{path} cannot be read as JSON: {error}. Mend it, or remove it if the model has none."
         ) from error
-    if not isinstance(found, dict):
-        raise UpcyclingError(f"{path} holds a {type(found).__name__}; expected a JSON object.")
-    return found
+    if not isinstance(content, dict):
+        raise UpcyclingError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
+    return content
 
 
 def kept_in(weights: Path) -> dict[str, Any] | None:
@@ -145,14 +145,14 @@ def kept_in(weights: Path) -> dict[str, Any] | None:
     Raises:
         UpcyclingError: The file is damaged.
     """
-    found = (_plain(state.get(FIELD)) for state in _states(weights))
-    return next((kept for kept in found if kept is not None), None)
+    states = (_plain(state.get(FIELD)) for state in _states(weights))
+    return next((kept for kept in states if kept is not None), None)
 
 
 def dense_checkpoints_in(weights: Path) -> str | None:
     """Return what a run has recorded as its dense checkpoint, or several, None for nothing."""
-    found = (state.get("dense_checkpoint") for state in _states(weights) if FIELD in state)
-    return next((source for source in found if isinstance(source, str)), None)
+    sources = (state.get("dense_checkpoint") for state in _states(weights) if FIELD in state)
+    return next((source for source in sources if isinstance(source, str)), None)
 
 
 def _states(weights: Path) -> Iterator[dict[str, Any]]:
@@ -170,10 +170,10 @@ def _states(weights: Path) -> Iterator[dict[str, Any]]:
             yield state
 
 
-def _plain(found: Any) -> dict[str, Any] | None:
+def _plain(value: Any) -> dict[str, Any] | None:
     """Return a record that is one: of JSON's types, with a context length."""
     try:
-        plain = json.loads(json.dumps(found))
+        plain = json.loads(json.dumps(value))
     except (TypeError, ValueError):
         return None
     known = isinstance(plain, dict) and type(plain.get("max_position_embeddings")) is int

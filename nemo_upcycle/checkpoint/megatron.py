@@ -156,14 +156,14 @@ class MegatronCheckpoint(DenseCheckpoint):
             descriptor = self._open(chunk.file)
         except OSError as error:
             raise UpcyclingError(f"{where} cannot be read: {error.strerror}.") from error
-        found = find_tensor(descriptor, chunk.start, chunk.length, where)
-        if (found.shape, found.dtype) != (chunk.sizes, dtype):
+        tensor = find_tensor(descriptor, chunk.start, chunk.length, where)
+        if (tensor.shape, tensor.dtype) != (chunk.sizes, dtype):
             raise UpcyclingError(
-                f"{where} holds {list(found.shape)} in {found.dtype}; .metadata says "
+                f"{where} holds {list(tensor.shape)} in {tensor.dtype}; .metadata says "
                 f"{list(chunk.sizes)} in {dtype}. The files are not of one checkpoint; copy it "
                 "again."
             )
-        return chunk.start + found.start + skipped * DTYPE_BYTES[dtype]
+        return chunk.start + tensor.start + skipped * DTYPE_BYTES[dtype]
 
     def _with_vocabulary(self, config: dict[str, Any]) -> dict[str, Any]:
         """Take the stored rows where the size is not recorded: padding is then not known."""
@@ -205,9 +205,9 @@ def _check_format(directory: Path) -> None:
             "It is damaged; copy the checkpoint again."
         ) from error
     if backend != "torch_dist":
-        found = f"says sharded_backend={backend!r}" if backend else "is missing"
+        problem = f"says sharded_backend={backend!r}" if backend else "is missing"
         raise UpcyclingError(
-            f"{path} {found}; expected Megatron-Core's format torch_dist. Load the checkpoint "
+            f"{path} {problem}; expected Megatron-Core's format torch_dist. Load the checkpoint "
             "with the software that wrote it and save it as torch_dist."
         )
     if not (directory / ".metadata").is_file():

@@ -51,14 +51,14 @@ def checkpoints_of(run: Path) -> list[Path]:
     """
     inside = run / "checkpoints"
     directory = inside if inside.is_dir() else run
-    found = (
+    checkpoints = (
         path
         for path in directory.iterdir()
         if path.is_dir()
         and (_LAST.search(path.name) or _STEP.search(path.name))
         and not path.name.endswith(UNFINISHED)
     )
-    return sorted(found, key=age)
+    return sorted(checkpoints, key=age)
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nemo_upcycle.checkpoint.huggingface import find_directory, resolve_directory
+from nemo_upcycle.checkpoint.huggingface import find_directory, is_huggingface, resolve_directory
 from nemo_upcycle.checkpoint.megatron import find_layout
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, find_tokenizer
@@ -24,13 +24,13 @@ def named_tokenizer(source: str | Path) -> Path:
             "model's name in the local hub cache. Check the path (relative paths start where the "
             "command runs), or fetch a model's first with `hf download NAME`."
         )
-    found = tokenizer_directory(source)
-    if found is None:
+    directory = tokenizer_directory(source)
+    if directory is None:
         raise UpcyclingError(
             f"{resolve_directory(source)} holds no tokenizer; expected one of {', '.join(NEEDED)}. "
             "Put the model's tokenizer there, or name the directory that has it."
         )
-    return found
+    return directory
 
 
 def tokenizer_directory(source: str | Path) -> Path | None:
@@ -44,5 +44,5 @@ def tokenizer_directory(source: str | Path) -> Path | None:
         UpcyclingError: There is no such checkpoint.
     """
     directory = resolve_trained(source)
-    layout = None if (directory / "config.json").is_file() else find_layout(directory)
+    layout = None if is_huggingface(directory) else find_layout(directory)
     return find_tokenizer(directory, layout.context if layout else None)

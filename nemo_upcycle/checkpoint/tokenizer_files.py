@@ -65,8 +65,8 @@ def find_tokenizer(directory: Path, context: Path | None) -> Path | None:
     places = [directory]
     if context is not None:
         places += sorted(path for path in context.iterdir() if path.is_dir())
-    found = (p for p in places if any((p / name).is_file() for name in NEEDED))
-    return next(found, None)
+    usable = (p for p in places if any((p / name).is_file() for name in NEEDED))
+    return next(usable, None)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -76,8 +76,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _files(directory: Path) -> list[Path]:
-    found = {path for pattern in _PATTERNS for path in directory.glob(pattern) if path.is_file()}
-    return sorted(found)
+    files = {path for pattern in _PATTERNS for path in directory.glob(pattern) if path.is_file()}
+    return sorted(files)
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
@@ -158,12 +158,14 @@ def doubtful_end(tokenizer: "PreTrainedTokenizerBase", model: Path) -> str | Non
     eos, expected = tokenizer.eos_token_id, model_eos(model)
     if eos is None:
         return None
-    found = f"{tokenizer.name_or_path}: documents end with its eos token {tokenizer.eos_token}"
+    ending = f"{tokenizer.name_or_path}: documents end with its eos token {tokenizer.eos_token}"
     if expected and eos not in expected:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(expected)))
-        return f"{found} (id {eos}), but the model in {model} stops at {names}, as its configs say."
+        return (
+            f"{ending} (id {eos}), but the model in {model} stops at {names}, as its configs say."
+        )
     if tokenizer.eos_token in _ENDS_OF_TURN:
-        return f"{found}, which is the end of a turn in a chat; text is ended by another one."
+        return f"{ending}, which is the end of a turn in a chat; text is ended by another one."
     return None
 
 
@@ -202,8 +204,8 @@ def _class_of(named: str | None, model_type: str) -> str | None:
     if named is None:
         slow, fast = TOKENIZER_MAPPING_NAMES.get(model_type, (None, None))
         return fast or slow
-    found = (tokenizer_class_from_name(name) for name in (named, f"{named}Fast"))
-    return named if any(found) else None
+    classes = (tokenizer_class_from_name(name) for name in (named, f"{named}Fast"))
+    return named if any(classes) else None
 
 
 def _load(directory: Path, alone: Path) -> "PreTrainedTokenizerBase":
@@ -259,12 +261,12 @@ def _vocabulary(directory: Path) -> dict[str, int]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes()) if path.is_file() else {}
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise UpcyclingError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise UpcyclingError(f"{path}: expected a JSON object, found {type(found).__name__}.")
-    return found
+    if not isinstance(content, dict):
+        raise UpcyclingError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content
 
 
 def _alone(directory: Path, said: dict[str, Any], settings: dict[str, Any]) -> Path:

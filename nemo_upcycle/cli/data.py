@@ -103,7 +103,7 @@ def tokenize(
     where: Annotated[
         list[str] | None,
         typer.Option(
-            help="KEY=VALUE: use only such records; repeatable.",
+            help="KEY=VALUE: only such records; repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -170,8 +170,8 @@ def _prepare(preparation: "Preparation", workers: int | None) -> "Manifest":
         manifest = prepare(preparation, workers or os.cpu_count() or 1, _speed(show))
     typer.echo(f"{prefix}: {manifest.documents} documents, {manifest.tokens} tokens")
     for source in preparation.sources:
-        if found := passed_over(source):
-            typer.echo(f"{source}: passed over {found}", err=True)
+        if skipped := passed_over(source):
+            typer.echo(f"{source}: passed over {skipped}", err=True)
     if manifest.spelled:
         taken = "taken for them" if preparation.parse_special else "text: --parse-special"
         typer.echo(f"{manifest.spelled} spelled special tokens are {taken}", err=True)
@@ -231,13 +231,13 @@ def blend(
     from nemo_upcycle.data.preparation import Preparation
 
     lasts = {}
-    found = read_blend(source, out)
-    names = [each.name for each in found.datasets]
+    written = read_blend(source, out)
+    names = [each.name for each in written.datasets]
     for name in only or ():
         if name not in names:
             raise UpcyclingError(f"There is no dataset {name!r}; expected one of {names}.")
     found_tokenizer = _tokenizer_of(tokenizer)
-    for each in found.datasets:
+    for each in written.datasets:
         if only is None or each.name in only:
             made_of = each.sources, found_tokenizer, each.prefix, each.selection
             of_job = *made_of, without, max_malformed
@@ -245,7 +245,7 @@ def blend(
             lasts[each.name] = int(manifest.tokens / each.weight)
     first = min(lasts, key=lambda name: lasts[name])
     typer.echo(f"Training reads {first} the most often: once every {lasts[first]:,} tokens.")
-    typer.echo(f"Train on the blend with data_paths='{found.data_paths}'")
+    typer.echo(f"Train on the blend with data_paths='{written.data_paths}'")
 
 
 @app.command()

@@ -173,8 +173,8 @@ def evaluate(
             harness.check_alike(dense, earlier, results["results"])
         results["dense"] = earlier
         if is_first_rank():
-            for request, found in earlier.items():
-                written.results("dense", request, found)
+            for request, scored in earlier.items():
+                written.results("dense", request, scored)
     if is_first_rank():
         _show_scores(written, results, paper)
     harness.end()
@@ -256,12 +256,12 @@ def verify(
 
     models = [open_model(source, folding, dtype) for source in (dense, moe)]
     with progress("text") as show:
-        found = parity.compare(models[0], models[1], ids, batch_size, show)
+        comparison = parity.compare(models[0], models[1], ids, batch_size, show)
     if is_first_rank():
         why = list(parity.other_numbers(*reversed(models_of))) if len(models_of) == 2 else []
-        if weights and not found.exact:
+        if weights and not comparison.exact:
             why += _why(dense, moe)
-        _show_parity(found, why, f"{dense} → {moe}, {dtype}", json)
+        _show_parity(comparison, why, f"{dense} → {moe}, {dtype}", json)
     harness.end()
 
 
@@ -355,33 +355,33 @@ def _why(dense: Path, moe: Path) -> list[str]:
 
     checkpoint, trained = open_checkpoint(str(dense)), open_trained(moe)
     with progress("weights") as show:
-        found = drift(checkpoint, trained, show)
+        distance = drift(checkpoint, trained, show)
     arch = checkpoint.architecture
     sources = dense_checkpoints_in(trained.checkpoint.directory) or ""
-    return list(reasons(found, trained.model, arch, len(split_sources(sources or str(dense)))))
+    return list(reasons(distance, trained.model, arch, len(split_sources(sources or str(dense)))))
 
 
-def _show_parity(found: "Parity", why: list[str], title: str, as_json: bool) -> None:
+def _show_parity(comparison: "Parity", why: list[str], title: str, as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
     if as_json:
-        values = asdict(found) | {"exact": found.exact and not why, "why": why}
+        values = asdict(comparison) | {"exact": comparison.exact and not why, "why": why}
         typer.echo(json.dumps(values))
         return
     verdict = "exact: both compute the same, up to rounding"
-    if not found.exact or why:
+    if not comparison.exact or why:
         verdict = f"not exact: {'; '.join(why) or 'the logits differ'}"
-    if found.exact and why:
+    if comparison.exact and why:
         verdict += " (which does not show in this text)"
     typer.echo(
-        f"{title}, {found.tokens:,} tokens\n"
-        f"  loss         {found.dense_loss:.6f} dense, {found.moe_loss:.6f} MoE\n"
-        f"  KL           {found.kl:.3g} nats per token, from the dense model to the MoE\n"
-        f"  top-1        {found.top1:.2%} of the predictions are the same\n"
-        f"  logits       differ by at most {found.difference:.3g}; per token by at most "
-        f"{found.relative:.3g} of the norm\n"
-        f"  rounding     alone changes the dense model's logits by {found.rounding:.3g} of the "
-        f"norm, summed in another order; up to {found.tolerance:.3g} counts as rounding\n"
+        f"{title}, {comparison.tokens:,} tokens\n"
+        f"  loss         {comparison.dense_loss:.6f} dense, {comparison.moe_loss:.6f} MoE\n"
+        f"  KL           {comparison.kl:.3g} nats per token, from the dense model to the MoE\n"
+        f"  top-1        {comparison.top1:.2%} of the predictions are the same\n"
+        f"  logits       differ by at most {comparison.difference:.3g}; per token by at most "
+        f"{comparison.relative:.3g} of the norm\n"
+        f"  rounding     alone changes the dense model's logits by {comparison.rounding:.3g} of the "
+        f"norm, summed in another order; up to {comparison.tolerance:.3g} counts as rounding\n"
         f"  {verdict}"
     )

@@ -87,13 +87,13 @@ def _received(number: int, frame: FrameType | None) -> None:
         # torchrun first: it would report the end of the ranks as a failure, at length.
         _kill([launcher.pid for launcher in running] + ranks)
         name = _TOLD_BY[signum]
-        _say(
+        _write_line(
             f"{name} again: ended at once" if _told else f"{name}: ended, there was nothing to save"
         )
         _end_watchers()
         os._exit(_exit_code(signum))
     _told.extend(ranks)
-    _say(
+    _write_line(
         f"{_TOLD_BY[signum]}: the ranks save at the end of their step and stop; Ctrl-C "
         f"{'again ' if signum == signal.SIGINT else ''}ends them at once"
     )
@@ -142,7 +142,7 @@ def _kill(processes: list[int]) -> None:
             continue
 
 
-def _say(text: str) -> None:
+def _write_line(text: str) -> None:
     with suppress(OSError):  # the terminal may be gone
         os.write(1, f"\n[nemo-upcycle] {text}\n".encode())
 

@@ -52,28 +52,30 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except UpcyclingError as error:
-            _say(str(error))
+            _report_error(str(error))
             raise typer.Exit(1) from None
         except OSError as error:
             if error.errno not in _OF_THE_MACHINE:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            _say(f"{where}{error.strerror}. Check the path, the permissions and the disk.")
+            _report_error(f"{where}{error.strerror}. Check the path, the permissions and the disk.")
             raise typer.Exit(1) from None
         except ModuleNotFoundError as error:
             package = str(error.name).partition(".")[0]
             if package not in _EXTRAS:
                 raise
-            _say(f"{package} is not installed: pip install 'nemo-upcycle[{_EXTRAS[package]}]'.")
+            _report_error(
+                f"{package} is not installed: pip install 'nemo-upcycle[{_EXTRAS[package]}]'."
+            )
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            _say("interrupted.")
+            _report_error("interrupted.")
             raise typer.Exit(130) from None
 
     return wrapped
 
 
-def _say(message: str) -> None:
+def _report_error(message: str) -> None:
     if directory := os.environ.get(ERRORS):
         (Path(directory) / os.environ["RANK"]).write_text(message)
     else:
@@ -140,11 +142,11 @@ def last_checkpoint(source: Path) -> Path:
     taken = json.loads(os.environ.get(TAKEN, "{}"))
     if str(source) in taken:
         return Path(taken[str(source)])
-    found = resolve_trained(source)
-    if found.name != source.name and source in found.parents:
-        _taken[str(source)] = str(found)
-        note(f"{source}: taking its last complete checkpoint, {found.name}")
-    return found
+    checkpoint = resolve_trained(source)
+    if checkpoint.name != source.name and source in checkpoint.parents:
+        _taken[str(source)] = str(checkpoint)
+        note(f"{source}: taking its last complete checkpoint, {checkpoint.name}")
+    return checkpoint
 
 
 def note(text: str) -> None:

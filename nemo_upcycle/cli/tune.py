@@ -83,16 +83,16 @@ def tune(
     allowed = _as_said(chosen, settings or [])
     model = dense_model(chosen, dense)
     trained = workload(chosen, model.arch)
-    found = tune(trained, world_size, kind, allowed, own=_own(chosen, trained, world_size, kind))
+    tuning = tune(trained, world_size, kind, allowed, own=_own(chosen, trained, world_size, kind))
     points = _scaling(chosen, trained, model, kind, allowed, scaling) if scaling else []
     if json:
-        both = to_json(found, top) | ({"scaling": list(map(point_json, points))} if points else {})
+        both = to_json(tuning, top) | ({"scaling": list(map(point_json, points))} if points else {})
         typer.echo(json_module.dumps(both))
         return
     console = Console(highlight=False)
     title = f"{recipe} on {world_size} {kind.name}, {trained.global_batch_size} sequences per step"
-    command = _command(chosen, found.best[0], settings or [], kind, dense)
-    console.print(render(found, title, command, top))
+    command = _command(chosen, tuning.best[0], settings or [], kind, dense)
+    console.print(render(tuning, title, command, top))
     if scaling:
         console.print(scaling_table(points))
         typer.echo(scaling)

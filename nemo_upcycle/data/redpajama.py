@@ -89,8 +89,8 @@ class Excerpt:
         return sorted({name for name in listed if name.endswith(f"/{self._file}")} - LOST)
 
     def _found(self, snapshot: str) -> list[str]:
-        found = Path(self.base, "documents", snapshot).glob(f"*/{self._file}{ENDING}")
-        return sorted(f"{snapshot}/{path.parent.name}/{self._file}" for path in found)
+        files = Path(self.base, "documents", snapshot).glob(f"*/{self._file}{ENDING}")
+        return sorted(f"{snapshot}/{path.parent.name}/{self._file}" for path in files)
 
 
 def excerpt(source: str) -> Excerpt:

@@ -195,9 +195,9 @@ def _write_jsonl(path: Path, documents: Iterable[tuple[str, str]]) -> None:
 
 def _missing_sources_message(root: Path) -> str:
     """Says what was found, what was expected and what to do."""
-    found = "a directory without usable .py files" if root.is_dir() else "no such directory"
+    problem = "a directory without usable .py files" if root.is_dir() else "no such directory"
     return (
-        f"the sample corpus needs the Python sources of the standard library: found {found} at "
+        f"the sample corpus needs the Python sources of the standard library: found {problem} at "
         f"{root}, expected files such as {root / 'os.py'}. A zipped, frozen or stripped Python "
         "does not have them: use a regular CPython installation, or bring your own JSONL files "
         'with a "text" field.'

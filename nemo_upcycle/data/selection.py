@@ -35,10 +35,10 @@ class Selection:
             hint = ": jq -c '.[]' FILE writes one a line" if isinstance(record, list) else ""
             return None, f"expected an object, found {type(record).__name__}{hint}"
         for key, value in self.where.items():
-            found = _field(record, key)
-            if found is _MISSING:
+            actual = _field(record, key)
+            if actual is _MISSING:
                 return None, f'no "{key}"; there is {_keys(record)}'
-            if str(found) != value:
+            if str(actual) != value:
                 return None, None
         if self.template is not None:
             text, error = _rendered(self.template, record)

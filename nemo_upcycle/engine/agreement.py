@@ -45,9 +45,11 @@ def check_agreement(config: Any, arch: Architecture, tokenizer_size: int | None 
     Raises:
         UpcyclingError: It is another model; says every field in which it is.
     """
-    found = [*_differences(config, arch), *_of_vocabulary(config, arch, tokenizer_size)]
-    if found:
-        said = "; ".join(f"{name} is {model!r}, expected {dense!r}" for name, model, dense in found)
+    differences = [*_differences(config, arch), *_of_vocabulary(config, arch, tokenizer_size)]
+    if differences:
+        said = "; ".join(
+            f"{name} is {model!r}, expected {dense!r}" for name, model, dense in differences
+        )
         raise UpcyclingError(
             f"The model is not the dense checkpoint's: {said}. Its weights would compute something "
             "else. Leave these fields to the checkpoint's config: give a dense_checkpoint that can "
@@ -67,18 +69,18 @@ def exactness_of(
         dense: The dense checkpoint's numbers.
         branches: How many dense checkpoints there are.
     """
-    found = upcycling.exactness(dense.gated_linear_unit, branches)
+    exactness = upcycling.exactness(dense.gated_linear_unit, branches)
     if upcycling.num_moe_experts is None:
-        return found
+        return exactness
     other = [
         f"{name}={getattr(config, name)!r}"
         for name, usual in _OF_ROUTER.items()
         if getattr(config, name, usual) != usual
     ]
     if not other:
-        return found
+        return exactness
     why = f"{', '.join(other)} makes the router another than softmax and top-k"
-    return Exactness(False, why if found.exact else f"{found.reason}; {why}")
+    return Exactness(False, why if exactness.exact else f"{exactness.reason}; {why}")
 
 
 def _differences(config: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any]]:

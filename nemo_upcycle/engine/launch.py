@@ -71,9 +71,9 @@ def launch(arguments: list[str], ranks: int, errors: str) -> int:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             left = (Path(said) / str(rank)).exists()
-            _say(Path(said))
+            _report_errors(Path(said))
             if not left and rank != 0:
-                _show(Path(directory), rank)
+                _show_log(Path(directory), rank)
             return max(1, failure.exitcode)
         except SignalException as error:
             print("Error: interrupted.", file=sys.stderr)
@@ -81,8 +81,8 @@ def launch(arguments: list[str], ranks: int, errors: str) -> int:
     return 0
 
 
-def _say(directory: Path) -> None:
-    """Say what ranks have left."""
+def _report_errors(directory: Path) -> None:
+    """Print the errors that ranks have left, each once."""
     by_message: dict[str, list[str]] = {}
     for file in sorted(directory.iterdir(), key=lambda file: int(file.name)):
         by_message.setdefault(file.read_text(), []).append(file.name)
@@ -91,6 +91,6 @@ def _say(directory: Path) -> None:
         print(f"Error: {who}{message}", file=sys.stderr)
 
 
-def _show(directory: Path, rank: int) -> None:
+def _show_log(directory: Path, rank: int) -> None:
     for log in directory.glob(f"**/{rank}/stderr.log"):
         print(f"rank {rank}:", log.read_text(errors="replace")[-2000:], file=sys.stderr)

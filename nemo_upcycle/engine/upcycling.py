@@ -171,9 +171,9 @@ def upcycle(
     ranks = ranks or Ranks()
 
     def prepared_here() -> Prepared:
-        found = prepare(dense_checkpoint, upcycling or upcycling_in(config))
-        found.check_model(config)
-        return found
+        prepared = prepare(dense_checkpoint, upcycling or upcycling_in(config))
+        prepared.check_model(config)
+        return prepared
 
     prepared = ranks.on_all(prepared_here)
     check_same("dense checkpoints", ranks.gather(prepared.fingerprint))

@@ -237,7 +237,7 @@ def _sums(one: torch.Tensor, other: torch.Tensor, labels: torch.Tensor) -> torch
 
 
 def reasons(
-    found: Drift, model: MoEModel, dense: Architecture, dense_checkpoints: int
+    drift: Drift, model: MoEModel, dense: Architecture, dense_checkpoints: int
 ) -> Iterator[str]:
     """Yield why an MoE does not compute what the dense model computes.
 
@@ -252,18 +252,18 @@ def reasons(
             f"experts come from {dense_checkpoints} dense models, and everything else is their "
             "average"
         )
-    elif found.others > EXACT:
+    elif drift.others > EXACT:
         yield (
             f"attention, norms, embeddings or dense layers have changed by up to "
-            f"{found.others:.2%}: it was trained on, or is another dense model's"
+            f"{drift.others:.2%}: it was trained on, or is another dense model's"
         )
-    if found.experts > EXACT:
+    if drift.experts > EXACT:
         yield (
-            f"experts are up to {found.experts:.2%} from the dense layer: trained, or changed by "
+            f"experts are up to {drift.experts:.2%} from the dense layer: trained, or changed by "
             "an initializer"
         )
-    if found.untouched:
-        yield from _at_step_0(found, model, dense, dense_checkpoints)
+    if drift.untouched:
+        yield from _at_step_0(drift, model, dense, dense_checkpoints)
 
 
 def other_numbers(moe: Architecture, dense: Architecture) -> Iterator[str]:
@@ -278,7 +278,7 @@ def other_numbers(moe: Architecture, dense: Architecture) -> Iterator[str]:
 
 
 def _at_step_0(
-    found: Drift, model: MoEModel, dense: Architecture, dense_checkpoints: int
+    drift: Drift, model: MoEModel, dense: Architecture, dense_checkpoints: int
 ) -> Iterator[str]:
     """Yield what upcycling itself says of the choices that show in the model."""
     config = upcycling_of(model, dense.ffn_hidden_size)
@@ -289,7 +289,7 @@ def _at_step_0(
 
     def apart(choice: UpcyclingConfig) -> float:
         scales = choice.scales(gated)
-        return sum(abs(getattr(scales, part) - found.scales.get(part, 1.0)) for part in shown)
+        return sum(abs(getattr(scales, part) - drift.scales.get(part, 1.0)) for part in shown)
 
     exactness = min(choices, key=apart).exactness(gated, dense_checkpoints)
     if not exactness.exact:

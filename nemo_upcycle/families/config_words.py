@@ -29,15 +29,15 @@ def in_words_of_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
         UpcyclingError: The words contradict each other, transformers 4 and 5 read them
             differently, or transformers 4 has no words for what is meant.
     """
-    found = _experts(dict(config))
+    words = _experts(dict(config))
     five, four = (_rope(config, place) for place in ("rope_parameters", "rope_scaling"))
-    found.pop("rope_parameters", None)
+    words.pop("rope_parameters", None)
     if five and four:
         _check_both(five, four, config)
     for word in _ROPE_WORDS:
-        found |= _at_the_top(word, five, four, config)
-    found |= _scaling(five or four, config)
-    return found
+        words |= _at_the_top(word, five, four, config)
+    words |= _scaling(five or four, config)
+    return words
 
 
 def _rope(config: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -56,27 +56,27 @@ def _rope(config: Mapping[str, Any], place: str) -> dict[str, Any]:
                 f"config.json says {place}={{{key!r}: {value!r}}}: RoPE that differs by kind of "
                 "layer; only one for all layers can be upcycled."
             )
-    found = dict(said)
-    if {"type", "rope_type"} <= found.keys():  # of which one version or the other ignores a null
-        unsaid = [key for key in ("type", "rope_type") if found[key] is None]
-        found = {key: value for key, value in found.items() if key not in unsaid[:1]}
-    if "type" in found:  # its name before transformers 4.43
-        kind = found.pop("type")
-        if found.setdefault("rope_type", kind) != kind:
+    rope = dict(said)
+    if {"type", "rope_type"} <= rope.keys():  # of which one version or the other ignores a null
+        unsaid = [key for key in ("type", "rope_type") if rope[key] is None]
+        rope = {key: value for key, value in rope.items() if key not in unsaid[:1]}
+    if "type" in rope:  # its name before transformers 4.43
+        kind = rope.pop("type")
+        if rope.setdefault("rope_type", kind) != kind:
             raise UpcyclingError(
-                f"config.json says rope_type={found['rope_type']!r} and type={kind!r} in {place}; "
+                f"config.json says rope_type={rope['rope_type']!r} and type={kind!r} in {place}; "
                 "expected one of them, or the same."
             )
-    if found.get("factor") is not None and "rope_type" not in found:
+    if rope.get("factor") is not None and "rope_type" not in rope:
         raise UpcyclingError(
-            f"config.json says factor={found['factor']!r} in {place} without a rope_type, which "
+            f"config.json says factor={rope['factor']!r} in {place} without a rope_type, which "
             "transformers 4 refuses and transformers 5 ignores; name it, or remove the factor."
         )
-    if found and not isinstance(found.setdefault("rope_type", "default"), str):
+    if rope and not isinstance(rope.setdefault("rope_type", "default"), str):
         raise UpcyclingError(
-            f"config.json says rope_type={found['rope_type']!r} in {place}; expected a name."
+            f"config.json says rope_type={rope['rope_type']!r} in {place}; expected a name."
         )
-    return found
+    return rope
 
 
 def _check_both(
@@ -154,8 +154,8 @@ def _original_length(
                 "level, of which transformers 4 and 5 read different ones; expected one."
             )
         return {}
-    found = config.get(longest, defaults.get(longest)) if outside is None else outside
-    return {} if found is None else {word: found}
+    length = config.get(longest, defaults.get(longest)) if outside is None else outside
+    return {} if length is None else {word: length}
 
 
 def _experts(config: dict[str, Any]) -> dict[str, Any]:

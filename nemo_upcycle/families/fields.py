@@ -53,7 +53,7 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
         Values by field. What is as in a Llama is left out. RoPE scaling of Llama 3.1 is in the
         fields of NeMo's Llama31Config, which Megatron's configs do not have.
     """
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
         "ffn_hidden_size": arch.ffn_hidden_size,
@@ -67,27 +67,27 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
         "init_method_std": arch.init_method_std,
     }
     if arch.rope_scaling is not None:
-        found |= {
+        values |= {
             "scale_factor": arch.rope_scaling["factor"],
             "low_freq_factor": arch.rope_scaling["low_freq_factor"],
             "high_freq_factor": arch.rope_scaling["high_freq_factor"],
             "old_context_len": arch.rope_scaling["original_max_position_embeddings"],
         }
     if not arch.gated_linear_unit:
-        found |= {
+        values |= {
             "activation_func": "squared_relu",
             "gated_linear_unit": False,
             "bias_activation_fusion": False,  # a kernel for SwiGLU and GeLU
         }
     if arch.norm_has_bias:
-        found |= {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True}
+        values |= {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True}
     unusual = {
         "add_qkv_bias": (arch.add_qkv_bias, False),
         "qk_layernorm": (arch.qk_layernorm, False),
         "rotary_percent": (arch.rotary_percent, 1.0),
         "seq_len_interpolation_factor": (arch.seq_len_interpolation_factor, None),
     }
-    return found | {name: value for name, (value, usual) in unusual.items() if value != usual}
+    return values | {name: value for name, (value, usual) in unusual.items() if value != usual}
 
 
 def window_fields(arch: Architecture, seq_length: int | None = None) -> dict[str, Any]:
@@ -126,10 +126,10 @@ def experts_fields(experts: Experts, dense_width: int) -> dict[str, Any]:
 def moe_fields(arch: Architecture, upcycling: UpcyclingConfig) -> dict[str, Any]:
     """Return the fields that the upcycling of a dense model decides."""
     width = arch.ffn_hidden_size
-    found = experts_fields(experts_of(upcycling, arch.num_layers, width), width)
+    values = experts_fields(experts_of(upcycling, arch.num_layers, width), width)
     if upcycling.num_moe_experts is None:
-        return found
-    return found | {name: getattr(upcycling, name) for name in _OF_TRAINING}
+        return values
+    return values | {name: getattr(upcycling, name) for name in _OF_TRAINING}
 
 
 def experts_in(config: Mapping[str, Any]) -> Experts:

@@ -101,10 +101,10 @@ def _vocabulary(values: Values) -> int:
 
 def _activation(values: Values) -> str:
     said, usual = values.said["hidden_act"], values.defaults["hidden_act"]
-    found = _ACTIVATIONS.get(str(said))
-    if found is None or found != _ACTIVATIONS[usual]:
+    activation = _ACTIVATIONS.get(str(said))
+    if activation is None or activation != _ACTIVATIONS[usual]:
         raise unfit("hidden_act", said, f"{usual!r}: only that can be upcycled")
-    return found
+    return activation
 
 
 # --- RoPE ----------------------------------------------------------------------------------------

@@ -54,13 +54,13 @@ class MoEFamily:
         moe = [layer for layer, is_moe in enumerate(model.is_moe) if is_moe]
         replaced = tuple(MLP.format(layer=layer) for layer in moe)
         dense = self.dense.shapes(model.arch).items()
-        found = {name: shape for name, shape in dense if not name.startswith(replaced)}
+        shapes = {name: shape for name, shape in dense if not name.startswith(replaced)}
         for layer in moe:
-            found |= self._moe_layer(model, layer)
-        return found | self.zeros(model)
+            shapes |= self._moe_layer(model, layer)
+        return shapes | self.zeros(model)
 
     def _moe_layer(self, model: MoEModel, layer: int) -> dict[str, tuple[int, ...]]:
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         hidden = model.arch.hidden_size
         for name in self.parameters.keys() - self.dense.parameters.keys():
             if name.startswith(_SHARED) and not model.has_shared_expert:
@@ -70,14 +70,14 @@ class MoEFamily:
             shape = (model.num_experts, hidden) if name == _ROUTER else shape
             tensors = [rows.tensor for rows in self.parameters[name].rows(model.arch)]
             for expert in range(model.num_experts if name.startswith(_EXPERT) else 1):
-                found |= {t.format(layer=layer, expert=expert): shape for t in tensors}
-        return found
+                shapes |= {t.format(layer=layer, expert=expert): shape for t in tensors}
+        return shapes
 
     def zeros(self, model: MoEModel) -> dict[str, tuple[int, int]]:
         """Return what Megatron has nothing for and must be 0: names and shapes."""
         layers = [layer for layer, moe in enumerate(model.is_moe) if moe]
-        found = self.layer_zeros(model)
-        return {name.format(layer=n): shape for name, shape in found.items() for n in layers}
+        shapes = self.layer_zeros(model)
+        return {name.format(layer=n): shape for name, shape in shapes.items() for n in layers}
 
 
 def _experts(prefix: str, router: str, gate: str, up: str, down: str) -> dict[str, Operation]:
@@ -202,8 +202,8 @@ def moe_family_of(model: MoEModel) -> MoEFamily:
     return QWEN2_MOE
 
 
-def _refuse(found: bool, what: str) -> None:
-    if found:
+def _refuse(applies: bool, what: str) -> None:
+    if applies:
         raise UpcyclingError(
             f"The model has {what}, which no Mixture-of-Experts architecture of transformers "
             "computes; expected what Mixtral, Qwen2-MoE or Qwen3-MoE compute. It can be evaluated "

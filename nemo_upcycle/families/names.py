@@ -32,11 +32,11 @@ def pattern_of(name: str) -> str:
 
 def expert_of(name: str) -> int | None:
     """Return the routed expert that a parameter belongs to, None where it belongs to none."""
-    found = _EXPERT.search(name)
-    return int(found[1]) if found else None
+    match = _EXPERT.search(name)
+    return int(match[1]) if match else None
 
 
 def layer_of(name: str) -> int | None:
     """Return the layer that a parameter belongs to, None where it belongs to none."""
-    found = _LAYER.match(name)
-    return int(found[1]) if found else None
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None

@@ -55,13 +55,13 @@ class Values:
         self._check_read_alike(config)
 
     def _check_read_alike(self, config: Mapping[str, Any]) -> None:
-        found = {key: why for key, why in _READ_APART.items() if config.get(key)}
-        found |= {
+        reasons = {key: why for key, why in _READ_APART.items() if config.get(key)}
+        reasons |= {
             key: why for key, why in _READ_APART_IF_FALSE.items() if not config.get(key, True)
         }
         if "sliding_window" not in self.defaults and config.get("sliding_window"):
-            found["sliding_window"] = _CUTS_THE_CACHE
-        for key, why in found.items():
+            reasons["sliding_window"] = _CUTS_THE_CACHE
+        for key, why in reasons.items():
             raise UpcyclingError(f"config.json says {key}={shown(config[key])}, {why}; remove it.")
 
     def is_null(self, key: str) -> bool:

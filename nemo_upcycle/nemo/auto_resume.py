@@ -85,22 +85,22 @@ class AutoResume(nl.AutoResume):
         complete = [path for path in checkpoints if is_complete(path)]
         # A copy of another run's checkpoint is gone on from where there is none of this run's.
         own = [path for path in complete if path.name.startswith(self._prefix)]
-        found = own[-1] if own else complete[-1] if complete else None
+        latest = own[-1] if own else complete[-1] if complete else None
         for path in checkpoints:
             if path not in complete:
                 say(f"[resume] {path} is not complete: the run was killed as it was written")
             elif own and path not in own:
                 say(f"[resume] {path} was saved under another name and is not used")
-            elif path != found:
+            elif path != latest:
                 say(f"[resume] {path} is older and not used: remove it if you need the room")
-        if found is not None and not own:
-            say(f"[resume] {found} was saved under another name: this run goes on from it")
-        if found is None:
+        if latest is not None and not own:
+            say(f"[resume] {latest} was saved under another name: this run goes on from it")
+        if latest is None:
             # What is not complete is none: NeMo's own message and choice for that.
             say(f"[resume] no complete checkpoint in {directory}: starting anew")
             if not self.resume_ignore_no_checkpoint:
                 return super()._find_trainer_ckpt_path()
-        return found
+        return latest
 
     def _directory(self) -> Path:
         return Path(self.resume_from_directory or Path(AppState().log_dir) / "checkpoints")

@@ -111,8 +111,8 @@ class UpcyclingCallback(Provenance):
             _check_no_other_source(trainer)
             tokenizer = getattr(trainer.lightning_module, "tokenizer", None)
             self._prepared.check_model(config, getattr(tokenizer, "vocab_size", None))
-        found = self._prepared
-        return Origin.of(self.dense_checkpoint, found.fingerprint, upcycling, found.kept)
+        prepared = self._prepared
+        return Origin.of(self.dense_checkpoint, prepared.fingerprint, upcycling, prepared.kept)
 
     def upcycling(self, config: Any) -> UpcyclingConfig:
         """Return what the model's config and this callback say the dense model becomes."""

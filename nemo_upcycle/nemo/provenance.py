@@ -81,7 +81,9 @@ class Provenance(pl.Callback, Recorded):
             self._ranks.on_all(lambda: self._check(trainer, pl_module))
             views = self._ranks.gather((str(trainer.ckpt_path), self._origin))
             check_same("checkpoints to resume from", [path for path, _ in views])
-            check_same("dense checkpoints", [found and found.fingerprint for _, found in views])
+            check_same(
+                "dense checkpoints", [prepared and prepared.fingerprint for _, prepared in views]
+            )
         for line in (*self._remarks, *(f"[resume] {change}" for change in self._changes)):
             say(line)
 

@@ -67,5 +67,5 @@ def device_peak_tflops(device: str) -> float | None:
     """Return the bf16 peak of a GPU by the name that CUDA gives it, None where it is not known."""
     known = [hardware(name) for name in shipped()]
     # The longest first: GB200 is no B200.
-    found = (one for one in sorted(known, key=lambda one: -len(one.name)) if one.name in device)
-    return next((one.peak_tflops for one in found), None)
+    matching = (one for one in sorted(known, key=lambda one: -len(one.name)) if one.name in device)
+    return next((one.peak_tflops for one in matching), None)

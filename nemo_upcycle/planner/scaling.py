@@ -69,9 +69,9 @@ def scaling(
     for number in gpus:
         if number % hardware.gpus_per_node:
             continue
-        found = search(workload, number, hardware, allowed)
-        if found:
-            yield Point(number, found[0], None, loading(found[0], dense))
+        predictions = search(workload, number, hardware, allowed)
+        if predictions:
+            yield Point(number, predictions[0], None, loading(predictions[0], dense))
         else:
             yield Point(number, None, least_memory(workload, number, hardware, allowed), None)
 

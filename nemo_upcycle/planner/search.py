@@ -147,15 +147,15 @@ def fitting(
     efficiency: Efficiency = CALIBRATED,
 ) -> list[Prediction]:
     """Return those of `mappings_of` that fit, the fastest first, each with the least recompute."""
-    found = []
+    predictions = []
     for mappings in every:
         for mapping in mappings:
             used = memory(workload, mapping)
             if used.total <= room(hardware):
                 time = step_time(workload, mapping, hardware, efficiency)
-                found.append(Prediction(workload, mapping, hardware, used, time))
+                predictions.append(Prediction(workload, mapping, hardware, used, time))
                 break
-    return sorted(found, key=lambda prediction: prediction.time.total)
+    return sorted(predictions, key=lambda prediction: prediction.time.total)
 
 
 def least_memory(
@@ -200,8 +200,8 @@ def mappings_of(
             if not _divides(first, workload) or _in_vain(first, allowed):
                 continue
             mappings = (replace(first, recompute=name) for name in names)
-            if found := list(filter(allowed, mappings)):
-                yield found
+            if wanted := list(filter(allowed, mappings)):
+                yield wanted
 
 
 def _divides(mapping: Mapping, workload: Workload) -> bool:

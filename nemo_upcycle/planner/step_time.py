@@ -128,14 +128,14 @@ class _Step:
 
     def stage(self, moe_layers: int, dense_layers: int, has_output: bool) -> StepTime:
         """Return what a stage does with a microbatch, forward and backward."""
-        found = self.moe_layer * moe_layers
+        time = self.moe_layer * moe_layers
         if dense_layers:
-            found += self.dense_layer * dense_layers
+            time += self.dense_layer * dense_layers
         if has_output:
-            found += self.output
+            time += self.output
         if self.pp > 1:
-            found += self.sending
-        return found
+            time += self.sending
+        return time
 
     # --- Layers ----------------------------------------------------------------------------------
 
@@ -169,15 +169,15 @@ class _Step:
                 for name, value in vars(first + second).items()
             )
         )
-        found = forward + backward + self.core_attention(2.5) + self.fsdp_gather(forward)
+        time = forward + backward + self.core_attention(2.5) + self.fsdp_gather(forward)
         match recompute:
             case "full":
-                return found + forward
+                return time + forward
             case "moe":
-                return found + second
+                return time + second
             case "moe_act":
-                return found + StepTime(memory_bound=second.memory_bound / 3)
-        return found
+                return time + StepTime(memory_bound=second.memory_bound / 3)
+        return time
 
     @cached_property
     def around_attention(self) -> StepTime:

@@ -62,22 +62,22 @@ def tune(
         UpcyclingError: None fits; says how much memory the one that takes the least needs.
     """
     every = list(mappings_of(workload, world_size, hardware, allowed))
-    found = fitting(workload, hardware, every)
-    if not found:
+    predictions = fitting(workload, hardware, every)
+    if not predictions:
         raise _nothing_fits(workload, world_size, hardware, allowed)
     return Tuning(
-        best=tuple(_distinct(found)),
-        fitting=len(found),
+        best=tuple(_distinct(predictions)),
+        fitting=len(predictions),
         tried=len(every),
-        compared=_compared(workload, world_size, hardware, found, own),
-        faster=_faster(workload, hardware, every, found[0]),
+        compared=_compared(workload, world_size, hardware, predictions, own),
+        faster=_faster(workload, hardware, every, predictions[0]),
     )
 
 
-def _distinct(found: list[Prediction]) -> list[Prediction]:
+def _distinct(predictions: list[Prediction]) -> list[Prediction]:
     """Return the first of each TP, CP, PP, ETP and EP: others differ in small change."""
     first: dict[object, Prediction] = {}
-    for prediction in found:
+    for prediction in predictions:
         sizes = vars(prediction.mapping.folding) | {"virtual_pipeline_model_parallel_size": None}
         first.setdefault(tuple(sizes.values()), prediction)
     return list(first.values())
@@ -87,7 +87,7 @@ def _compared(
     workload: Workload,
     world_size: int,
     hardware: Hardware,
-    found: list[Prediction],
+    predictions: list[Prediction],
     own: Prediction | None,
 ) -> dict[str, Prediction]:
     compared = {"recipe": own} if own else {}
@@ -98,8 +98,8 @@ def _compared(
     if not workload.is_moe:
         del wanted["unfolded"]
     for name, is_wanted in wanted.items():
-        first = next((one for one in found if is_wanted(one.mapping)), None)
-        if first is not None and first is not found[0]:
+        first = next((one for one in predictions if is_wanted(one.mapping)), None)
+        if first is not None and first is not predictions[0]:
             compared[name] = first
     fsdp = search(workload, world_size, hardware, fsdp=True)
     return compared | ({"FSDP": fsdp[0]} if fsdp else {})
@@ -155,8 +155,8 @@ COMPONENTS = {
 def differences(one: Prediction, other: Prediction) -> list[tuple[str, float]]:
     """Return in what two predictions differ most: words, and seconds that the other takes more."""
     pairs = zip(vars(one.time).items(), vars(other.time).values(), strict=True)
-    found = [(COMPONENTS[name], more - value) for (name, value), more in pairs]
-    return sorted(found, key=lambda pair: -abs(pair[1]))
+    signed = [(COMPONENTS[name], more - value) for (name, value), more in pairs]
+    return sorted(signed, key=lambda pair: -abs(pair[1]))
 
 
 def explain(tuning: Tuning) -> list[str]:

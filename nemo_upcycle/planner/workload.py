@@ -53,11 +53,11 @@ class Workload:
     @cache  # noqa: B019 - a workload lives as long as its plan
     def stages(self, folding: ParallelFolding) -> list[tuple[int, int]]:
         """Return each pipeline stage's layers: MoE ones, dense ones."""
-        found = []
+        counts = []
         for chunks in stage_layers(self.arch.num_layers, folding):
             layers = [self.model.is_moe[layer] for chunk in chunks for layer in chunk]
-            found.append((sum(layers), len(layers) - sum(layers)))
-        return found
+            counts.append((sum(layers), len(layers) - sum(layers)))
+        return counts
 
     def buffers(self, folding: ParallelFolding, stage: int) -> "tuple[Buffer, ...]":
         """Return what a rank of a stage owns: one buffer a virtual stage, of experts and others."""
@@ -82,8 +82,8 @@ class Workload:
                 chunk = chunk_of[int(parts[2])]
             sizes[chunk, "experts" in parts][shard.name] += prod(shard.shape)
         return tuple(
-            Buffer(is_expert, sum(found.values()), sum(_pad(size, 64) for size in found.values()))
-            for (_, is_expert), found in sorted(sizes.items())
+            Buffer(is_expert, sum(named.values()), sum(_pad(size, 64) for size in named.values()))
+            for (_, is_expert), named in sorted(sizes.items())
         )
 
 

@@ -89,7 +89,7 @@ def _groups(kind: str, places: list[Coordinates]) -> Groups:
     varied = KINDS[kind]
     axes = ATTENTION if set(varied) <= set(ATTENTION) else EXPERTS
     fixed = [axis for axis in axes if axis not in varied]
-    found: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    members: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for rank, place in enumerate(places):
-        found[tuple(getattr(place, axis) for axis in fixed)].append(rank)
-    return Groups(kind, tuple(tuple(ranks) for ranks in found.values()))
+        members[tuple(getattr(place, axis) for axis in fixed)].append(rank)
+    return Groups(kind, tuple(tuple(ranks) for ranks in members.values()))

@@ -247,8 +247,8 @@ def distinct_bytes(blocks: Iterable[Block], tensors: Mapping[str, TensorInfo]) -
     for block in blocks:
         by_tensor[block.tensor].add(block)
     return sum(
-        _area(found, tensors[name].width) * DTYPE_BYTES[tensors[name].dtype] * tensors[name].sources
-        for name, found in by_tensor.items()
+        _area(areas, tensors[name].width) * DTYPE_BYTES[tensors[name].dtype] * tensors[name].sources
+        for name, areas in by_tensor.items()
     )
 
 

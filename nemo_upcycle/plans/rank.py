@@ -116,13 +116,13 @@ def segments(
     Raises:
         UpcyclingError: A tensor is not stored.
     """
-    found = []
+    segments = []
     for part in rows:
         name = name_of(part.tensor)
         if name not in tensors:
             raise missing(name)
-        found.append((name, *part.span(tensors[name].shape[0])))
-    return found
+        segments.append((name, *part.span(tensors[name].shape[0])))
+    return segments
 
 
 class PlanBuilder:
@@ -260,18 +260,20 @@ class _Upcycling:
             return None
         return shard.columns[0] + skipped, shard.columns[1] + skipped
 
-    def _mismatch(self, shard: Shard, axis: str, found: object, expected: object) -> UpcyclingError:
+    def _mismatch(
+        self, shard: Shard, axis: str, actual: object, expected: object
+    ) -> UpcyclingError:
         if expert_of(shard.name) is not None:
             granularity = self.upcycling.granularity
             share = f"1/{granularity} as wide as" if granularity > 1 else "as wide as"
             width = self.arch.ffn_hidden_size // granularity
             return UpcyclingError(
-                f"The model's {shard.name} has {found} {axis}, the dense checkpoint gives "
+                f"The model's {shard.name} has {actual} {axis}, the dense checkpoint gives "
                 f"{expected}: experts must be {share} the dense feed-forward layer. "
                 f"Set model.config.moe_ffn_hidden_size={width}."
             )
         return UpcyclingError(
-            f"The model's {shard.name} has {found} {axis}, the dense checkpoint gives {expected}. "
+            f"The model's {shard.name} has {actual} {axis}, the dense checkpoint gives {expected}. "
             "Make the model's config from the checkpoint's config."
         )
 

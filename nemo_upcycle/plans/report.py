@@ -193,9 +193,9 @@ def _summary(job: JobPlan, owner: RankPlan) -> dict[str, list[str]]:
         for target in targets:
             shard = owner.shards[target.shard]
             part = f"{shard.name}{shard.offset}"
-            found = pieces.setdefault((block.tensor, part), (block, shard, set(), set()))
-            found[2].add(block.rows)
-            found[3].add(_rows_of(shard, target))
+            piece = pieces.setdefault((block.tensor, part), (block, shard, set(), set()))
+            piece[2].add(block.rows)
+            piece[3].add(_rows_of(shard, target))
     summary: dict[str, dict[str, None]] = {}
     for block, shard, rows, places in pieces.values():
         dense = job.dense.tensors[block.tensor].shape
@@ -257,11 +257,11 @@ def _pairs(lines: dict[str, str]) -> Table:
 
 def spans_of(numbers: Iterable[int]) -> str:
     """Show numbers with runs as `3–7`, and with even steps as `0, 4 … 28`."""
-    found = sorted(numbers)
-    steps = {b - a for a, b in pairwise(found)}
-    if len(found) > 3 and len(steps) == 1 and steps != {1}:
-        return f"{found[0]}, {found[1]} … {found[-1]}"
-    runs = groupby(enumerate(found), key=lambda item: item[1] - item[0])
+    ordered = sorted(numbers)
+    steps = {b - a for a, b in pairwise(ordered)}
+    if len(ordered) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{ordered[0]}, {ordered[1]} … {ordered[-1]}"
+    runs = groupby(enumerate(ordered), key=lambda item: item[1] - item[0])
     spans = [[value for _, value in run] for _, run in runs]
     return ", ".join(f"{s[0]}–{s[-1]}" if len(s) > 1 else str(s[0]) for s in spans) or "none"
 

@@ -97,25 +97,25 @@ def _of_dense(kept: Mapping[str, Any], model_type: str, directory: Path) -> dict
     kind, said = str(kept.get("model_type")), kept["config"]
     now = default_tokens(model_type)
     unsaid = {name: value for name, value in default_tokens(kind).items() if value != now[name]}
-    found = {**unsaid, **said}
-    if not found.get("tokenizer_class") and _TOKENIZERS.get(kind) != _TOKENIZERS[model_type]:
+    config = {**unsaid, **said}
+    if not config.get("tokenizer_class") and _TOKENIZERS.get(kind) != _TOKENIZERS[model_type]:
         path = directory / "tokenizer_config.json"
         named = json.loads(path.read_text()) if path.is_file() else {}
         if kind in _TOKENIZERS and not named.get("tokenizer_class"):
-            found["tokenizer_class"] = _TOKENIZERS[kind]
-    return {name: found[name] for name in CONFIG if name in found}
+            config["tokenizer_class"] = _TOKENIZERS[kind]
+    return {name: config[name] for name in CONFIG if name in config}
 
 
 def _copy_tokenizer(checkpoint: MegatronCheckpoint, directory: Path) -> Any:
     """Copy the tokenizer's files as they are; return it, None where there is none that loads."""
-    found = find_tokenizer(checkpoint.directory, checkpoint.context)
-    if found is None:
+    source = find_tokenizer(checkpoint.directory, checkpoint.context)
+    if source is None:
         return None
-    copy_tokenizer(found, directory)
+    copy_tokenizer(source, directory)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(found, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (
         Exception
     ):  # files of another version make it raise anything; they are copied all the same

@@ -53,7 +53,7 @@ def drift(dense: DenseCheckpoint, trained: Trained, progress: Progress | None = 
     """
     family, arch = dense.family, dense.architecture
     _check_alike(arch, trained.model.arch)
-    found, neurons = Drift(), _neurons(trained.model, arch)
+    total, neurons = Drift(), _neurons(trained.model, arch)
     pairs = list(_pairs(family, trained.model))
 
     def missing(tensor: str) -> UpcyclingError:
@@ -71,12 +71,12 @@ def drift(dense: DenseCheckpoint, trained: Trained, progress: Progress | None = 
         before = _read(dense, source, columns)
         after = _read(trained.checkpoint, trained.segments(name), None)
         if ".experts." in name or ".shared_experts." in name:
-            _add_expert(found, name, before, after)
+            _add_expert(total, name, before, after)
         else:
-            found.others = max(found.others, _distance(before, after))
+            total.others = max(total.others, _distance(before, after))
         if progress:
             progress(done, len(pairs))
-    return found
+    return total
 
 
 def _check_alike(dense: Architecture, moe: Architecture) -> None:
@@ -133,7 +133,7 @@ def _read(
     return torch.cat(parts)
 
 
-def _add_expert(found: Drift, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+def _add_expert(total: Drift, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
     shared = "shared " if ".shared_experts." in name else ""
     parts = [("down", before, after)]
     if "linear_fc1" in name:
@@ -148,8 +148,8 @@ def _add_expert(found: Drift, name: str, before: torch.Tensor, after: torch.Tens
             distance = _distance(dense.float() * scale, expert)
             if distance < torch.finfo(expert.dtype).eps / 2:
                 distance = 0.0  # a product is rounded
-        found.experts = max(found.experts, distance)
-        found.scales[shared + part] = scale
+        total.experts = max(total.experts, distance)
+        total.scales[shared + part] = scale
 
 
 def _distance(before: torch.Tensor, after: torch.Tensor) -> float:

@@ -18,6 +18,7 @@ from nemo_upcycle.checkpoint import (
     MegatronCheckpoint,
     Span,
     TensorInfo,
+    is_huggingface,
 )
 from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.checkpoint.kept import kept_in
@@ -105,7 +106,7 @@ def open_trained(source: str | Path) -> Trained:
         UpcyclingError: It cannot be read, or Megatron's model does not compute it.
     """
     directory = resolve_trained(source)
-    if (directory / "config.json").is_file():
+    if is_huggingface(directory):
         return _open_huggingface(directory)
     checkpoint = MegatronCheckpoint(directory, experts=True)
     model, kept = megatron_model(checkpoint.config), kept_in(checkpoint.directory)

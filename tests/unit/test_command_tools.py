@@ -90,11 +90,11 @@ def test_a_rank_leaves_its_error_to_the_first_process(
 def test_what_ranks_leave_is_said_once(
     tmp_path: Path, left: dict[str, str], said: list[str], capsys: pytest.CaptureFixture
 ) -> None:
-    from nemo_upcycle.engine.launch import _say
+    from nemo_upcycle.engine.launch import _report_errors
 
     for rank, message in left.items():
         (tmp_path / rank).write_text(message)
-    _say(tmp_path)
+    _report_errors(tmp_path)
     assert capsys.readouterr().err.splitlines() == said
 
 

@@ -95,7 +95,7 @@ def _norm_parameters(
     bias = None
     if config.normalization == "LayerNorm":
         bias = torch.nn.Parameter(torch.zeros(size, dtype=config.params_dtype))
-    for parameter in filter(lambda found: found is not None, (weight, bias)):
+    for parameter in filter(lambda each: each is not None, (weight, bias)):
         # Megatron all-reduces the gradients of parameters marked so over the TP group.
         parameter.sequence_parallel = config.sequence_parallel
     return weight, bias

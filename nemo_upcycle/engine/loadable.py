@@ -11,7 +11,7 @@ import torch
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.dtypes import torch_dtype
-from nemo_upcycle.checkpoint.huggingface import read_config, resolve_directory
+from nemo_upcycle.checkpoint.huggingface import is_huggingface, read_config, resolve_directory
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.load import check_all_used, fill, restore
 from nemo_upcycle.families import FAMILIES
@@ -21,7 +21,7 @@ from nemo_upcycle.trained.restore import check_all_restored
 
 
 @dataclass(frozen=True)
-class Source:
+class LoadableCheckpoint:
     """A checkpoint, opened by its headers.
 
     Attributes:
@@ -38,7 +38,7 @@ class Source:
     check: Callable[[Sequence[Any]], None]
 
 
-def open_source(source: str | Path) -> Source:
+def open_loadable(source: str | Path) -> LoadableCheckpoint:
     """Open a checkpoint that is to be taken as it is.
 
     Args:
@@ -52,7 +52,7 @@ def open_source(source: str | Path) -> Source:
     if _is_dense_huggingface(directory):
         return _dense(directory)
     trained = open_trained(directory)
-    return Source(
+    return LoadableCheckpoint(
         trained.model,
         torch_dtype(trained.dtype),
         partial(restore, trained=trained),
@@ -62,17 +62,17 @@ def open_source(source: str | Path) -> Source:
 
 def _is_dense_huggingface(directory: Path) -> bool:
     """Say whether a directory is a Hugging Face checkpoint of a dense family that is known."""
-    if not (directory / "config.json").is_file():
+    if not is_huggingface(directory):
         return False
     return str(read_config(directory).get("model_type")) in FAMILIES
 
 
-def _dense(directory: Path) -> Source:
+def _dense(directory: Path) -> LoadableCheckpoint:
     checkpoint, dense = HuggingFaceCheckpoint(directory), UpcyclingConfig(num_moe_experts=None)
     check_whole(checkpoint)
     family, arch = checkpoint.family, checkpoint.architecture
     first = next(iter(family.shapes(arch)))
-    return Source(
+    return LoadableCheckpoint(
         upcycled_model(arch, dense),
         torch_dtype(checkpoint.tensors[first].dtype),
         partial(fill, checkpoint=checkpoint, upcycling=dense),
