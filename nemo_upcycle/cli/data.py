@@ -155,7 +155,7 @@ def _datasets(sources: list[str], name: str | None) -> dict[str, tuple[str, ...]
     groups: dict[str, tuple[str, ...]] = {name_of(source): (source,) for source in sources}
     if len(groups) < len(sources):
         raise UpcyclingError(
-            f"{len(sources)} sources are called {', '.join(groups)}; expected one name per dataset. "
+            f"{len(sources)} sources are called {', '.join(groups)}; expected a name per dataset. "
             "Give a --name."
         )
     return groups

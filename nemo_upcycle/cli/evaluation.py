@@ -381,7 +381,7 @@ def _show_parity(comparison: "Parity", why: list[str], title: str, as_json: bool
         f"  top-1        {comparison.top1:.2%} of the predictions are the same\n"
         f"  logits       differ by at most {comparison.difference:.3g}; per token by at most "
         f"{comparison.relative:.3g} of the norm\n"
-        f"  rounding     alone changes the dense model's logits by {comparison.rounding:.3g} of the "
-        f"norm, summed in another order; up to {comparison.tolerance:.3g} counts as rounding\n"
+        f"  rounding     alone changes the dense model's logits by {comparison.rounding:.3g} of "
+        f"the norm, summed in another order; up to {comparison.tolerance:.3g} counts as rounding\n"
         f"  {verdict}"
     )
