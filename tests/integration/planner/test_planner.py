@@ -319,7 +319,7 @@ CLEAR: list[tuple[list[str], str]] = [
     (["recompute=some"], "recompute is 'some'; expected one of: none, moe_act, moe, full"),
     (["global_batch_size=0"], "global_batch_size is 0; expected 1 or more"),
     (["--recipe", "llama3_8b_dense", "recompute=moe"], "has no experts"),
-    (["account_for_loss_in_pipeline_split=true"], "tune looks at even pipeline stages alone"),
+    (["account_for_loss_in_pipeline_split=true"], "tune supports only even pipeline stages"),
 ]
 
 

@@ -64,7 +64,7 @@ def test_each_says_its_gpus_memory_and_step_time(name: str) -> None:
     prediction = expected(numbers, hardware("h100"))
     text = factory(name).__doc__
     assert f"On {numbers.world_size} H100" in text
-    assert f"{prediction.memory.total / 2**30:.0f} GiB a GPU" in text
+    assert f"{prediction.memory.total / 2**30:.0f} GiB per GPU" in text
     assert f"{prediction.time.total:.2g} s a step" in text
     assert str(numbers.folding) in text
 

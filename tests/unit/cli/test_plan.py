@@ -330,15 +330,15 @@ def test_world_size_fills_nodes() -> None:
         (["num_nodes"], "'num_nodes' is not an argument"),
         (
             ["dense_checkpoint=/a"],
-            "'dense_checkpoint=/a' is the factory's word; expected --dense /a",
+            "'dense_checkpoint=/a' is an argument of the factory; expected --dense /a",
         ),
         (["seed=-1"], "seed is -1; expected an integer"),
         (["granularity=-1"], "granularity is -1; expected 1 or more"),
         (["initializer=drop(ratio=nan)"], "drop: ratio is nan"),
-        (["router_init_std=inf"], "router_init_std=inf: expected float"),
-        (["num_nodes=two"], "num_nodes=two: expected int."),
-        (["num_nodes=2.5"], "num_nodes=2.5: expected int."),
-        (["num_nodes=True"], "num_nodes=True: expected int."),
+        (["router_init_std=inf"], "router_init_std is inf; expected float"),
+        (["num_nodes=two"], "num_nodes is two; expected int."),
+        (["num_nodes=2.5"], "num_nodes is 2.5; expected int."),
+        (["num_nodes=True"], "num_nodes is True; expected int."),
         (["moe_expert_capacity_factor=x"], "expected float or None"),
         (["num_nodes=0"], "expected 1 or more"),
         (["precision=fp8"], "precision is 'fp8'"),
@@ -367,7 +367,7 @@ def test_mistakes_are_one_line(words: list[str], message: str) -> None:
 
 def test_tune_names_its_word_for_a_dense_checkpoint_too() -> None:
     result = CliRunner().invoke(app, ["tune", "dense_checkpoint=/a"])
-    assert result.stderr.startswith("Error: 'dense_checkpoint=/a' is the factory's word")
+    assert result.stderr.startswith("Error: 'dense_checkpoint=/a' is an argument of the factory")
 
 
 # --- The dense checkpoint -----------------------------------------------------------------------
