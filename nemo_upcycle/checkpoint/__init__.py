@@ -49,7 +49,7 @@ def open_checkpoint(source: str) -> DenseCheckpoint:
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Say whether a directory looks like a dense checkpoint of any format.
+    """Return whether a directory looks like a dense checkpoint of any format.
 
     Raises:
         UpcyclingError: It is one that cannot be read.

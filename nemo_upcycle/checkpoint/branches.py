@@ -52,7 +52,7 @@ def split_sources(source: str) -> list[str]:
 
 
 def _are_several(source: str) -> bool:
-    """Say whether a text that is no directory is several, separated by something else."""
+    """Return whether a text that is no directory is several, separated by something else."""
     parts = [Path(os.path.expanduser(part)) for part in re.split(r"[\s:|+]+", source)]
     return len(parts) > 1 and not Path(source).is_dir() and all(part.is_dir() for part in parts)
 
@@ -106,7 +106,7 @@ def _check_tokens(parts: Sequence[str]) -> None:
 
 
 def _same_files(one: Path, other: Path) -> bool:
-    """Say whether two vocabularies are one, byte by byte: it is quicker than loading them."""
+    """Return whether two vocabularies are one, byte by byte: it is quicker than loading them."""
     pairs = [(one / name, other / name) for name in VOCABULARIES]
     return all(
         a.is_file() == b.is_file() and (not a.is_file() or cmp(a, b, shallow=False))

@@ -24,8 +24,8 @@ class Dense:
     Attributes:
         source: Where it is.
         note: What of it was there to look at.
-        family: Its family.
-        arch: Its numbers.
+        family: The dense model's family.
+        arch: The dense model's architecture.
         tensors: Its tensors; by its config where its weights are not there.
         branches: How many dense checkpoints it is.
     """

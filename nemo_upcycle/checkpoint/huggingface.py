@@ -49,7 +49,7 @@ def resolve_directory(source: str | Path) -> Path:
 
 
 def is_huggingface(directory: Path) -> bool:
-    """Say whether a checkpoint's format is Hugging Face's: its directory holds a config.json."""
+    """Return whether a checkpoint's format is Hugging Face's: its directory holds a config.json."""
     return (directory / "config.json").is_file()
 
 
@@ -227,7 +227,7 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
 
 
 def _is_base_model(names: Collection[str]) -> bool:
-    """Say whether transformers would read tensors as those of a model without its output layer.
+    """Return whether transformers would read tensors as those of a model without its output layer.
 
     So AutoModel saves them: without the name of the base model before theirs. An output layer
     beside such names is refused by transformers, and by the check of all names here.

@@ -62,7 +62,7 @@ def checkpoints_of(run: Path) -> list[Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Say whether all of a checkpoint is there.
+    """Return whether all of a checkpoint is there.
 
     Args:
         checkpoint: Its directory.
@@ -87,6 +87,6 @@ def age(checkpoint: Path) -> tuple[int, bool, float]:
 
 
 def _is_one_checkpoint(directory: Path) -> bool:
-    """Say whether a directory itself is one: its files say so, not what lies beside them."""
+    """Return whether a directory itself is one: its files say so, not what lies beside them."""
     names = ("config.json", "weights", ".metadata", "metadata.json", "common.pt", TRACKER)
     return any((directory / name).exists() for name in names)
