@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from nemo_upcycle.data.tokenizer import train_tokenizer
+from tests.corpora import TEXTS, write
 from tests.distributed.nursery import Nursery
 from tests.distributed.pool import RankPool
 from tests.tiny import write_llama
@@ -30,3 +32,11 @@ def nursery() -> Iterator[Nursery]:
     started = Nursery()
     yield started
     started.stop()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that was trained on `corpora.TEXTS`."""
+    root = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([write(root / "corpus.jsonl", TEXTS)], root / "tokenizer", 280)
+    return root / "tokenizer"

@@ -11,6 +11,8 @@ UNFINISHED = "-unfinished"
 """How the marker beside a checkpoint ends, which NeMo removes once the checkpoint is whole."""
 
 _STEP = re.compile(r"step=(\d+)")
+# NeMo's own names, unlike the recipes', have no step.
+_SAMPLES = re.compile(r"consumed_samples=\d+")
 _LAST = re.compile(r"-last(-v\d+)?$")
 _WRITTEN_LAST = ("weights/metadata.json", "metadata.json")
 
@@ -55,7 +57,7 @@ def checkpoints_of(run: Path) -> list[Path]:
         path
         for path in directory.iterdir()
         if path.is_dir()
-        and (_LAST.search(path.name) or _STEP.search(path.name))
+        and any(pattern.search(path.name) for pattern in (_LAST, _STEP, _SAMPLES))
         and not path.name.endswith(UNFINISHED)
     )
     return sorted(checkpoints, key=age)

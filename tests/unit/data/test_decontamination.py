@@ -17,15 +17,12 @@ from nemo_upcycle.data.decontamination import (
 from nemo_upcycle.data.manifest import read_manifest
 from nemo_upcycle.data.preparation import Preparation, prepare
 from nemo_upcycle.errors import UpcyclingError
-from tests.unit.test_data_preparation import (
+from tests.corpora import (
     documents_in,
     expected_documents,
     many,
-    tokenizer,
     write,
 )
-
-__all__ = ["tokenizer"]  # a fixture
 
 LONG = (
     "A router that sends every token to one expert leaves the others without a gradient, and so "

@@ -16,10 +16,8 @@ from nemo_upcycle.data.manifest import read_manifest
 from nemo_upcycle.data.redpajama import LOST, TOGETHER, excerpt
 from nemo_upcycle.data.sources import files_of
 from nemo_upcycle.errors import UpcyclingError
+from tests.corpora import documents_in, expected_documents
 from tests.file_server import FileServer, serve
-from tests.unit.test_data_preparation import documents_in, expected_documents, tokenizer
-
-__all__ = ["tokenizer"]  # a fixture
 
 SNAPSHOTS, SHARDS = ("2014-52", "2023-06"), (0, 1, 2811)
 

@@ -11,9 +11,7 @@ from nemo_upcycle.cli import app
 from nemo_upcycle.data.blend import read_blend, shipped
 from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.errors import UpcyclingError
-from tests.unit.test_data_preparation import documents_in, expected_documents, tokenizer
-
-__all__ = ["tokenizer"]  # a fixture
+from tests.corpora import documents_in, expected_documents
 
 BLEND = """
 directory: prepared

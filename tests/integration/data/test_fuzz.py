@@ -1,6 +1,6 @@
 """Random JSON lines: what Python's `json` reads is read, the rest is located, nothing is lost.
 
-`UPCYCLE_FUZZ=1000 pytest tests/unit/test_data_fuzz.py` runs as many seeds.
+`UPCYCLE_FUZZ=1000 pytest tests/integration/data/test_fuzz.py` runs as many seeds.
 """
 
 import codecs

@@ -13,9 +13,7 @@ from nemo_upcycle.data.documents import parts_of, read_part
 from nemo_upcycle.data.preparation import Preparation, prepare
 from nemo_upcycle.data.sources import HUB
 from nemo_upcycle.errors import UpcyclingError
-from tests.unit.test_data_preparation import documents_in, expected_documents, tokenizer
-
-__all__ = ["tokenizer"]  # a fixture
+from tests.corpora import documents_in, expected_documents
 
 ACADEMIC = {each.name: each for each in read_blend("llama3_moe").datasets[1:]}
 

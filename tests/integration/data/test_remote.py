@@ -7,20 +7,17 @@ import pytest
 
 from nemo_upcycle.data import remote
 from nemo_upcycle.errors import UpcyclingError
-from tests.file_server import FileServer, serve
-from tests.unit.test_data_preparation import (
+from tests.corpora import (
     compressed,
     documents_in,
     expected_documents,
     many,
     parquet,
     prepared,
-    tokenizer,
     write,
     zstandard,
 )
-
-__all__ = ["tokenizer"]  # a fixture
+from tests.file_server import FileServer, serve
 
 
 def plain(tmp_path: Path, texts: Sequence[str]) -> Path:
