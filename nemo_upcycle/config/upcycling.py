@@ -132,8 +132,8 @@ class UpcyclingConfig:
         if experts % self.granularity:
             raise UpcyclingError(
                 f"granularity is {self.granularity}, num_moe_experts {experts}; expected a "
-                "granularity that divides num_moe_experts: there are E·G experts, E copies of each of "
-                "G shards."
+                "granularity that divides num_moe_experts: there are E·G experts, E copies of each "
+                "of G shards."
             )
         if not 1 <= self.moe_router_topk <= experts:
             raise UpcyclingError(
