@@ -40,8 +40,8 @@ def with_arguments(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     Args:
         recipe: The recipe.
         values: Values by name: fields of `UpcyclingConfig`, `ParallelFolding`, `Schedule` and
-                `Recipe`, and `expansion_rate`. A `num_moe_experts` of None means
-                expansion_rate · granularity.
+            `Recipe`, and `expansion_rate`. A `num_moe_experts` of None means
+            expansion_rate · granularity.
 
     Raises:
         UpcyclingError: A value is out of range or contradicts another, or there is no such

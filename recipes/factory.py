@@ -140,13 +140,13 @@ def pretrain(
         dir: Directory of runs; this run goes to `dir/name`.
         name: The run's name.
         dense_checkpoint: Weights to start from, or several checkpoints separated by semicolons;
-                None trains from random weights.
+            None trains from random weights.
         tokenizer: Directory of the tokenizer; None takes the dense checkpoint's.
         data_paths: Megatron `.bin/.idx` prefixes, separated by spaces, each with a weight before
-                it if blended (Megatron's `--data-path`); quote a prefix with spaces. None trains on
-                NeMo's mock data.
+            it if blended (Megatron's `--data-path`); quote a prefix with spaces. None trains on
+            NeMo's mock data.
             data_blend: A blend's YAML, or the name of a blend of the package; instead of
-                `data_paths`.
+            `data_paths`.
             max_steps: Training steps; None takes the recipe's.
             accelerator: `gpu`, `cpu`, or `auto`, which takes the GPU if there is one.
         from_scratch: Take the dense checkpoint's config and tokenizer, and random weights.
@@ -162,8 +162,8 @@ def pretrain(
 
     Raises:
         UpcyclingError: The mapping does not fit the ranks or the model. Or the experts are not as
-                wide as a shard of the dense feed-forward layer. Or `data_paths` are malformed, or a
-                dataset on this machine contradicts its manifest or has tokens that the model lacks.
+            wide as a shard of the dense feed-forward layer. Or `data_paths` are malformed, or a
+            dataset on this machine contradicts its manifest or has tokens that the model lacks.
     """
     if max_steps is not None:
         check_max_steps(max_steps)

@@ -134,10 +134,10 @@ class Recipe:
 
         Args:
             dense_checkpoint: A directory, a hub name in the local cache, or several; None for the
-                    recipe's own model.
+                recipe's own model.
 
-                Raises:
-                    UpcyclingError: A source is no dense checkpoint, or the architectures differ.
+        Raises:
+            UpcyclingError: A source is no dense checkpoint, or the architectures differ.
         """
         if dense_checkpoint is None:
             return self.architecture

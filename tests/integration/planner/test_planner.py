@@ -200,9 +200,9 @@ def test_every_mapping_is_one_that_megatron_takes() -> None:
 
 
 def test_nothing_fits_says_what_is_needed() -> None:
-    with pytest.raises(UpcyclingError, match=r"on 8 GPUs: .* takes the least and needs \d+ GiB"):
+    with pytest.raises(UpcyclingError, match=r"on 8 GPUs: .* needs the least memory, \d+ GiB"):
         tune(PAPER, 8, H100)
-    with pytest.raises(UpcyclingError, match="No mapping spreads the model"):
+    with pytest.raises(UpcyclingError, match="No mapping of the model"):
         tune(PAPER, 7 * 11, H100)
 
 
@@ -272,7 +272,7 @@ def test_the_command_shows_times_memory_and_why(tmp_path: Path) -> None:
     assert all(len(line) <= 80 for line in result.output.splitlines())
     for words in (*list(COMPONENTS.values())[:3], "optimizer, this rank's part", "Why the first"):
         assert words in result.output
-    assert "nothing was measured on slow network" in " ".join(result.output.split())
+    assert "nothing was fitted to slow network" in " ".join(result.output.split())
     assert 'nemo llm pretrain --factory "llama3_8b_e8t2(num_nodes=8' in result.output
     assert "…" not in result.output
 

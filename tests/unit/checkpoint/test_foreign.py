@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         _tensors(
             lambda t: {n.removeprefix("model."): v for n, v in t.items() if n != "lm_head.weight"}
         ),
-        "1 missing: lm_head.weight. AutoModel saves a model so",
+        "1 missing: lm_head.weight. AutoModel saves a model without",
     ),
     "the base model's names and an output layer": (
         _tensors(lambda t: {n.removeprefix("model."): v for n, v in t.items()}),

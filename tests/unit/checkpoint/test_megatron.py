@@ -347,7 +347,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ".metadata is garbage": (_garbage(".metadata"), "cannot be read"),
     ".metadata is another object": (
         lambda d: (d / ".metadata").write_bytes(pickle.dumps([1, 2])),
-        "is not what a complete checkpoint has",
+        "does not describe a complete checkpoint",
     ),
     ".metadata ends early": (_truncate(".metadata", 40), "cannot be read"),
     "a file is missing": (lambda d: (d / "__1_0.distcp").unlink(), "lacks 1 of the 2 files"),
@@ -374,7 +374,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "metadata.json is a list": (lambda d: (d / "metadata.json").write_text("[]"), "cannot be read"),
     "legacy": (lambda d: (d / "mp_rank_00").mkdir(), "legacy format"),
     "common.pt is garbage": (_garbage("common.pt"), "cannot be read as a file of torch.save"),
-    "no common.pt": (lambda d: (d / "common.pt").unlink(), "does not say what its model is"),
+    "no common.pt": (lambda d: (d / "common.pt").unlink(), "does not describe the model"),
     "no args": (lambda d: torch.save({}, d / "common.pt"), "no args in common.pt"),
 }
 
@@ -401,7 +401,7 @@ def test_an_unfinished_checkpoint_is_refused(tmp_path: Path) -> None:
     nemo = save_nemo(tmp_path / "step=5-last", tensors())
     (tmp_path / "step=5-last-unfinished").touch()
     for directory in (nemo, nemo / "weights"):
-        with pytest.raises(UpcyclingError, match="was not saved to its end"):
+        with pytest.raises(UpcyclingError, match="was not saved completely"):
             open_checkpoint(str(directory))
 
 
@@ -457,7 +457,7 @@ def _in_weights(directory: Path, payload: Payload) -> None:
 
 ATTACKS = {
     "in .metadata": (_in_metadata, None),
-    "instead of .metadata": (_as_metadata, "is not what a complete checkpoint has"),
+    "instead of .metadata": (_as_metadata, "does not describe a complete checkpoint"),
     "in args": (_in_args, None),
     "instead of args": (_as_args, "no args in common.pt"),
     "in the weights": (_in_weights, "it holds a posix.system"),

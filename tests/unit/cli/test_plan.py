@@ -388,7 +388,7 @@ def test_headers_are_read_and_checked(tmp_path: Path) -> None:
 def test_config_alone_is_enough(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_8B | {"num_hidden_layers": 64}))
     found = plan_json("--dense", str(tmp_path))
-    assert found["dense"]["note"] == "its config.json alone, the weights are not there"
+    assert found["dense"]["note"] == "config.json alone, without weights"
     assert found["owners"][0]["layers"] == [8 * chunk + i for chunk in range(8) for i in (0, 1)]
 
 

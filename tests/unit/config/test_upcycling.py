@@ -32,7 +32,7 @@ from nemo_upcycle.errors import UpcyclingError
         ({"seed": True}, "seed is True"),
         ({"moe_aux_loss_coeff": -1.0}, "0 or more"),
         ({"moe_router_topk": 1}, "the router would not learn"),
-        ({"granularity": 3}, "a granularity that divides it"),
+        ({"granularity": 3}, "a granularity that divides"),
         ({"granularity": 0}, "granularity is 0; expected 1 or more"),
         ({"granularity": -1, "num_moe_experts": -8}, "granularity is -1; expected 1 or more"),
         ({"weight_scaling": "half"}, "expected one of: None, exact, paper, none"),

@@ -118,5 +118,5 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     assert checkpoint.tensors["w"].shape == (64, 8)
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size - 100)
-    with pytest.raises(UpcyclingError, match=r"ends at byte \d+; its header says more"):
+    with pytest.raises(UpcyclingError, match=r"ends at byte \d+; the header promises more"):
         read(checkpoint, Block("w", (0, 64), (0, 8)))
