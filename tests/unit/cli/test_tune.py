@@ -79,3 +79,17 @@ def test_errors_are_one_line(words: list[str], message: str) -> None:
     assert result.exit_code == 1
     (line,) = result.output.strip().splitlines()
     assert message in line
+
+
+def test_tune_takes_a_dense_checkpoint(dense: Path) -> None:
+    command = ["tune", "--recipe", "llama_tiny_e8t2", "--gpus", "2", "precision=bf16-mixed"]
+    runner = CliRunner(env={"COLUMNS": "200"})
+    own, other = (runner.invoke(app, [*command, *words]) for words in ((), ("--dense", str(dense))))
+    assert (own.exit_code, other.exit_code) == (0, 0), other.output
+    assert f"dense_checkpoint='{dense}'" in " ".join(other.stdout.split())
+    assert "dense_checkpoint" not in own.stdout
+
+
+def test_tune_names_its_word_for_a_dense_checkpoint_too() -> None:
+    result = CliRunner().invoke(app, ["tune", "dense_checkpoint=/a"])
+    assert result.stderr.startswith("Error: 'dense_checkpoint=/a' is the factory's word")
