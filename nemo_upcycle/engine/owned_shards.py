@@ -8,17 +8,15 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedStateDict,
-    ShardedTensor,
-    ShardedTensorFactory,
-)
 
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.plans.rank import Shard
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 
 _STACKED_LAYERS = re.compile(r"^decoder\.layers\.(?!\d)")
 _STACKED_EXPERTS = ".mlp.experts.experts."
@@ -58,8 +56,11 @@ class _View(torch.Tensor):
         return self
 
 
-def _sharded_tensors(values: Iterable[object]) -> Iterator[ShardedTensor]:
+def _sharded_tensors(values: Iterable[object]) -> Iterator["ShardedTensor"]:
     """Yield the sharded tensors; factories split fused parameters (gate and up) into views."""
+    # Here, so that initialisers, which need an OwnedShard alone, do not wait for Megatron-Core.
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
     for value in values:
         if isinstance(value, ShardedTensorFactory):
             data = value.data.detach().as_subclass(_View)
@@ -69,7 +70,7 @@ def _sharded_tensors(values: Iterable[object]) -> Iterator[ShardedTensor]:
             yield value
 
 
-def _owned(tensor: ShardedTensor) -> Iterator[OwnedShard]:
+def _owned(tensor: "ShardedTensor") -> Iterator[OwnedShard]:
     """Yield a tensor's shards: one, or one an expert where it holds several."""
     name, skip = tensor.key, tensor.prepend_axis_num
     prepended = list(tensor.global_offset[:skip])

@@ -53,8 +53,12 @@ class MoEFamily:
         """Return the expected shape of every tensor, layers and experts filled in."""
         moe = [layer for layer, is_moe in enumerate(model.is_moe) if is_moe]
         replaced = tuple(MLP.format(layer=layer) for layer in moe)
-        dense = self.dense.shapes(model.arch).items()
-        shapes = {name: shape for name, shape in dense if not name.startswith(replaced)}
+        shapes = {
+            name: shape
+            for name, shape in self.dense.shapes(model.arch).items()
+            if not name.startswith(replaced)
+            and (model.arch.add_qkv_bias or not name.endswith("_proj.bias"))
+        }
         for layer in moe:
             shapes |= self._moe_layer(model, layer)
         return shapes | self.zeros(model)

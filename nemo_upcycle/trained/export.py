@@ -154,8 +154,19 @@ def _outputs(
     dtype = checkpoint.tensors["decoder.final_layernorm.weight"].dtype
     for name, shape in family.zeros(model).items():
         outputs[name] = Output(TensorInfo(shape, dtype))
+    _check_all_there(outputs, family, model)
     _check_whole(outputs)
     yield from outputs.items()
+
+
+def _check_all_there(outputs: Mapping[str, Output], family: MoEFamily, model: MoEModel) -> None:
+    """Check that no tensor of the architecture is missing."""
+    missing = sorted(family.shapes(model).keys() - outputs.keys())
+    if missing:
+        raise UpcyclingError(
+            f"The checkpoint has nothing for {len(missing)} tensors of a {family.class_name}: "
+            f"{listing(missing)}. The checkpoint is incomplete, or its config is another model's."
+        )
 
 
 def _check_whole(outputs: Mapping[str, Output]) -> None:
