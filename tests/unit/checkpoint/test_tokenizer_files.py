@@ -164,7 +164,9 @@ def test_a_lone_tokenizer_ends_documents_with_the_one_end_that_it_has(tmp_path: 
     """And says so: nothing else does."""
     config_alone(tmp_path / "a")
     (tmp_path / "a" / "config.json").unlink()
-    with pytest.warns(TokenizerWarning, match="no setting says which token ends a document; .* </s>"):
+    with pytest.warns(
+        TokenizerWarning, match="no setting says which token ends a document; .* </s>"
+    ):
         assert load_tokenizer(tmp_path / "a").eos_token_id == 2
 
 
