@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from typer.testing import CliRunner, Result
+
+from nemo_upcycle.cli import app
 from nemo_upcycle.data.manifest import Manifest
 from nemo_upcycle.data.preparation import Preparation, prepare
 
@@ -83,3 +86,19 @@ def parquet(tmp_path: Path, texts: Sequence[str]) -> Path:
     table = pyarrow.table({"id": list(range(len(texts))), "text": list(texts)})
     write_table(table, tmp_path / "a.parquet", row_group_size=7)
     return tmp_path / "a.parquet"
+
+
+def directory(tmp_path: Path, texts: Sequence[str]) -> Path:
+    """Two files in a directory, one of them deep, beside one of no documents."""
+    (tmp_path / "corpus" / "deep").mkdir(parents=True)
+    half = len(texts) // 2
+    write(tmp_path / "corpus" / "a.jsonl", texts[:half])
+    write(tmp_path / "corpus" / "deep" / "b.json", texts[half:])
+    (tmp_path / "corpus" / "README.md").write_text("no documents")
+    return tmp_path / "corpus"
+
+
+def tokenized(source: Path | str, tokenizer: Path, out: Path, *options: str) -> Result:
+    """Call `nemo-upcycle data tokenize` in one process."""
+    words = ["data", "tokenize", str(source), "--tokenizer", str(tokenizer), "--out", str(out)]
+    return CliRunner().invoke(app, [*words, "--workers", "1", *options])

@@ -8,7 +8,6 @@ import gzip
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -19,16 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from nemo_upcycle.cli import app
 from nemo_upcycle.data.encoder import load_encoder
 from nemo_upcycle.data.manifest import Manifest
 from nemo_upcycle.data.preparation import Preparation, prepare
 from nemo_upcycle.data.selection import Selection
-from nemo_upcycle.data.sources import files_of
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.files import write_whole
+from tests.corpora import tokenized
 from tests.tokenizers import write_tokenizer
 
 SEEDS = int(os.environ.get("UPCYCLE_FUZZ", "60"))
@@ -184,39 +180,7 @@ def places(lines: list[Line], end: bytes) -> list[tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_what_is_packed_and_cut_off_is_located(tokenizer: Path, tmp_path: Path, kind: str) -> None:
-    """At any byte: an error, never fewer documents."""
-    rng = random.Random(1)
-    texts = ["".join(rng.choices("abcdefgh \n", k=300)) for _ in range(300)]
-    content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    whole = write(tmp_path / f"whole.jsonl.{kind}", content).read_bytes()
-    for cut in (3, len(whole) // 2, len(whole) - 5, len(whole) - 1):
-        source = tmp_path / f"cut.jsonl.{kind}"
-        source.write_bytes(whole[:cut])
-        with pytest.raises(UpcyclingError, match=rf"cut\.jsonl\.{kind}: cannot be read to its end"):
-            prepared(source, tokenizer, tmp_path / f"cut{cut}", 10**9)
-
-
 # --- Which field ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("record", "key", "message"),
-    [
-        ({"content": "a", "id": 1}, "text", 'there is "content", "id": say which with --text-key'),
-        ({}, "text", "there is nothing"),
-        ({"text": {"body": "a"}}, "text", 'found dict with "body": a nested one is OUTER.INNER'),
-        ({"text": b"a"}, "text", "found bytes: a column without the type of a string; cast it"),
-        ({"text": None}, "text", "found NoneType: say another with --text-key"),
-        ({"a": {"b": 1}}, "a.b", 'expected a string under "a.b", found int'),
-        ({"a": {"c": "x"}}, "a.b", 'expected a string under "a.b", there is "a"'),
-    ],
-)
-def test_a_field_that_is_no_text_is_named(record: dict[str, Any], key: str, message: str) -> None:
-    text, error = Selection(key).of(record)
-    assert text is None
-    assert message in str(error)
 
 
 def test_a_nested_field_is_read(tmp_path: Path, tokenizer: Path) -> None:
@@ -242,111 +206,7 @@ def test_a_nested_field_is_read(tmp_path: Path, tokenizer: Path) -> None:
 # --- Where nothing can be written ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "command", ["sample", "tokenizer", "tokenize", "blend", "items", "choices"]
-)
-def test_an_output_that_cannot_be_written_is_one_line(
-    tokenizer: Path, tmp_path: Path, command: str
-) -> None:
-    (tmp_path / "file").write_text("in the way")
-    source = tmp_path / "a.jsonl"
-    source.write_text('{"text": "a"}\n')
-    (tmp_path / "blend.yaml").write_text("groups: {web: {datasets: {web: {sources: [a.jsonl]}}}}")
-    words = {
-        "tokenizer": [str(source), "--vocab-size", "300"],
-        "tokenize": [str(source), "--tokenizer", str(tokenizer)],
-        "blend": [str(tmp_path / "blend.yaml"), "--tokenizer", str(tokenizer)],
-        "items": ["piqa"],
-        "choices": [str(source)],
-    }
-    out = ["--out", str(tmp_path / "file" / "out" / "x")]
-    result = CliRunner().invoke(app, ["data", command, *words.get(command, []), *out])
-    assert result.exit_code == 1
-    assert "cannot be written to: Not a directory" in " ".join(result.output.split())
-
-
 # --- What users give by mistake ------------------------------------------------------------------
-
-
-def tokenized(source: Path | str, tokenizer: Path, out: Path, *options: str) -> Result:
-    words = ["data", "tokenize", str(source), "--tokenizer", str(tokenizer), "--out", str(out)]
-    return CliRunner().invoke(app, [*words, "--workers", "1", *options])
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("../x", "--name is '../x', with /;"),
-        ("", "--name is '', empty;"),
-        ("..", "--name is '..', which leads elsewhere;"),
-        (".x", "--name is '.x', which hides the files;"),
-        ("x ", "--name is 'x ', with spaces around it;"),
-        ("a\nb", "with characters that cannot be printed"),
-        ("x" * 201, "of more than 200 bytes"),
-    ],
-)
-def test_a_name_is_a_files(tokenizer: Path, tmp_path: Path, name: str, message: str) -> None:
-    source = tmp_path / "in" / "a.jsonl"
-    source.parent.mkdir()
-    source.write_text('{"text": "a"}\n')
-    result = tokenized(source, tokenizer, tmp_path / "out", "--name", name)
-    assert result.exit_code == 1
-    assert message in " ".join(result.output.split())
-    blend = tmp_path / "in" / "blend.yaml"
-    datasets = {name: {"sources": ["a.jsonl"]}}
-    blend.write_text(json.dumps({"groups": {"web": {"datasets": datasets}}}))
-    result = CliRunner().invoke(
-        app, ["data", "blend", str(blend), "--tokenizer", str(tokenizer), "--out", str(tmp_path)]
-    )
-    assert result.exit_code == 1
-    assert message.removeprefix("--name is ") in " ".join(result.output.split())
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
-
-
-def test_a_source_without_a_name_needs_one(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    monkeypatch.chdir(tmp_path)
-    result = tokenized(".", tokenizer, tmp_path / "out")
-    assert "Give a --name: . makes a dataset called ''" in result.output
-
-
-ANOTHER_ENDING = {
-    "a.txt": "with each file as one: python -c",
-    "a.md": "with each file as one: python -c",
-    "a.jsonl.bz2": "Unpack it, or pack JSON lines with gzip or zstd for `data tokenize`",
-    "a.csv": "hf://DIRECTORY of `data tokenize` reads a directory of .csv files",
-    "a.foo": 'JSON lines are documents such as {"text": "…"}, one a line',
-}
-
-
-@pytest.mark.parametrize("name", ANOTHER_ENDING)
-def test_a_file_of_another_ending_is_told_what_to_do(
-    tokenizer: Path, tmp_path: Path, name: str
-) -> None:
-    directory = tmp_path / "corpus"
-    directory.mkdir()
-    (directory / name).write_text("x")
-    trained = ["data", "tokenizer", str(directory / name), "--out", str(tmp_path / "out")]
-    results = [
-        tokenized(source, tokenizer, tmp_path / "out") for source in (directory / name, directory)
-    ]
-    for result in (CliRunner().invoke(app, trained), *results):
-        assert result.exit_code == 1
-        assert ANOTHER_ENDING[name] in " ".join(result.output.split())
-    assert f"no documents in {directory}: 1 .{name.split('.')[-1]};" in result.output
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_is_said_of_plain_text_makes_json_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text('two\n"lines"\n')
-    with pytest.raises(UpcyclingError) as error:
-        files_of([str(tmp_path / "a.txt")])
-    command = str(error.value).partition("as one: ")[2].replace("FILES", "a.txt")
-    command = command.replace("python", sys.executable, 1)
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-    assert json.loads((tmp_path / "documents.jsonl").read_text()) == {"text": 'two\n"lines"\n'}
 
 
 def test_a_directory_is_read_through_links_and_what_is_not_read_is_said(
@@ -371,59 +231,7 @@ def test_a_directory_is_read_through_links_and_what_is_not_read_is_said(
         assert f"1 sources gave no document: {corpus}/empty.jsonl" in said
 
 
-@pytest.mark.parametrize("again", ["a.jsonl", "link.jsonl", "."])
-def test_a_file_that_is_given_twice_is_refused(tmp_path: Path, again: str) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
-    with pytest.raises(UpcyclingError, match="is given twice"):
-        files_of([str(tmp_path / "a.jsonl"), str(tmp_path / again)])
-
-
-def test_a_link_to_no_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").symlink_to("gone.jsonl")
-    for source in (tmp_path, tmp_path / "a.jsonl"):
-        with pytest.raises(UpcyclingError, match=r"a\.jsonl: links to no file"):
-            files_of([str(source)])
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"[\n", "jq -c '.[]' FILE writes one a line"),
-        (b"{\n", "jq -c . FILE writes one a line"),
-        ('{"text": "a"}\n'.encode("utf-16"), "it is UTF-16: iconv"),
-        (b'[{"text": "a"}]\n', "jq -c '.[]' FILE writes one a line"),
-    ],
-)
-def test_json_that_is_no_lines_is_told_what_to_do(
-    tokenizer: Path, tmp_path: Path, line: bytes, message: str
-) -> None:
-    (tmp_path / "a.json").write_bytes(line)
-    with pytest.raises(UpcyclingError, match=re.escape(message)):
-        prepare(Preparation((str(tmp_path / "a.json"),), tokenizer, tmp_path / "data"))
-
-
-def test_nothing_is_made_where_one_of_several_sources_is_bad(
-    tokenizer: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    result = tokenized(tmp_path / "a.jsonl", tokenizer, tmp_path / "out", str(tmp_path / "b.txt"))
-    assert "no file" in result.output
-    assert not (tmp_path / "out").exists()
-
-
 # --- Where nothing may be left -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_failure_leaves_no_directory_that_it_made(tmp_path: Path, there: bool) -> None:
-    out = tmp_path / "a" / "b"
-    if there:
-        out.mkdir(parents=True)
-    with pytest.raises(OSError, match="File name too long"):
-        write_whole(out / ("x" * 300), "x")
-    assert out.exists() == there
-    assert (tmp_path / "a").exists() == there
 
 
 FULL = """

@@ -16,19 +16,17 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.data import parts
-from nemo_upcycle.data.documents import parts_of, read_part
 from nemo_upcycle.data.manifest import check_files, read_manifest
 from nemo_upcycle.data.preparation import Preparation, prepare
 from nemo_upcycle.data.selection import Selection
-from nemo_upcycle.data.sources import files_of, name_of
 from nemo_upcycle.errors import UpcyclingError
 from tests.corpora import (
     TEXTS,
     compressed,
     contents,
+    directory,
     documents_in,
     expected_documents,
-    lines,
     load,
     many,
     parquet,
@@ -107,15 +105,6 @@ def test_a_tokenizers_own_truncation_cuts_nothing(tokenizer: Path, tmp_path: Pat
 # --- Formats -------------------------------------------------------------------------------------
 
 
-def directory(tmp_path: Path, texts: Sequence[str]) -> Path:
-    (tmp_path / "corpus" / "deep").mkdir(parents=True)
-    half = len(texts) // 2
-    write(tmp_path / "corpus" / "a.jsonl", texts[:half])
-    write(tmp_path / "corpus" / "deep" / "b.json", texts[half:])
-    (tmp_path / "corpus" / "README.md").write_text("no documents")
-    return tmp_path / "corpus"
-
-
 def hub(tmp_path: Path, texts: Sequence[str]) -> str:
     """A data set's directory, as the hub has it."""
     (tmp_path / "set").mkdir()
@@ -131,25 +120,6 @@ def test_formats_give_the_same_dataset(
     manifest = prepared(make(tmp_path, texts), tokenizer, tmp_path / "data", part_bytes=4_000)
     assert documents_in(tmp_path / "data") == expected_documents(tokenizer, texts)
     assert manifest.documents + manifest.empty == 60
-
-
-@pytest.mark.parametrize("part_bytes", [1, 7, 100, 10_000])
-def test_every_line_is_in_one_part(tmp_path: Path, part_bytes: int) -> None:
-    texts = [text[:50] for text in many(40)]
-    source = write(tmp_path / "a.jsonl", texts)
-    found = [
-        document.text
-        for part in parts_of(str(source), part_bytes)
-        for document in read_part(part, Selection())
-    ]
-    assert found == texts
-
-
-def test_a_last_line_without_an_end_counts(tmp_path: Path) -> None:
-    source = tmp_path / "a.jsonl"
-    source.write_bytes(lines(["a", "b"]).rstrip())
-    found = [d.text for p in parts_of(str(source), 5) for d in read_part(p, Selection())]
-    assert found == ["a", "b"]
 
 
 def test_only_what_was_asked_for(tokenizer: Path, tmp_path: Path) -> None:
@@ -245,119 +215,6 @@ def test_a_larger_share_of_malformed_lines_goes_on_from_what_was_read(
     monkeypatch.setattr("nemo_upcycle.data.preparation.tokenize_part", None)
     manifest = prepared(source, tokenizer, tmp_path / "data", max_malformed=0.5)
     assert (manifest.documents, manifest.malformed) == (2, 1)
-
-
-def truncated(tmp_path: Path) -> Path:
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(lines(many(50)))[:-20])
-    return path
-
-
-def damaged(tmp_path: Path) -> Path:
-    path = tmp_path / "a.jsonl.gz"
-    packed = gzip.compress(lines(many(50)))
-    path.write_bytes(packed[:200] + b"\xff" * 50 + packed[250:])
-    return path
-
-
-def no_parquet(tmp_path: Path) -> Path:
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
-    return tmp_path / "a.parquet"
-
-
-def no_column(tmp_path: Path) -> Path:
-    import pyarrow
-    from pyarrow.parquet import write_table
-
-    write_table(pyarrow.table({"content": ["a"]}), tmp_path / "a.parquet")
-    return tmp_path / "a.parquet"
-
-
-def no_kind(tmp_path: Path) -> Path:
-    (tmp_path / "a.csv").write_text("text\n")
-    return tmp_path / "a.csv"
-
-
-def nothing_in_it(tmp_path: Path) -> Path:
-    (tmp_path / "nothing").mkdir()
-    return tmp_path / "nothing"
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (truncated, r"a\.jsonl\.gz: cannot be read to its end"),
-        (damaged, r"a\.jsonl\.gz: cannot be read to its end: .*decompressing"),
-        (no_parquet, r"a\.parquet: not a Parquet file"),
-        (no_column, 'no column "text"; it has content'),
-        (no_kind, r"a\.csv: expected one of \.jsonl"),
-        (nothing_in_it, "no documents in .*nothing"),
-        (lambda tmp_path: tmp_path / "missing.jsonl", r"no file .*missing\.jsonl"),
-        (lambda tmp_path: "hf:///no/such/set", "cannot be opened"),
-        (lambda tmp_path: "hf://json?speed=1", "no option 'speed'"),
-    ],
-)
-def test_what_cannot_be_read_is_one_error(
-    tokenizer: Path, tmp_path: Path, make: Callable[[Path], Path | str], message: str
-) -> None:
-    out, source = tmp_path / "out", make(tmp_path)
-    with pytest.raises(UpcyclingError, match=message):
-        prepared(source, tokenizer, out / "data")
-    assert not out.exists()
-    out.mkdir()
-    with pytest.raises(UpcyclingError, match=message):
-        prepared(source, tokenizer, out / "data")
-    assert not list(out.iterdir())
-
-
-def test_a_directory_is_read_by_name(tmp_path: Path) -> None:
-    corpus = directory(tmp_path, TEXTS)
-    names = [Path(name).name for name in files_of([str(corpus)])]
-    assert names == ["a.jsonl", "b.json"]
-
-
-def test_sources_of_one_name_are_not_written_over_each_other(
-    tokenizer: Path, tmp_path: Path
-) -> None:
-    from typer.testing import CliRunner
-
-    from nemo_upcycle.cli import app
-
-    sources = [f"hf://allenai/ai2_arc?config=ARC-{kind}" for kind in ("Easy", "Challenge")]
-    words = ["data", "tokenize", *sources, "--tokenizer", str(tokenizer), "--out", str(tmp_path)]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 1
-    assert "2 sources are called ai2_arc; give a --name" in result.output
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("crawl/", "crawl"),
-        ("/data/web.jsonl.zst", "web"),
-        ("https://host/web.json.gz?signed=a/b", "web"),
-        ("hf://cais/mmlu?config=all", "mmlu"),
-        ("redpajama-v2://?snapshots=2023-06", "redpajama-v2"),
-        ("redpajama-v2:///data/rpv2?snapshots=2023-06", "rpv2"),
-    ],
-)
-def test_names_of_sources(source: str, name: str) -> None:
-    assert name_of(source) == name
-
-
-def test_missing_tokenizers_are_named(tokenizer: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    source = write(tmp_path / "a.jsonl", TEXTS)
-    with pytest.raises(
-        UpcyclingError, match=r"no tokenizer directory at .*gpt2; expected .* Check"
-    ):
-        prepared(source, tmp_path / "gpt2", tmp_path / "data")
-    loaded = AutoTokenizer.from_pretrained(str(tokenizer))
-    loaded.eos_token = None
-    loaded.save_pretrained(str(tmp_path / "without"))
-    with pytest.raises(UpcyclingError, match="no eos token"):
-        prepared(source, tmp_path / "without", tmp_path / "data")
 
 
 def test_a_hub_name_is_a_tokenizer_as_elsewhere(

@@ -1,6 +1,6 @@
 """Files behind URLs, from a real server: the same dataset, whatever the connection does."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,19 +17,11 @@ from tests.corpora import (
     write,
     zstandard,
 )
-from tests.file_server import FileServer, serve
+from tests.file_server import FileServer
 
 
 def plain(tmp_path: Path, texts: Sequence[str]) -> Path:
     return write(tmp_path / "a.jsonl", texts)
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    monkeypatch.setattr(remote, "WAITS_S", (0.0, 0.0, 0.0))
-    (tmp_path / "served").mkdir()
-    with serve(tmp_path / "served") as server:
-        yield server
 
 
 @pytest.mark.parametrize("make", [plain, compressed, zstandard, parquet])
@@ -85,39 +77,3 @@ def test_what_does_not_end_well_is_one_error(
     assert not (tmp_path / "out").exists()
     assert not server.faults["/a.jsonl"]
     prepared(url, tokenizer, tmp_path / "out" / "data")  # the same command goes on
-
-
-def test_a_file_that_is_always_short_is_an_error(
-    tokenizer: Path, tmp_path: Path, server: FileServer
-) -> None:
-    """Where the server sends no parts, what is missing cannot be asked for."""
-    server.ranges = False
-    compressed(server.directory, many(60))
-    server.faults["/a.jsonl.gz"] = [-100]
-    with pytest.raises(UpcyclingError, match="cannot begin in the middle of a file"):
-        prepared(f"{server.url}/a.jsonl.gz", tokenizer, tmp_path / "out" / "data")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_file_that_changes_is_an_error(tmp_path: Path, server: FileServer) -> None:
-    write(server.directory / "a.jsonl", ["text"] * 100)
-    with remote.open_url(f"{server.url}/a.jsonl") as file:
-        write(server.directory / "a.jsonl", ["text"] * 50)
-        with pytest.raises(UpcyclingError, match="it changed while it was read"):
-            file.read()
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("{server}/missing.jsonl", r"missing\.jsonl cannot be read: there is no such file"),
-        ("{server}/a.csv", r"expected one of \.jsonl"),
-        ("http://127.0.0.1:9/a.jsonl", "Connection refused"),
-    ],
-)
-def test_bad_urls_are_one_error(
-    tokenizer: Path, tmp_path: Path, server: FileServer, url: str, message: str
-) -> None:
-    with pytest.raises(UpcyclingError, match=message):
-        prepared(url.format(server=server.url), tokenizer, tmp_path / "out" / "data")
-    assert not (tmp_path / "out").exists()

@@ -1,6 +1,5 @@
 """The full-size recipes: one factory, its own numbers each, and what each of them says."""
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -166,14 +165,6 @@ def test_papers_variants() -> None:
         config = recipe(moe_expert_capacity_factor=factor).model.config
         assert config.moe_expert_capacity_factor == factor
     assert recipe(moe_router_pre_softmax=True).model.config.moe_router_pre_softmax
-
-
-def test_shipped_configs_are_sorted_json() -> None:
-    from nemo_upcycle_recipes.recipe import CONFIGS
-
-    for path in CONFIGS.glob("*.json"):
-        config = json.loads(path.read_text())
-        assert list(config) == sorted(config), path.name
 
 
 def test_bad_recompute_is_refused() -> None:

@@ -1,17 +1,14 @@
 """`nemo-upcycle plan`: what it says is what the ranks would do."""
 
-import inspect
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
-from nemo_upcycle_recipes.arguments import arguments, override
 from nemo_upcycle_recipes.numbers import RECIPES
 from typer.testing import CliRunner
 
@@ -19,7 +16,6 @@ from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo
 from nemo_upcycle.checkpoint.described import dense_of_config
 from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.llama import LLAMA
 from nemo_upcycle.plans.job import distinct_bytes, plan_job
 from nemo_upcycle.plans.rank import BUFFERS, CHUNK_BYTES, Block
@@ -273,54 +269,6 @@ def test_padding_is_shown_as_zeros(tmp_path: Path) -> None:
 
 
 # --- The recipe's arguments ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_arguments_are_the_factorys(name: str) -> None:
-    from nemo_upcycle_recipes import llama_tiny
-    from nemo_upcycle_recipes.upcycled import FACTORIES
-
-    factories = FACTORIES | {
-        "llama_tiny": llama_tiny.dense_recipe,
-        "llama_tiny_e8t2": llama_tiny.upcycled_recipe,
-    }
-    known = inspect.signature(factories[name]).parameters
-    assert set(arguments(RECIPES[name])) <= set(known)
-    assert not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
-
-
-def test_arguments_as_they_are_typed() -> None:
-    found = override(
-        PAPER,
-        [
-            "trainer.strategy.tensor_model_parallel_size=4",
-            "trainer.num_nodes=2",
-            "trainer.devices=4",
-            "trainer.plugins.precision='32'",
-            "model.config.moe_expert_capacity_factor=None",
-            "virtual_pipeline_model_parallel_size=none",
-            "account_for_loss_in_pipeline_split=true",
-            "num_moe_experts=16",
-        ],
-    )
-    assert found.folding == replace(
-        PAPER.folding,
-        tensor_model_parallel_size=4,
-        virtual_pipeline_model_parallel_size=None,
-        account_for_loss_in_pipeline_split=True,
-    )
-    assert found.upcycling == replace(
-        PAPER.upcycling, num_moe_experts=16, moe_expert_capacity_factor=None
-    )
-    assert (found.num_nodes, found.num_gpus_per_node, found.precision) == (2, 4, "32")
-    assert override(PAPER, ["moe_expert_capacity_factor=2"]).upcycling.can_drop_tokens
-
-
-def test_world_size_fills_nodes() -> None:
-    sizes = [PAPER.on_ranks(n) for n in (128, 4)] + [RECIPES["llama_tiny"].on_ranks(4)]
-    assert [(r.num_nodes, r.num_gpus_per_node) for r in sizes] == [(16, 8), (1, 4), (1, 4)]
-    with pytest.raises(UpcyclingError, match="12 ranks do not fill nodes"):
-        PAPER.on_ranks(12)
 
 
 @pytest.mark.parametrize(

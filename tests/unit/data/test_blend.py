@@ -1,66 +1,13 @@
 """A blend's YAML: sources, prompt formats, weights; and what the recipes make of it."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from nemo_upcycle.cli import app
 from nemo_upcycle.data.blend import read_blend, shipped
 from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.errors import UpcyclingError
-from tests.corpora import documents_in, expected_documents
-
-BLEND = """
-directory: prepared
-groups:
-  web:
-    weight: 7
-    datasets:
-      redpajama_v2:
-        sources: [crawl]
-        text_key: raw_content
-        where: {bucket: head}
-  academic:
-    weight: 3
-    datasets:
-      boolq:
-        weight: 2
-        sources: [boolq.jsonl]
-        template: |-
-          {{passage}}
-          Question: {{question}}?
-          Answer: {{"yes" if answer else "no"}}
-      openbookqa:
-        sources: [openbookqa.jsonl]
-        template: "{{question_stem}} {{choices.text[choices.label.index(answerKey)]}}"
-"""
-RECORDS: dict[str, list[dict[str, Any]]] = {
-    "crawl/en.json": [
-        {"raw_content": "kept", "bucket": "head"},
-        {"raw_content": "not kept", "bucket": "tail"},
-    ],
-    "boolq.jsonl": [{"passage": "P", "question": "q", "answer": True}],
-    "openbookqa.jsonl": [
-        {
-            "question_stem": "The sun is a",
-            "choices": {"text": ["moon", "star"], "label": ["A", "B"]},
-            "answerKey": "B",
-        }
-    ],
-}
-
-
-@pytest.fixture
-def blend(tmp_path: Path) -> Path:
-    for name, records in RECORDS.items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    (tmp_path / "blend.yaml").write_text(BLEND)
-    return tmp_path / "blend.yaml"
+from tests.blends import BLEND
 
 
 def test_weights_and_places(blend: Path) -> None:
@@ -92,36 +39,6 @@ def test_templates_run_no_code() -> None:
     assert text is None
     assert error is not None
     assert "SecurityError" in error
-
-
-def test_the_command_prepares_it(tokenizer: Path, blend: Path) -> None:
-    words = ["data", "blend", str(blend), "--tokenizer", str(tokenizer), "--workers", "1"]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.output
-    prepared = blend.parent / "prepared"
-    assert f"data_paths='0.7 {prepared}/redpajama_v2 0.2 {prepared}/boolq" in result.output
-    tokens = len(expected_documents(tokenizer, ["kept"])[0])
-    assert f"reads redpajama_v2 the most often: once every {int(tokens / 0.7)} t" in result.output
-    texts = {
-        "redpajama_v2": "kept",
-        "boolq": "P\nQuestion: q?\nAnswer: yes",
-        "openbookqa": "The sun is a star",
-    }
-    for name, text in texts.items():
-        assert documents_in(prepared / name) == expected_documents(tokenizer, [text])
-
-
-def test_the_recipe_takes_it(blend: Path) -> None:
-    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
-    from nemo_upcycle_recipes.upcycled import FACTORIES
-
-    prepared = blend.parent / "prepared"
-    words = ["0.7", f"{prepared}/redpajama_v2", "0.2", f"{prepared}/boolq", "0.1",
-             f"{prepared}/openbookqa"]  # fmt: skip
-    for recipe in (FACTORIES["llama3_8b_e8t2"], upcycled_recipe):
-        assert recipe(data_blend=str(blend)).data.paths == words
-    with pytest.raises(UpcyclingError, match="Both data_paths and data_blend are given"):
-        FACTORIES["llama3_8b_e8t2"](data_blend=str(blend), data_paths="a")
 
 
 OTHER_DATA = """

@@ -1,7 +1,6 @@
 """Groups are those of Megatron's own generator, for the paper's mappings and odd ones."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
@@ -10,56 +9,8 @@ from typer.testing import CliRunner
 from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.plans.groups import KINDS, PURPOSES, rank_groups
+from nemo_upcycle.plans.groups import rank_groups
 from nemo_upcycle.plans.groups_report import drawn_nodes
-from tests.distributed.foldings import FOLDINGS, spread
-
-MAPPINGS = {
-    "the paper's, 512": (LLAMA3_8B_E8T2.folding, 512),
-    "the paper's, 128": (spread(128, tp=2, cp=2, pp=4, vpp=8, ep=8).folding, 128),
-    "ETP over TP": (spread(64, tp=2, pp=2, ep=4, etp=4).folding, 64),
-    "EP over DP and CP": (spread(96, tp=2, cp=3, pp=2, ep=12).folding, 96),
-    **{name: (found.folding, found.world_size) for name, found in FOLDINGS.items()},
-}
-NAMES = {"TP": "tp", "CP": "cp", "DP": "dp", "PP": "pp", "DP·CP": "dp-cp"}
-EXPERT_NAMES = {"ETP": "tp", "EP": "ep", "EDP": "dp", "ETP·EP": "tp-ep", "PP": "pp"}
-
-
-def generators(folding: ParallelFolding, world_size: int) -> tuple[Any, Any]:
-    from megatron.core.parallel_state import RankGenerator
-
-    order = "tp-cp-ep-dp-pp"
-    pp = folding.pipeline_model_parallel_size
-    attention = RankGenerator(
-        tp=folding.tensor_model_parallel_size,
-        ep=1,
-        dp=folding.data_parallel_size(world_size),
-        pp=pp,
-        cp=folding.context_parallel_size,
-        order=order,
-    )
-    experts = RankGenerator(
-        tp=folding.expert_tensor_parallel_size,
-        ep=folding.expert_model_parallel_size,
-        dp=folding.expert_data_parallel_size(world_size),
-        pp=pp,
-        cp=1,
-        order=order,
-    )
-    return attention, experts
-
-
-@pytest.mark.parametrize("name", MAPPINGS)
-def test_groups_are_megatrons(name: str) -> None:
-    folding, world_size = MAPPINGS[name]
-    found = rank_groups(folding, world_size)
-    attention, experts = generators(folding, world_size)
-    for kinds, generator in ((NAMES, attention), (EXPERT_NAMES, experts)):
-        for kind, token in kinds.items():
-            expected = {tuple(ranks) for ranks in generator.get_ranks(token)}
-            assert set(found[kind].ranks) == expected, kind
-    assert found.keys() == KINDS.keys() == PURPOSES.keys()
-    assert all(sorted(sum(g.ranks, ())) == list(range(world_size)) for g in found.values())
 
 
 def test_what_stays_inside_a_node() -> None:
