@@ -39,9 +39,9 @@ def train_tokenizer(files: Sequence[Path], out: Path, vocab_size: int = 4096) ->
         The vocabulary size in tokens.
 
     Raises:
-        UpcyclingError: If the vocabulary is smaller than the 256 bytes and two special tokens, the
-            corpus too small for it, a file missing, a line malformed (names file and line), or
-            `out` holds something that is not a tokenizer.
+        UpcyclingError: The vocabulary is smaller than 256 bytes and two special tokens, or the
+            corpus is too small for it. Or a file is missing, a line is malformed, or `out` holds
+            something that is not a tokenizer.
     """
     if vocab_size < _MIN_VOCAB_SIZE:
         raise UpcyclingError(

@@ -1,8 +1,8 @@
 """Translate a Hugging Face `config.json` of any version into the keys of transformers 4.
 
-transformers 5 writes RoPE settings to `rope_parameters`; transformers 4 uses `rope_theta`,
-`rope_scaling` and `partial_rotary_factor`. transformers 5 reads both. transformers 4 reads only its
-own keys, and would compute another model from a config of version 5. Some files have keys of both.
+Version 5 of transformers writes RoPE settings to `rope_parameters`; version 4 uses `rope_theta`,
+`rope_scaling` and `partial_rotary_factor`. Version 5 reads both. Version 4 reads only its own keys,
+and would compute another model from a config of version 5. Some files have keys of both.
 """
 
 from collections.abc import Mapping

@@ -69,7 +69,7 @@ class Trained:
         def missing(tensor: str) -> UpcyclingError:
             return UpcyclingError(
                 f"{self.checkpoint.directory} has no {tensor}, expected for the model's "
-                f"{parameter}. The checkpoint is incomplete, or the config belongs to another model."
+                f"{parameter}. The checkpoint is incomplete, or the config is another model's."
             )
 
         return segments(

@@ -37,7 +37,7 @@ WIDE = ParallelFolding(
         ({"pipeline_model_parallel_size": 3}, "4 layers do not divide over the pipeline stages"),
         (
             {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4},
-            "stage 0 has 2 of the 4 layers, which do not divide over virtual_pipeline_model_parallel",
+            "stage 0 has 2 of the 4 layers, which do not divide over virtual_pipeline_model_par",
         ),
         (
             {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 4},
