@@ -116,7 +116,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a chunk has no place": (lambda d: change_metadata(d, _lose_place), "is nowhere"),
     "chunks overlap": (lambda d: change_metadata(d, _overlap), "overlap at"),
     "a chunk is larger than its file": (lambda d: change_metadata(d, _too_large), "too few for"),
-    "a chunk is another's": (lambda d: change_metadata(d, _other_place), "not of one checkpoint"),
+    "a chunk is another's": (
+        lambda d: change_metadata(d, _other_place),
+        "belong to different checkpoints",
+    ),
     "the dtype is another": (lambda d: change_metadata(d, _wrong_dtype), "holds .* in F32"),
     "a chunk is compressed": (lambda d: change_metadata(d, _transformed), "zstd"),
     "a path goes up": (_outside("../__0_0.distcp"), "no plain file name"),

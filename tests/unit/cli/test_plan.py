@@ -148,7 +148,7 @@ def test_a_plan_takes_every_name_of_a_checkpoint(
         if name.name != "config.json":
             name.unlink()
     found = plan_json("--recipe", "llama_tiny_e8t2", "--dense", "some-org/some-model")["dense"]
-    assert "its config.json alone" in found["note"]
+    assert "config.json alone" in found["note"]
 
 
 def test_memory_besides_the_model() -> None:
@@ -258,7 +258,7 @@ def test_padding_is_shown_as_zeros(tmp_path: Path) -> None:
         (["num_moe_experts=4"], "4 experts do not divide"),
         (["granularity=3"], "ffn_hidden_size=14336 does not divide by granularity=3"),
         (["initializer=dorp"], "There is no initializer 'dorp'"),
-        (["moe_layer_freq=[1]*3"], "says 3 layers"),
+        (["moe_layer_freq=[1]*3"], "has 3 layers"),
         (["--world-size", "0"], "The world size is 0"),
         (["--rank", "512"], "There is no rank 512; expected 0 to 511."),
         (["--rank", "512", "--json"], "There is no rank 512; expected 0 to 511."),

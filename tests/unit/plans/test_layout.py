@@ -38,7 +38,7 @@ WIDE = ParallelFolding(
         ({"pipeline_model_parallel_size": 3}, "4 layers do not divide over the pipeline stages"),
         (
             {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 4},
-            "stage 0 2, which do not divide over virtual_pipeline_model_parallel_size=4",
+            "stage 0 has 2 of the 4 layers, which do not divide over virtual_pipeline_model_par",
         ),
         (
             {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 4},
@@ -59,7 +59,7 @@ WIDE = ParallelFolding(
                 "num_layers_in_first_pipeline_stage": 2,
                 "num_layers_in_last_pipeline_stage": 2,
             },
-            "takes no virtual stages",
+            "supports no virtual stages",
         ),
         ({"tensor_model_parallel_size": 16}, "num_attention_heads=8 does not divide"),
         ({"tensor_model_parallel_size": 8}, "num_query_groups=4 does not divide"),
