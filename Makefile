@@ -1,11 +1,11 @@
-# Everything a fresh machine needs is made on the way: `make demo`, `make test`.
+# `make demo` and `make test` install everything that a fresh machine needs.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slurm test-all lint clean
+.PHONY: demo test test-fast test-slurm test-all lint clean
 
 demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, with a picture.
 	PATH="$(BIN):$$PATH" examples/demo.sh
@@ -13,10 +13,13 @@ demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, w
 test: $(INSTALLED)  ## All tests that belong to every change.
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slurm: $(INSTALLED)  ## On a Slurm that the tests start, where it is installed and they are root.
+test-fast: $(INSTALLED)  ## What needs no NeMo, no Megatron-Core and no other process: under a minute.
+	$(BIN)/python -m pytest -m "not slow" tests/unit
+
+test-slurm: $(INSTALLED)  ## On a Slurm that the tests start; needs Slurm installed, and root.
 	$(BIN)/python -m pytest -rs tests/end_to_end/test_slurm.py
 
-test-all: $(INSTALLED)  ## And the slow ones: the whole demo as the README has it, notebooks, Slurm.
+test-all: $(INSTALLED)  ## All tests, the slow ones included: the whole demo, notebooks, Slurm.
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)  ## Format, style, types, import contracts.
@@ -29,8 +32,8 @@ clean:  ## Remove the environment and the demo's files.
 	rm -rf $(VENV) demo
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.10 or newer expected; set PYTHON=python3.11, say")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Found Python {v[0]}.{v[1]}, expected 3.10 or newer; set, for example, PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	@echo "Installing NeMo, Megatron-Core and PyTorch (about 2.5 GB, some minutes) …"
+	@echo "Installing NeMo, Megatron-Core and PyTorch (about 2.7 GB, takes some minutes) …"
 	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[nemo,demo,dev,eval]'
 	@touch $@

@@ -26,8 +26,8 @@ def name_problem(name: str, max_bytes: int, forbidden: str = "/\\") -> str | Non
         return "which leads elsewhere"
     if not name.isprintable():
         return "with characters that cannot be printed"
-    if found := set(forbidden) & set(name):
-        return f"with {' '.join(sorted(found))}"
+    if characters := set(forbidden) & set(name):
+        return f"with {' '.join(sorted(characters))}"
     if len(name.encode()) > max_bytes:
         return f"of more than {max_bytes} bytes"
     return None

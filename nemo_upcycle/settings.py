@@ -61,11 +61,11 @@ def _layers(path: Path, directory: Path) -> list[Any]:
     """Return what a file says, after what its base says."""
     from omegaconf import DictConfig, OmegaConf
 
-    found = OmegaConf.load(path)
-    base = found.pop("base", None) if isinstance(found, DictConfig) else None
+    document = OmegaConf.load(path)
+    base = document.pop("base", None) if isinstance(document, DictConfig) else None
     if base is None:
-        return [found]
+        return [document]
     if base not in names_in(directory):
         names = ", ".join(names_in(directory))
         raise UpcyclingError(f"base is {base!r}; expected one of: {names}.")
-    return [*_layers(directory / f"{base}.yaml", directory), found]
+    return [*_layers(directory / f"{base}.yaml", directory), document]

@@ -129,16 +129,16 @@ def _study(study: Study, jobs: dict[str, Job], results: Results) -> StudyReport:
     )
 
 
-def _row(job: Job, found: dict[int, Result], baseline: dict[int, Result]) -> Row:
+def _row(job: Job, of_arm: dict[int, Result], baseline: dict[int, Result]) -> Row:
     def estimate(field: str) -> Estimate:
-        return Estimate.of([getattr(result, field) for result in found.values()])
+        return Estimate.of([getattr(result, field) for result in of_arm.values()])
 
     per_step = job.arm.flops_per_step(job.workspace.architecture)
     return Row(
         job.arm,
         estimate("start"),
         estimate("end"),
-        tuple(found[seed].end - baseline[seed].end for seed in sorted(found.keys() & baseline)),
+        tuple(of_arm[seed].end - baseline[seed].end for seed in sorted(of_arm.keys() & baseline)),
         estimate("capped_end"),
         estimate("dropped"),
         job.steps * job.arm.recipe.schedule.tokens_per_step,
@@ -173,13 +173,13 @@ def _introduction(report: Report, picture: str) -> Iterator[str]:
     yield (
         f"A dense Llama as the demo trains it ({report.dense_flops:.2g} FLOPs), upcycled and "
         f"trained on for {report.steps} steps of {report.tokens_per_step:,} tokens, "
-        f"{counted(report.seeds, 'seed')} an arm. A seed decides the order of the data, the "
+        f"{counted(report.seeds, 'seed')} per arm. A seed decides the order of the data, the "
         "routers, the initialisers and random weights; arms of one seed see the same sequences in "
         "the same order.\n"
     )
     yield (
-        f"Losses are in nats a token, of language alone, on {report.held_out_tokens:,} tokens of "
-        "held-out text, each corpus with its weight in the training's blend, no token dropped: "
+        f"Losses are language-model losses in nats per token, on {report.held_out_tokens:,} tokens "
+        "of held-out text, with the weights of the training's blend and no token dropped. Shown is "
         "mean ± standard error over seeds. Differences are to the first arm of a table, seed by "
         f"seed. A claim holds if Student's {CONFIDENCE:.0%} interval of the difference seed by "
         f"seed leaves out 0; of {counted(claims, 'claim')}, {claims * (1 - CONFIDENCE):.1f} would "
@@ -281,5 +281,5 @@ def to_json(report: Report, jobs: Sequence[Job]) -> str:
         name: getattr(report, name)
         for name in ("steps", "seeds", "tokens_per_step", "held_out_tokens", "dense_flops")
     }
-    found = about | {"arms": arms, "studies": studies, "trainings": trainings}
-    return json.dumps(found, indent=1) + "\n"
+    document = about | {"arms": arms, "studies": studies, "trainings": trainings}
+    return json.dumps(document, indent=1) + "\n"

@@ -67,7 +67,7 @@ class Workspace:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The dense model's numbers."""
+        """The dense model's architecture."""
         config = open_checkpoint(str(self.dense)).config
         return architecture_of(config)
 
@@ -130,20 +130,20 @@ class Job:
     def result(self) -> "Result | None":
         """Return what this very training came to, if it has been done."""
         try:
-            found = json.loads(self.path.read_text())
-            return Result(**found["result"]) if found["key"] == self.key else None
+            kept = json.loads(self.path.read_text())
+            return Result(**kept["result"]) if kept["key"] == self.key else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def keep(self, result: "Result") -> None:
         """Write the result, whole or not at all."""
-        found = {"arm": self.arm.name, "key": self.key, "result": asdict(result)}
-        write_whole(self.path, json.dumps(found | {"made_of": self.made_of}, indent=1) + "\n")
+        kept = {"arm": self.arm.name, "key": self.key, "result": asdict(result)}
+        write_whole(self.path, json.dumps(kept | {"made_of": self.made_of}, indent=1) + "\n")
 
 
 @dataclass(frozen=True)
 class Result:
-    """Losses on held-out text, in nats a token.
+    """Losses on held-out text, in nats per token.
 
     Attributes:
         start: Before the first step, with no token dropped.

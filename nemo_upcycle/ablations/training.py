@@ -116,13 +116,13 @@ def _rows(path: str, split: str, seq_length: int) -> torch.Tensor:
     while first < count and sum(map(len, tokens)) <= ROWS * seq_length:
         tokens.append(corpus[first])
         first += 1
-    found = torch.from_numpy(np.concatenate(tokens or [np.zeros(0)]).astype(np.int64))
-    if len(found) <= seq_length:
+    ids = torch.from_numpy(np.concatenate(tokens or [np.zeros(0)]).astype(np.int64))
+    if len(ids) <= seq_length:
         raise UpcyclingError(
-            f"{path} holds out {len(found)} tokens; expected more than {seq_length}. Use a larger "
+            f"{path} holds out {len(ids)} tokens; expected more than {seq_length}. Use a larger "
             "corpus."
         )
-    return found.unfold(0, seq_length + 1, seq_length)[:ROWS]
+    return ids.unfold(0, seq_length + 1, seq_length)[:ROWS]
 
 
 def _loss(model: torch.nn.Module, rows: torch.Tensor) -> float:

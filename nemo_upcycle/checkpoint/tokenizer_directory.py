@@ -1,8 +1,8 @@
-"""Where the tokenizer is that a user names."""
+"""Find the directory of a tokenizer that a user names."""
 
 from pathlib import Path
 
-from nemo_upcycle.checkpoint.huggingface import find_directory, resolve_directory
+from nemo_upcycle.checkpoint.huggingface import find_directory, is_huggingface, resolve_directory
 from nemo_upcycle.checkpoint.megatron import find_layout
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.checkpoint.tokenizer_files import NEEDED, find_tokenizer
@@ -13,10 +13,10 @@ def named_tokenizer(source: str | Path) -> Path:
     """Return the directory of the tokenizer that a user names.
 
     Args:
-        source: What `tokenizer_directory` takes.
+        source: A source for `tokenizer_directory`.
 
     Raises:
-        UpcyclingError: There is no such directory, or no tokenizer in it.
+        UpcyclingError: There is no such directory, or the directory has no tokenizer.
     """
     if find_directory(source) is None:
         raise UpcyclingError(
@@ -24,25 +24,25 @@ def named_tokenizer(source: str | Path) -> Path:
             "model's name in the local hub cache. Check the path (relative paths start where the "
             "command runs), or fetch a model's first with `hf download NAME`."
         )
-    found = tokenizer_directory(source)
-    if found is None:
+    directory = tokenizer_directory(source)
+    if directory is None:
         raise UpcyclingError(
             f"{resolve_directory(source)} holds no tokenizer; expected one of {', '.join(NEEDED)}. "
             "Put the model's tokenizer there, or name the directory that has it."
         )
-    return found
+    return directory
 
 
 def tokenizer_directory(source: str | Path) -> Path | None:
-    """Return where the tokenizer of a checkpoint is, None if it has none.
+    """Return the directory of a checkpoint's tokenizer; None if there is none.
 
     Args:
-        source: A directory of Hugging Face's or NeMo 2's, a trained checkpoint, the directory of a
-            run, or a hub name that is in the local cache.
+        source: A directory of Hugging Face or NeMo 2, a trained checkpoint, a run's directory, or
+            a hub name in the local cache.
 
     Raises:
         UpcyclingError: There is no such checkpoint.
     """
     directory = resolve_trained(source)
-    layout = None if (directory / "config.json").is_file() else find_layout(directory)
+    layout = None if is_huggingface(directory) else find_layout(directory)
     return find_tokenizer(directory, layout.context if layout else None)

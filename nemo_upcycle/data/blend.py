@@ -117,13 +117,13 @@ def _datasets(
 ) -> list[BlendedDataset]:
     total = sum(group.weight for group in said.groups.values())
     prepared = home / said.directory if directory is None else directory
-    found = []
+    datasets = []
     for group_name, group in said.groups.items():
         of_group = sum(each.weight for each in group.datasets.values())
         for name, each in group.datasets.items():
             _check(path, f"groups.{group_name}.datasets.{name}", group, each)
             check_dataset_name(name, f"{path}: groups.{group_name} has a dataset called")
-            found.append(
+            datasets.append(
                 BlendedDataset(
                     name,
                     group.weight / total * each.weight / of_group,
@@ -132,12 +132,12 @@ def _datasets(
                     prepared / name,
                 )
             )
-    names = [each.name for each in found]
-    if not found or len(set(names)) < len(names):
+    names = [each.name for each in datasets]
+    if not datasets or len(set(names)) < len(names):
         raise UpcyclingError(
             f"{path}: expected groups with datasets whose names differ; found {names}."
         )
-    return found
+    return datasets
 
 
 def _check(path: Path, place: str, group: GroupSettings, each: DatasetSettings) -> None:

@@ -64,10 +64,10 @@ class Dataset:
             yield dataset[number][:tokens].tolist()
 
     def _check_sizes(self) -> None:
-        found = self.files[".bin"].stat().st_size
-        if found < self.index.bin_bytes:
+        actual = self.files[".bin"].stat().st_size
+        if actual < self.index.bin_bytes:
             raise UpcyclingError(
-                f"{self.files['.bin']} has {found:,} bytes, and {self.files['.idx'].name} says "
+                f"{self.files['.bin']} has {actual:,} bytes, and {self.files['.idx'].name} says "
                 f"{self.index.bin_bytes:,}: it is cut off, or of another dataset. {ANEW}"
             )
         for suffix, said in _said(self.manifest).items():

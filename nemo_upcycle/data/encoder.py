@@ -77,10 +77,10 @@ class Encoder:
         # What marks a word's begin is what the vocabularies of byte-level BPE, SentencePiece and
         # WordPiece write for it.
         words = [re.sub("[Ġ▁]", " ", token.replace("Ċ", "\n")) for _, token in known]
-        found = hashlib.sha256(json.dumps(known).encode())
+        digest = hashlib.sha256(json.dumps(known).encode())
         for tokens in self.tokens([*PROBES, *filter(None, words)]):
-            found.update(np.array([*tokens, -1], np.int32).tobytes())
-        return found.hexdigest()
+            digest.update(np.array([*tokens, -1], np.int32).tobytes())
+        return digest.hexdigest()
 
 
 def load_encoder(directory: Path, parse_special: bool = False) -> Encoder:

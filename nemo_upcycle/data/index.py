@@ -45,8 +45,8 @@ def read_index(path: Path) -> Index:
     Raises:
         UpcyclingError: It is none, or cut off.
     """
-    found = path.stat()
-    return _read(path, found.st_size, found.st_mtime_ns)
+    stat = path.stat()
+    return _read(path, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache

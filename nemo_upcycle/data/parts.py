@@ -88,8 +88,8 @@ class PartRecord:
     @property
     def lines(self) -> int:
         """Lines or rows of the part."""
-        found = len(self.malformed) + len(self.contaminated)
-        return self.documents + self.empty + self.left_out + found
+        refused = len(self.malformed) + len(self.contaminated)
+        return self.documents + self.empty + self.left_out + refused
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class PartFiles:
         return self.directory / f"{self.number:06}.json"
 
     def is_complete(self, part: Part) -> bool:
-        """Say whether this is there, and of that part."""
+        """Return whether this is there, and of that part."""
         record = self.read_record()
         return record is not None and record.part == part
 
@@ -147,12 +147,12 @@ def tokenize_part(
     """
     lengths: list[int] = []
     sha256, empty, spelled, largest = hashlib.sha256(), 0, 0, 0
-    found = _Found(evaluations)
+    outcome = _Found(evaluations)
     # Of this process alone: another may still be at work on the same part, with the same result.
     new = files.tokens.with_suffix(f".{os.getpid()}.partial")
     try:
         with new.open("wb") as out:
-            for texts, read in _batches(found.texts(read_part(part, selection))):
+            for texts, read in _batches(outcome.texts(read_part(part, selection))):
                 count = len(lengths)
                 spelled += encoder.spelled(texts)
                 for tokens in encoder.tokens(texts):
@@ -175,9 +175,9 @@ def tokenize_part(
         documents=len(lengths),
         tokens=sum(lengths),
         empty=empty,
-        left_out=found.left_out,
-        malformed=tuple(found.malformed),
-        contaminated=tuple(found.contaminated),
+        left_out=outcome.left_out,
+        malformed=tuple(outcome.malformed),
+        contaminated=tuple(outcome.contaminated),
         sha256=sha256.hexdigest(),
         spelled=spelled,
         largest_id=largest,

@@ -10,13 +10,13 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.files import name_problem
 
 MAX_NAME_BYTES = 200
-"""Of a dataset's name: with the endings of its files a file system's limit is 255."""
+"""Maximum length of a dataset's name: with suffixes, file systems allow 255 bytes."""
 
 SUFFIXES = (".bin", ".idx")
 
 EXPECTED = (
-    "expected prefixes of .bin and .idx files, separated by spaces, or a weight above 0 before "
-    "each of them; a prefix with a space is put in quotes: "
+    "expected prefixes of .bin and .idx files, separated by spaces, each with or without a "
+    "weight above 0 before it. A prefix with a space is put in quotes: "
     "data_paths='0.7 \"/my data/web\" 0.3 /data/academic'"
 )
 
@@ -99,7 +99,7 @@ def of_words(words: Sequence[str | Path | float]) -> list[DataPath]:
                 f"data_paths: {texts[0]} has no weight, and others have ({weight}); {EXPECTED}."
             )
         return [DataPath(_prefix(text)) for text in texts]
-    found = []
+    paths = []
     for weight, prefix in zip(texts[::2], [*texts[1::2], ""], strict=False):
         if not _is_weight(weight):
             raise UpcyclingError(f"data_paths: {weight} has no weight before it; {EXPECTED}.")
@@ -110,8 +110,8 @@ def of_words(words: Sequence[str | Path | float]) -> list[DataPath]:
                 f"data_paths: the weight of {prefix} is {weight}; expected more than 0. Leave out "
                 "what is not to be trained on."
             )
-        found.append(DataPath(_prefix(prefix), float(weight)))
-    return found
+        paths.append(DataPath(_prefix(prefix), float(weight)))
+    return paths
 
 
 def words_of(paths: Iterable[DataPath]) -> list[str]:
@@ -153,12 +153,12 @@ def _is_dataset(prefix: str) -> bool:
 
 def _joined(words: list[str]) -> list[str]:
     """Put together what is a dataset's prefix only together: it has spaces without quotes."""
-    found = []
+    joined = []
     while words:
         ends = range(len(words), 1, -1)
         whole = _is_weight(words[0]) or _is_dataset(_prefix(words[0]))
         joins = (end for end in ends if _is_dataset(_prefix(" ".join(words[:end]))))
         end = 1 if whole else next(joins, 1)
-        found.append(" ".join(words[:end]))
+        joined.append(" ".join(words[:end]))
         words = words[end:]
-    return found
+    return joined

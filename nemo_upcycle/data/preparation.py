@@ -100,9 +100,9 @@ def prepare(
         What went in and what came out; at once where it is there already.
 
     Raises:
-        UpcyclingError: A source or the tokenizer is missing or cannot be read, more lines are
-            malformed than may be, there is no document, another process is at work, or parts of
-            another job are in the way. Nothing is left but complete parts.
+        UpcyclingError: A source or the tokenizer is missing or unreadable, too many lines are
+            malformed, or there is no document. Or another process is at work, or parts of another
+            job are in the way. Only complete parts are left.
     """
     names = files_of(preparation.sources)
     encoder = load_encoder(preparation.tokenizer, preparation.parse_special)
@@ -150,8 +150,8 @@ def _identity(source: str) -> dict[str, Any]:
     """Return what says that a source is still the same."""
     if source.startswith(HUB) or is_url(source):
         return {"source": source}
-    found = Path(source).stat()
-    return {"source": source, "bytes": found.st_size, "modified_ns": found.st_mtime_ns}
+    stat = Path(source).stat()
+    return {"source": source, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
 
 
 def _parts(names: Sequence[str], part_bytes: int) -> list[Part]:
@@ -355,10 +355,10 @@ def _located(records: Sequence[PartRecord], kind: str) -> Iterator[dict[str, Any
 
 
 def _of_sources(records: Sequence[PartRecord]) -> list[dict[str, Any]]:
-    found = []
+    manifests = []
     for source, group in groupby(records, key=lambda record: record.part.source):
         of_source = list(group)
-        found.append(
+        manifests.append(
             {
                 "source": source,
                 "documents": sum(record.documents for record in of_source),
@@ -369,4 +369,4 @@ def _of_sources(records: Sequence[PartRecord]) -> list[dict[str, Any]]:
                 "contaminated": sum(len(record.contaminated) for record in of_source),
             }
         )
-    return found
+    return manifests

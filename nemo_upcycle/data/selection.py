@@ -32,13 +32,13 @@ class Selection:
     def of(self, record: Any) -> tuple[str | None, str | None]:
         """Return a record's text, or why it has none; neither where it is left out."""
         if not isinstance(record, dict):
-            hint = ": jq -c '.[]' FILE writes one a line" if isinstance(record, list) else ""
+            hint = ": jq -c '.[]' FILE writes one per line" if isinstance(record, list) else ""
             return None, f"expected an object, found {type(record).__name__}{hint}"
         for key, value in self.where.items():
-            found = _field(record, key)
-            if found is _MISSING:
+            actual = _field(record, key)
+            if actual is _MISSING:
                 return None, f'no "{key}"; there is {_keys(record)}'
-            if str(found) != value:
+            if str(actual) != value:
                 return None, None
         if self.template is not None:
             text, error = _rendered(self.template, record)

@@ -34,11 +34,11 @@ def files_of(sources: Iterable[str]) -> list[str]:
     Raises:
         UpcyclingError: One is not there, is of no kind that is known, or is given twice.
     """
-    found = [file for source in sources for file in _files_of(source)]
-    if lost := [file for file in found if "://" not in file and not Path(file).is_file()]:
+    files = [file for source in sources for file in _files_of(source)]
+    if lost := [file for file in files if "://" not in file and not Path(file).is_file()]:
         raise UpcyclingError(f"{listing(lost)}: links to no file; expected documents")
-    _check_given_once(found)
-    return found
+    _check_given_once(files)
+    return files
 
 
 def passed_over(source: str) -> str:
@@ -58,8 +58,8 @@ def _files_of(source: str) -> list[str]:
     path = Path(source).expanduser()
     if path.is_dir():
         files = list(_within(path))
-        if found := sorted(str(file) for file in files if _is_known(file) and not _is_ours(file)):
-            return found
+        if known := sorted(str(file) for file in files if _is_known(file) and not _is_ours(file)):
+            return known
         raise UpcyclingError(
             f"no documents in {source}: {passed_over(source) or 'it is empty'}; "
             f"{_expected(max(map(_ending, files), default=None))}"
@@ -127,7 +127,7 @@ def _advice(ending: str | None) -> str:
         return "Unpack it, or pack JSON lines with gzip or zstd for `data tokenize`"
     if ending in TABLES:
         return f"{HUB}DIRECTORY of `data tokenize` reads a directory of {ending} files"
-    return 'JSON lines are documents such as {"text": "…"}, one a line'
+    return 'JSON lines are documents such as {"text": "…"}, one per line'
 
 
 def _is_known(path: PurePath) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, read_config
+from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, is_huggingface, read_config
 from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.huggingface import find_directory
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
@@ -63,7 +63,7 @@ def describe(source: str | Path) -> Described:
 
 
 def _architecture(directory: Path) -> Architecture | None:
-    if not (directory / "config.json").is_file():
+    if not is_huggingface(directory):
         return open_trained(directory).model.arch
     config = read_config(directory)
     kind = str(config.get("model_type"))
@@ -145,13 +145,13 @@ def open_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase:
     """
     if find_directory(sources[0]) is None:  # checkpoints are there, so a user has named it
         return load_tokenizer(named_tokenizer(sources[0]))
-    found = next(filter(None, map(tokenizer_directory, sources)), None)
-    if found is None:
+    directory = next(filter(None, map(tokenizer_directory, sources)), None)
+    if directory is None:
         raise UpcyclingError(
             f"{sources[-1]} holds no tokenizer; expected one of {', '.join(NEEDED)}. "
             "Name its directory: --tokenizer DIR."
         )
-    return load_tokenizer(found)
+    return load_tokenizer(directory)
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,7 +11,7 @@ import transformers
 from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from nemo_upcycle.checkpoint import read_config
+from nemo_upcycle.checkpoint import is_huggingface, read_config
 from nemo_upcycle.checkpoint.kept import GENERATION, default_tokens
 from nemo_upcycle.checkpoint.tokenizer_files import check_token_ids
 from nemo_upcycle.errors import UpcyclingError
@@ -60,13 +60,13 @@ def generation_config(directory: Path) -> GenerationConfig:
                 f"{directory / FILE} cannot be read: {error}; expected the JSON that transformers "
                 "writes."
             ) from error
-    if (directory / "config.json").is_file():
+    if is_huggingface(directory):
         _check(read_config(directory), directory / "config.json")
         return GenerationConfig.from_model_config(transformers_config(directory))
     kept = open_trained(directory).kept or {}
-    if found := kept.get("generation_config"):
-        _check(found, directory)
-        return GenerationConfig.from_dict(dict(found))
+    if saved := kept.get("generation_config"):
+        _check(saved, directory)
+        return GenerationConfig.from_dict(dict(saved))
     said = default_tokens(str(kept.get("model_type"))) | dict(kept.get("config", {}))
     _check(said, directory)
     return GenerationConfig(**{name: said.get(name) for name in _TOKENS})
@@ -126,10 +126,10 @@ def _of_another_family(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if not rope:
         return config
-    found = in_words_of_transformers_4(config)
+    words = in_words_of_transformers_4(config)
     known = signature(CONFIG_MAPPING[config["model_type"]].__init__).parameters
-    unread = [word for word in rope if word in found and word not in known]
-    if found.get("rope_scaling") and "rope_scaling" not in known:
+    unread = [word for word in rope if word in words and word not in known]
+    if words.get("rope_scaling") and "rope_scaling" not in known:
         unread.append("rope_scaling")
     if unread:
         raise UpcyclingError(
@@ -137,7 +137,7 @@ def _of_another_family(config: dict[str, Any]) -> dict[str, Any]:
             f"{transformers.__version__} has no {', '.join(unread)} in a {config['model_type']}; "
             "save the model with transformers 4."
         )
-    return found
+    return words
 
 
 def prompt_ids(

@@ -83,7 +83,7 @@ def evaluate(
         batch_size=options.batch_size,
         max_length=options.max_length,
     )
-    found = {}
+    by_request = {}
     for request, manager in tasks.items():
         results = simple_evaluate(
             model=lm,
@@ -102,9 +102,9 @@ def evaluate(
                 "apply_chat_template": options.apply_chat_template,
                 "tokenizer": encoder_of(lm.tokenizer).fingerprint(),
             }
-            found[request] = results
+            by_request[request] = results
             keep(request, results)
-    return found
+    return by_request
 
 
 def read_results(path: Path, wanted: Sequence[Request]) -> Results:
@@ -121,14 +121,14 @@ def read_results(path: Path, wanted: Sequence[Request]) -> Results:
         raise UpcyclingError(
             f"{path} cannot be read ({error!r}); expected lm-eval's JSON of an earlier run."
         ) from error
-    found = {
+    by_request = {
         request: saved
         for request in wanted
         if any(
             task in shots and request.num_fewshot in (None, shots[task]) for task in request.tasks
         )
     }
-    if not found:
+    if not by_request:
         raise UpcyclingError(
             f"{path} has results of {', '.join(shots)}; expected the tasks that are run now, with "
             "as many examples."
@@ -139,7 +139,7 @@ def read_results(path: Path, wanted: Sequence[Request]) -> Results:
             f"{path} has no score of {listing(without)}; expected lm-eval's JSON of a run that "
             "came to its end."
         )
-    return found
+    return by_request
 
 
 def _has_score(metrics: Mapping[str, Any]) -> bool:
@@ -175,9 +175,9 @@ def check_alike(path: Path, earlier: Results, results: Results) -> None:
     for request, now in results.items():
         before = earlier.get(request, {})
         for key, name in (("n-samples", "questions"), ("versions", "version"), ("n-shot", "shots")):
-            said, found = before.get(key) or {}, now.get(key) or {}
-            for task in sorted(said.keys() & found.keys()):
-                one, other = _asked(said[task]), _asked(found[task])
+            previous, current = before.get(key) or {}, now.get(key) or {}
+            for task in sorted(previous.keys() & current.keys()):
+                one, other = _asked(previous[task]), _asked(current[task])
                 if one != other:
                     raise _other(path, f"{name} of {task}", one, other)
         one, other = (each.get("config", {}).get("tokenizer") for each in (before, now))
@@ -186,7 +186,7 @@ def check_alike(path: Path, earlier: Results, results: Results) -> None:
 
 
 def _is_templated(results: Mapping[str, Any]) -> bool | None:
-    """Say whether questions were asked in a chat template; None where results do not say."""
+    """Return whether questions were asked in a chat template; None where results do not say."""
     said = results.get("config", {}).get("apply_chat_template")
     if said is None and "chat_template" in results:  # of lm-eval's own command line
         return bool(results["chat_template"])
@@ -217,7 +217,7 @@ class Written:
         self._out, self._several = out, several
         self._failures: list[str] = []
 
-    def results(self, name: str, request: Request, found: Mapping[str, Any]) -> None:
+    def results(self, name: str, request: Request, results: Mapping[str, Any]) -> None:
         """Write lm-eval's results of a model: `NAME.json`, or `NAME-5-shot.json` where runs differ.
 
         Args:
@@ -229,7 +229,7 @@ class Written:
 
         shots = request.num_fewshot if self._several else None
         file = f"{name}.json" if shots is None else f"{name}-{shots}-shot.json"
-        said = json.dumps(found, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        said = json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False)
         self.text(file, said)
 
     def text(self, name: str, content: str) -> None:

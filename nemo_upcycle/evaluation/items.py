@@ -29,9 +29,9 @@ def write_items(tasks: Sequence[str], out: Path, include_path: Path | None = Non
     need_lm_eval()
     (request,) = requests(tasks, None, paper=False)
     loaded = load_tasks([request], include_path)[request].load(list(tasks))["tasks"]
-    found = [item for task in loaded.values() for item in _items_of(task)]
-    write_whole(out, "".join(json.dumps(asdict(item)) + "\n" for item in found))
-    return len(found)
+    items = [item for task in loaded.values() for item in _items_of(task)]
+    write_whole(out, "".join(json.dumps(asdict(item)) + "\n" for item in items))
+    return len(items)
 
 
 def _items_of(task: Any) -> Iterator[Item]:

@@ -9,12 +9,12 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from transformers import PreTrainedModel
 
-from nemo_upcycle.checkpoint import read_config
+from nemo_upcycle.checkpoint import is_huggingface, read_config
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.engine import cpu
+from nemo_upcycle.engine.loadable import LoadableCheckpoint, open_loadable
 from nemo_upcycle.engine.ranks import Ranks
-from nemo_upcycle.engine.source import Source, open_source
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.checks import dtype_of
 from nemo_upcycle.evaluation.checks import open_tokenizer as open_tokenizer
@@ -56,7 +56,7 @@ def open_model(
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     folding.validate(world_size)
     in_megatron = megatron or world_size > 1
-    config = read_config(directory) if (directory / "config.json").is_file() else None
+    config = read_config(directory) if is_huggingface(directory) else None
     if config is not None and in_megatron and not is_known(config):
         raise UpcyclingError(
             f"config.json says model_type={config.get('model_type')!r}, which Megatron does not "
@@ -68,8 +68,8 @@ def open_model(
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     else:
         _start(folding)
-        found = open_source(directory)
-        model = _in_megatron(found, folding, chosen or found.dtype)
+        opened = open_loadable(directory)
+        model = _in_megatron(opened, folding, chosen or opened.dtype)
     model.generation_config = generation_config(directory)
     return model
 
@@ -96,7 +96,7 @@ def _start(folding: ParallelFolding) -> None:
 
 
 def _in_megatron(
-    source: Source, folding: ParallelFolding, dtype: torch.dtype
+    source: LoadableCheckpoint, folding: ParallelFolding, dtype: torch.dtype
 ) -> MegatronForCausalLM:
     """Build this rank's part and fill it.
 

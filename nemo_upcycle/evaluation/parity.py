@@ -19,10 +19,11 @@ from nemo_upcycle.progress import Progress
 from nemo_upcycle.trained.drift import EXACT, Drift
 
 MULTIPLE = 4
-"""Of what rounding alone does to the dense model, what the MoE may differ by.
+"""Allowed difference of the MoE, as a multiple of the effect of rounding on the dense model.
 
-The MoE adds up several experts' outputs, weighted, where the dense model has one, and on one rank
-its attention is another program's: measured, that is 0.6 to 1.4 times the same in fp32.
+The MoE sums weighted outputs of several experts instead of one output, and on one rank the two
+models use different attention programs. The measured effect is 0.6 to 1.4 times that of rounding,
+in fp32.
 """
 
 ROW_TOKENS = 512
@@ -46,9 +47,9 @@ class Parity:
 
     Attributes:
         tokens: Tokens predicted.
-        dense_loss: Mean cross-entropy of the dense model, nats a token.
+        dense_loss: Mean cross-entropy of the dense model, nats per token.
         moe_loss: That of the MoE.
-        kl: Mean KL(dense‖MoE), nats a token.
+        kl: Mean KL(dense‖MoE), nats per token.
         top1: Share of tokens for which both predict the same.
         difference: Largest difference of two logits.
         relative: Largest distance of a token's logits, |MoE − dense| / |dense|.
@@ -237,14 +238,14 @@ def _sums(one: torch.Tensor, other: torch.Tensor, labels: torch.Tensor) -> torch
 
 
 def reasons(
-    found: Drift, model: MoEModel, dense: Architecture, dense_checkpoints: int
+    drift: Drift, model: MoEModel, dense: Architecture, dense_checkpoints: int
 ) -> Iterator[str]:
     """Yield why an MoE does not compute what the dense model computes.
 
     Args:
         found: How far its weights are from the dense ones.
         model: The MoE.
-        dense: The dense model's numbers.
+        dense: The dense model's architecture.
         dense_checkpoints: How many dense models the MoE was made of.
     """
     if dense_checkpoints > 1:
@@ -252,18 +253,18 @@ def reasons(
             f"experts come from {dense_checkpoints} dense models, and everything else is their "
             "average"
         )
-    elif found.others > EXACT:
+    elif drift.others > EXACT:
         yield (
             f"attention, norms, embeddings or dense layers have changed by up to "
-            f"{found.others:.2%}: it was trained on, or is another dense model's"
+            f"{drift.others:.2%}: it was trained on, or is another dense model's"
         )
-    if found.experts > EXACT:
+    if drift.experts > EXACT:
         yield (
-            f"experts are up to {found.experts:.2%} from the dense layer: trained, or changed by "
+            f"experts are up to {drift.experts:.2%} from the dense layer: trained, or changed by "
             "an initializer"
         )
-    if found.untouched:
-        yield from _at_step_0(found, model, dense, dense_checkpoints)
+    if drift.untouched:
+        yield from _at_step_0(drift, model, dense, dense_checkpoints)
 
 
 def other_numbers(moe: Architecture, dense: Architecture) -> Iterator[str]:
@@ -278,7 +279,7 @@ def other_numbers(moe: Architecture, dense: Architecture) -> Iterator[str]:
 
 
 def _at_step_0(
-    found: Drift, model: MoEModel, dense: Architecture, dense_checkpoints: int
+    drift: Drift, model: MoEModel, dense: Architecture, dense_checkpoints: int
 ) -> Iterator[str]:
     """Yield what upcycling itself says of the choices that show in the model."""
     config = upcycling_of(model, dense.ffn_hidden_size)
@@ -289,7 +290,7 @@ def _at_step_0(
 
     def apart(choice: UpcyclingConfig) -> float:
         scales = choice.scales(gated)
-        return sum(abs(getattr(scales, part) - found.scales.get(part, 1.0)) for part in shown)
+        return sum(abs(getattr(scales, part) - drift.scales.get(part, 1.0)) for part in shown)
 
     exactness = min(choices, key=apart).exactness(gated, dense_checkpoints)
     if not exactness.exact:

@@ -20,7 +20,7 @@ class Score:
         task: lm-eval's name, indented as in its own table.
         num_fewshot: Examples before each question.
         metric: lm-eval's name.
-        values: A value and its standard error, one a model; None where a model has none.
+        values: A value and its standard error per model; None if a model has none.
     """
 
     task: str
@@ -45,9 +45,9 @@ def scores(models: Sequence[Results]) -> list[Score]:
                 name, _, kind = key.partition(",")
                 if not kind or name.endswith("_stderr"):
                     continue
-                found = [_value(each.get(task, {}), key) for each in (results["results"], *others)]
-                if found[0] is not None:
-                    rows.append(Score(task, _shots(shots), name, tuple(found)))
+                values = [_value(each.get(task, {}), key) for each in (results["results"], *others)]
+                if values[0] is not None:
+                    rows.append(Score(task, _shots(shots), name, tuple(values)))
     return rows
 
 
@@ -56,8 +56,8 @@ def _top_level(results: Mapping[str, Any]) -> list[str]:
     return [task for task in results["results"] if task not in inside]
 
 
-def _shots(found: Any) -> str:
-    return "" if found is None or found == {} else str(found)
+def _shots(shots: Any) -> str:
+    return "" if shots is None or shots == {} else str(shots)
 
 
 def _value(metrics: Mapping[str, Any], key: str) -> tuple[float, float | None] | None:
@@ -71,8 +71,8 @@ def _value(metrics: Mapping[str, Any], key: str) -> tuple[float, float | None] |
 
 def paper_score(results: Results, row: PaperRow) -> float | None:
     """Return what a model has of a column of the paper's table, in %; None if it was not run."""
-    for request, found in results.items():
-        metrics = found.get("results", {}).get(row.task)
+    for request, each in results.items():
+        metrics = each.get("results", {}).get(row.task)
         if metrics and row.task in request.tasks and request.num_fewshot == row.num_fewshot:
             for key, value in metrics.items():
                 if key.partition(",")[0] == row.metric:
@@ -99,9 +99,9 @@ def row_lengths(names: Sequence[str], models: Sequence[Results]) -> str:
 
 def row_length(results: Results) -> int | None:
     """Return how many tokens a row had, None where results do not say."""
-    for found in results.values():
+    for each in results.values():
         # The first is ours, the second lm-eval's own command line's.
-        length = found.get("config", {}).get("max_length") or found.get("max_length")
+        length = each.get("config", {}).get("max_length") or each.get("max_length")
         if isinstance(length, int):
             return length
     return None
@@ -123,10 +123,10 @@ def markdown(names: Sequence[str], models: Sequence[Results], paper: bool) -> st
 
 def render(names: Sequence[str], models: Sequence[Results], paper: bool) -> list[Table]:
     """Return the same tables for a terminal."""
-    found = [("Scores", _cells(names, models))]
+    tables = [("Scores", _cells(names, models))]
     if paper:
-        found.append(("Table 3 of arXiv 2412.09952, in %", _paper_cells(names, models)))
-    return [_table(title, cells) for title, cells in found]
+        tables.append(("Table 3 of arXiv 2412.09952, in %", _paper_cells(names, models)))
+    return [_table(title, cells) for title, cells in tables]
 
 
 def _cells(names: Sequence[str], models: Sequence[Results]) -> list[list[str]]:

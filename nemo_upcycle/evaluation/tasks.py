@@ -75,17 +75,17 @@ def requests(tasks: Sequence[str], num_fewshot: int | None, paper: bool) -> list
     Raises:
         UpcyclingError: Nothing is.
     """
-    found = [Request(tuple(tasks), num_fewshot)] if tasks else []
+    requests = [Request(tuple(tasks), num_fewshot)] if tasks else []
     if paper:
         for shots in sorted({row.num_fewshot for row in PAPER}):
             names = tuple(row.task for row in PAPER if row.num_fewshot == shots)
-            found.append(Request(names, shots))
-    if not found:
+            requests.append(Request(names, shots))
+    if not requests:
         raise UpcyclingError(
             "No task is named; give --tasks piqa,sciq, say, or --paper for the paper's table. "
             "`lm_eval ls tasks` lists them."
         )
-    return found
+    return requests
 
 
 def need_lm_eval() -> None:
@@ -212,13 +212,13 @@ def _unreadable(directory: Path) -> list[str]:
     """Return what is wrong with a directory's YAML files, which lm-eval passes over."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    found = []
+    problems = []
     for path in sorted(directory.glob("**/*.yaml")):
         try:
             load_yaml(path, resolve_func=False)
         except Exception as error:
-            found.append(f"{path} cannot be read: {' '.join(str(error).split())}.")
-    return found
+            problems.append(f"{path} cannot be read: {' '.join(str(error).split())}.")
+    return problems
 
 
 def _missing(manager: Any, request: Request, error: Exception) -> UpcyclingError:

@@ -11,8 +11,8 @@ from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, read_config
 from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.fingerprint import check_tied
 from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.engine.loadable import open_loadable
 from nemo_upcycle.engine.reading import Chunk, copy_blocks
-from nemo_upcycle.engine.source import open_source
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.evaluation.generation import transformers_config
 from nemo_upcycle.families import FAMILIES
@@ -25,7 +25,7 @@ from nemo_upcycle.trained.restore import check_all_restored, plan_restore
 
 
 def is_known(config: dict[str, Any]) -> bool:
-    """Say whether a `config.json` is of a family that Megatron computes, dense or MoE."""
+    """Return whether a `config.json` is of a family that Megatron computes, dense or MoE."""
     return config.get("model_type") in (*FAMILIES, *MOE_FAMILIES)
 
 
@@ -48,7 +48,7 @@ def transformers_model(directory: Path, dtype: torch.dtype | None) -> PreTrained
 
 
 def _known(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    source, checkpoint = open_source(directory), HuggingFaceCheckpoint(directory)
+    source, checkpoint = open_loadable(directory), HuggingFaceCheckpoint(directory)
     _check(checkpoint)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(
@@ -156,5 +156,5 @@ def _other(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 def _shape(directory: Path, name: str) -> list[int] | None:
     """Return the shape that the files say; a model's name may have more in front of theirs."""
     tensors = HuggingFaceCheckpoint(directory).tensors
-    found = (info.shape for file_name, info in tensors.items() if name.endswith(file_name))
-    return list(next(found, ())) or None
+    shapes = (info.shape for file_name, info in tensors.items() if name.endswith(file_name))
+    return list(next(shapes, ())) or None

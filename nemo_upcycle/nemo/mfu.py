@@ -90,8 +90,8 @@ def utilisation(
         TFLOP/s per GPU, and fractions of the peak.
     """
     scale = sequences / (seconds * gpus) / 1e12
-    found = {"tflops_per_gpu": counted.training * scale}
+    values = {"tflops_per_gpu": counted.training * scale}
     if peak_tflops is not None:
-        found["mfu"] = counted.training * scale / peak_tflops
-        found["mfu_full_attention"] = counted.training_full_attention * scale / peak_tflops
-    return found
+        values["mfu"] = counted.training * scale / peak_tflops
+        values["mfu_full_attention"] = counted.training_full_attention * scale / peak_tflops
+    return values

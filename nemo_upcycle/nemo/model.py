@@ -19,7 +19,7 @@ from nemo.lightning import io, teardown
 from nemo_upcycle.checkpoint.kept import FIELD, kept_of
 from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
-from nemo_upcycle.engine.source import open_source
+from nemo_upcycle.engine.loadable import open_loadable
 from nemo_upcycle.families import Architecture, fields
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.nemo import cpu
@@ -190,7 +190,7 @@ class HuggingFaceImporter(io.ModelConnector):
 
     def init(self) -> UpcycledGPTModel:
         """Make the model that the directory is of; it has no weights yet."""
-        source = open_source(str(self))
+        source = open_loadable(str(self))
         config = trained_config(source.model, source.dtype)
         has_tokenizer = tokenizer_directory(str(self)) is not None
         return UpcycledGPTModel(
@@ -199,7 +199,7 @@ class HuggingFaceImporter(io.ModelConnector):
 
     def apply(self, output_path: Path) -> Path:
         """Write the directory as a NeMo 2 checkpoint."""
-        source, model = open_source(str(self)), self.init()
+        source, model = open_loadable(str(self)), self.init()
         trainer = None
         if not torch.cuda.is_available():
             trainer = cpu.trainer(ckpt_save_optimizer=False, always_save_context=True)
@@ -225,16 +225,16 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
     """Return the fields of NeMo's configs that a dense model decides.
 
     Args:
-        arch: Its numbers.
+        arch: The dense model's architecture.
 
     Returns:
         Keyword arguments for `UpcycledGPTConfig`; for a Llama also for NeMo's LlamaConfig
         (Llama31Config where there is RoPE scaling). What is as in a Llama is left out.
     """
-    found = fields.architecture_fields(arch)
-    if found.get("activation_func") == squared_relu.__name__:
-        found["activation_func"] = squared_relu
-    return found
+    values = fields.architecture_fields(arch)
+    if values.get("activation_func") == squared_relu.__name__:
+        values["activation_func"] = squared_relu
+    return values
 
 
 def trained_config(model: MoEModel, dtype: torch.dtype, **others: Any) -> UpcycledGPTConfig:
@@ -266,6 +266,6 @@ def trained_config(model: MoEModel, dtype: torch.dtype, **others: Any) -> Upcycl
 
 
 def is_llama(arch: Architecture) -> bool:
-    """Say whether NeMo's own Llama computes the dense model."""
+    """Return whether NeMo's own Llama computes the dense model."""
     with_default = (each for each in fields_of(Architecture) if each.default is not MISSING)
     return all(getattr(arch, each.name) == each.default for each in with_default)

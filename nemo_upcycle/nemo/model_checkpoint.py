@@ -76,8 +76,8 @@ class ModelCheckpoint(nl.ModelCheckpoint):
             super()._save_checkpoint(trainer, filepath)
         except CheckpointException as error:
             # Raised on all ranks, but only the coordinator's has the writers' errors in it.
-            found = _cause(error) if error.failures else None
-            raise _unsaved(filepath, "; ".join(filter(None, _gather(found)))) from error
+            cause = _cause(error) if error.failures else None
+            raise _unsaved(filepath, "; ".join(filter(None, _gather(cause)))) from error
         except (OSError, RuntimeError) as error:
             raise _unsaved(filepath, str(error)) from error
 

@@ -56,14 +56,14 @@ class Health:
 
     def scalars(self) -> dict[str, float]:
         """Return `moe/NAME` over all layers, and `moe/NAME_layer_N` of each MoE layer."""
-        found = {}
+        named = {}
         for name, values in self.values.items():
             layers = [(n, float(v)) for n, v in enumerate(values) if not torch.isnan(v)]
             if layers:
                 total = sum(value for _, value in layers)
-                found[f"moe/{name}"] = total if name == "dead_experts" else total / len(layers)
-            found |= {f"moe/{name}_layer_{n}": value for n, value in layers}
-        return found
+                named[f"moe/{name}"] = total if name == "dead_experts" else total / len(layers)
+            named |= {f"moe/{name}_layer_{n}": value for n, value in layers}
+        return named
 
 
 class MoEHealthCallback(pl.Callback, Recorded):
@@ -162,13 +162,13 @@ class MoEHealthCallback(pl.Callback, Recorded):
         for values in (sums, losses, *moved.sums):
             if torch.distributed.is_initialized():
                 torch.distributed.all_reduce(values)
-        found = _of_sums(sums, self._experts, self._topk)
-        is_moe = ~torch.isnan(found["expert_load_cv"])
+        measures = _of_sums(sums, self._experts, self._topk)
+        is_moe = ~torch.isnan(measures["expert_load_cv"])
         for name, values in zip(LOSSES, losses, strict=True):
             if values.any():
-                found[name] = torch.where(is_moe, values, torch.nan)
-        found |= moved.distances()
-        return Health(_load(sums, self._experts).cpu(), {n: v.cpu() for n, v in found.items()})
+                measures[name] = torch.where(is_moe, values, torch.nan)
+        measures |= moved.distances()
+        return Health(_load(sums, self._experts).cpu(), {n: v.cpu() for n, v in measures.items()})
 
     def _check_finite(self) -> None:
         layers = self._not_finite.nonzero().flatten().tolist()
@@ -223,12 +223,12 @@ def _losses(layers: int, device: torch.device) -> torch.Tensor:
     data = parallel_state.get_data_parallel_world_size()
     ranks = parallel_state.get_tensor_and_context_parallel_world_size() * data
     over = {"dp": data, "all": ranks, "none": 1}
-    found = torch.zeros(len(LOSSES), layers, device=device)
+    losses = torch.zeros(len(LOSSES), layers, device=device)
     for index, (name, kind) in enumerate(LOSSES.items()):
         if name in tracker:
             values = tracker[name]["values"][:layers].float()
-            found[index] = values / (get_num_microbatches() * over[kind])
-    return found
+            losses[index] = values / (get_num_microbatches() * over[kind])
+    return losses
 
 
 class _Moved:
@@ -290,11 +290,11 @@ class _Moved:
         pairs_L = copies * squares_L - self._sum_of_copies.square().sum((1, 2))
         mean_L = 2 * pairs_L.clamp(min=0) / max(1, copies * (copies - 1))
         squares_L = torch.where(squares_L > 0, squares_L, torch.nan)
-        found = {"expert_distance": (mean_L / (squares_L / copies)).sqrt()}
+        measures = {"expert_distance": (mean_L / (squares_L / copies)).sqrt()}
         if began_L.any():
             began_L = torch.where(began_L > 0, began_L, torch.nan)
-            found["router_distance"] = (moved_L / began_L).sqrt()
-        return found
+            measures["router_distance"] = (moved_L / began_L).sqrt()
+        return measures
 
 
 def _is_fc1(own: OwnedShard) -> bool:
@@ -302,7 +302,7 @@ def _is_fc1(own: OwnedShard) -> bool:
 
 
 def _first_with_its_router() -> bool:
-    """Say whether this rank is the first of those that have the same routers."""
+    """Return whether this rank is the first of those that have the same routers."""
     return (
         parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -312,10 +312,10 @@ def _first_with_its_router() -> bool:
 def _router_at_start(trainer: pl.Trainer, config: Any) -> Callable[[int], torch.Tensor] | None:
     """Return what gives a layer's router as upcycling draws it; None in a run without upcycling."""
     # UpcyclingCallback, which is not of this room.
-    found = [c for c in trainer.callbacks if hasattr(c, "upcycling")]
-    if not found:
+    upcyclers = [c for c in trainer.callbacks if hasattr(c, "upcycling")]
+    if not upcyclers:
         return None
-    upcycling: UpcyclingConfig = found[0].upcycling(config)
+    upcycling: UpcyclingConfig = upcyclers[0].upcycling(config)
     rows = (0, config.num_moe_experts)
     return lambda layer: torch.from_numpy(
         initialize_router(upcycling, layer, rows, config.hidden_size)

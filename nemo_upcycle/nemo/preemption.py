@@ -98,12 +98,12 @@ class PreemptionCallback(pl.Callback, io.IOMixin):
 
     def _restore(self, trainer: pl.Trainer) -> None:
         # Lightning puts back, later, what it found as training began: this callback's.
-        found = trainer._signal_connector._original_handlers
+        handlers = trainer._signal_connector._original_handlers
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, handler)
-            if found.get(number) == self._receive:
-                found[number] = handler
+            if handlers.get(number) == self._receive:
+                handlers[number] = handler
 
 
 def _write(line: str) -> None:

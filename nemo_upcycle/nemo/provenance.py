@@ -70,9 +70,9 @@ class Provenance(pl.Callback, Recorded):
         """Check, before the model is made, what the run starts from or resumes.
 
         Raises:
-            UpcyclingError: Another start of the run is at work, a number makes no sense, the
-                weights to begin with cannot be used, or a resume contradicts what the run was
-                begun with; raised on every rank.
+            UpcyclingError: Another start of the run is at work, a number is out of range, or the
+                initial weights cannot be used. Or a resume contradicts the run's beginning. Raised
+                on every rank.
         """
         if stage != "fit":
             return
@@ -81,7 +81,9 @@ class Provenance(pl.Callback, Recorded):
             self._ranks.on_all(lambda: self._check(trainer, pl_module))
             views = self._ranks.gather((str(trainer.ckpt_path), self._origin))
             check_same("checkpoints to resume from", [path for path, _ in views])
-            check_same("dense checkpoints", [found and found.fingerprint for _, found in views])
+            check_same(
+                "dense checkpoints", [prepared and prepared.fingerprint for _, prepared in views]
+            )
         for line in (*self._remarks, *(f"[resume] {change}" for change in self._changes)):
             say(line)
 

@@ -64,13 +64,13 @@ def release(directory: Path) -> None:
 
 
 def _holder() -> dict[str, Any]:
-    found = {
+    holder = {
         "host": socket.gethostname(),
         "process": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
     job = os.environ.get("SLURM_JOB_ID")
-    return found | ({"job": job} if job else {})
+    return holder | ({"job": job} if job else {})
 
 
 def _refused(file: IO[Any], directory: Path) -> UpcyclingError:

@@ -84,9 +84,9 @@ def check_numbers(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
         UpcyclingError: A number is out of range, or contradicts another.
     """
     check_trainer(trainer)
-    found = {"data": getattr(trainer, "datamodule", None)}
+    holders = {"data": getattr(trainer, "datamodule", None)}
     for name in _AT_LEAST_1:
-        value = getattr(found["data"], name.removeprefix("data."), None)
+        value = getattr(holders["data"], name.removeprefix("data."), None)
         if value is not None and not value >= 1:
             raise UpcyclingError(f"{name} is {value}; expected 1 or more.")
     optim = getattr(module, "optim", None)

@@ -1,8 +1,8 @@
-"""What decides the result of a training, by the names that the command line has for it.
+"""Settings that determine the result of a training, by their names on the command line.
 
-A run keeps its settings in its checkpoints. When it resumes, those of the command are compared with
-them: a change is refused by name, or taken and said. Neither what spreads a model over ranks nor
-what makes it faster is a setting.
+A run records its settings in its checkpoints. On a resume they are compared with the command's: a
+change is either refused by name, or applied and reported. The parallel mapping and options that
+only affect speed are not settings.
 """
 
 import hashlib
@@ -73,10 +73,10 @@ def settings_of(trainer: pl.Trainer, module: pl.LightningModule) -> Settings:
     Returns:
         By name, plain values: what a checkpoint can keep.
     """
-    found: Settings = {"trainer.max_steps": trainer.max_steps}
-    found |= _of_plugins(trainer) | _of_optimizer(getattr(module, "optim", None))
-    found |= _of_data(getattr(trainer, "datamodule", None))
-    return found | _of_config(getattr(module, "config", None))
+    settings: Settings = {"trainer.max_steps": trainer.max_steps}
+    settings |= _of_plugins(trainer) | _of_optimizer(getattr(module, "optim", None))
+    settings |= _of_data(getattr(trainer, "datamodule", None))
+    return settings | _of_config(getattr(module, "config", None))
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any], run: str) -> list[str]:
@@ -113,38 +113,38 @@ def _of_plugins(trainer: pl.Trainer) -> Settings:
 
 def _of_optimizer(optim: Any) -> Settings:
     config, scheduler = getattr(optim, "config", None), getattr(optim, "lr_scheduler", None)
-    found = {
+    settings = {
         f"optim.config.{name}": getattr(config, name)
         for name in _OF_OPTIMIZER
         if hasattr(config, name)
     }
     if scheduler is not None:
-        found["optim.lr_scheduler"] = type(scheduler).__name__
+        settings["optim.lr_scheduler"] = type(scheduler).__name__
         # NeMo sets max_steps to the trainer's; `monitor` is for other schedulers.
-        found |= {
+        settings |= {
             f"optim.lr_scheduler.{name}": value
             for name, value in vars(scheduler).items()
             if not name.startswith("_")
             and name not in ("max_steps", "monitor")
             and _is_plain(value)
         }
-    return found
+    return settings
 
 
 def _of_data(data: Any) -> Settings:
-    found = {
+    settings = {
         f"data.{name}": _plain(getattr(data, name)) for name in _OF_DATA if hasattr(data, name)
     }
-    found["data"] = type(data).__name__
+    settings["data"] = type(data).__name__
     sources = getattr(data, "build_kwargs", {})
     blends = [sources["blend"]] if "blend" in sources else sources.get("blend_per_split") or []
-    found["data.paths"] = [
+    settings["data.paths"] = [
         [None if weights is None else float(weights[index]), str(prefix), _content(str(prefix))]
         for prefixes, weights in filter(None, blends)
         for index, prefix in enumerate(prefixes)
     ]
-    found["data.tokenizer"] = _of_tokenizer(getattr(data, "tokenizer", None))
-    return found
+    settings["data.tokenizer"] = _of_tokenizer(getattr(data, "tokenizer", None))
+    return settings
 
 
 def _of_tokenizer(tokenizer: Any) -> str | None:
@@ -160,12 +160,12 @@ def _of_tokenizer(tokenizer: Any) -> str | None:
 def _of_config(config: Any) -> Settings:
     if config is None:
         return {}
-    found = {}
+    settings = {}
     for name in (field.name for field in fields(config)):
         value = getattr(config, name, None)
         if name in _ARCHITECTURE or (_is_plain(value) and not _NO_SETTING.search(name)):
-            found[f"model.config.{name}"] = _plain(value)
-    return found
+            settings[f"model.config.{name}"] = _plain(value)
+    return settings
 
 
 def _is_plain(value: Any) -> bool:

@@ -29,16 +29,16 @@ def checkpoint_tokenizer(source: str, model: str | None = None) -> "AutoTokenize
     """
     if model is None:
         resolve_directory(source)  # what is not there is the dense checkpoint
-    found = named_tokenizer(source)
+    directory = named_tokenizer(source)
     from nemo.collections.common.tokenizers import AutoTokenizer
     from nemo.utils.get_rank import is_global_rank_zero
 
-    tokenizer, alone = load_alone(found)
+    tokenizer, alone = load_alone(directory)
     if is_global_rank_zero():
         doubts = [doubtful_end(tokenizer, _directory(model) or resolve_directory(source))]
         if model is not None and (own := other_tokenizer(tokenizer, model)):
             doubts.append(
-                f"{found} gives texts other tokens than {own}, the tokenizer beside the dense "
+                f"{directory} gives texts other tokens than {own}, the tokenizer beside the dense "
                 "weights: the dense model does not know them as they are used here."
             )
         for doubt in filter(None, doubts):

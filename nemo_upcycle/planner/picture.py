@@ -1,4 +1,4 @@
-"""How a job grows, as a picture."""
+"""A figure of how a job scales."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 Found = Mapping[int, Prediction]
-"""Best mappings by their place on the axis."""
+"""The best mapping at each position on the axis."""
 
 
 def draw_scaling(points: Sequence[Point], title: str, path: Path) -> None:
-    """Write a picture: step time, MFU, memory, and the time to load and upcycle over GPUs.
+    """Write a figure: step time, MFU, memory, and the time to load and upcycle over GPUs.
 
     Args:
         points: Jobs of several sizes.
-        title: What is trained.
+        title: Title of the figure.
         path: The file to write (.png, .svg, .pdf).
 
     Raises:
@@ -34,16 +34,16 @@ def draw_scaling(points: Sequence[Point], title: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    found = {place: point.best for place, point in enumerate(points) if point.best is not None}
-    if not found:
-        raise UpcyclingError("Nothing fits on any of these numbers of GPUs; nothing to draw.")
+    best = {place: point.best for place, point in enumerate(points) if point.best is not None}
+    if not best:
+        raise UpcyclingError("No mapping fits on any of these numbers of GPUs; nothing to draw.")
     figure = Figure(figsize=(15, 9.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2)
     (step, use), (loading, memory) = panels
-    _step_times(step, found)
-    _utilisation(use, found)
-    _memory(memory, found)
+    _step_times(step, best)
+    _utilisation(use, best)
+    _memory(memory, best)
     seconds = {n: point.loading.seconds for n, point in enumerate(points) if point.loading}
     loading.plot(list(seconds), list(seconds.values()), marker="o")
     loading.set_ylim(bottom=0)
@@ -53,7 +53,7 @@ def draw_scaling(points: Sequence[Point], title: str, path: Path) -> None:
         axes.set_xlim(-0.6, len(points) - 0.4)
         axes.set_xlabel("GPUs")
         axes.grid(axis="y", alpha=0.3)
-        for place in set(range(len(points))) - set(found):
+        for place in set(range(len(points))) - set(best):
             axes.axvspan(place - 0.4, place + 0.4, color="0.93")
             axes.text(place, 0.5, "does not fit", rotation=90, ha="center", va="center",
                       color="0.4", transform=axes.get_xaxis_transform())  # fmt: skip
@@ -61,8 +61,8 @@ def draw_scaling(points: Sequence[Point], title: str, path: Path) -> None:
     write_picture(figure, path, dpi=100)
 
 
-def _step_times(axes: "Axes", found: Found) -> None:
-    places, best = list(found), list(found.values())
+def _step_times(axes: "Axes", points: Found) -> None:
+    places, best = list(points), list(points.values())
     total, gpus = [one.time.total for one in best], [one.mapping.world_size for one in best]
     axes.plot(places, total, marker="o", label="predicted")
     ideal = [total[0] * gpus[0] / number for number in gpus]
@@ -70,47 +70,47 @@ def _step_times(axes: "Axes", found: Found) -> None:
     for place, value in zip(places, total, strict=True):
         axes.annotate(f"{value:.2g}", (place, value), xytext=(6, 4), textcoords="offset points")
     axes.set_yscale("log")
-    axes.set_title("a step, s; the global batch stays the same")
+    axes.set_title("step time, s; constant global batch")
     axes.legend()
 
 
-def _utilisation(axes: "Axes", found: Found) -> None:
-    """Stack what a step's time is spent on, and draw MFU over it."""
+def _utilisation(axes: "Axes", best: Found) -> None:
+    """Stack the parts of the step time, with MFU on top."""
     shares = {
-        words: [100 * getattr(one.time, name) / one.time.total for one in found.values()]
+        words: [100 * getattr(one.time, name) / one.time.total for one in best.values()]
         for name, words in COMPONENTS.items()
     }
-    _stack(axes, found, shares)
-    used = [100 * one.mfu for one in found.values()]
-    axes.plot(list(found), used, marker="o", color="black", label="MFU, causal attention")
-    for place, value in zip(found, used, strict=True):
+    _stack(axes, best, shares)
+    used = [100 * one.mfu for one in best.values()]
+    axes.plot(list(best), used, marker="o", color="black", label="MFU, causal attention")
+    for place, value in zip(best, used, strict=True):
         axes.annotate(f"{value:.0f}", (place, value), xytext=(0, 6), ha="center",
                       textcoords="offset points")  # fmt: skip
     axes.set_ylim(0, 100)
-    axes.set_title("what the time is spent on, and MFU, %")
+    axes.set_title("parts of the step time, and MFU, %")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _memory(axes: "Axes", found: Found) -> None:
+def _memory(axes: "Axes", best: Found) -> None:
     gib = {
-        words: [getattr(one.memory, name) / GIB for one in found.values()]
+        words: [getattr(one.memory, name) / GIB for one in best.values()]
         for name, words in WHERE.items()
     }
-    _stack(axes, found, gib)
-    limit = next(iter(found.values())).hardware.memory_gib * HEADROOM
+    _stack(axes, best, gib)
+    limit = next(iter(best.values())).hardware.memory_gib * HEADROOM
     axes.axhline(limit, color="black", linestyle="--", label=f"{HEADROOM:.0%} of a GPU")
-    for place, one in found.items():
+    for place, one in best.items():
         axes.text(place, limit * 0.03, f"{one.mapping.folding}\n{one.mapping.recompute}",
                   fontsize=7, rotation=90, ha="center", va="bottom")  # fmt: skip
     axes.set_title("memory of the fullest GPU, GiB; its mapping and recompute")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def _stack(axes: "Axes", found: Found, parts: Mapping[str, list[float]]) -> None:
+def _stack(axes: "Axes", best: Found, parts: Mapping[str, list[float]]) -> None:
     from matplotlib import colormaps
 
-    bottom = [0.0] * len(found)
+    bottom = [0.0] * len(best)
     for number, (name, values) in enumerate(parts.items()):
         colour = colormaps["Set3"](number)
-        axes.bar(list(found), values, 0.7, bottom=bottom, label=name, color=colour)
+        axes.bar(list(best), values, 0.7, bottom=bottom, label=name, color=colour)
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]

@@ -19,8 +19,8 @@ from nemo_upcycle.data.choices import write_choices
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.trained.export import export
 from tests.distributed import scenarios
-from tests.distributed.comparison import FOLDED
 from tests.distributed.pool import RankPool, nemo_recipe
+from tests.distributed.step0 import FOLDED
 from tests.end_to_end import cli
 from tests.tiny import tokens
 from tests.workspace import make_workspace

@@ -14,10 +14,9 @@ from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.trained.export import export
 from nemo_upcycle.trained.opened import open_trained
-from tests.distributed.comparison import TOLERANCE, dense_logits
 from tests.distributed.pool import RankPool, nemo_recipe
-from tests.distributed.recipes import import_ckpt
-from tests.distributed.trained_kinds import KINDS, WEIGHTS, trained
+from tests.distributed.step0 import TOLERANCE, dense_logits
+from tests.distributed.trained import KINDS, WEIGHTS, import_ckpt, trained
 from tests.tiny import tokens, write_dense
 
 

@@ -19,7 +19,8 @@ from tests.distributed.foldings import Spread, spread
 from tests.distributed.grid import differing, whole
 from tests.distributed.megatron_dense import save_dense, upcycled_from
 from tests.distributed.pool import RankPool, nemo_recipe
-from tests.distributed.recipes import import_ckpt, train
+from tests.distributed.trained import import_ckpt
+from tests.distributed.training import train
 from tests.workspace import make_workspace
 
 SAVED = {

@@ -10,7 +10,7 @@ from tests.distributed import scenarios
 from tests.distributed.foldings import FOLDINGS
 from tests.distributed.grid import Grid
 from tests.distributed.pool import RankPool
-from tests.distributed.recipes import train
+from tests.distributed.training import train
 from tests.workspace import make_workspace
 
 

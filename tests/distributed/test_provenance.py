@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.distributed.pool import RankPool
-from tests.distributed.recipes import EP2, train
 from tests.distributed.runs import OVERRIDES, STEPS, STOPPED, Runs
+from tests.distributed.training import EP2, train
 
 
 def rates(said: str) -> list[tuple[float, float, str]]:

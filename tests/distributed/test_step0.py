@@ -6,10 +6,10 @@ import pytest
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed import grid as grids
-from tests.distributed.comparison import FOLDED, TOLERANCE, difference, error
 from tests.distributed.foldings import FOLDINGS, NAMES, ONE_RANK
 from tests.distributed.grid import Grid
 from tests.distributed.pool import RankPool
+from tests.distributed.step0 import FOLDED, TOLERANCE, difference, error
 from tests.tiny import LLAMA31_ROPE, write_llama
 
 

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.trained.export import export
-from tests.distributed.comparison import TOLERANCE
 from tests.distributed.pool import RankPool, nemo_recipe
-from tests.distributed.recipes import import_ckpt, train
-from tests.distributed.trained_kinds import KINDS, WEIGHTS
+from tests.distributed.step0 import TOLERANCE
+from tests.distributed.trained import KINDS, WEIGHTS, import_ckpt
+from tests.distributed.training import train
 from tests.tiny import tokens, write_dense
 from tests.workspace import VOCAB_SIZE, make_workspace
 

@@ -15,9 +15,9 @@ from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
 from nemo_upcycle.trained.export import export
 from nemo_upcycle.trained.opened import open_trained
 from tests.distributed import transformers5
-from tests.distributed.comparison import TOLERANCE
 from tests.distributed.pool import RankPool
-from tests.distributed.trained_kinds import IDS, KINDS, trained
+from tests.distributed.step0 import IDS, TOLERANCE
+from tests.distributed.trained import KINDS, trained
 from tests.tiny import CONFIG
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}

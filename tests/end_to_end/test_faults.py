@@ -10,7 +10,7 @@ import pytest
 
 from tests import progress
 from tests.distributed.nursery import Nursery, Run
-from tests.distributed.recipes import EP2, train
+from tests.distributed.training import EP2, train
 from tests.workspace import make_workspace
 
 STEPS = 5
