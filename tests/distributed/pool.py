@@ -130,9 +130,23 @@ def _call(
             )
         else:
             pretend_torchrun(rank, world_size, Path(store))
-        return function(**kwargs)
+        result = function(**kwargs)
+        _meet(Path(store), rank, world_size)
+        return result
     finally:
+        _ended(Path(store), rank).touch()  # the others do not wait for one that has failed
         _forget()
+
+
+def _meet(store: Path, rank: int, world_size: int) -> None:
+    """Wait until all ranks have ended: a connection that one closes may be new to another."""
+    _ended(store, rank).touch()
+    while not all(_ended(store, other).exists() for other in range(world_size)):
+        time.sleep(0.005)
+
+
+def _ended(store: Path, rank: int) -> Path:
+    return store.with_suffix(f".ended-{rank}")
 
 
 def pretend_torchrun(rank: int, world_size: int, store: Path) -> None:
