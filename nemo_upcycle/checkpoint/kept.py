@@ -21,6 +21,9 @@ from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
 FIELD = "kept"
 """Under this name a callback's state in a checkpoint has it."""
 
+UPCYCLED_FROM = "upcycled_from.json"
+"""The file beside the checkpoints of a run of Megatron-LM's or Bridge's that has it."""
+
 CHAT_TEMPLATES = "additional_chat_templates"
 """Directory of named templates beside `chat_template.jinja`, as transformers writes it."""
 
@@ -156,7 +159,7 @@ def dense_checkpoints_in(weights: Path) -> str | None:
 
 
 def _states(weights: Path) -> Iterator[dict[str, Any]]:
-    """Yield what callbacks have stored in a checkpoint, as far as it is plain."""
+    """Yield what is recorded in a checkpoint or beside it, as far as it is plain."""
     path = weights / "common.pt"
     if not path.is_file() and (weights / ".metadata").is_file():
         raise UpcyclingError(
@@ -165,9 +168,24 @@ def _states(weights: Path) -> Iterator[dict[str, Any]]:
         )
     common = read_pickle(path) if path.is_file() else None
     callbacks = common.get("callbacks") if isinstance(common, dict) else None
-    for state in callbacks.values() if isinstance(callbacks, dict) else ():
+    states = list(callbacks.values()) if isinstance(callbacks, dict) else []
+    for state in (*states, _beside(weights)):
         if isinstance(state, dict):
             yield state
+
+
+def _beside(weights: Path) -> Any:
+    """Return what the run of Megatron-LM's or Bridge's that saved a checkpoint has recorded."""
+    path = weights.resolve().parent / UPCYCLED_FROM
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UpcyclingError(
+            f"{path} cannot be read as JSON: {error}. Restore it, or remove it to export without "
+            "the dense model's tokens."
+        ) from error
 
 
 def _plain(value: Any) -> dict[str, Any] | None:

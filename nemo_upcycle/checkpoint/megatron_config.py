@@ -11,6 +11,7 @@ import yaml
 
 from nemo_upcycle.checkpoint.torch_save import read_pickle
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.megatron import MEGATRON_ROPE_SCALING
 
 # Megatron-LM's names where they are not those of Megatron-Core's configs.
 _ARGS = {
@@ -20,8 +21,6 @@ _ARGS = {
     "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
     "swiglu": "gated_linear_unit",
 }
-_ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
-"""What Megatron-Core's own RoPE scaling is, beside its factor."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -84,7 +83,7 @@ def read_args(path: Path) -> dict[str, Any]:
         untied = fields["untie_embeddings_and_output_weights"]
         fields["share_embeddings_and_output_weights"] = not untied
     if fields.get("use_rope_scaling"):
-        fields |= {"scale_factor": fields.get("rope_scaling_factor", 8.0)} | _ROPE_SCALING
+        fields |= {"scale_factor": fields.get("rope_scaling_factor", 8.0)} | MEGATRON_ROPE_SCALING
     fields["activation_func"] = _activation(fields)
     return fields | {"model_type": "megatron"}
 

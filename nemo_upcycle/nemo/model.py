@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
 from nemo.collections.llm.fn.activation import squared_relu
@@ -19,6 +18,7 @@ from nemo.lightning import io, teardown
 from nemo_upcycle.checkpoint.kept import FIELD, kept_of
 from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
+from nemo_upcycle.engine.model import leave_padding_out, mark_experts, two_stages_fields
 from nemo_upcycle.engine.loadable import open_loadable
 from nemo_upcycle.families import Architecture, fields
 from nemo_upcycle.families.model import MoEModel
@@ -78,14 +78,13 @@ class UpcycledGPTConfig(LlamaConfig):
         """Build this rank's Megatron-Core model."""
         self._pad_vocabulary()
         self._limit_capacity()
-        if self.pipeline_model_parallel_size == 2 and self.virtual_pipeline_model_parallel_size:
-            # The next stage and the previous one are the same rank. Megatron would take what comes
-            # from one for what comes from the other, unless it sends to each by itself.
-            self.overlap_p2p_comm, self.batch_p2p_comm = True, False
+        stages = self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size
+        for name, value in two_stages_fields(*stages).items():
+            setattr(self, name, value)
         model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
-        _mark_experts(model)
+        mark_experts(model)
         if self.unpadded_vocab_size is not None and model.post_process:
-            _leave_padding_out(model, self.unpadded_vocab_size)
+            leave_padding_out(model, self.unpadded_vocab_size)
         if self.scale_factor is not None:
             model.rotary_pos_emb.inv_freq = apply_rope_scaling(
                 model.rotary_pos_emb.inv_freq,
@@ -112,42 +111,6 @@ class UpcycledGPTConfig(LlamaConfig):
             # A little less: the product with the tokens is rounded up, and may be a bit above them.
             most = self.num_moe_experts / self.moe_router_topk * (1 - 1e-12)
             self.moe_expert_capacity_factor = min(factor, most)
-
-
-def _mark_experts(model: MCoreGPTModel) -> None:
-    """Mark all experts' parameters for the expert-data-parallel reduction and the gradient norm.
-
-    Megatron marks them for the reduction only for EP > 1. With EP 1 and ETP ≠ TP the data-parallel
-    groups of attention and experts differ all the same, and experts would train on part of their
-    gradients (NVIDIA/Megatron-LM#1628).
-
-    Megatron's gradient norm counts a parameter on every tensor-parallel rank if the parameter is
-    `tensor_model_parallel`, and on the first rank alone otherwise. Transformer Engine from 2.13 on
-    does not mark experts, so that the experts of the other ranks would be left out
-    (NVIDIA/Megatron-LM#5916).
-    """
-    for name, parameter in model.named_parameters():
-        if ".mlp.experts." in name:
-            parameter.allreduce = False
-            parameter.tensor_model_parallel = True
-
-
-def _leave_padding_out(model: MCoreGPTModel, vocab_size: int) -> None:
-    """Take the rows that pad the vocabulary out of the softmax, and so out of the loss.
-
-    Megatron itself counts them as tokens with a logit of 0.
-    """
-    layer = model.output_layer
-    first = parallel_state.get_tensor_model_parallel_rank() * layer.output_size_per_partition
-    kept = min(max(vocab_size - first, 0), layer.output_size_per_partition)
-    if kept == layer.output_size_per_partition:
-        return
-
-    def mask(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> None:
-        logits = output[0]
-        logits[..., kept:] = torch.finfo(logits.dtype).min
-
-    layer.register_forward_hook(mask)
 
 
 class UpcycledGPTModel(GPTModel):

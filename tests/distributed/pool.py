@@ -1,5 +1,7 @@
 """Processes that stay alive between tests: importing NeMo takes each of them 10 s.
 
+Where NeMo is not installed they run Megatron-Core alone.
+
 `RankPool.run(function, world_size, **kwargs)` calls `function(**kwargs)` on ranks 0 to
 world_size - 1 of a real gloo process group and returns what each one returned.
 """
@@ -12,10 +14,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+HAS_NEMO = find_spec("nemo") is not None
 TIMEOUT_S = 240.0
 
 
@@ -86,7 +90,10 @@ def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
         prepare()
     import torch
 
-    from nemo_upcycle.nemo import cpu
+    if HAS_NEMO:
+        from nemo_upcycle.nemo import cpu
+    else:
+        from nemo_upcycle.engine import cpu
 
     torch.set_num_threads(1)
     cpu.enable()
@@ -151,12 +158,14 @@ def _forget() -> None:
     """Undo what Megatron and NeMo keep in the process."""
     import torch
     from megatron.core import num_microbatches_calculator, parallel_state
-    from nemo.utils import AppState
-    from nemo.utils.metaclasses import Singleton
 
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.unset_num_microbatches_calculator()
-    Singleton._Singleton__instances.pop(AppState, None)  # type: ignore[attr-defined]
+    if HAS_NEMO:
+        from nemo.utils import AppState
+        from nemo.utils.metaclasses import Singleton
+
+        Singleton._Singleton__instances.pop(AppState, None)  # type: ignore[attr-defined]
     _free_models()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
