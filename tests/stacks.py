@@ -32,12 +32,12 @@ CONFIG: dict[str, Any] = {
 }
 
 DIGESTS = {
-    "copy": "",
-    "noise": "",
-    "drop(ratio=0.3)": "",
-    "random": "",
-    "hybrid(copy, drop, noise(std=0.5), random)": "",
-    "branches": "",
+    "copy": "0908bc63c685af98",
+    "noise": "9794e3a157dca58d",
+    "drop(ratio=0.3)": "4e571ecfee16748c",
+    "random": "2cd1860486512776",
+    "hybrid(copy, drop, noise(std=0.5), random)": "f213b369002d9a78",
+    "branches": "b131701d43ff63c2",
 }
 """Of all parameters of an E8T2, by initialiser; of two dense models for `branches`."""
 

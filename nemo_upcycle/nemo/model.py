@@ -18,8 +18,8 @@ from nemo.lightning import io, teardown
 from nemo_upcycle.checkpoint.kept import FIELD, kept_of
 from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
-from nemo_upcycle.engine.model import leave_padding_out, mark_experts, two_stages_fields
 from nemo_upcycle.engine.loadable import open_loadable
+from nemo_upcycle.engine.model import leave_padding_out, mark_experts, two_stages_fields
 from nemo_upcycle.families import Architecture, fields
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.nemo import cpu

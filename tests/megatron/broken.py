@@ -20,3 +20,12 @@ def first_stage_alone(hook: Any) -> Any:
         return chunks
 
     return broken
+
+
+def unmark_experts(chunks: Chunks) -> Chunks:
+    """Leave experts out of the gradient norm of all tensor-parallel ranks but the first."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if ".mlp.experts." in name:
+                parameter.tensor_model_parallel = False
+    return chunks

@@ -70,9 +70,7 @@ def build(
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(**folding.parallel_sizes)
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
-    config = gpt_model_config(
-        str(dense), upcycling, folding, **{"dtype": torch.float32, **others}
-    )
+    config = gpt_model_config(str(dense), upcycling, folding, **{"dtype": torch.float32, **others})
     config.pre_wrap_hooks.extend(hooks)
     config.finalize()
     return GPTModelBuilder(config).build_distributed_models(
@@ -119,6 +117,52 @@ def upcycled_logits(
     if breakage is not None:
         hook = getattr(broken, breakage)(hook)
     return logits(build(dense, folding, upcycling, [hook], **others), ids)
+
+
+def norm_of_step(
+    dense: Path,
+    folding: ParallelFolding,
+    ids: torch.Tensor,
+    unmark_before: bool = False,
+    unmark_after: bool = False,
+) -> float:
+    """Run a step and return the norm that the optimizer clips by.
+
+    Args:
+        dense: The dense checkpoint.
+        folding: The mapping.
+        ids: The global batch, with the last labels.
+        unmark_before: Take the marks of experts off before the hook, as Transformer Engine from
+            2.13 on leaves them.
+        unmark_after: And after it, as if the hook did not set them.
+    """
+    hooks = [upcycle(str(dense), UPCYCLING)]
+    if unmark_before:
+        hooks.insert(0, broken.unmark_experts)
+    if unmark_after:
+        hooks.append(broken.unmark_experts)
+    models = build(dense, folding, UPCYCLING, hooks, wrap=True)
+    make_experts_differ([model.module for model in models])
+    return _step(models, ids)[1]
+
+
+def without_global_groups(
+    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig
+) -> Shards:
+    """Upcycle where the builder's process groups are all that there is."""
+
+    def forget(chunks: Chunks) -> Chunks:
+        parallel_state.destroy_model_parallel()
+        return chunks
+
+    filled: Shards = []
+
+    def show(chunks: Chunks) -> Chunks:
+        filled.extend(shards(chunks))
+        return chunks
+
+    build(dense, folding, upcycling, [forget, upcycle(str(dense), upcycling), show])
+    return filled
 
 
 def weights(
@@ -206,7 +250,9 @@ def _on_this_cp_rank(row: torch.Tensor) -> torch.Tensor:
     """Return the chunks of a sequence [length] that this context-parallel rank has."""
     group = parallel_state.get_context_parallel_group()
     chunks = row.chunk(2 * group.size())
-    return row if group.size() == 1 else torch.cat((chunks[group.rank()], chunks[-1 - group.rank()]))
+    return (
+        row if group.size() == 1 else torch.cat((chunks[group.rank()], chunks[-1 - group.rank()]))
+    )
 
 
 def forward_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:

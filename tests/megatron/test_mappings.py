@@ -16,9 +16,7 @@ TOLERANCE = 1e-5
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_are_bit_identical_on_any_mapping(
-    megatron_grid: Grid, name: str, way: str
-) -> None:
+def test_weights_are_bit_identical_on_any_mapping(megatron_grid: Grid, name: str, way: str) -> None:
     weights = megatron_grid.run(name).weights[way]
     expected = megatron_grid.one_rank(name).weights["copy" if way == "read once" else way]
     assert not weights.problems
