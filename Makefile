@@ -1,4 +1,4 @@
-# Everything a fresh machine needs is made on the way: `make demo`, `make test`.
+# `make demo` and `make test` install everything that a fresh machine needs.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,10 +23,10 @@ test: $(INSTALLED)  ## All tests that belong to every change.
 test-megatron: $(INSTALLED_MEGATRON)  ## The front for Megatron-LM and Bridge, on Megatron-Core 0.19 without NeMo.
 	$(BIN_MEGATRON)/python -m pytest -m "not slow" tests/megatron
 
-test-slurm: $(INSTALLED)  ## On a Slurm that the tests start, where it is installed and they are root.
+test-slurm: $(INSTALLED)  ## On a Slurm that the tests start; needs Slurm installed, and root.
 	$(BIN)/python -m pytest -rs tests/end_to_end/test_slurm.py
 
-test-all: $(INSTALLED)  ## And the slow ones: the whole demo as the README has it, notebooks, Slurm.
+test-all: $(INSTALLED)  ## All tests, the slow ones included: the whole demo, notebooks, Slurm.
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)  ## Format, style, types, import contracts.
@@ -42,9 +42,9 @@ clean:  ## Remove the environment and the demo's files.
 	rm -rf $(VENV) $(VENV_MEGATRON) demo
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.10 or newer expected; set PYTHON=python3.11, say")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Found Python {v[0]}.{v[1]}, expected 3.10 or newer; set, for example, PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	@echo "Installing NeMo, Megatron-Core and PyTorch (about 2.5 GB, some minutes) …"
+	@echo "Installing NeMo, Megatron-Core and PyTorch (about 2.7 GB, takes some minutes) …"
 	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[nemo,demo,dev,eval]'
 	@touch $@
 

@@ -142,7 +142,7 @@ def _status(field: str) -> int:
 
 
 def same_tensors(one: Path, other: Path) -> bool:
-    """Say whether two directories hold tensors of the same names, shapes, dtypes and bits."""
+    """Return whether two directories hold tensors of the same names, shapes, dtypes and bits."""
     import torch
 
     ours, theirs = _tensors(one), _tensors(other)

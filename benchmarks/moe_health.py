@@ -137,7 +137,7 @@ def main() -> None:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
     print(f"# {date.today()}, MoEHealthCallback's cost, CPU\n")
     print(f"`python -m benchmarks.moe_health`, {os.cpu_count()} cores, 1 rank, {packages}; 4 MoE")
-    print("layers of 8 experts, hidden size 512, 2,048 tokens a step.\n")
+    print("layers of 8 experts, hidden size 512, 2,048 tokens per step.\n")
     steps = {mode: statistics.median(Clock.seconds[mode]) for mode in MODES}
     own = {mode: statistics.median(Turns.own[mode]) for mode in MODES}
     print("| step | median s | fastest | slowest | steps | the callback's own ms |")

@@ -28,7 +28,7 @@ class Published:
         source: arXiv id.
         label: How the paper calls the run.
         workload: What was trained.
-        world_size: GPUs.
+        world_size: Number of GPUs.
         allowed: The mappings that the paper's words leave open; the fastest of them is compared,
             as the papers tuned theirs.
         mfu: Model-FLOPs utilisation, attention counted over the whole square; None: it did not

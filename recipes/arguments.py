@@ -1,4 +1,4 @@
-"""The arguments of a recipe's factory, by the names that the command line takes too."""
+"""The arguments of a recipe's factory, with the names of the command line."""
 
 import ast
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ def arguments(recipe: Recipe) -> dict[str, Any]:
 
 
 def defaults(recipe: Recipe) -> dict[str, Any]:
-    """Return what these arguments are where they are not given."""
+    """Return the defaults of these arguments."""
     parts = (recipe, recipe.folding, recipe.upcycling, recipe.schedule)
     values = {name: value for part in parts for name, value in vars(part).items()}
     chosen = {"expansion_rate": None, "num_moe_experts": None}
@@ -39,8 +39,9 @@ def with_arguments(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
     Args:
         recipe: The recipe.
-        values: By name: fields of `UpcyclingConfig`, `ParallelFolding`, `Schedule` and `Recipe`,
-            and `expansion_rate`. A `num_moe_experts` of None is expansion_rate · granularity.
+        values: Values by name: fields of `UpcyclingConfig`, `ParallelFolding`, `Schedule` and
+            `Recipe`, and `expansion_rate`. A `num_moe_experts` of None means
+            expansion_rate · granularity.
 
     Raises:
         UpcyclingError: A value is out of range or contradicts another, or there is no such
@@ -62,14 +63,14 @@ def with_arguments(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def _check_initializer(text: str) -> None:
-    if text != "copy":  # numpy, which a plan does without, takes as long as all the rest of it
+    if text != "copy":  # importing numpy, which a plan does not need, would double a plan's time
         from nemo_upcycle.initializers import make_initializer
 
         make_initializer(text)
 
 
 def _experts(upcycling: UpcyclingConfig, values: Mapping[str, Any]) -> int:
-    """Return E·G, of what is said of the three."""
+    """Return E·G from whichever of E·G, E and G are given."""
     experts, rate = values.get("num_moe_experts"), values.get("expansion_rate")
     granularity = values.get("granularity", upcycling.granularity)
     fewest = 2 if granularity == 1 else 1
@@ -97,7 +98,7 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
             (`trainer.strategy.tensor_model_parallel_size`).
 
     Raises:
-        UpcyclingError: A key is not known, or its value is not of its type.
+        UpcyclingError: A key is unknown, or a value has the wrong type.
     """
     known, values = arguments(recipe), {}
     for setting in settings:
@@ -105,8 +106,8 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
         name = plain_name(key)
         if name == "dense_checkpoint":
             raise UpcyclingError(
-                f"{setting!r} is the factory's word; expected --dense {text or 'DIR'}, with which "
-                "`plan` and `tune` take a dense checkpoint."
+                f"{setting!r} is an argument of the factory; expected --dense {text or 'DIR'}, "
+                "the option of `plan` and `tune` for a dense checkpoint."
             )
         if not equals or name not in known:
             raise UpcyclingError(
@@ -118,7 +119,7 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
 
 
 def plain_name(key: str) -> str:
-    """Return an argument's name without the place where `nemo llm pretrain` has it."""
+    """Return an argument's name without the prefix that `nemo llm pretrain` uses."""
     prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
     return _ALIASES.get(key, key.removeprefix(prefix))
 
@@ -129,7 +130,7 @@ def _fields_of(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse(key: str, text: str, kind: Any) -> Any:
-    """Return a value of the type that was declared, out of what was typed."""
+    """Return a typed text as a value of the declared type."""
     if kind is str:
         return text.strip("'\"")
     try:
@@ -143,5 +144,5 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         return text.strip("'\"")
     if type(value) not in expected:
         names = " or ".join("None" if k is type(None) else k.__name__ for k in expected)
-        raise UpcyclingError(f"{key}={text}: expected {names}.")
+        raise UpcyclingError(f"{key} is {text}; expected {names}.")
     return value

@@ -34,7 +34,7 @@ def trainer(
         gradient_as_bucket_view=True,
         ckpt_async_save=not cpu_only,
         ckpt_parallel_load=True,
-        # So that a run can go on under another mapping.
+        # This lets a run continue under another mapping.
         ckpt_optim_fully_reshardable=True,
         ddp=run.Config(
             DistributedDataParallelConfig,
@@ -71,7 +71,7 @@ def data(
     tokenizer: run.Config | None,
     cpu_only: bool,
 ) -> run.Config:
-    """Configure the data: a Megatron blend, or NeMo's mock data to measure speed with."""
+    """Configure the data: a Megatron blend, or NeMo's mock data for measuring speed."""
     sizes = {
         "seq_length": schedule.seq_length,
         "global_batch_size": schedule.global_batch_size,
@@ -117,10 +117,10 @@ def optim(schedule: Schedule, precision: str) -> run.Config:
 
 
 def run_directory(dir: str | None, name: str) -> Path:
-    """Return where NeMo puts a run.
+    """Return NeMo's directory for a run.
 
     Raises:
-        UpcyclingError: The name cannot be a directory's under `dir`.
+        UpcyclingError: The name is not valid for a directory under `dir`.
     """
     check_name(name)
     return Path(dir or "nemo_experiments") / name
@@ -132,27 +132,27 @@ def log(
     """Configure logs and checkpoints under `dir/name`."""
     wandb = None
     if wandb_project is not None:
-        # With an id a resumed run goes on in the same page.
+        # With a fixed id a resumed run continues on the same page.
         page = re.sub(r"[/\\#?%:]", "-", name)
         wandb = run.Config(WandbLogger, project=wandb_project, name=name, id=page, resume="allow")
     return run.Config(
         nl.NeMoLogger,
         log_dir=dir,
         name=name,
-        # A run's directory must not change between its starts, or it would not resume.
+        # The directory must be the same at every start, or the run would not resume.
         use_datetime_version=False,
         tensorboard=run.Config(TensorBoardLogger, save_dir="tb_logs", name=name),
         wandb=wandb,
         ckpt=run.Config(
             ModelCheckpoint,
             every_n_train_steps=schedule.checkpoint_interval,
-            # NeMo resumes from "-last" alone. With save_top_k every checkpoint would be written
-            # twice, and a run killed between the two would start anew.
+            # NeMo resumes only from "-last". With save_top_k every checkpoint would be written
+            # twice, and a run killed between the two writes would start anew.
             save_last=True,
             save_top_k=0,
             monitor="reduced_train_loss",
             filename=f"{checkpoint_prefix(name)}--{{reduced_train_loss:.2f}}-{{step}}-{{consumed_samples}}",
-            # Without it the last checkpoint has no optimizer and cannot be trained on.
+            # Otherwise the last checkpoint has no optimizer state and cannot be resumed.
             save_optim_on_train_end=True,
         ),
     )

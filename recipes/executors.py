@@ -10,15 +10,15 @@ import nemo_run as run
 from nemo_run.config import get_nemorun_home
 
 SECONDS_TO_SAVE = 300
-"""How long before its time limit a job is told to save and end."""
+"""Time before the limit at which a job is signalled to save and end."""
 
 _PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_SAVE)}
-"""torchrun kills ranks that have not ended in time after it told them to: after 30 s by itself."""
+"""torchrun kills ranks that are still alive this long after a signal; the default is 30 s."""
 
 
 @run.cli.factory
 def cpu(ntasks_per_node: int = 1) -> run.Config[run.LocalExecutor]:
-    """Run on this machine's CPU, one gloo rank a task.
+    """Run on this machine's CPU, one gloo rank per task.
 
     Args:
         ntasks_per_node: Ranks to start.
@@ -55,20 +55,20 @@ def slurm(
     time: str = "04:00:00",
     retries: int = 20,
 ) -> run.Config[run.SlurmExecutor]:
-    """Run on Slurm in a container (Pyxis), one rank a GPU; what is stopped is started again.
+    """Run on Slurm in a container (Pyxis), one rank per GPU; a stopped run is requeued.
 
     Args:
-        container_image: Image, as `srun --container-image` takes it. None: `nemo-upcycle.sqsh` in
-            this directory, as `enroot import dockerd://nemo-upcycle` makes it of what `Dockerfile`
-            builds.
-        container_mounts: HOST:CONTAINER, several separated by spaces.
+        container_image: Image for `srun --container-image`. None takes `nemo-upcycle.sqsh` in the
+            current directory, which `enroot import dockerd://nemo-upcycle` makes from the image
+            that `Dockerfile` builds.
+        container_mounts: HOST:CONTAINER pairs, separated by spaces.
         account: Slurm's account.
         partition: Slurm's partition.
-        nodes: Nodes.
-        ntasks_per_node: Ranks a node.
-        gpus_per_node: GPUs a node.
-        time: Limit of each start; 5 minutes before it the run saves and goes back to the queue.
-        retries: How often it goes back.
+        nodes: Number of nodes.
+        ntasks_per_node: Ranks per node.
+        gpus_per_node: GPUs per node.
+        time: Time limit per start; 5 minutes before the limit the run saves and is requeued.
+        retries: How often the run is requeued.
 
     Returns:
         The executor.
@@ -103,16 +103,16 @@ def slurm_bare(
     time: str = "04:00:00",
     retries: int = 20,
 ) -> run.Config[run.SlurmExecutor]:
-    """Run on Slurm in this environment, without a container; what is stopped is started again.
+    """Run on Slurm in the current environment, without a container; a stopped run is requeued.
 
     Args:
         account: Slurm's account.
         partition: Slurm's partition.
-        nodes: Nodes.
-        ntasks_per_node: Ranks a node.
-        gpus_per_node: GPUs a node; None on CPU.
-        time: Limit of each start; 5 minutes before it the run saves and goes back to the queue.
-        retries: How often it goes back.
+        nodes: Number of nodes.
+        ntasks_per_node: Ranks per node.
+        gpus_per_node: GPUs per node; None on CPU.
+        time: Time limit per start; 5 minutes before the limit the run saves and is requeued.
+        retries: How often the run is requeued.
 
     Returns:
         The executor.
@@ -135,25 +135,25 @@ def slurm_bare(
 
 
 def _slurm(**options: Any) -> run.Config[run.SlurmExecutor]:
-    # NeMo-Run looks for its jobs there, and nowhere else, when the tunnel is local.
+    # With a local tunnel NeMo-Run looks for its jobs only there.
     experiments = f"{get_nemorun_home()}/experiments"
     return run.Config(
         run.SlurmExecutor,
-        # Otherwise it is made of the account, which not every cluster has.
+        # The default contains the account, which not every cluster has.
         job_name_prefix="nemo-upcycle.",
         launcher="torchrun",
         packager=run.Config(run.Packager),
         tunnel=run.Config(run.LocalTunnel, job_dir=experiments),
-        # The run saves and ends with 143; NeMo-Run's script then puts it back into the queue.
+        # The run saves and ends with 143; NeMo-Run's script then requeues the job.
         signal=f"TERM@{SECONDS_TO_SAVE}",
         env_vars=dict(_PATIENCE),
-        # A job that waits for one that has failed is taken out of the queue.
+        # Slurm removes a job that waits for a failed job from the queue.
         additional_parameters={"requeue": True, "kill_on_invalid_dep": "yes"},
         **options,
     )
 
 
 def _find_torchrun() -> None:
-    """NeMo-Run starts it by name, also where the virtual environment is not activated."""
+    """Put torchrun on PATH: NeMo-Run starts it by name, also without an activated environment."""
     if shutil.which("torchrun") is None:
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -1,7 +1,7 @@
-"""What the planner expects of a recipe, and the documents' table of it.
+"""The planner's predictions for recipes, and the table of recipes in the documents.
 
 `python -m nemo_upcycle_recipes.expectations docs/running.md` writes the table between the markers
-of a document; without a document it is printed.
+of a document; without an argument the command prints the table.
 """
 
 import sys
@@ -22,11 +22,11 @@ from nemo_upcycle.planner.workload import Mapping, Workload
 from nemo_upcycle.plans.job import plan_job
 
 BEGIN, END = "<!-- recipes: generated -->", "<!-- recipes: end -->"
-"""What stands before and after the table in a document."""
+"""The markers before and after the table in a document."""
 
 
 def workload(recipe: Recipe, arch: Architecture | None = None) -> Workload:
-    """Return what a recipe trains: its own dense model, or another."""
+    """Return a recipe's workload, for the recipe's own dense model or another."""
     schedule = recipe.schedule
     return Workload(
         arch or recipe.architecture,
@@ -38,30 +38,30 @@ def workload(recipe: Recipe, arch: Architecture | None = None) -> Workload:
 
 
 def mapping(recipe: Recipe) -> Mapping:
-    """Return how a recipe trains it."""
+    """Return a recipe's mapping."""
     batch = recipe.schedule.micro_batch_size
     return Mapping(recipe.folding, recipe.world_size, batch, recipe.recompute)
 
 
 def expected(recipe: Recipe, hardware: Hardware) -> Prediction:
-    """Predict memory and step time of a recipe as it is.
+    """Predict memory and step time of a recipe with its own mapping.
 
     Args:
         recipe: The recipe.
-        hardware: On what.
+        hardware: The GPUs to predict for.
 
     Raises:
-        UpcyclingError: The model cannot be spread so, or the batch does not divide.
+        UpcyclingError: The mapping does not fit the model, or the batch does not divide.
     """
     return predict(workload(recipe), mapping(recipe), hardware)
 
 
 def summary(prediction: Prediction) -> str:
-    """Say in a line what a prediction comes to."""
+    """Return a prediction in one line."""
     gpus, hardware = prediction.mapping.world_size, prediction.hardware
     return (
-        f"On {gpus} {hardware.name}: {prediction.memory.total / 2**30:.0f} GiB a GPU, "
-        f"{prediction.time.total:.2g} s a step, {prediction.mfu:.0%} MFU (predicted)."
+        f"On {gpus} {hardware.name}: {prediction.memory.total / 2**30:.0f} GiB per GPU, "
+        f"{prediction.time.total:.2g} s per step, {prediction.mfu:.0%} MFU (predicted)."
     )
 
 
@@ -70,10 +70,10 @@ def lightest_recompute(recipe: Recipe, hardware: Hardware) -> Prediction:
 
     Args:
         recipe: The recipe.
-        hardware: On what.
+        hardware: The GPUs to predict for.
 
     Raises:
-        UpcyclingError: None fits.
+        UpcyclingError: No choice of recompute fits.
     """
     has_experts = recipe.upcycling.num_moe_experts is not None
     for name in RECOMPUTE:
@@ -85,11 +85,11 @@ def lightest_recompute(recipe: Recipe, hardware: Hardware) -> Prediction:
 
 
 def table(recipes: Iterable[Recipe], hardware: Hardware) -> str:
-    """Return the documents' table of recipes, in Markdown.
+    """Return the table of recipes as Markdown.
 
     Args:
-        recipes: Its rows.
-        hardware: On what memory and step time are predicted.
+        recipes: The recipes, one per row.
+        hardware: The GPUs to predict for.
     """
     lines = [
         "| recipe | GPUs | mapping | parameters | the recipe's recompute | the least that fits |",
@@ -123,20 +123,20 @@ def documented() -> str:
 
 
 def with_table(document: str) -> str:
-    """Return a document with the table between its markers.
+    """Return a document with the table between the markers.
 
     Raises:
-        UpcyclingError: It has no markers.
+        UpcyclingError: The document has no markers.
     """
     before, begin, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise UpcyclingError(f"The document has no {BEGIN} with {END} after it; write both.")
+        raise UpcyclingError(f"The document has no {BEGIN} followed by {END}; add both.")
     return f"{before}{begin}\n\n{documented()}\n\n{end}{after}"
 
 
 def main() -> None:
-    """Write the table into the documents that the command names, or print it."""
+    """Write the table into the documents on the command line, or print the table."""
     for path in map(Path, sys.argv[1:]):
         path.write_text(with_table(path.read_text()))
     if not sys.argv[1:]:

@@ -1,4 +1,4 @@
-"""Make NeMo-Run configurations out of a recipe's numbers."""
+"""NeMo-Run configurations from a recipe's numbers."""
 
 import inspect
 import warnings
@@ -47,14 +47,14 @@ F = TypeVar("F", bound=Callable[..., run.Partial])
 
 
 class UpcyclingWarning(UserWarning):
-    """A choice that is allowed, and costs something at step 0."""
+    """An option that is allowed, but makes step 0 inexact."""
 
 
 def takes_numbers_of(recipe: Recipe) -> Callable[[F], F]:
-    """Give a factory with `**numbers` the arguments that decide a recipe's plan, by name.
+    """Replace a factory's `**numbers` by named arguments, which decide a recipe's plan.
 
-    Their names, types and defaults are those of `UpcyclingConfig`, `ParallelFolding` and `Recipe`,
-    in the signature that NeMo-Run's command line reads.
+    Names, types and defaults are those of `UpcyclingConfig`, `ParallelFolding` and `Recipe`.
+    NeMo-Run's command line reads them from the signature.
     """
 
     def decorate(factory: F) -> F:
@@ -72,7 +72,7 @@ def takes_numbers_of(recipe: Recipe) -> Callable[[F], F]:
 
 
 def _typed(name: str, kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return default and annotation of a parameter, as NeMo-Run's command line can parse it."""
+    """Return a parameter's default, and an annotation that NeMo-Run's command line can parse."""
     if name == "moe_layer_freq":
         return {"default": str(given[name]), "annotation": str}
     if isinstance(kind, UnionType):
@@ -88,9 +88,9 @@ def model(
     overrides: dict[str, Any],
     tensor_model_parallel_size: int,
 ) -> run.Config:
-    """Configure the model: NeMo's Llama where a Llama stays dense, ours otherwise.
+    """Configure the model: NeMo's Llama if a Llama stays dense, ours otherwise.
 
-    NeMo's takes a vocabulary that TP divides, and no other.
+    NeMo's Llama requires a vocabulary that TP divides.
     """
     of_dense = architecture_fields(arch) | window_fields(arch, seq_length)
     fields = of_dense | {"seq_length": seq_length} | overrides
@@ -108,7 +108,7 @@ def model(
 
 
 def on_cpu(accelerator: str) -> bool:
-    """Say whether `auto`, `cpu` or `gpu` means the CPU on this machine."""
+    """Return whether `auto`, `cpu` or `gpu` means the CPU on this machine."""
     if accelerator not in ("auto", "cpu", "gpu"):
         raise ValueError(f"accelerator is {accelerator!r}; expected 'auto', 'cpu' or 'gpu'.")
     return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
@@ -136,23 +136,23 @@ def pretrain(
     """Configure a training run.
 
     Args:
-        recipe: Its numbers. GPUs and nodes are not used on CPU, where the launcher decides.
-        dir: Where runs are logged; this one goes to `dir/name`.
+        recipe: The recipe's numbers. GPUs and nodes are ignored on CPU, where the launcher decides.
+        dir: Directory of runs; this run goes to `dir/name`.
         name: The run's name.
-        dense_checkpoint: Weights to start from, or several separated by semicolons; None
-            trains from random ones.
+        dense_checkpoint: Weights to start from, or several checkpoints separated by semicolons;
+            None trains from random weights.
         tokenizer: Directory of the tokenizer; None takes the dense checkpoint's.
-        data_paths: Megatron `.bin/.idx` prefixes, separated by spaces, with weights before each
-            where they are blended (Megatron's `--data-path`); one with spaces is in quotes. None
-            trains on NeMo's mock data.
-        data_blend: A blend's YAML, or the name of one that the package has; instead of
+        data_paths: Megatron `.bin/.idx` prefixes, separated by spaces, each with a weight before
+            it if blended (Megatron's `--data-path`); quote a prefix with spaces. None trains on
+            NeMo's mock data.
+            data_blend: A blend's YAML, or the name of a blend of the package; instead of
             `data_paths`.
-        max_steps: Steps; None takes the recipe's.
-        accelerator: `gpu`, `cpu`, or `auto` for the GPU where there is one.
+            max_steps: Training steps; None takes the recipe's.
+            accelerator: `gpu`, `cpu`, or `auto`, which takes the GPU if there is one.
         from_scratch: Take the dense checkpoint's config and tokenizer, and random weights.
-        read_once: Read each slice of the dense checkpoint once a job and broadcast it.
-        performance_mode: Hide collectives behind computation, collect garbage by hand.
-        wandb_project: Project of Weights & Biases to log to, beside TensorBoard.
+        read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
+        performance_mode: Overlap collectives with computation, run garbage collection manually.
+        wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
         model_overrides: Fields of the model's config.
         callbacks: Further callbacks.
         fn: The function that the run calls.
@@ -161,9 +161,9 @@ def pretrain(
         The configuration of `fn`.
 
     Raises:
-        UpcyclingError: The mapping does not fit the ranks or the model, or the experts are not as
-            wide as a shard of the dense feed-forward layer; `data_paths` are none, or a dataset
-            that is here is not what it says, or has tokens that the model has not.
+        UpcyclingError: The mapping does not fit the ranks or the model. Or the experts are not as
+            wide as a shard of the dense feed-forward layer. Or `data_paths` are malformed, or a
+            dataset on this machine contradicts its manifest or has tokens that the model lacks.
     """
     if max_steps is not None:
         check_max_steps(max_steps)
@@ -177,7 +177,7 @@ def pretrain(
     sources = [] if dense_checkpoint is None else split_sources(dense_checkpoint)
     arch = recipe.architecture_of(dense_checkpoint)
     check_on_login(paths or (), arch.vocab_size)
-    # On CPU the launcher decides how many ranks there are; the strategy checks them.
+    # On CPU the launcher decides the number of ranks; the strategy checks the number.
     layout.validate(arch, upcycling, folding, None if cpu_only else recipe.world_size)
     overrides = dict(model_overrides or {})
     layout.validate_expert_width(arch, upcycling, overrides.get("moe_ffn_hidden_size"))
@@ -187,8 +187,8 @@ def pretrain(
     overrides |= RECOMPUTE[recipe.recompute]
     if cpu_only and recipe.recompute == "moe_act":
         raise UpcyclingError(
-            "recompute is 'moe_act', which needs grouped GEMM, and that a GPU; on CPU use 'none', "
-            "'moe' or 'full'."
+            "recompute is 'moe_act', which needs grouped GEMM and therefore a GPU; on CPU use "
+            "'none', 'moe' or 'full'."
         )
     if cpu_only:
         overrides |= cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
@@ -232,7 +232,7 @@ def pretrain(
 
 
 def _check_inputs_outside(run_directory: Path, inputs: Iterable[str | None]) -> None:
-    """NeMo moves away the files in a run's directory as a new start begins."""
+    """Refuse inputs in a run's directory, whose files NeMo moves away at a new start."""
     for path in filter(None, inputs):
         if run_directory.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             raise UpcyclingError(
@@ -242,7 +242,7 @@ def _check_inputs_outside(run_directory: Path, inputs: Iterable[str | None]) -> 
 
 
 def _observers(upcycling: UpcyclingConfig, schedule: Schedule) -> list[run.Config]:
-    """Configure what watches every run."""
+    """Configure the callbacks that observe every run."""
     callbacks = [
         run.Config(TimingCallback),
         run.Config(MFUCallback),
@@ -255,9 +255,11 @@ def _observers(upcycling: UpcyclingConfig, schedule: Schedule) -> list[run.Confi
 
 
 def _performance(folding: ParallelFolding, cpu_only: bool) -> list[run.Config]:
-    """Configure what makes a run faster, and is not for every machine."""
+    """Configure options that speed up a run, but not on every machine."""
     if cpu_only:
-        raise UpcyclingError("performance_mode needs GPUs; leave it out, or use accelerator=gpu.")
+        raise UpcyclingError(
+            "performance_mode is set on CPU, but needs GPUs; leave it out, or use accelerator=gpu."
+        )
     return [
         # Ranks that collect garbage at different times wait for each other.
         run.Config(GarbageCollectionCallback, gc_interval_train=100, gc_interval_val=100),
@@ -269,7 +271,7 @@ def _performance(folding: ParallelFolding, cpu_only: bool) -> list[run.Config]:
 
 
 def _warn(upcycling: UpcyclingConfig, arch: Architecture, dense_checkpoints: int) -> None:
-    """Say before anything starts what the upcycled model will not compute as the dense one does."""
+    """Warn before the start if the upcycled model will differ from the dense model at step 0."""
     exactness = upcycling.exactness(arch.gated_linear_unit, dense_checkpoints)
     if not exactness.exact:
         warnings.warn(f"step 0 is {exactness}", UpcyclingWarning, stacklevel=4)
@@ -278,7 +280,7 @@ def _warn(upcycling: UpcyclingConfig, arch: Architecture, dense_checkpoints: int
 def _upcycling_callback(
     dense_checkpoint: str | None, upcycling: UpcyclingConfig, read_once: bool
 ) -> run.Config:
-    """Configure the callback; a dense model has nothing to initialise."""
+    """Configure the upcycling callback; a dense model has nothing to initialise."""
     names = ("initializer", "weight_scaling", "router_initializer", "router_init_std")
     chosen: dict[str, Any] = {}
     if upcycling.num_moe_experts is not None:

@@ -1,4 +1,4 @@
-"""A Llama of 2M parameters, dense and upcycled: the whole path on a laptop's CPU."""
+"""A Llama of 1.1M parameters, dense and upcycled: the whole pipeline on a laptop's CPU."""
 
 from collections.abc import Callable
 from typing import Any, Optional
@@ -29,22 +29,24 @@ def dense_recipe(
     fn: Callable = llm.pretrain,
     **numbers: Any,
 ) -> run.Partial:
-    """Train a dense Llama of 2M parameters, from scratch or on from a dense checkpoint.
+    """Train a dense Llama of 1.1M parameters, from scratch or from a dense checkpoint.
 
     Args:
         dir: Directory of the demo: data, tokenizer and runs.
         name: The run's name.
-        dense_checkpoint: Directory to train on from, the control of an upcycled run; None starts
-            from scratch.
-        tokenizer: Its directory; None takes the dense checkpoint's, else `dir/tokenizer`.
-        data_paths: Megatron prefixes, weights before each, separated by spaces, in quotes where
-            they have spaces; None takes the demo's 7:3 blend.
-        data_blend: A blend's YAML instead.
-        max_steps: Steps. With as many as an upcycled run's, the same tokens in the same order.
+        dense_checkpoint: Directory of the weights to start from, as a control of an upcycled run;
+            None starts from scratch.
+        tokenizer: Directory of the tokenizer; None takes the dense checkpoint's, or
+            `dir/tokenizer` without one.
+        data_paths: Megatron prefixes, separated by spaces, each with a weight before it; quote a
+            prefix with spaces. None takes the demo's 7:3 blend.
+        data_blend: A blend's YAML, instead of `data_paths`.
+        max_steps: Training steps. As many steps as an upcycled run see the same tokens in the same
+            order.
         accelerator: `auto`, `cpu` or `gpu`.
         fn: The function that the run calls.
-        numbers: How it is spread: fields of `ParallelFolding`, num_nodes, num_gpus_per_node (on
-            CPU the executor's ranks count), precision (`32` or `bf16-mixed`).
+        numbers: Fields of `ParallelFolding`, num_nodes, num_gpus_per_node (on CPU the executor's
+            ranks count), precision (`32` or `bf16-mixed`).
 
     Returns:
         The configuration.
@@ -86,25 +88,24 @@ def upcycled_recipe(
     fn: Callable = llm.pretrain,
     **numbers: Any,
 ) -> run.Partial:
-    """Upcycle a tiny dense Llama into 8 experts, top-2, and train it on.
+    """Upcycle a tiny dense Llama into 8 experts, top-2, and train the MoE.
 
     Args:
         dir: Directory of the demo: data, tokenizer and runs.
         name: The run's name.
         dense_checkpoint: Directory to upcycle; None takes `dir/dense_hf`. Several, separated by
             semicolons, give experts from each.
-        tokenizer: Its directory; None takes the dense checkpoint's.
-        data_paths: Megatron prefixes, weights before each, separated by spaces, in quotes where
-            they have spaces; None takes the demo's 7:3 blend.
-        data_blend: A blend's YAML instead.
-        max_steps: Steps.
+        tokenizer: Directory of the tokenizer; None takes the dense checkpoint's.
+        data_paths: Megatron prefixes, separated by spaces, each with a weight before it; quote a
+            prefix with spaces. None takes the demo's 7:3 blend.
+        data_blend: A blend's YAML, instead of `data_paths`.
+        max_steps: Training steps.
         from_scratch: The control: the same MoE from random weights.
-        read_once: Read each slice of the dense checkpoint once a job and broadcast it.
+        read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
         accelerator: `auto`, `cpu` or `gpu`.
         fn: The function that the run calls.
-        numbers: What the dense model becomes and how it is spread: fields of `UpcyclingConfig` and
-            `ParallelFolding`, num_nodes, num_gpus_per_node (on CPU the executor's ranks count),
-            precision (`32` or `bf16-mixed`), and expansion_rate.
+        numbers: Fields of `UpcyclingConfig` and `ParallelFolding`, num_nodes, num_gpus_per_node (on
+            CPU the executor's ranks count), precision (`32` or `bf16-mixed`), and expansion_rate.
 
     Returns:
         The configuration.
@@ -145,7 +146,7 @@ def _pretrain(
     data_blend: str | None,
     **options: Any,
 ) -> run.Partial:
-    """Fill in what the demo's directory gives."""
+    """Fill in defaults from the demo's directory."""
     demo = [DataPath(f"{dir}/data/documentation", 0.7), DataPath(f"{dir}/data/sources", 0.3)]
     if tokenizer is None and dense_checkpoint is None:
         tokenizer = f"{dir}/tokenizer"

@@ -1,7 +1,7 @@
-"""What each recipe says.
+"""The numbers of each recipe.
 
-The NeMo-Run factories, the plan, the planner and the command line read it from here, so that no
-number is written twice and only the factories import NeMo.
+The NeMo-Run factories, the plan, the planner and the command line read the numbers from here, so
+that no number is written twice and only the factories import NeMo.
 """
 
 from dataclasses import replace
@@ -11,9 +11,9 @@ from nemo_upcycle_recipes.recipe import Recipe, Schedule
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 
-# Chosen where the papers are silent, and the same for all sizes.
+# Chosen where the papers give no number; the same for all sizes.
 _PAPER = Schedule(
-    # Chosen: the length that arXiv 2412.09952 counts its FLOPs at, and Llama 3's own.
+    # Chosen: the length for which arXiv 2412.09952 counts FLOPs, and Llama 3's own.
     seq_length=8192,
     # Chosen: 4.2M tokens; arXiv 2410.07524 finds 4M better than 2M and 32M.
     global_batch_size=512,
@@ -39,7 +39,7 @@ LLAMA3_8B_E8T2 = Recipe(
         moe_router_pre_softmax=False,
         moe_expert_capacity_factor=4.0,
     ),
-    # Stated: TP2 EP8 PP4 VPP8, expert-TP 1. CP 2 is Table 2's, whose rows with TP2 all have it.
+    # Stated: TP2 EP8 PP4 VPP8, expert-TP 1. CP 2 is from Table 2: all rows with TP2 have CP 2.
     folding=ParallelFolding.of(tp=2, cp=2, pp=4, vpp=8, ep=8, etp=1),
     schedule=_PAPER,
     # Stated: 512 H100.
@@ -53,23 +53,23 @@ LLAMA3_8B_E8T2 = Recipe(
 LLAMA3_8B_DENSE = replace(
     LLAMA3_8B_E8T2,
     name="llama3_8b_dense",
-    title="Train Llama 3 8B on the tokens of `llama3_8b_e8t2`, in the same order: its control.",
+    title="Train Llama 3 8B on the tokens of `llama3_8b_e8t2`, in the same order, as a control.",
     upcycling=UpcyclingConfig(num_moe_experts=None),
-    # Chosen: the MoE's own; without experts there is nothing to spread over EP.
+    # Chosen: the MoE's mapping; without experts there is no EP.
     folding=replace(LLAMA3_8B_E8T2.folding, expert_model_parallel_size=1),
     recompute="none",
 )
-"""The control: the dense model trained on, over the same tokens in the same order."""
+"""The control: the dense model, trained further on the same tokens in the same order."""
 
 
 def _sibling(
     dense: str, model: str, checkpoint: str, num_nodes: int, folding: ParallelFolding
 ) -> Recipe:
-    """Return the paper's recipe for another dense model, on GPUs and a mapping of its own."""
+    """Return the paper's recipe for another dense model, with other GPUs and another mapping."""
     return replace(
         LLAMA3_8B_E8T2,
         name=f"{dense}_e8t2",
-        title=f"Upcycle {model} into 8 experts, top-2, and train it on 100B tokens.",
+        title=f"Upcycle {model} into 8 experts, top-2, and train on 100B tokens.",
         dense=dense,
         checkpoint=checkpoint,
         num_nodes=num_nodes,
@@ -77,8 +77,8 @@ def _sibling(
     )
 
 
-# Chosen with `nemo-upcycle tune`: among the fastest the simplest, and all fit without recompute or
-# that of the experts' activation function once routing is even.
+# Chosen with `nemo-upcycle tune`: the simplest of the fastest mappings. Once routing is even, all
+# fit with no recompute, or with recompute of the experts' activation function only.
 LLAMA32_1B_E8T2 = _sibling(
     "llama32_1b",
     "Llama 3.2 1B",
@@ -115,7 +115,7 @@ LLAMA31_70B_E8T2 = _sibling(
     folding=ParallelFolding.of(tp=4, cp=4, pp=16, vpp=5, ep=8),
 )
 
-# Chosen to learn something in minutes on two cores.
+# Chosen so that the model learns within minutes on two cores.
 _TINY = Schedule(
     seq_length=256,
     global_batch_size=16,
@@ -156,17 +156,17 @@ FULL_SIZE = (
     QWEN25_7B_E8T2,
     LLAMA31_70B_E8T2,
 )
-"""The recipes that `upcycled.py` makes factories of."""
+"""The recipes whose factories `upcycled.py` makes."""
 
 RECIPES = {recipe.name: recipe for recipe in (*FULL_SIZE, LLAMA_TINY, LLAMA_TINY_E8T2)}
-"""By the name that `--factory` takes."""
+"""All recipes, by the name for `--factory`."""
 
 
 def recipe_named(name: str) -> Recipe:
-    """Return a recipe by its name.
+    """Return a recipe by name.
 
     Raises:
-        UpcyclingError: There is none.
+        UpcyclingError: There is no such recipe.
     """
     if name not in RECIPES:
         raise UpcyclingError(f"There is no recipe {name!r}; expected one of: {', '.join(RECIPES)}.")

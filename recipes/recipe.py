@@ -1,4 +1,4 @@
-"""What a recipe is, as plain data: dense model, upcycling, folding, schedule."""
+"""A recipe as plain data: dense model, upcycling, folding, schedule."""
 
 import json
 import warnings
@@ -15,11 +15,11 @@ from nemo_upcycle.families import Architecture, architecture_of
 CONFIGS = Path(__file__).parent / "configs"
 OF_RECIPE = ("num_nodes", "num_gpus_per_node", "precision", "recompute")
 OF_SCHEDULE = ("seq_length", "global_batch_size", "micro_batch_size")
-"""Fields that a recipe's factory takes by name."""
+"""Fields that are arguments of a recipe's factory."""
 
 
 class AssumedModel(UserWarning):
-    """A dense checkpoint that cannot be read here is taken for the recipe's own model."""
+    """A dense checkpoint is unreadable here; the recipe's own model is assumed instead."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Schedule:
 
     @property
     def max_steps(self) -> int:
-        """Steps that see all tokens."""
+        """Number of steps to see all tokens."""
         return -(-self.train_tokens // self.tokens_per_step)
 
 
@@ -53,15 +53,15 @@ class Recipe:
     """A training run.
 
     Attributes:
-        name: What `--factory` takes.
+        name: The name for `--factory`.
         dense: Name of the dense model's Hugging Face config in `configs/`.
-        upcycling: What its feed-forward layers become.
-        folding: How the model is spread.
-        schedule: How it trains.
-        num_nodes: Nodes.
-        num_gpus_per_node: GPUs a node.
+        upcycling: What the feed-forward layers become.
+        folding: The parallel mapping.
+        schedule: Tokens, batch sizes and learning rates.
+        num_nodes: Number of nodes.
+        num_gpus_per_node: GPUs per node.
         precision: `bf16-mixed` or `32`.
-        recompute: What the backward pass computes again: a key of `config.RECOMPUTE`.
+        recompute: What the backward pass recomputes: a key of `config.RECOMPUTE`.
         checkpoint: The dense checkpoint's name on the hub.
         title: What the recipe does: a sentence.
     """
@@ -101,7 +101,7 @@ class Recipe:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The dense model's numbers, from the config that the package ships."""
+        """The dense model's architecture, from the config in the package."""
         return architecture(self.config)
 
     @property
@@ -110,10 +110,10 @@ class Recipe:
         return self.num_nodes * self.num_gpus_per_node
 
     def on_ranks(self, world_size: int) -> "Recipe":
-        """Return the recipe on so many ranks: on its one node, or on nodes as full as its own.
+        """Return the recipe on another number of ranks: on one node, or on nodes of the same size.
 
         Raises:
-            UpcyclingError: They do not fill the nodes.
+            UpcyclingError: The ranks do not fill the nodes.
         """
         if world_size < 1:
             raise UpcyclingError(f"The world size is {world_size}; expected 1 or more.")
@@ -122,23 +122,22 @@ class Recipe:
         if world_size % self.num_gpus_per_node:
             raise UpcyclingError(
                 f"{world_size} ranks do not fill nodes of num_gpus_per_node="
-                f"{self.num_gpus_per_node}; use a multiple, or say num_gpus_per_node."
+                f"{self.num_gpus_per_node}; use a multiple, or set num_gpus_per_node."
             )
         return replace(self, num_nodes=world_size // self.num_gpus_per_node)
 
     def architecture_of(self, dense_checkpoint: str | None) -> Architecture:
-        """Return the numbers of a dense checkpoint, of the recipe's own model if it is not here.
+        """Return a dense checkpoint's architecture; if unreadable here, the recipe's own model's.
 
-        A recipe can be made and planned where its checkpoint is not: on a login node, before a
-        download. Then it says what it takes the checkpoint for, and `UpcyclingCallback`, where
-        the checkpoint is, compares.
+        A recipe can be made and planned without the checkpoint: on a login node, before a download.
+        The recipe then warns about the assumption, and `UpcyclingCallback` compares on the ranks.
 
         Args:
-            dense_checkpoint: A directory, a hub name in the local cache, or several; None where
-                none was asked for.
+            dense_checkpoint: A directory, a hub name in the local cache, or several; None for the
+                recipe's own model.
 
         Raises:
-            UpcyclingError: What is here is no dense checkpoint, or not of one architecture.
+            UpcyclingError: A source is no dense checkpoint, or the architectures differ.
         """
         if dense_checkpoint is None:
             return self.architecture
@@ -159,7 +158,7 @@ class Recipe:
 
     @property
     def _size(self) -> str:
-        """The size of the recipe's own dense model, in a few words."""
+        """The size of the recipe's own dense model, in words."""
         arch = self.architecture
         return (
             f"{arch.num_layers} layers, hidden_size {arch.hidden_size}, vocab_size "
@@ -168,5 +167,5 @@ class Recipe:
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
-    """Return the numbers of a parsed Hugging Face config."""
+    """Return the architecture of a parsed Hugging Face config."""
     return architecture_of(config)

@@ -17,7 +17,7 @@ def pretrain_recipe_of(recipe: Recipe) -> Callable[..., run.Partial]:
     """Return a recipe's factory, which `nemo llm pretrain --factory` finds by the recipe's name.
 
     Args:
-        recipe: Its numbers.
+        recipe: The recipe's numbers.
     """
 
     def pretrain_recipe(
@@ -63,23 +63,22 @@ def _doc(recipe: Recipe) -> str:
     {recipe.folding}. {expectations.summary(expected)}
 
     Args:
-        dir: Directory of the runs.
+        dir: Directory of runs.
         name: The run's name.
-        dense_checkpoint: Directory, or a name in the local hub cache; several, separated by
+        dense_checkpoint: Directory, or a name in the local hub cache. Several, separated by
             semicolons, give experts from each.
-        tokenizer: Its directory; None takes the dense checkpoint's.
-        data_paths: Megatron prefixes, weights before each where blended, separated by spaces, in
-            quotes where they have spaces; None is NeMo's mock data.
-        data_blend: A blend's YAML, or `llama3_moe`, the paper's, instead.
-        max_steps: Steps; None is 100B tokens.
+        tokenizer: Directory of the tokenizer; None takes the dense checkpoint's.
+        data_paths: Megatron prefixes, separated by spaces, each with a weight before it if
+            blended; quote a prefix with spaces. None takes NeMo's mock data.
+        data_blend: Instead of `data_paths`: a blend's YAML, or `llama3_moe` for the paper's.
+        max_steps: Training steps; None means 100B tokens.
         from_scratch: The control: the same model from random weights.
-        read_once: Read each slice of the dense checkpoint once a job and broadcast it.
-        performance_mode: Hide tensor-parallel collectives behind products (Transformer Engine's
-            user buffers), larger gradient buckets, garbage collection by hand.
-        wandb_project: Log to this project of Weights & Biases too.
+        read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
+        performance_mode: Overlap tensor-parallel collectives with matrix multiplications
+            (Transformer Engine's user buffers); larger gradient buckets, manual garbage collection.
+        wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
         fn: The function that the run calls.
-        numbers: What the dense model becomes, how it is spread and trained: fields of
-            `UpcyclingConfig` and `ParallelFolding`, seq_length, global_batch_size,
+        numbers: Fields of `UpcyclingConfig` and `ParallelFolding`, seq_length, global_batch_size,
             micro_batch_size, num_nodes, num_gpus_per_node, precision, recompute (none, moe_act,
             moe, full), and expansion_rate.
 
@@ -98,4 +97,4 @@ def _doc(recipe: Recipe) -> str:
 
 
 FACTORIES = {recipe.name: pretrain_recipe_of(recipe) for recipe in FULL_SIZE}
-"""The factories, by the name that `--factory` takes."""
+"""The factories, by the name for `--factory`."""

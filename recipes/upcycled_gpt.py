@@ -1,4 +1,4 @@
-"""The model whose checkpoint says what it is: for `nemo llm import model=upcycled_gpt …`."""
+"""A model that is configured by its checkpoint, for `nemo llm import model=upcycled_gpt …`."""
 
 import lightning.pytorch as pl
 import nemo_run as run
@@ -10,7 +10,7 @@ NAME = "upcycled_gpt"
 
 @run.cli.factory(name=NAME)
 def model() -> run.Config[pl.LightningModule]:
-    """A model without a config of its own, upcycled or dense; its checkpoint says what it is.
+    """Return a model, upcycled or dense, that takes its config from the checkpoint.
 
     Examples:
         CLI usage:

@@ -5,8 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from nemo_upcycle.data import remote
+from nemo_upcycle.data.tokenizer import train_tokenizer
+from tests.blends import write_blend
+from tests.corpora import TEXTS, write
 from tests.distributed.nursery import Nursery
 from tests.distributed.pool import RankPool
+from tests.file_server import FileServer, serve
+from tests.redpajama import write_data_set
 from tests.tiny import write_llama
 
 
@@ -30,3 +36,32 @@ def nursery() -> Iterator[Nursery]:
     started = Nursery()
     yield started
     started.stop()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that was trained on `corpora.TEXTS`."""
+    root = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([write(root / "corpus.jsonl", TEXTS)], root / "tokenizer", 280)
+    return root / "tokenizer"
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """An HTTP server of `tmp_path / "served"`; what reads from it does not wait between tries."""
+    monkeypatch.setattr(remote, "WAITS_S", (0.0, 0.0, 0.0))
+    (tmp_path / "served").mkdir(exist_ok=True)
+    with serve(tmp_path / "served") as server:
+        yield server
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> Path:
+    """RedPajama-V2, which `server` serves."""
+    return write_data_set(tmp_path / "served")
+
+
+@pytest.fixture
+def blend(tmp_path: Path) -> Path:
+    """A blend's YAML, beside its documents."""
+    return write_blend(tmp_path)

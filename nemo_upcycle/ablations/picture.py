@@ -45,7 +45,7 @@ def draw(report: Report, path: Path) -> None:
         axes.axis("off")
     seeds = counted(report.seeds, "seed")
     figure.suptitle(
-        f"Held-out loss after {report.steps} steps, less the first arm's (nats a token; left is "
+        f"Held-out loss after {report.steps} steps, less the first arm's (nats per token; left is "
         f"better)\nmean ± standard error over {seeds}, each seed a faint dot",
         fontsize=11,
     )

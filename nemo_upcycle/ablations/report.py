@@ -178,7 +178,7 @@ def _introduction(report: Report, picture: str) -> Iterator[str]:
         "the same order.\n"
     )
     yield (
-        f"Losses are in nats a token, of language alone, on {report.held_out_tokens:,} tokens of "
+        f"Losses are in nats per token, of language alone, on {report.held_out_tokens:,} tokens of "
         "held-out text, each corpus with its weight in the training's blend, no token dropped: "
         "mean ± standard error over seeds. Differences are to the first arm of a table, seed by "
         f"seed. A claim holds if Student's {CONFIDENCE:.0%} interval of the difference seed by "

@@ -67,7 +67,7 @@ class Workspace:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The dense model's numbers."""
+        """The dense model's architecture."""
         config = open_checkpoint(str(self.dense)).config
         return architecture_of(config)
 
@@ -143,7 +143,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """Losses on held-out text, in nats a token.
+    """Losses on held-out text, in nats per token.
 
     Attributes:
         start: Before the first step, with no token dropped.

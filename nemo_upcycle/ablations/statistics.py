@@ -57,7 +57,7 @@ class Estimate:
 
 
 def verdict(difference: Estimate) -> str:
-    """Say whether an arm that is claimed to be lower is.
+    """Return whether an arm that is claimed to be lower is.
 
     Args:
         difference: The other arm's loss less this arm's, seed by seed.

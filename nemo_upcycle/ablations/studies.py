@@ -70,7 +70,7 @@ class Arm:
 
         Args:
             steps: The baseline's.
-            arch: The dense model's numbers. Its own training was the recipe `llama_tiny`'s.
+            arch: The dense model's architecture. Its own training was the recipe `llama_tiny`'s.
         """
         if self.budget == "tokens":
             return steps

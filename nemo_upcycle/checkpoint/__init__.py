@@ -31,14 +31,14 @@ def open_checkpoint(source: str) -> DenseCheckpoint:
     """Open a dense checkpoint of any format.
 
     Args:
-        source: A directory of Hugging Face's, NeMo 2's or Megatron-LM's, or a hub name that is in
+        source: A directory in the format of Hugging Face, NeMo 2 or Megatron-LM, or a hub name in
             the local Hugging Face cache.
 
     Returns:
         The checkpoint.
 
     Raises:
-        UpcyclingError: There is none, or not one that can be read, or it is an MoE's.
+        UpcyclingError: There is no checkpoint, the checkpoint cannot be read, or is an MoE.
     """
     directory = resolve_directory(source)
     if is_huggingface(directory) or find_layout(directory) is None:
@@ -49,9 +49,9 @@ def open_checkpoint(source: str) -> DenseCheckpoint:
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Say whether a directory looks like a dense checkpoint of any format.
+    """Return whether a directory looks like a dense checkpoint of any format.
 
     Raises:
-        UpcyclingError: It is one that cannot be read.
+        UpcyclingError: The checkpoint cannot be read.
     """
     return is_huggingface(directory) or find_layout(directory) is not None

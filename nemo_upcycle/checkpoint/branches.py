@@ -1,7 +1,7 @@
-"""Several dense checkpoints as one: experts from each, everything else their average.
+"""Several dense checkpoints as one: experts from each, averages of all other weights.
 
-A feed-forward tensor of branch i is named `i:` and its own name; under its own name, as every
-other tensor, it is the average over all branches.
+A feed-forward tensor of branch i has the prefix `i:`. Without a prefix, any name means the average
+over all branches.
 
 Source: Branch-Train-MiX, arXiv 2403.07816 §3.
 """
@@ -21,24 +21,23 @@ from nemo_upcycle.checkpoint.tokenizer_files import VOCABULARIES, load_tokenizer
 from nemo_upcycle.errors import UpcyclingError, listing
 
 _MAY_DIFFER = ("max_position_embeddings", "init_method_std")
-"""Fields of an architecture that change nothing of what it computes."""
+"""Fields of an architecture that do not change what the model computes."""
 
 
 def branch_name(branch: int, tensor: str) -> str:
-    """Return the name of one branch's own feed-forward tensor."""
+    """Return the name of a branch's feed-forward tensor."""
     return f"{branch}:{tensor}"
 
 
 def split_sources(source: str) -> list[str]:
-    """Return the dense checkpoints that a text names.
+    """Return the dense checkpoints in a text.
 
     Args:
-        source: One, or several separated by semicolons; or by commas, at which NeMo-Run's command
-            line cuts the arguments of a factory.
+        source: One checkpoint, or several separated by semicolons, or by commas, at which
+            NeMo-Run's command line splits the arguments of a factory.
 
     Raises:
-        UpcyclingError: There is nothing, or nothing between two of them, or they are separated by
-            something else.
+        UpcyclingError: A name is empty, or the separator is another.
     """
     if source and Path(os.path.expanduser(source)).exists():
         return [source]
@@ -52,7 +51,7 @@ def split_sources(source: str) -> list[str]:
 
 
 def _are_several(source: str) -> bool:
-    """Say whether a text that is no directory is several, separated by something else."""
+    """Return whether a text that is no directory lists several, with another separator."""
     parts = [Path(os.path.expanduser(part)) for part in re.split(r"[\s:|+]+", source)]
     return len(parts) > 1 and not Path(source).is_dir() and all(part.is_dir() for part in parts)
 
@@ -61,13 +60,13 @@ def open_branches(source: str) -> DenseCheckpoint:
     """Open a dense checkpoint, or several as one.
 
     Args:
-        source: What `open_checkpoint` takes, or several of these; see `split_sources`.
+        source: A source for `open_checkpoint`, or several; see `split_sources`.
 
     Returns:
-        The checkpoint, or all of them as one.
+        The checkpoint, or all checkpoints as one.
 
     Raises:
-        UpcyclingError: One cannot be read, or they are not of one architecture or tokenizer.
+        UpcyclingError: A checkpoint cannot be read, or architectures or tokenizers differ.
     """
     return open_parts(split_sources(source))
 
@@ -83,9 +82,9 @@ def open_parts(parts: Sequence[str]) -> DenseCheckpoint:
 
 
 def _check_tokens(parts: Sequence[str]) -> None:
-    """Check that a row of the embeddings, which are averaged, is one token in all branches.
+    """Check that each row of the averaged embeddings is the same token in all branches.
 
-    A token that one branch alone has, such as a chat's, may be in a row that is unused in others.
+    A token of one branch only, such as a chat token, may use a row that is unused in the others.
     """
     tokenizers = [(part, tokenizer_directory(part)) for part in parts]
     there = [(part, place) for part, place in tokenizers if place is not None]
@@ -99,14 +98,14 @@ def _check_tokens(parts: Sequence[str]) -> None:
             row = rows[0]
             raise UpcyclingError(
                 f"The tokenizers of {first} and {part} differ: row {row} of the embeddings is "
-                f"{tokens[row]!r} in one and {theirs[row]!r} in the other, and so are {len(rows)} "
-                "rows in all. Embeddings are averaged over dense checkpoints: give some that were "
-                "trained on from one, with its tokenizer."
+                f"{tokens[row]!r} in one and {theirs[row]!r} in the other; {len(rows)} rows differ "
+                "in total. Embeddings are averaged over dense checkpoints: give checkpoints that "
+                "were trained from the same model, with the same tokenizer."
             )
 
 
 def _same_files(one: Path, other: Path) -> bool:
-    """Say whether two vocabularies are one, byte by byte: it is quicker than loading them."""
+    """Return whether two vocabularies are equal byte by byte, which is faster than loading."""
     pairs = [(one / name, other / name) for name in VOCABULARIES]
     return all(
         a.is_file() == b.is_file() and (not a.is_file() or cmp(a, b, shallow=False))
@@ -125,7 +124,7 @@ class BranchedCheckpoint(DenseCheckpoint):
         branches: The checkpoints.
 
     Raises:
-        UpcyclingError: They are not of one architecture.
+        UpcyclingError: The architectures differ.
     """
 
     def __init__(self, branches: Sequence[DenseCheckpoint]) -> None:
@@ -143,7 +142,7 @@ class BranchedCheckpoint(DenseCheckpoint):
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Averages by their names, and each branch's feed-forward tensors."""
+        """Averages, and each branch's feed-forward tensors, by name."""
         first = self._branches[0].tensors
         names = [name for name in self.family.shapes(self.architecture) if name in first]
         infos = {name: replace(first[name], sources=len(self._branches)) for name in names}
@@ -158,12 +157,12 @@ class BranchedCheckpoint(DenseCheckpoint):
         return infos
 
     def pieces(self, name: str) -> Sequence[Piece]:
-        """Return where a tensor lies in its branch, an average in the first."""
+        """Return where a tensor is stored in its branch; for an average, in the first branch."""
         branch, own = self._find(name)
         return (branch or self._branches[0]).pieces(own)
 
     def read_into(self, buffer: memoryview, name: str, rows: Span, columns: Span | None) -> None:
-        """Read a block of a tensor, averaged in fp32 where it is an average.
+        """Read a block of a tensor; averages are computed in fp32.
 
         Raises:
             UpcyclingError: A file is gone or shorter than its header says.
@@ -191,7 +190,7 @@ class BranchedCheckpoint(DenseCheckpoint):
             branch.close()
 
     def _find(self, name: str) -> tuple[DenseCheckpoint | None, str]:
-        """Return whose tensor a name is, None where it is an average, and its name there."""
+        """Return a tensor's branch (None for an average), and the tensor's name there."""
         index, colon, own = name.partition(":")
         return (self._branches[int(index)], own) if colon else (None, name)
 
@@ -208,6 +207,5 @@ class BranchedCheckpoint(DenseCheckpoint):
         if different:
             raise UpcyclingError(
                 f"{self.directory} and {other.directory} are not of one architecture: "
-                f"{listing(different)}. Experts can come from several dense checkpoints if these "
-                "were trained on from one."
+                f"{listing(different)}. Expected checkpoints that were trained from the same model."
             )

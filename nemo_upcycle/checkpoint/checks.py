@@ -1,4 +1,4 @@
-"""Checks of a dense checkpoint's tensors against its config, by headers alone."""
+"""Checks of a dense checkpoint's tensors against the config, by headers alone."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -11,14 +11,14 @@ _BUFFERS = re.compile(
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(\w*attn|attention)\.(masked_)?bias$"
     r"|(^|\.)masked_bias$|(^|\.)position_ids$"
 )
-"""Names that old versions of transformers saved, of values that follow from the config: RoPE's
-tables, causal masks, positions. What its classes list as `_keys_to_ignore_on_load_unexpected`."""
+"""Tensors that old versions of transformers saved although the config determines them: RoPE tables,
+causal masks, positions. transformers lists them in `_keys_to_ignore_on_load_unexpected`."""
 
 
 def check_tensors(
     tensors: Mapping[str, TensorInfo], family: Family, arch: Architecture, where: str
 ) -> None:
-    """Check a dense checkpoint's tensors against its config.
+    """Check a dense checkpoint's tensors against the config.
 
     Raises:
         UpcyclingError: A tensor is missing, left over, empty, of the wrong shape or dtype.
@@ -27,7 +27,7 @@ def check_tensors(
     missing = [name for name in expected if name not in tensors]
     known = dict(expected)
     if arch.share_embeddings_and_output_weights and family.tied:
-        output, embeddings = family.tied  # stored or not, it is the embeddings
+        output, embeddings = family.tied  # the output layer is the embeddings, even if not stored
         known[output] = expected[embeddings]
     extra = [name for name in tensors if name not in known and not _is_ignored(name, family)]
     there = {name: tensors[name] for name in known if name in tensors}
@@ -66,22 +66,22 @@ def _is_ignored(name: str, family: Family) -> bool:
 def _way_out(
     missing: Collection[str], extra: Collection[str], empty: object, known: Collection[str]
 ) -> str:
-    """Say what to do, by how it came about where that shows."""
+    """Return what to do, by the cause if it can be recognised."""
     if empty:
         return (
-            "DeepSpeed ZeRO-3 left what is empty on other ranks: save the model with "
-            "stage3_gather_16bit_weights_on_model_save, or make it whole with zero_to_fp32.py."
+            "DeepSpeed ZeRO-3 left these tensors on other ranks: save the model with "
+            "stage3_gather_16bit_weights_on_model_save, or combine the parts with zero_to_fp32.py."
         )
     first = next(iter(known))
     for prefix in {name.removesuffix(first) for name in extra if name.endswith(first)} - {""}:
         if all(name.startswith(prefix) and name.removeprefix(prefix) in known for name in extra):
             return (
-                f"All names begin with {prefix!r}, which transformers does not read either: it "
-                "would draw random weights. Save the model from inside its wrapper."
+                f"All names begin with {prefix!r}. transformers does not read such names either, "
+                "but draws random weights. Save the model from inside its wrapper."
             )
     if set(missing) == {"lm_head.weight"} and not extra:
         return (
-            "AutoModel saves a model so, without its output layer: save it with "
+            "AutoModel saves a model without the output layer: save the model with "
             "AutoModelForCausalLM, or set tie_word_embeddings to true if the embeddings are tied."
         )
-    return "Use a complete checkpoint with its own config."
+    return "Use a complete checkpoint with the matching config."

@@ -1,9 +1,9 @@
-"""What every dense checkpoint is: names, shapes, dtypes, and where the bytes lie.
+"""The interface of dense checkpoints: names, shapes, dtypes, and where the bytes are stored.
 
-A tensor is one rectangle in a file, or several where ranks have saved it in parts. The formats
-differ in how these are found; reading is the same for all: the bytes that were asked for, with
-`pread`, into memory that the caller owns. Nothing is mapped, so nothing but the caller's buffer
-counts as memory of the process, and all processes of a node share the file system's cache.
+A tensor is one rectangle in a file, or several if ranks have saved it in parts. The formats differ
+in how rectangles are found. Reading is the same for all: `pread` reads only the requested bytes,
+into memory of the caller. Nothing is memory-mapped, so only the caller's buffer counts as memory of
+the process, and all processes of a node share the page cache.
 """
 
 import math
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Span = tuple[int, int]
-"""Start and stop."""
+"""Start and stop of a range."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a tensor is, known without reading it.
+    """A tensor's description, from headers.
 
     Attributes:
-        shape: Rows, and columns where it has any.
+        shape: [rows] or [rows, columns].
         dtype: safetensors' name: F32, BF16, F16, …
-        sources: Checkpoints that it is read from, where it is an average.
+        sources: Number of checkpoints that are averaged; 1 for a plain tensor.
     """
 
     shape: tuple[int, ...]
@@ -42,24 +42,24 @@ class TensorInfo:
 
     @property
     def width(self) -> int:
-        """Elements of a row: the columns, 1 in a vector."""
+        """Elements per row: the columns; 1 for a vector."""
         return self.shape[1] if len(self.shape) > 1 else 1
 
     @property
     def bytes(self) -> int:
-        """Its size in one checkpoint."""
+        """Bytes of the tensor in one checkpoint."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of a tensor that lies in a file row after row, without gaps.
+    """A rectangle of a tensor, stored contiguously by rows in a file.
 
     Attributes:
         file: Path relative to the checkpoint's directory.
-        start: Byte offset of its first element.
-        rows: Its rows in the tensor.
-        columns: Its columns in the tensor, (0, 1) in a vector.
+        start: Byte offset of the first element.
+        rows: Start and stop of the rows in the tensor.
+        columns: Start and stop of the columns in the tensor; (0, 1) for a vector.
     """
 
     file: str
@@ -72,8 +72,8 @@ class DenseCheckpoint(ABC):
     """A dense checkpoint, opened for reading by slice.
 
     Attributes:
-        directory: Where it is.
-        config: Its config, with Hugging Face's `model_type` (`megatron` for Megatron's own).
+        directory: The checkpoint's directory.
+        config: The config, with Hugging Face's `model_type` (`megatron` for Megatron's own).
     """
 
     directory: Path
@@ -84,7 +84,7 @@ class DenseCheckpoint(ABC):
 
     @cached_property
     def family(self) -> Family:
-        """Its family.
+        """The model family.
 
         Raises:
             UpcyclingError: The family is not one that can be upcycled.
@@ -93,10 +93,10 @@ class DenseCheckpoint(ABC):
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The numbers that its config says.
+        """The architecture in the config.
 
         Raises:
-            UpcyclingError: It cannot be upcycled.
+            UpcyclingError: The architecture cannot be upcycled.
         """
         return self.family.architecture(self.config)
 
@@ -116,17 +116,17 @@ class DenseCheckpoint(ABC):
 
     @abstractmethod
     def pieces(self, name: str) -> Sequence[Piece]:
-        """Return the rectangles that make up a tensor, each element once.
+        """Return the rectangles that make up a tensor, with each element once.
 
         Raises:
             UpcyclingError: A header is damaged.
         """
 
     def read_into(self, buffer: memoryview, name: str, rows: Span, columns: Span | None) -> None:
-        """Read a block of a tensor, in its own dtype; only its bytes are read.
+        """Read a block of a tensor in the stored dtype; no other bytes are read.
 
         Args:
-            buffer: Receives the block, row after row; as many bytes as the block has.
+            buffer: Receives the block by rows; has exactly the block's size.
             name: The tensor.
             rows: Start and stop on the first axis.
             columns: Start and stop on the second axis; None for a vector or all columns.
@@ -148,7 +148,7 @@ class DenseCheckpoint(ABC):
             target = (low - rows[0]) * row_bytes + (left - first) * size
             run = (right - left) * size
             count = high - low
-            if run == width * size == row_bytes:  # whole rows on both sides: one run
+            if run == width * size == row_bytes:  # whole rows on both sides: a single run
                 run, count = run * count, 1
             for _ in range(count):
                 self._read_run(piece.file, source, buffer[target : target + run])
@@ -177,8 +177,8 @@ class DenseCheckpoint(ABC):
                 ) from error
             if count == 0:
                 raise UpcyclingError(
-                    f"{self.directory / file} ends at byte {start}; its header says more. "
-                    "It is damaged, incomplete or was changed meanwhile; get it again."
+                    f"{self.directory / file} ends at byte {start}; the header promises more. The "
+                    "file is damaged, incomplete or was changed meanwhile; get the file again."
                 )
             start, buffer = start + count, buffer[count:]
 

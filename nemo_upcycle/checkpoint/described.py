@@ -1,6 +1,6 @@
-"""A dense checkpoint that knows its format, its family and its architecture.
+"""A dense checkpoint with format, family and architecture.
 
-Every reader of a dense checkpoint's config comes here: what a source names is found and read once.
+All readers of a dense checkpoint's config use this module, so that a source is found and read once.
 """
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ class Dense:
     """A dense model to plan for.
 
     Attributes:
-        source: Where it is.
-        note: What of it was there to look at.
-        family: Its family.
-        arch: Its numbers.
-        tensors: Its tensors; by its config where its weights are not there.
-        branches: How many dense checkpoints it is.
+        source: Path or name of the checkpoint.
+            note: Which parts of the checkpoint were available.
+        family: The dense model's family.
+        arch: The dense model's architecture.
+        tensors: The tensors; from the config if the weights are not available.
+            branches: Number of dense checkpoints.
     """
 
     source: str
@@ -39,18 +39,18 @@ class Dense:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Size of all tensors."""
         used = (info for name, info in self.tensors.items() if self._is_used(name))
         return sum(info.bytes * info.sources for info in used)
 
     @property
     def parameters(self) -> int:
-        """Its elements."""
+        """Number of elements."""
         return sum(prod(shape) for shape in self.family.shapes(self.arch).values())
 
     @property
     def dtypes(self) -> list[str]:
-        """The dtypes of its tensors."""
+        """The dtypes of the tensors."""
         return sorted({info.dtype for name, info in self.tensors.items() if self._is_used(name)})
 
     def _is_used(self, name: str) -> bool:
@@ -61,16 +61,13 @@ def dense_of_config(config: dict[str, Any], source: str, note: str) -> Dense:
     """Return the dense model that a Hugging Face config describes.
 
     Args:
-        config: The parsed `config.json`; its dtype is taken, BF16 where it says none.
-        source: Where it is.
-        note: What to say of the weights, which are not there.
-
-    Raises:
-        UpcyclingError: It cannot be upcycled.
+        config: The parsed `config.json`; without a dtype, BF16 is assumed.
+            source: Path or name of the model.
+            note: A remark on the weights, which are not available.
     """
     family = family_of(config)
     arch = family.architecture(config)
-    said = config.get("dtype") or config.get("torch_dtype")  # transformers 5, and before
+    said = config.get("dtype") or config.get("torch_dtype")  # transformers 5, or earlier
     dtype = dtype_called(said) or "BF16"
     shapes = family.shapes(arch)
     tensors = {name: TensorInfo(shape, dtype) for name, shape in shapes.items()}
@@ -78,17 +75,17 @@ def dense_of_config(config: dict[str, Any], source: str, note: str) -> Dense:
 
 
 def open_dense(source: str) -> Dense:
-    """Open a dense checkpoint by its headers, or by its `config.json` where nothing else is there.
+    """Open a dense checkpoint by headers, or by `config.json` if nothing else is there.
 
     Args:
-        source: What `open_branches` takes, or a directory of a `config.json` alone.
+        source: A source for `open_branches`, or a directory with `config.json` alone.
 
     Raises:
-        UpcyclingError: It cannot be read, or cannot be upcycled.
+        UpcyclingError: The checkpoint cannot be read, or cannot be upcycled.
     """
     directory = find_directory(source) if split_sources(source) == [source] else None
     if directory and {path.name for path in directory.glob("*")} == {"config.json"}:
-        note = "its config.json alone, the weights are not there"
+        note = "config.json alone, without weights"
         config = HuggingFaceCheckpoint(directory).config
         check_dense(config, directory)
         return dense_of_config(config, source, note)
@@ -105,10 +102,10 @@ def open_dense(source: str) -> Dense:
 
 
 def check_whole(checkpoint: DenseCheckpoint) -> None:
-    """Check that a dense checkpoint has the tensors that its config says.
+    """Check that a dense checkpoint has the tensors that the config requires.
 
     Raises:
-        UpcyclingError: It cannot be upcycled, or has other tensors than its config says.
+        UpcyclingError: The checkpoint cannot be upcycled, or tensors and config disagree.
     """
     for branch in checkpoint.branches:
         where = str(branch.directory)
@@ -116,17 +113,17 @@ def check_whole(checkpoint: DenseCheckpoint) -> None:
 
 
 def architecture_here(source: str) -> tuple[Architecture | None, list[str]]:
-    """Return the numbers of a dense checkpoint, as far as it is on this machine.
+    """Return a dense checkpoint's architecture, if on this machine.
 
     Args:
-        source: What `open_branches` takes.
+        source: A source for `open_branches`.
 
     Returns:
-        The numbers, None if nothing of the source is here; and the parts that are not here: paths
-        that other machines may have, hub names that are not in this machine's cache.
+        The architecture, None if nothing of the source is on this machine; and the missing parts:
+        paths that other machines may have, hub names that are not in the local cache.
 
     Raises:
-        UpcyclingError: What is here is no dense checkpoint, or not of one architecture.
+        UpcyclingError: A source is no dense checkpoint, or architectures differ.
     """
     parts = split_sources(source)
     absent = [part for part in parts if find_directory(part) is None]

@@ -1,4 +1,4 @@
-"""The dtypes that can be upcycled: safetensors' names, torch's and Hugging Face's, and sizes."""
+"""The supported dtypes: names in safetensors, torch and Hugging Face, and sizes."""
 
 from typing import TYPE_CHECKING
 

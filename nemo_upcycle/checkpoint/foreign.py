@@ -1,4 +1,4 @@
-"""What is no dense checkpoint, called by its name, with the way out."""
+"""Recognise directories that are not dense checkpoints: what they hold, and what to do."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -13,7 +13,7 @@ from nemo_upcycle.families import FAMILIES
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of file that is not what a dense checkpoint is read from."""
+    """A kind of file that dense checkpoints are not read from."""
 
     names: str
     what: str
@@ -84,15 +84,15 @@ _QUANTISED_TENSORS = {
     r"\.weight_(packed|shape|zero_point)": "compressed-tensors",
     r"_(blocks|scales)": "MXFP4",
 }
-"""How names of tensors end that are parts of quantised weights."""
+"""Suffixes of tensors that belong to quantised weights."""
 _SNAPSHOT = re.compile(r"models--(?P<name>[^/]+)/snapshots/[^/]+$")
 _CACHED_MODEL = re.compile(r"models--(?P<name>[^/]+)$")
 _PARTS = ("text_config", "llm_config", "language_config", "vision_config", "audio_config")
-"""Keys of a config under which a model of several parts has one of them."""
+"""Config keys of the parts of a multi-part model."""
 
 
 def get_again(directory: Path) -> str:
-    """Say how to get what a directory lacks."""
+    """Return how to get the missing files of a directory."""
     match = _SNAPSHOT.search(str(directory))
     if match is None:
         return "Get the checkpoint again."
@@ -101,12 +101,12 @@ def get_again(directory: Path) -> str:
 
 
 def _hub_name(match: re.Match[str]) -> str:
-    """Return a model's name on the hub, of its directory's in the hub's cache."""
+    """Return a model's hub name from its directory in the hub's cache."""
     return match["name"].replace("--", "/", 1)
 
 
 def _snapshots(directory: Path) -> tuple[str, str] | None:
-    """Say that a directory is a model's in the hub's cache, and what of it to give."""
+    """Recognise a model's directory in the hub's cache; return what it is and what to give."""
     snapshots = sorted(directory.glob("snapshots/*/"))
     if not snapshots or not {"refs", "blobs"} & {path.name for path in directory.iterdir()}:
         return None
@@ -123,7 +123,7 @@ def held_instead(directory: Path) -> tuple[str, str] | None:
         directory: The directory.
 
     Returns:
-        The two, in words; None if it holds nothing that is known.
+        Both as text; None if nothing is recognised.
     """
     entries = {path.name: path for path in directory.iterdir()}
     dangling = [name for name, path in entries.items() if path.is_symlink() and not path.exists()]
@@ -149,7 +149,7 @@ def held_instead(directory: Path) -> tuple[str, str] | None:
 
 
 def no_checkpoint(directory: Path) -> UpcyclingError:
-    """Return the error of a directory that is a checkpoint of no format."""
+    """Return the error for a directory that is no checkpoint of any format."""
     what, way_out = held_instead(directory) or ("nothing that is known", "Check the path.")
     return UpcyclingError(
         f"{directory} is no checkpoint: it holds {what}; expected config.json and *.safetensors, "
@@ -158,24 +158,24 @@ def no_checkpoint(directory: Path) -> UpcyclingError:
 
 
 def check_no_adapter(directory: Path) -> None:
-    """Check that weights are not changed by an adapter beside them, as transformers has it.
+    """Check that there is no adapter beside the weights, which transformers would apply.
 
     Raises:
-        UpcyclingError: They are.
+        UpcyclingError: There is an adapter.
     """
     if (directory / "adapter_config.json").is_file():
         adapter = _KINDS[0]
         raise UpcyclingError(
             f"{directory} holds {adapter.what.format(names='adapter_config.json')}; expected a "
-            f"dense model's weights as they are. {adapter.way_out}"
+            f"dense model's weights alone. {adapter.way_out}"
         )
 
 
 def check_not_quantised(config: Mapping[str, Any], directory: Path) -> None:
-    """Check that a config does not say that the weights are quantised.
+    """Check that the weights are not quantised, by the config.
 
     Raises:
-        UpcyclingError: It does.
+        UpcyclingError: The weights are quantised.
     """
     said = config.get("quantization_config") or config.get("compression_config")
     if said:
@@ -188,10 +188,10 @@ def check_not_quantised(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def check_not_quantised_tensors(names: Collection[str], directory: Path) -> None:
-    """Check that no tensor is a part of quantised weights.
+    """Check that the weights are not quantised, by the tensors' names.
 
     Raises:
-        UpcyclingError: Some are.
+        UpcyclingError: Some weights are quantised.
     """
     for ending, method in _QUANTISED_TENSORS.items():
         quantised = [name for name in names if re.search(f"{ending}$", name)]
@@ -202,18 +202,18 @@ def check_not_quantised_tensors(names: Collection[str], directory: Path) -> None
 def _quantised(directory: Path, by: str) -> UpcyclingError:
     return UpcyclingError(
         f"{directory} is quantised by {by}; expected weights in F32, BF16 or F16. Give the "
-        "checkpoint that it was made from; or load it with from_pretrained, call the model's "
-        "dequantize(), and save_pretrained that."
+        "original checkpoint; or load this one with from_pretrained, call the model's "
+        "dequantize(), and save the model with save_pretrained."
     )
 
 
 def check_dense(config: Mapping[str, Any], directory: Path) -> None:
-    """Check that a config is not that of an MoE, or of a model with more parts than one.
+    """Check that a config describes neither an MoE nor a model of several parts.
 
-    What else is unknown is `family_of`'s to refuse.
+    `family_of` refuses all other unknown models.
 
     Raises:
-        UpcyclingError: It is.
+        UpcyclingError: The config describes an MoE or a model of several parts.
     """
     kind = config.get("model_type")
     if isinstance(kind, str) and kind in FAMILIES:
@@ -229,13 +229,13 @@ def check_dense(config: Mapping[str, Any], directory: Path) -> None:
         said = "".join(f", {name}={count}" for name, count in experts.items())
         raise UpcyclingError(
             f"{directory} is an MoE already (config.json says model_type={kind!r}{said}); expected "
-            "a dense checkpoint. Give the dense model that it was made from. A Mixtral, Qwen2-MoE "
-            "or Qwen3-MoE is trained on as it is: `nemo llm import model=upcycled_gpt "
-            "source=hf://DIR`, and resume from what that writes."
+            "a dense checkpoint. Give the original dense model. To train a Mixtral, Qwen2-MoE or "
+            "Qwen3-MoE further, run `nemo llm import model=upcycled_gpt source=hf://DIR` and "
+            "resume from the output."
         )
     if parts:
         raise UpcyclingError(
             f"{directory} is a model of several parts (config.json says model_type={kind!r} and "
-            f"has {', '.join(parts)}); expected a language model alone. Load it with "
-            "transformers, save_pretrained its language model, and give that directory."
+            f"has {', '.join(parts)}); expected a language model alone. Load the model with "
+            "transformers, save its language model with save_pretrained, and give that directory."
         )

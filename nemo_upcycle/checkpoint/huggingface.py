@@ -25,9 +25,9 @@ from nemo_upcycle.errors import UpcyclingError, listing
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BASE = "model"
-"""What transformers calls the model without its output layer, in all families that are known."""
+"""Name of the model without the output layer in transformers, for all supported families."""
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")
-"""How files of `torch.save` begin, new and old."""
+"""First bytes of files of `torch.save`, in the new and the old format."""
 
 _Entry = tuple[TensorInfo, Piece]
 
@@ -49,7 +49,7 @@ def resolve_directory(source: str | Path) -> Path:
 
 
 def is_huggingface(directory: Path) -> bool:
-    """Say whether a checkpoint's format is Hugging Face's: its directory holds a config.json."""
+    """Return whether a directory is in Hugging Face's format, with a config.json."""
     return (directory / "config.json").is_file()
 
 
@@ -57,10 +57,10 @@ def find_directory(source: str | Path) -> Path | None:
     """Return the local directory of a checkpoint, None if there is none on this machine.
 
     Args:
-        source: A path, `~` and relative ones too, or a hub name already downloaded.
+        source: An absolute or relative path, also with `~`, or a hub name already downloaded.
 
     Raises:
-        UpcyclingError: It is a file, or may not be read.
+        UpcyclingError: The source is a file, or cannot be read.
     """
     path = Path(os.path.expanduser(source))
     try:
@@ -81,7 +81,7 @@ def find_directory(source: str | Path) -> Path | None:
 
 
 def _cached_snapshot(name: str) -> Path | None:
-    """Look a hub name up in the local cache; never goes to the network."""
+    """Look up a hub name in the local cache, without the network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -95,18 +95,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Read `config.json`.
 
     Raises:
-        UpcyclingError: It is missing or not JSON.
+        UpcyclingError: The file is missing or not JSON.
     """
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' mark is no JSON
+        config = json.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is not JSON
     except FileNotFoundError:
         what, way_out = held_instead(directory) or ("nothing that is known", get_again(directory))
         raise UpcyclingError(
             f"{directory} has no config.json; expected a Hugging Face checkpoint directory. "
             f"It holds {what}. {way_out}"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:  # also of a number without end
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number too long
         raise UpcyclingError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(config, dict):
         raise UpcyclingError(f"{path} holds a {type(config).__name__}; expected a JSON object.")
@@ -117,7 +117,7 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
     """A dense checkpoint in Hugging Face's layout.
 
     Args:
-        source: A directory, or a hub name that is in the local cache.
+        source: A directory, or a hub name in the local cache.
 
     Raises:
         UpcyclingError: The directory or its files are missing, damaged or not safetensors.
@@ -136,7 +136,7 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         return {name: info for name, (info, _) in self._entries.items()}
 
     def pieces(self, name: str) -> tuple[Piece]:
-        """Return the one rectangle that a tensor is."""
+        """Return a tensor's only rectangle."""
         return (self._entries[name][1],)
 
     @cached_property
@@ -147,7 +147,7 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
                 if name in entries:
                     raise UpcyclingError(
                         f"Tensor {name} is in both {entries[name][1].file} and {file} of "
-                        f"{self.directory}; expected it once. Remove the stale file."
+                        f"{self.directory}; expected each tensor once. Remove the stale file."
                     )
                 entries[name] = entry
         entries = self._as_indexed(entries)
@@ -157,12 +157,12 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         return entries
 
     def _files(self) -> list[str]:
-        """Return what transformers reads; other files in the directory are none of the model's."""
+        """Return the files that transformers reads; others do not belong to the model."""
         if self.config.get("transformers_weights"):
             raise UpcyclingError(
                 f"The config.json of {self.directory} says transformers_weights="
                 f"{self.config['transformers_weights']!r}; expected {WEIGHTS} or {INDEX}. "
-                "Load the model with transformers and save_pretrained it."
+                "Load the model with transformers and save it with save_pretrained."
             )
         if (self.directory / WEIGHTS).is_file():
             return [WEIGHTS]
@@ -213,7 +213,7 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         return files
 
     def _as_indexed(self, entries: dict[str, _Entry]) -> dict[str, _Entry]:
-        """Leave out what the index does not name, as transformers does."""
+        """Leave out tensors that the index does not name, as transformers does."""
         if (self.directory / WEIGHTS).is_file():
             return entries
         index = self._index()
@@ -227,10 +227,10 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
 
 
 def _is_base_model(names: Collection[str]) -> bool:
-    """Say whether transformers would read tensors as those of a model without its output layer.
+    """Return whether transformers would read the tensors as a model without an output layer.
 
-    So AutoModel saves them: without the name of the base model before theirs. An output layer
-    beside such names is refused by transformers, and by the check of all names here.
+    AutoModel saves names without the base model's prefix. An output layer beside such names is
+    refused by transformers, and by the check of all names here.
     """
     return {"embed_tokens.weight", "norm.weight"} <= set(names) and not any(
         name.startswith((BASE, "lm_head")) for name in names
@@ -238,20 +238,20 @@ def _is_base_model(names: Collection[str]) -> bool:
 
 
 def read_header(directory: Path, file: str) -> dict[str, _Entry]:
-    """Read where the tensors of a safetensors file lie.
+    """Read the byte ranges of the tensors in a safetensors file.
 
-    The safetensors library tells names and shapes but not places, imports torch for it, and maps
-    the file into memory; the header is 8 bytes of length and JSON.
+    The safetensors library gives names and shapes but no byte ranges, imports torch, and maps the
+    file into memory. The header is 8 bytes of length, and JSON.
 
     Args:
         directory: The checkpoint's directory.
-        file: The file's name in it.
+        file: The file's name in the directory.
 
     Returns:
-        Each tensor and its place, by name.
+        Each tensor's description and location, by name.
 
     Raises:
-        UpcyclingError: The file is not safetensors, or shorter than it says.
+        UpcyclingError: The file is not safetensors, or shorter than the header says.
 
     Source: https://github.com/huggingface/safetensors, "Format".
     """
@@ -301,5 +301,6 @@ def _entry(file: str, data: int, dtype: str, shape: list[int], data_offsets: lis
 
 def _damaged(path: Path, why: str) -> UpcyclingError:
     return UpcyclingError(
-        f"{path} cannot be read as safetensors: {why}. It is damaged or incomplete; get it again."
+        f"{path} cannot be read as safetensors: {why}. The file is damaged or incomplete; get the "
+        "file again."
     )

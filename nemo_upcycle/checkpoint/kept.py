@@ -1,7 +1,7 @@
-"""What a dense model's configs say that training does not change, and an exported MoE keeps.
+"""Settings in a dense model's configs that training keeps and an exported MoE needs.
 
-A run records it in its checkpoints as plain data, because the run's own config does not have it:
-its sequences may be shorter than the model's context, and Megatron knows no tokens.
+A run records these settings in its checkpoints as plain data, because the run's own config lacks
+them: training sequences may be shorter than the model's context, and Megatron stores no tokens.
 """
 
 import json
@@ -19,13 +19,13 @@ from nemo_upcycle.families.megatron import moe_architecture
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
 
 FIELD = "kept"
-"""Under this name a callback's state in a checkpoint has it."""
+"""Key of the record in a callback's state in a checkpoint."""
 
 UPCYCLED_FROM = "upcycled_from.json"
 """The file beside the checkpoints of a run of Megatron-LM's or Bridge's that has it."""
 
 CHAT_TEMPLATES = "additional_chat_templates"
-"""Directory of named templates beside `chat_template.jinja`, as transformers writes it."""
+"""Directory of named chat templates, beside transformers' `chat_template.jinja`."""
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # First and last token; other families have none.
@@ -37,9 +37,9 @@ _DEFAULT_TOKENS: dict[str, tuple[int, int]] = {
 }
 _OTHERS = ("unk_token_id", "sep_token_id", "tokenizer_class", "attention_dropout", "use_cache")
 CONFIG = _TOKENS + _OTHERS
-"""Keys of config.json that an exported MoE takes over."""
+"""Keys of config.json that an exported MoE keeps."""
 
-# What older config.json say in generation_config.json's place.
+# Keys of older config.json files that now are in generation_config.json.
 GENERATION = (
     "max_length",
     "min_length",
@@ -63,17 +63,17 @@ GENERATION = (
 
 
 def kept_of(source: DenseCheckpoint | str | Path) -> dict[str, Any]:
-    """Return what a checkpoint says of its model beside its weights and its shape.
+    """Return a checkpoint's settings besides weights and shapes.
 
     Args:
         source: The checkpoint that is upcycled, imported, or gives a run its config: opened, or
-            its directory, of any format, dense or MoE.
+            the directory, of any format, dense or MoE.
 
     Returns:
-        Plain data: `max_position_embeddings` and `sliding_window` (None for none); and where a
-        Hugging Face directory is known: its `model_type`; `config`, the keys of its config.json
-        that an exported MoE has too; `generation_config`; `chat_templates`, those beside the
-        tokenizer's own, by file name.
+        Plain data: `max_position_embeddings` and `sliding_window` (None for no window). From a
+        Hugging Face directory also `model_type`; `config`, the keys of config.json that an
+        exported MoE keeps; `generation_config`; `chat_templates`, files beside the tokenizer's
+        own template, by name.
 
     Raises:
         UpcyclingError: A file cannot be read.
@@ -114,13 +114,13 @@ def _context(arch: Architecture) -> dict[str, Any]:
 
 
 def default_tokens(model_type: str) -> dict[str, int | None]:
-    """Return the special tokens that transformers takes where a config.json is silent."""
+    """Return transformers' default special tokens, for a config.json without them."""
     bos, eos = _DEFAULT_TOKENS.get(model_type, (None, None))
     return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None}
 
 
 def _generation_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the directory's own, or what config.json says in its place."""
+    """Return the directory's generation config, or the settings in config.json instead."""
     path = directory / "generation_config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -130,7 +130,8 @@ def _generation_config(directory: Path, config: Mapping[str, Any]) -> dict[str, 
         return {"_from_model_config": True, **known} if known else None
     except (OSError, ValueError) as error:
         raise UpcyclingError(
-            f"{path} cannot be read as JSON: {error}. Mend it, or remove it if the model has none."
+            f"{path} cannot be read as JSON: {error}. Fix the file, or remove the file if the "
+            "model needs none."
         ) from error
     if not isinstance(content, dict):
         raise UpcyclingError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
@@ -138,9 +139,9 @@ def _generation_config(directory: Path, config: Mapping[str, Any]) -> dict[str, 
 
 
 def kept_in(weights: Path) -> dict[str, Any] | None:
-    """Return what a run has recorded of the dense model, None where nothing is.
+    """Return a run's record of the dense model; None if there is no record.
 
-    Only plain data are looked at, whatever else the checkpoint's callbacks have stored.
+    Only plain data are read, whatever else the checkpoint's callbacks have stored.
 
     Args:
         weights: The directory of a checkpoint's `common.pt`.
@@ -153,18 +154,18 @@ def kept_in(weights: Path) -> dict[str, Any] | None:
 
 
 def dense_checkpoints_in(weights: Path) -> str | None:
-    """Return what a run has recorded as its dense checkpoint, or several, None for nothing."""
+    """Return the dense checkpoint or checkpoints that a run has recorded; None if none."""
     sources = (state.get("dense_checkpoint") for state in _states(weights) if FIELD in state)
     return next((source for source in sources if isinstance(source, str)), None)
 
 
 def _states(weights: Path) -> Iterator[dict[str, Any]]:
-    """Yield what is recorded in a checkpoint or beside it, as far as it is plain."""
+    """Yield the plain data that is recorded in a checkpoint or beside it."""
     path = weights / "common.pt"
     if not path.is_file() and (weights / ".metadata").is_file():
         raise UpcyclingError(
-            f"{path} is missing, which NeMo and Megatron-LM write with every checkpoint: this one "
-            "was not copied to its end. Copy it again."
+            f"{path} is missing, which NeMo and Megatron-LM write with every checkpoint: the copy "
+            "is incomplete. Copy the checkpoint again."
         )
     common = read_pickle(path) if path.is_file() else None
     callbacks = common.get("callbacks") if isinstance(common, dict) else None
@@ -189,7 +190,7 @@ def _beside(weights: Path) -> Any:
 
 
 def _plain(value: Any) -> dict[str, Any] | None:
-    """Return a record that is one: of JSON's types, with a context length."""
+    """Return a value if it is a valid record: JSON types, with a context length."""
     try:
         plain = json.loads(json.dumps(value))
     except (TypeError, ValueError):

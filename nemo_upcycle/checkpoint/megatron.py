@@ -1,6 +1,6 @@
 """Read dense checkpoints of NeMo 2 and Megatron-LM by slice, saved under any mapping (torch_dist).
 
-A directory's `.metadata` says which rectangles of which tensors lie in which `.distcp` file, each
+A directory's `.metadata` says which rectangles of which tensors are in which `.distcp` file, each
 as a small file of `torch.save`. Nothing is unpickled in the usual sense: see `unpickle.py`.
 """
 
@@ -26,11 +26,11 @@ VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a checkpoint are.
+    """Directories of a checkpoint's parts.
 
     Attributes:
         weights: Directory of `.metadata` and the `.distcp` files.
-        context: Directory of NeMo 2's `model.yaml` and tokenizer, None for Megatron-LM.
+        context: Directory of NeMo 2's `model.yaml` and tokenizer; None for Megatron-LM.
     """
 
     weights: Path
@@ -41,14 +41,14 @@ def find_layout(directory: Path) -> Layout | None:
     """Find the parts of a checkpoint.
 
     Args:
-        directory: A NeMo 2 checkpoint or its `weights`; Megatron-LM's `iter_…` or the directory
-            that these are in.
+        directory: A NeMo 2 checkpoint or its `weights`; Megatron-LM's `iter_…` or the parent
+            directory.
 
     Returns:
-        Where they are; None if this is no Megatron checkpoint.
+        The layout; None if this is no Megatron checkpoint.
 
     Raises:
-        UpcyclingError: It is one that cannot be read.
+        UpcyclingError: The checkpoint cannot be read.
     """
     if (directory / TRACKER).is_file():
         directory = _latest(directory)
@@ -60,15 +60,15 @@ def find_layout(directory: Path) -> Layout | None:
     context = root / "context" if (root / "context").is_dir() else None
     if any(weights.glob("mp_rank_*")):
         raise UpcyclingError(
-            f"{weights} is in Megatron-LM's legacy format (mp_rank_* directories), which only its "
-            "own mapping can read; expected torch_dist. Save it with --ckpt-format torch_dist."
+            f"{weights} is in Megatron-LM's legacy format (mp_rank_* directories), readable only "
+            "under the same mapping; expected torch_dist. Save with --ckpt-format torch_dist."
         )
     if not any((weights / name).exists() for name in (".metadata", "metadata.json", "common.pt")):
         return None
     if Path(f"{root}-unfinished").exists():
         raise UpcyclingError(
-            f"{root} was not saved to its end: the marker {root.name}-unfinished is beside it. "
-            "Give an older checkpoint."
+            f"{root} was not saved completely: the marker {root.name}-unfinished exists. Give an "
+            "older checkpoint."
         )
     return Layout(weights, context)
 
@@ -79,8 +79,8 @@ def _latest(directory: Path) -> Path:
     name = f"iter_{text.zfill(7)}" if number else "release"
     if not (number or text == "release") or not (directory / name).is_dir():
         raise UpcyclingError(
-            f"{directory / TRACKER} says {text[:40]!r}; expected an iteration whose directory is "
-            "beside it. Give that directory itself."
+            f"{directory / TRACKER} says {text[:40]!r}; expected an iteration with a directory "
+            "beside the file. Give the directory of an iteration."
         )
     return directory / name
 
@@ -88,20 +88,20 @@ def _latest(directory: Path) -> Path:
 class MegatronCheckpoint(DenseCheckpoint):
     """A checkpoint in Megatron-Core's distributed format, with Megatron's names.
 
-    Layers and experts that are stacked in one tensor appear one by one, and the vocabulary without
-    the rows that pad it.
+    Layers and experts stacked in one tensor appear as separate tensors, and the vocabulary without
+    padding.
 
     Args:
-        source: A NeMo 2 checkpoint or its `weights`; Megatron-LM's `iter_…` or the directory that
-            these are in.
-        experts: Whether it may be an MoE's.
+        source: A NeMo 2 checkpoint or its `weights`; Megatron-LM's `iter_…` or the parent
+            directory.
+        experts: Whether an MoE is allowed.
 
     Attributes:
         context: NeMo 2's directory of config and tokenizer, None for Megatron-LM.
 
     Raises:
-        UpcyclingError: It is unfinished, incomplete, damaged, of another format, or an MoE's and
-            may not be.
+        UpcyclingError: The checkpoint is unfinished, incomplete, damaged, of another format, or an
+            MoE that is not allowed.
     """
 
     def __init__(self, source: str | Path, experts: bool = False) -> None:
@@ -132,7 +132,7 @@ class MegatronCheckpoint(DenseCheckpoint):
         return tensors
 
     def pieces(self, name: str) -> Sequence[Piece]:
-        """Return the rectangles that make up a tensor; each is looked up when it is read."""
+        """Return the rectangles that make up a tensor; each is located on first read."""
         if name not in self._pieces:
             stored = self._stored[name]
             self._pieces[name] = [self._piece(stored, *chunk) for chunk in stored.chunks]
@@ -150,7 +150,7 @@ class MegatronCheckpoint(DenseCheckpoint):
         return _LazyPiece(chunk.file, rows, columns, find)
 
     def _find(self, chunk: Chunk, skipped: int, dtype: str) -> int:
-        """Return the byte in its file where an element of a chunk is."""
+        """Return the byte offset in the file of an element of a chunk."""
         where = f"{self.directory / chunk.file} from byte {chunk.start} on"
         try:
             descriptor = self._open(chunk.file)
@@ -160,13 +160,13 @@ class MegatronCheckpoint(DenseCheckpoint):
         if (tensor.shape, tensor.dtype) != (chunk.sizes, dtype):
             raise UpcyclingError(
                 f"{where} holds {list(tensor.shape)} in {tensor.dtype}; .metadata says "
-                f"{list(chunk.sizes)} in {dtype}. The files are not of one checkpoint; copy it "
-                "again."
+                f"{list(chunk.sizes)} in {dtype}. The files belong to different checkpoints; copy "
+                "the checkpoint again."
             )
         return chunk.start + tensor.start + skipped * DTYPE_BYTES[dtype]
 
     def _with_vocabulary(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Take the stored rows where the size is not recorded: padding is then not known."""
+        """Use the number of stored rows if no size is recorded; padding is unknown then."""
         embeddings = self._stored.get(VOCABULARY[0])
         if embeddings is None or not embeddings.info.shape:
             raise UpcyclingError(
@@ -178,9 +178,9 @@ class MegatronCheckpoint(DenseCheckpoint):
 
 
 class _LazyPiece(Piece):
-    """A piece whose place in its file is looked up when it is first asked for.
+    """A piece whose offset in the file is determined on first use.
 
-    A rank reads a small part of a checkpoint; looking up all of it would take thousands of reads.
+    A rank reads a small part of a checkpoint; locating all pieces would take thousands of reads.
     """
 
     _find: Callable[[], int]
@@ -202,16 +202,16 @@ def _check_format(directory: Path) -> None:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UpcyclingError(
             f"{path} cannot be read ({error!r}); expected JSON with a sharded_backend. "
-            "It is damaged; copy the checkpoint again."
+            "The file is damaged; copy the checkpoint again."
         ) from error
     if backend != "torch_dist":
         problem = f"says sharded_backend={backend!r}" if backend else "is missing"
         raise UpcyclingError(
             f"{path} {problem}; expected Megatron-Core's format torch_dist. Load the checkpoint "
-            "with the software that wrote it and save it as torch_dist."
+            "with the software that wrote the checkpoint and save it as torch_dist."
         )
     if not (directory / ".metadata").is_file():
         raise UpcyclingError(
-            f"{directory} has no .metadata, which is written last: the checkpoint was not saved "
-            "or not copied to its end. Copy it again, with hidden files, or give an older one."
+            f"{directory} has no .metadata, which is written last: the checkpoint was not saved or "
+            "copied completely. Copy the checkpoint again, with hidden files, or give an older one."
         )

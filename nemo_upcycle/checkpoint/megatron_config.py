@@ -1,6 +1,6 @@
-"""What a Megatron checkpoint says of its model: NeMo 2's `model.yaml`, Megatron-LM's `args`.
+"""The model config of a Megatron checkpoint: NeMo 2's `model.yaml`, Megatron-LM's `args`.
 
-Either becomes a dict with Megatron's field names. Nothing that a file names is imported.
+Both become a dict with Megatron's field names. Nothing named in a file is imported.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from nemo_upcycle.checkpoint.torch_save import read_pickle
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.megatron import MEGATRON_ROPE_SCALING
 
-# Megatron-LM's names where they are not those of Megatron-Core's configs.
+# Megatron-LM's names that differ from Megatron-Core's configs.
 _ARGS = {
     "norm_epsilon": "layernorm_epsilon",
     "num_experts": "num_moe_experts",
@@ -24,58 +24,59 @@ _ARGS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML; what a tag would make is None."""
+    """Plain YAML; tagged values become None."""
 
 
 _Loader.add_constructor(None, lambda loader, node: None)
 
 
 def read_model_yaml(path: Path) -> dict[str, Any]:
-    """Read the model's config out of NeMo 2's `context/model.yaml`.
+    """Read the model's config from NeMo 2's `context/model.yaml`.
 
     Raises:
-        UpcyclingError: It is not there, or not one.
+        UpcyclingError: The file is missing or not a model config.
     """
     try:
         model = yaml.load(path.read_text(), _Loader)
         fields = {name: _plain(value) for name, value in model["config"].items()}
     except FileNotFoundError:
         raise UpcyclingError(
-            f"{path} is missing, which says what the model is; expected a whole NeMo 2 "
+            f"{path} is missing, which describes the model; expected a complete NeMo 2 "
             "checkpoint, with weights/ and context/. Copy the checkpoint again."
         ) from None
-    except Exception as error:  # text that is no YAML can make it raise anything
-        said = " ".join(str(error).split())  # YAML's errors have lines
+    except Exception as error:  # invalid YAML can raise anything
+        said = " ".join(str(error).split())  # YAML's errors have several lines
         raise UpcyclingError(
             f"{path} cannot be read as NeMo 2's model.yaml ({type(error).__name__}: {said}). "
-            "It is damaged; copy the checkpoint again."
+            "The file is damaged; copy the checkpoint again."
         ) from error
     return {"model_type": "megatron"} | fields
 
 
 def _plain(value: Any) -> Any:
-    """Return the name of a function or a dtype instead of how it is to be looked up."""
+    """Return the name of a function or a dtype instead of the recorded reference."""
     if isinstance(value, dict) and value.keys() <= {"_target_", "_call_"}:
         return value.get("_target_")
     return value
 
 
 def read_args(path: Path) -> dict[str, Any]:
-    """Read the model's config out of the `args` in Megatron-LM's `common.pt`.
+    """Read the model's config from the `args` in Megatron-LM's `common.pt`.
 
     Raises:
-        UpcyclingError: It is damaged or holds no args.
+        UpcyclingError: The file is damaged or holds no args.
     """
     common = read_pickle(path) if path.is_file() else None
     args = common.get("args") if isinstance(common, dict) else None
     args = getattr(args, "state", args)
     if not isinstance(args, Mapping) or "num_layers" not in args:
         raise UpcyclingError(
-            f"{path.parent} does not say what its model is: there is no NeMo 2 context/model.yaml "
-            f"beside it and no args in {path.name}. Give a whole NeMo 2 or Megatron-LM checkpoint."
+            f"{path.parent} does not describe the model: there is no NeMo 2 context/model.yaml "
+            f"beside it and no args in {path.name}. Give a complete NeMo 2 or Megatron-LM "
+            "checkpoint."
         )
     fields = {_ARGS.get(str(name), str(name)): value for name, value in args.items()}
-    # What the user typed, before padding and often before special tokens.
+    # The user's value, before padding and often before special tokens.
     fields.pop("vocab_size", None)
     if not fields.get("group_query_attention"):
         fields["num_query_groups"] = fields.get("num_attention_heads")

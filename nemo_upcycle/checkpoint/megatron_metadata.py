@@ -1,7 +1,7 @@
-"""Where the tensors of a torch_dist checkpoint lie, as its `.metadata` says.
+"""Locations of the tensors of a torch_dist checkpoint, from `.metadata`.
 
-The file is a pickle of `torch.distributed.checkpoint.metadata.Metadata`. It is believed in nothing:
-every tensor's parts must cover it exactly once and lie inside files of the directory.
+The file is a pickle of `torch.distributed.checkpoint.metadata.Metadata`. Nothing in the file is
+trusted: the parts of each tensor must cover it exactly once and be inside files of the directory.
 """
 
 import itertools
@@ -30,11 +30,11 @@ class Chunk:
     """A part of a tensor, saved by one rank.
 
     Attributes:
-        file: Name of the file that it is in.
-        start: Byte offset of what `torch.save` has written.
-        length: Bytes of that.
-        offsets: Its first element in the whole tensor.
-        sizes: Its shape.
+        file: Name of the file.
+            start: Byte offset of the data that `torch.save` has written.
+            length: Bytes of that data.
+            offsets: Index of the first element in the whole tensor.
+            sizes: Shape of the part.
     """
 
     file: str
@@ -49,8 +49,9 @@ class StoredTensor:
     """A tensor of one layer (or of none), of one expert (or of none).
 
     Attributes:
-        info: Its shape and dtype.
-        chunks: Its parts, and which matrix of each part it is (0 where none are stacked).
+        info: Shape and dtype.
+            chunks: The parts, each with the index of this matrix in a stacked part (0 if not
+            stacked).
     """
 
     info: TensorInfo
@@ -58,18 +59,19 @@ class StoredTensor:
 
 
 def read_metadata(directory: Path, experts: bool = False) -> dict[str, StoredTensor]:
-    """Return where the model's tensors lie, one a layer and expert, by Megatron's names.
+    """Return the locations of the model's tensors, one per layer and expert.
 
     Args:
         directory: Directory of `.metadata`.
-        experts: Whether it may be an MoE's.
+        experts: Whether an MoE is allowed.
 
     Returns:
-        The tensors of the model by name, layers and experts filled in; nothing of the optimizer.
+        The model's tensors by Megatron's names with layers and experts filled in, without the
+        optimizer's.
 
     Raises:
-        UpcyclingError: `.metadata` is damaged, the files are not what it says, or it is an MoE's
-            and may not be.
+        UpcyclingError: `.metadata` is damaged or contradicts the files, or the checkpoint is an
+            MoE that is not allowed.
     """
     path = directory / ".metadata"
     try:
@@ -93,8 +95,8 @@ def read_metadata(directory: Path, experts: bool = False) -> dict[str, StoredTen
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         why = error if type(error) is ValueError else repr(error)
         raise UpcyclingError(
-            f"{path} is not what a complete checkpoint has: {why}. "
-            "The checkpoint is damaged or incomplete; copy it again."
+            f"{path} does not describe a complete checkpoint: {why}. "
+            "The checkpoint is damaged or incomplete; copy the checkpoint again."
         ) from error
     return tensors
 
@@ -112,7 +114,7 @@ def _check_dense(directory: Path, keys: Mapping[str, object]) -> None:
     if experts:
         raise UpcyclingError(
             f"{directory} is an MoE already: it has {listing(experts, 2)}. "
-            "Give a dense checkpoint; to train this one on, resume from it."
+            "Give a dense checkpoint; to train this MoE further, resume from it."
         )
 
 
@@ -125,7 +127,7 @@ def _places(storage: Mapping[Any, Any]) -> dict[tuple[str, object], Mapping[str,
 def _chunks(
     key: str, entry: Mapping[str, Any], places: Mapping[tuple[str, object], Mapping[str, Any]]
 ) -> list[Chunk]:
-    """Return the parts of a stored tensor, which cover it exactly once."""
+    """Return the parts of a stored tensor, which cover the tensor exactly once."""
     size = _integers(entry["size"])
     chunks = []
     for chunk in entry["chunks"]:
@@ -159,7 +161,7 @@ def _integers(values: Sequence[Any]) -> tuple[int, ...]:
 
 
 def _check_covered(key: str, size: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
-    """Check that the parts, all inside the tensor, are as large as it and do not overlap."""
+    """Check that the parts, all inside the tensor, have its total size and do not overlap."""
     covered = sum(math.prod(chunk.sizes) for chunk in chunks)
     if covered != math.prod(size):
         raise ValueError(f"the parts of {key} have {covered} elements of {math.prod(size)}")
@@ -180,10 +182,10 @@ def _overlap(one: Chunk, other: Chunk) -> bool:
 def _unstacked(
     key: str, entry: Mapping[str, Any], chunks: Sequence[Chunk]
 ) -> dict[str, StoredTensor]:
-    """Present a stored tensor as one a layer and expert, if these are stacked in it."""
+    """Present a stored tensor as one tensor per layer and expert, if stacked."""
     dtype = entry["properties"].state[0].path
     dtype = dtype_called(dtype) or dtype.removeprefix("torch.")
-    # A norm that is a module of its own, under the name where Transformer Engine fuses it.
+    # A separate norm module gets the name that Transformer Engine's fused norm has.
     key = _PREFIX.sub("", key).replace(
         ".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"
     )
@@ -204,13 +206,13 @@ def _unstacked(
 
 
 def check_files(weights: Path) -> None:
-    """Check that all files of a checkpoint, the optimizer's too, are as long as `.metadata` says.
+    """Check that all files of a checkpoint, also the optimizer's, have the length in `.metadata`.
 
     Args:
         weights: Directory of `.metadata`.
 
     Raises:
-        UpcyclingError: One is missing or shorter, or `.metadata` is damaged.
+        UpcyclingError: A file is missing or shorter, or `.metadata` is damaged.
     """
     path = weights / ".metadata"
     try:
@@ -230,11 +232,11 @@ def _check_files(directory: Path, tensors: Mapping[str, StoredTensor]) -> None:
     try:
         _check_ends(directory, [(chunk.file, chunk.start + chunk.length) for chunk in chunks])
     except UpcyclingError as error:
-        raise UpcyclingError(f"{error} It is damaged or incomplete; copy it again.") from error
+        raise UpcyclingError(f"{error} Copy the checkpoint again.") from error
 
 
 def _check_ends(directory: Path, ends: Iterable[tuple[str, int]]) -> None:
-    """Check that files are there, and as long as the ends of what is in them."""
+    """Check that files exist and are long enough for their contents."""
     needed: dict[str, int] = {}
     for file, end in ends:
         needed[file] = max(needed.get(file, 0), end)

@@ -1,4 +1,4 @@
-"""Where the tokenizer is that a user names."""
+"""Find the directory of a tokenizer that a user names."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ def named_tokenizer(source: str | Path) -> Path:
     """Return the directory of the tokenizer that a user names.
 
     Args:
-        source: What `tokenizer_directory` takes.
+        source: A source for `tokenizer_directory`.
 
     Raises:
-        UpcyclingError: There is no such directory, or no tokenizer in it.
+        UpcyclingError: There is no such directory, or the directory has no tokenizer.
     """
     if find_directory(source) is None:
         raise UpcyclingError(
@@ -34,11 +34,11 @@ def named_tokenizer(source: str | Path) -> Path:
 
 
 def tokenizer_directory(source: str | Path) -> Path | None:
-    """Return where the tokenizer of a checkpoint is, None if it has none.
+    """Return the directory of a checkpoint's tokenizer; None if there is none.
 
     Args:
-        source: A directory of Hugging Face's or NeMo 2's, a trained checkpoint, the directory of a
-            run, or a hub name that is in the local cache.
+        source: A directory of Hugging Face or NeMo 2, a trained checkpoint, a run's directory, or
+            a hub name in the local cache.
 
     Raises:
         UpcyclingError: There is no such checkpoint.

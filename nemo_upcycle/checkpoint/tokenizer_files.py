@@ -1,4 +1,4 @@
-"""The files of a tokenizer: found among all that a directory holds, copied, loaded."""
+"""The files of a tokenizer: find, copy and load them."""
 
 import atexit
 import hashlib
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NEEDED = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""One of these is a tokenizer."""
+"""Files that are a tokenizer; one is enough."""
 
 SETTINGS = "tokenizer_config.json"
 
 VOCABULARIES = (*NEEDED, SETTINGS, "merges.txt", "added_tokens.json")
-"""What says which token has which id."""
+"""Files that map tokens to ids."""
 
 _PATTERNS = (
     "tokenizer*",
@@ -37,7 +37,7 @@ _GENERIC = "PreTrainedTokenizerFast"
 """transformers' class for any `tokenizer.json`; `TokenizersBackend` in transformers 5."""
 
 _ENDS_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<｜end▁of▁sentence｜>")
-"""What well-known base models end a document with."""
+"""Tokens that end a document in well-known base models."""
 
 
 _ENDS_OF_TURN = (
@@ -48,18 +48,18 @@ _ENDS_OF_TURN = (
     "<end_of_turn>",
     "<|end|>",
 )
-"""What chats put after a turn; a document that is no chat ends with something else."""
+"""Tokens that end a turn in a chat, but not a document."""
 
 
 class TokenizerWarning(UserWarning):
-    """A tokenizer that can be used, and may not be what is meant."""
+    """A tokenizer is usable, but may not be the intended one."""
 
 
 def find_tokenizer(directory: Path, context: Path | None) -> Path | None:
-    """Return the directory of a checkpoint's tokenizer, None if it has none.
+    """Return the directory of a checkpoint's tokenizer; None if there is none.
 
     Args:
-        directory: The checkpoint's.
+        directory: The checkpoint's directory.
         context: NeMo 2's `context`, which has a directory for the tokenizer.
     """
     places = [directory]
@@ -70,7 +70,7 @@ def find_tokenizer(directory: Path, context: Path | None) -> Path | None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files out of a directory that may hold weights too."""
+    """Copy only the tokenizer's files from a directory, which may hold weights too."""
     for path in _files(source):
         shutil.copy(path, target / path.name)
 
@@ -81,30 +81,29 @@ def _files(directory: Path) -> list[Path]:
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer from disk, as transformers does; nothing is executed, nobody is asked.
+    """Load a tokenizer from disk as transformers does, but without executing code or prompting.
 
     Args:
-        directory: The tokenizer's, or that of a checkpoint which holds one. `tokenizer.json` or
-            `tokenizer.model` is enough.
+        directory: Directory of the tokenizer, or of a checkpoint with a tokenizer.
+            `tokenizer.json` or `tokenizer.model` is enough.
 
     Raises:
-        UpcyclingError: There is none, or it cannot be loaded.
+        UpcyclingError: There is no tokenizer, or the tokenizer cannot be loaded.
     """
     return load_alone(directory)[0]
 
 
 def load_alone(directory: Path) -> "tuple[PreTrainedTokenizerBase, Path]":
-    """Load a tokenizer; return a directory of it alone too, which stays.
+    """Load a tokenizer; also return a permanent directory with only the tokenizer's files.
 
-    The directory lies where temporary files do, one for each content, so that processes which are
-    killed leave no more of them. It says in `tokenizer_config.json`, in transformers 4's words, all
-    that decides how the tokenizer is loaded. NeMo copies the whole of it into every checkpoint's
-    context.
+    The directory is among the temporary files, one per content, so that killed processes leave at
+    most one. `tokenizer_config.json` there has all settings for loading, in the format of
+    transformers 4. NeMo copies the whole directory into every checkpoint's context.
 
     Raises:
         UpcyclingError: As `load_tokenizer`.
     """
-    if not directory.is_dir():  # otherwise taken for the name of a model on the hub
+    if not directory.is_dir():  # transformers would look for the name on the hub
         raise UpcyclingError(
             f"no tokenizer directory at {directory}; expected one with {' or '.join(NEEDED)}. "
             "Check the path (relative paths start where the command runs)."
@@ -126,7 +125,7 @@ def load_alone(directory: Path) -> "tuple[PreTrainedTokenizerBase, Path]":
 
 
 def model_eos(directory: Path) -> list[int]:
-    """Return the tokens at which a checkpoint's model stops, as its configs say; may be none."""
+    """Return the tokens at which a checkpoint's model stops, from the configs; may be empty."""
     for name in ("generation_config.json", "config.json"):
         eos = _read(directory / name).get("eos_token_id")
         if eos is not None:
@@ -136,10 +135,10 @@ def model_eos(directory: Path) -> list[int]:
 
 
 def check_token_ids(value: Any, key: str, path: Path) -> None:
-    """Check what a config says of special tokens: an id, several, or null.
+    """Check that a config value is a token id, a list of ids, or null.
 
     Raises:
-        UpcyclingError: It is something else.
+        UpcyclingError: The value is something else.
     """
     each = value if isinstance(value, list) else [value]
     if value is not None and (not each or any(type(token) is not int for token in each)):
@@ -149,7 +148,7 @@ def check_token_ids(value: Any, key: str, path: Path) -> None:
 
 
 def doubtful_end(tokenizer: "PreTrainedTokenizerBase", model: Path) -> str | None:
-    """Say why the token that ends documents may not be what is meant; None where it may be.
+    """Return why the token that ends documents may not be the intended one; None if plausible.
 
     Args:
         tokenizer: The tokenizer.
@@ -165,14 +164,14 @@ def doubtful_end(tokenizer: "PreTrainedTokenizerBase", model: Path) -> str | Non
             f"{ending} (id {eos}), but the model in {model} stops at {names}, as its configs say."
         )
     if tokenizer.eos_token in _ENDS_OF_TURN:
-        return f"{ending}, which is the end of a turn in a chat; text is ended by another one."
+        return f"{ending}, which is the end of a turn in a chat; text ends with another token."
     return None
 
 
 def _settings(directory: Path, said: dict[str, Any]) -> dict[str, Any]:
-    """Return `tokenizer_config.json` in transformers 4's words, with the tokenizer's class."""
+    """Return `tokenizer_config.json` in the format of transformers 4, with the class."""
     settings = dict(said)
-    # A list in transformers 5; a mapping, of a model's own tokens by name, in transformers 4.
+    # A list in transformers 5; in transformers 4 a mapping from names to a model's own tokens.
     if isinstance(settings.get("extra_special_tokens"), list):
         extra = settings.pop("extra_special_tokens")
         settings.setdefault("additional_special_tokens", extra)
@@ -195,7 +194,7 @@ def _settings(directory: Path, said: dict[str, Any]) -> dict[str, Any]:
 
 
 def _class_of(named: str | None, model_type: str) -> str | None:
-    """Return the class that transformers takes; None where it has none."""
+    """Return the class that transformers uses; None if there is none."""
     from transformers.models.auto.tokenization_auto import (
         TOKENIZER_MAPPING_NAMES,
         tokenizer_class_from_name,
@@ -216,7 +215,7 @@ def _load(directory: Path, alone: Path) -> "PreTrainedTokenizerBase":
         return auto_tokenizer.from_pretrained(
             str(alone), use_fast=True, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever transformers, tokenizers and sentencepiece raise
+    except Exception as error:  # transformers, tokenizers and sentencepiece raise many kinds
         said = str(error).replace(str(alone), str(directory)).strip() or "no reason given"
         raise UpcyclingError(
             f"the tokenizer in {directory} cannot be loaded: {type(error).__name__}: "
@@ -227,9 +226,9 @@ def _load(directory: Path, alone: Path) -> "PreTrainedTokenizerBase":
 def _missing_eos(
     directory: Path, settings: dict[str, Any], tokenizer: "PreTrainedTokenizerBase"
 ) -> str | None:
-    """Return what ends a document where the tokenizer's own files do not say so.
+    """Return the token that ends a document if the tokenizer's files do not set it.
 
-    A class's default may be a token that the vocabulary lacks.
+    A class's default may be a token that is not in the vocabulary.
     """
     said = "eos_token" in settings or "eos_token" in _read(directory / "special_tokens_map.json")
     vocabulary = _vocabulary(directory)
@@ -239,11 +238,11 @@ def _missing_eos(
     if eos := next((by_id[each] for each in model_eos(directory) if each in by_id), None):
         return eos
     known = [token for token in _ENDS_OF_TEXT if token in vocabulary]
-    if len(known) != 1 or (directory / SETTINGS).is_file():  # which then says that there is none
+    if len(known) != 1 or (directory / SETTINGS).is_file():  # the settings then mean: no eos token
         return None
     warnings.warn(
-        f"{directory}: nothing says which token ends a document; taken is {known[0]}. Say it as "
-        f'"eos_token" in its {SETTINGS}.',
+        f"{directory}: no setting says which token ends a document; assuming {known[0]}. Set "
+        f'"eos_token" in {SETTINGS} there.',
         TokenizerWarning,
         stacklevel=3,
     )
@@ -251,7 +250,7 @@ def _missing_eos(
 
 
 def _vocabulary(directory: Path) -> dict[str, int]:
-    """Return tokens and ids as the files have them, before a class adds its own."""
+    """Return tokens and ids from the files, without tokens that a class adds."""
     from tokenizers import Tokenizer
 
     if not (directory / "tokenizer.json").is_file():
@@ -270,7 +269,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _alone(directory: Path, said: dict[str, Any], settings: dict[str, Any]) -> Path:
-    """Return a directory of a tokenizer's files, with the settings where they are not as said."""
+    """Return a directory with a tokenizer's files, and with adapted settings if needed."""
     files = {path.name: path.read_bytes() for path in _files(directory)}
     if settings != said:
         files[SETTINGS] = json.dumps(settings, indent=2, ensure_ascii=False).encode()
@@ -279,7 +278,7 @@ def _alone(directory: Path, said: dict[str, Any], settings: dict[str, Any]) -> P
         digest.update(f"{name}:{len(content)}:".encode() + content)
     place = Path(tempfile.gettempdir()) / f"nemo-upcycle-{os.getuid()}-{digest.hexdigest()[:16]}"
     place.mkdir(mode=0o700, exist_ok=True)
-    if place.is_symlink() or place.stat().st_uid != os.getuid():  # who made it could change it
+    if place.is_symlink() or place.stat().st_uid != os.getuid():  # others could change the files
         place = Path(tempfile.mkdtemp(prefix="nemo-upcycle-"))
         atexit.register(shutil.rmtree, place, ignore_errors=True)
     _fill(place, files)
@@ -287,13 +286,13 @@ def _alone(directory: Path, said: dict[str, Any], settings: dict[str, Any]) -> P
 
 
 def _fill(place: Path, files: Mapping[str, bytes]) -> None:
-    """Write what is not there, or not whole; other processes may do the same."""
+    """Write missing or incomplete files; other processes may do so at the same time."""
     alone = place / "tokenizer"
     alone.mkdir(exist_ok=True)
     for name, content in files.items():
         path = alone / name
         if path.is_file() and path.read_bytes() == content:
             continue
-        partial = place / f"{name}.{os.getpid()}"  # beside it: NeMo copies all that is in it
+        partial = place / f"{name}.{os.getpid()}"  # not inside: NeMo copies the whole directory
         partial.write_bytes(content)
         partial.replace(path)

@@ -1,4 +1,4 @@
-"""Look into files of `torch.save` without running them: zips with one pickle and raw bytes.
+"""Read files of `torch.save` without executing them: zips with one pickle and raw bytes.
 
 archive/data.pkl   what was saved; tensors refer to their bytes by number
 archive/data/0     the bytes of a tensor, never compressed
@@ -23,7 +23,7 @@ _STORAGES = {
     "torch.HalfStorage": "F16",
     "torch.BFloat16Storage": "BF16",
 }
-# What damaged bytes make zipfile, struct and a look at the pickle raise.
+# Errors of zipfile, struct and the pickle reader on damaged bytes.
 _DAMAGED = (
     OSError,
     ValueError,
@@ -39,12 +39,12 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of name
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that lies in a file row after row.
+    """A tensor stored contiguously by rows in a file.
 
     Attributes:
-        shape: Its shape.
-        dtype: safetensors' name.
-        start: Byte offset of its first element, counted from the zip's first byte.
+        shape: The tensor's shape.
+        dtype: safetensors' name of the dtype.
+        start: Byte offset of the first element, counted from the zip's first byte.
     """
 
     shape: tuple[int, ...]
@@ -82,10 +82,10 @@ class _Window(io.RawIOBase):
 
 
 def read_pickle(path: Path) -> Any:
-    """Return what a file of `torch.save` holds; see `unpickle`. Tensors are not read.
+    """Return the contents of a file of `torch.save`; see `unpickle`. Tensors are not read.
 
     Raises:
-        UpcyclingError: It is damaged.
+        UpcyclingError: The file is damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -102,10 +102,10 @@ def find_tensor(descriptor: int, start: int, length: int, where: str) -> StoredT
         descriptor: The file.
         start: Byte offset of the part.
         length: Bytes of the part.
-        where: What it is, for the error.
+        where: Description of the part, for the error.
 
     Returns:
-        The tensor, without having read it.
+        The tensor's location; the values are not read.
 
     Raises:
         UpcyclingError: The part is damaged, or is not one tensor with its rows in order.
@@ -157,10 +157,10 @@ def _check_byte_order(archive: zipfile.ZipFile) -> None:
 
 
 def _entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """Find an entry by its name without that of the archive, which each file chooses.
+    """Find an entry by name, without the archive's own name, which differs per file.
 
     Raises:
-        ValueError: It is not there, or not stored as it is.
+        ValueError: The entry is missing or compressed.
     """
     for info in archive.infolist():
         if info.filename.partition("/")[2] == name:
@@ -173,5 +173,5 @@ def _entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 def _damaged(where: object, why: object) -> UpcyclingError:
     return UpcyclingError(
         f"{where} cannot be read as a file of torch.save: {why}. "
-        "It is damaged or incomplete; get it again."
+        "The file is damaged or incomplete; get the file again."
     )

@@ -1,8 +1,8 @@
-"""Read pickles without running what they ask for.
+"""Read pickles without executing them.
 
-A pickle is a program: it names functions, which unpickling imports and calls. Here nothing that it
-names is imported. What it would have made is an `Inert` object that only remembers what it was to
-be made of, so that a file from anywhere can be looked into.
+A pickle is a program: it names functions, which unpickling imports and calls. Here nothing named in
+a pickle is imported. Each object becomes an `Inert`, which only remembers the arguments, so that
+files from any source can be inspected.
 """
 
 import io
@@ -13,12 +13,12 @@ from nemo_upcycle.errors import UpcyclingError
 
 
 class Inert:
-    """Stands for what a pickle names: nothing was imported, nothing called.
+    """A placeholder for an object of a pickle: nothing was imported or called.
 
     Attributes:
-        path: What the pickle calls it, such as `argparse.Namespace`.
-        args: What it was to be called with.
-        state: What it was to be filled with.
+        path: The name in the pickle, such as `argparse.Namespace`.
+        args: The arguments of the call.
+        state: The state of the object.
     """
 
     path = "unknown"
@@ -39,7 +39,7 @@ class Inert:
     def _ignore(self, *args: Any) -> "Inert":
         return Inert()
 
-    # What unpickling calls to fill a list, a dict, a set, or the result of a function.
+    # Methods that unpickling calls to fill a list, a dict, a set, or the result of a function.
     append = extend = add = __setitem__ = __call__ = _ignore
 
 
@@ -54,22 +54,22 @@ class _Unpickler(pickle.Unpickler):
 
 
 def unpickle(data: bytes, where: object) -> Any:
-    """Return what a pickle holds, an `Inert` for every object that is not plain data.
+    """Return the contents of a pickle, with an `Inert` for every object that is not plain data.
 
     Args:
         data: The pickle.
-        where: What it is, for the error.
+        where: Description of the file, for the error.
 
     Returns:
-        Numbers, text, lists, tuples, dicts; torch.Size as a tuple; the rest inert.
+        Numbers, text, lists, tuples, dicts; torch.Size as a tuple; all else as `Inert`.
 
     Raises:
-        UpcyclingError: It is damaged.
+        UpcyclingError: The pickle is damaged.
     """
     try:
         return _Unpickler(io.BytesIO(data)).load()
-    except Exception as error:  # bytes that are no pickle can make it raise anything
+    except Exception as error:  # bytes that are not a pickle can raise anything
         raise UpcyclingError(
             f"{where} cannot be read ({type(error).__name__}: {error}). "
-            "It is damaged or incomplete; get it again."
+            "The file is damaged or incomplete; get the file again."
         ) from error

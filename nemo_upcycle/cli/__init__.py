@@ -1,6 +1,6 @@
-"""The commands of `nemo-upcycle`, which are those of `nemo upcycle` without NeMo's imports.
+"""The commands of `nemo-upcycle`: those of `nemo upcycle`, without importing NeMo.
 
-Everything heavy is imported inside the functions: `--help` and the light commands answer at once.
+Heavy imports are inside the functions, so that `--help` and the light commands start at once.
 """
 
 import warnings
@@ -19,8 +19,8 @@ from nemo_upcycle.progress import progress
 app = typer.Typer(
     name="nemo-upcycle",
     help="Upcycle dense LLM checkpoints into Mixture-of-Experts models.\n\n"
-    "The training itself is NeMo's: `nemo llm pretrain --factory llama_tiny_e8t2`. "
-    "`nemo-upcycle` and `nemo upcycle` are the same commands; the first starts faster.",
+    "Training is a command of NeMo: `nemo llm pretrain --factory llama_tiny_e8t2`. "
+    "`nemo-upcycle` and `nemo upcycle` are the same commands; `nemo-upcycle` starts faster.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -34,7 +34,7 @@ app.command()(ablate)
 
 def main() -> None:
     """Run `nemo-upcycle`."""
-    # torch says it at each import where another package has brought pynvml.
+    # torch warns at each import if another package has installed pynvml.
     warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
     app()
 
@@ -57,7 +57,7 @@ def compare(
         int, typer.Option(help="Sequence length · global batch size of both runs.")
     ],
 ) -> None:
-    """Compare the losses of two runs: a table, and a picture over tokens."""
+    """Compare the losses of two runs, in a table and a figure over tokens."""
     from rich.console import Console
 
     from nemo_upcycle.evaluation.curves import compare_runs, render
@@ -73,17 +73,18 @@ def export(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="NeMo 2 or Megatron-LM checkpoint of an upcycled model; or the directory of a "
-            "run, whose last complete checkpoint is taken."
+            help="NeMo 2 or Megatron-LM checkpoint of an upcycled model; or a run's directory, "
+            "which means the run's last complete checkpoint."
         ),
     ],
-    directory: Annotated[Path, typer.Argument(help="Directory to make.")],
+    directory: Annotated[Path, typer.Argument(help="Directory to create.")],
 ) -> None:
-    """Write a trained MoE as a Hugging Face directory, as `transformers` loads it.
+    """Write a trained MoE as a Hugging Face directory that `transformers` loads.
 
     Reads checkpoints saved under any mapping, tensor by tensor, without building a model.
-    Mixtral where that computes the same; Qwen2-MoE for softmax before top-k, biases, dense layers
-    or a shared expert; Qwen3-MoE for norms of queries and keys; an error where none does.
+    The architecture is Mixtral where possible; Qwen2-MoE for softmax before top-k, biases, dense
+    layers or a shared expert; Qwen3-MoE for norms of queries and keys. A model that none of these
+    computes is an error.
 
     \b
     Example:
@@ -100,8 +101,8 @@ def export(
     )
     if plan.capacity_factor is not None:
         typer.echo(
-            f"It was trained with capacity factor {plan.capacity_factor:g}, which may drop tokens; "
-            "transformers drops none."
+            f"The model was trained with capacity factor {plan.capacity_factor:g}, which may drop "
+            "tokens; transformers drops none."
         )
     for note in plan.notes:
         typer.echo(f"Note: {note}.")

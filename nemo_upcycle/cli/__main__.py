@@ -1,4 +1,4 @@
-"""`python -m nemo_upcycle.cli`: what the launcher starts on each rank."""
+"""`python -m nemo_upcycle.cli`: the command that the launcher starts on each rank."""
 
 from nemo_upcycle.cli import main
 

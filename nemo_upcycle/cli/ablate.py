@@ -1,4 +1,4 @@
-"""`nemo-upcycle ablate`: the papers' comparisons on CPU, with the tiny model."""
+"""`nemo-upcycle ablate`: the papers' comparisons with the tiny model, on CPU."""
 
 import os
 from pathlib import Path
@@ -17,26 +17,27 @@ def ablate(
         list[str] | None,
         typer.Option(
             help="controls, capacity_factor, router, granularity, weight_scaling, learning_rate, "
-            "initializers; may be repeated. Without it all.",
+            "initializers; may be repeated. Default: all.",
             show_default=False,
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Trainings of each arm.", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Trainings per arm.", min=1)] = 3,
     steps: Annotated[int, typer.Option(help="Steps of the baseline.", min=1)] = 100,
     dir: Annotated[
-        Path, typer.Option(help="The demo's directory: its data and dense_hf are used.")
+        Path, typer.Option(help="The demo's directory, with the data and dense_hf.")
     ] = Path("demo"),
     workers: Annotated[
         int | None,
-        typer.Option(help="Trainings at a time; without it one a core.", min=1, show_default=False),
+        typer.Option(help="Parallel trainings. Default: one per core.", min=1, show_default=False),
     ] = None,
 ) -> None:
-    """Compare ways of upcycling as the papers do, and say what holds at this scale.
+    """Repeat the papers' comparisons of ways of upcycling, and test the claims at this scale.
 
-    Capacity factor, router, granularity, weight scaling, learning-rate reset, initialisers, and
-    upcycled against dense trained on and from scratch, at equal tokens and equal FLOPs.
-    Writes ablations.md, .json and .png. All of it takes about an hour and 2 GiB of memory on 2
-    cores. Killed, the same command goes on; a training that is done is not done again.
+    Compares capacity factor, router, granularity, weight scaling, learning-rate reset and
+    initialisers. Controls are the dense model trained further and the MoE from scratch, at equal
+    tokens and equal FLOPs. Writes ablations.md, .json and .png. Everything takes about an hour and
+    2 GiB of memory on 2 cores. After a kill the same command continues, and repeats no finished
+    training.
 
     \b
     Examples:

@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 Workers = Annotated[
     int | None,
-    typer.Option(help="Processes; without it one a core.", min=1, show_default=False),
+    typer.Option(help="Processes. Default: one per core.", min=1, show_default=False),
 ]
 Evaluations = Annotated[
     Path | None,
     typer.Option(
-        help="Evaluation items, by `data items`: documents that share 13 words with one are left "
-        "out, and reported.",
+        help="Evaluation items, written by `data items`: documents that share 13 consecutive words "
+        "with an item are left out, and reported.",
         show_default=False,
     ),
 ]
 MaxMalformed = Annotated[
-    float, typer.Option(help="Share of the lines that may be malformed.", min=0, max=1)
+    float, typer.Option(help="Largest allowed share of malformed lines.", min=0, max=1)
 ]
 
 Tokenizer = Annotated[
     str,
     typer.Option(
-        help="Directory of the tokenizer, or of a checkpoint that has one; or a model's name in "
+        help="Directory of a tokenizer, or of a checkpoint with a tokenizer; or a model's name in "
         "the local hub cache."
     ),
 ]
@@ -43,7 +43,7 @@ ParseSpecial = Annotated[
     bool,
     typer.Option(
         "--parse-special",
-        help="Take what spells a special token, such as </s>, for the token; otherwise it is text.",
+        help="Turn text that spells a special token, such as </s>, into the token. Default: text.",
     ),
 ]
 
@@ -55,8 +55,8 @@ app = typer.Typer(help="Text, tokenizer and Megatron .bin/.idx files.", no_args_
 def sample(out: Directory) -> None:
     """Write real text from this Python's standard library, as two JSONL files.
 
-    `documentation.jsonl` holds its documentation and docstrings, `sources.jsonl` its sources
-    without docstrings. 11 MB in all, 3M tokens; nothing is downloaded.
+    `documentation.jsonl` holds the documentation and docstrings, `sources.jsonl` the sources
+    without docstrings: 11 MB in total, 3M tokens. Nothing is downloaded.
     """
     from nemo_upcycle.data.sample import write_stdlib_sample
 
@@ -84,7 +84,7 @@ def tokenize(
         list[str],
         typer.Argument(
             help="JSONL (.gz, .zst) or Parquet: files, directories, URLs; "
-            "hf://NAME?config=…&split=… of the hub; "
+            "hf://NAME?config=…&split=… on the hub; "
             "redpajama-v2://[BASE]?snapshots=…&language=en&bucket=head&shards=0-99.",
             show_default=False,
         ),
@@ -94,7 +94,7 @@ def tokenize(
     name: Annotated[
         str | None,
         typer.Option(
-            help="Put all sources into one dataset of this name; without it each makes its own.",
+            help="Put all sources into one dataset of this name. Default: one dataset per source.",
             show_default=False,
         ),
     ] = None,
@@ -102,7 +102,10 @@ def tokenize(
     text_key: Annotated[str, typer.Option(help="The field with the text.")] = "text",
     where: Annotated[
         list[str] | None,
-        typer.Option(help="KEY=VALUE: only records with it; may be repeated.", show_default=False),
+        typer.Option(
+            help="KEY=VALUE: only such records; repeatable.",
+            show_default=False,
+        ),
     ] = None,
     without: Evaluations = None,
     max_malformed: MaxMalformed = 0.01,
@@ -110,9 +113,9 @@ def tokenize(
 ) -> None:
     """Write Megatron .bin/.idx files, with an end-of-document token after each document.
 
-    In parallel, part by part: killed, the same command goes on, and a part that is complete is
-    never done again. NAME.manifest.json says what went in and the checksums of what came out,
-    NAME.malformed.jsonl where each malformed line is.
+    Works in parallel, part by part. After a kill the same command continues and repeats no
+    complete part. NAME.manifest.json lists the sources and the checksums of the files;
+    NAME.malformed.jsonl locates each malformed line.
 
     \b
     Examples:
@@ -130,7 +133,7 @@ def tokenize(
 
     selection = Selection(text_key, dict(map(_field, where or [])))
     groups = _datasets(sources, name)
-    if len(groups) > 1:  # before the first of them is made
+    if len(groups) > 1:  # check all before preparing the first
         for of_dataset in groups.values():
             files_of(of_dataset)
     found_tokenizer = _tokenizer_of(tokenizer)
@@ -140,7 +143,7 @@ def tokenize(
 
 
 def _datasets(sources: list[str], name: str | None) -> dict[str, tuple[str, ...]]:
-    """Return the sources of each dataset, by its name."""
+    """Return the sources of each dataset, by the dataset's name."""
     from nemo_upcycle.data.paths import check_dataset_name
     from nemo_upcycle.data.sources import name_of
 
@@ -152,7 +155,8 @@ def _datasets(sources: list[str], name: str | None) -> dict[str, tuple[str, ...]
     groups: dict[str, tuple[str, ...]] = {name_of(source): (source,) for source in sources}
     if len(groups) < len(sources):
         raise UpcyclingError(
-            f"{len(sources)} sources are called {', '.join(groups)}; give a --name."
+            f"{len(sources)} sources are called {', '.join(groups)}; expected a name per dataset. "
+            "Give a --name."
         )
     return groups
 
@@ -182,7 +186,7 @@ def _prepare(preparation: "Preparation", workers: int | None) -> "Manifest":
 def _tokenizer_of(source: str) -> Path:
     """Return a tokenizer's directory.
 
-    Say, before the work, if documents would end with a token that may not be what is meant.
+    Warn before the work if documents would end with a token that may not be intended.
     """
     from nemo_upcycle.checkpoint.tokenizer_directory import named_tokenizer
     from nemo_upcycle.checkpoint.tokenizer_files import doubtful_end, load_tokenizer
@@ -197,25 +201,25 @@ def _tokenizer_of(source: str) -> Path:
 @one_line_errors
 def blend(
     source: Annotated[
-        str, typer.Argument(help="A YAML file, or llama3_moe, the paper's.", show_default=False)
+        str, typer.Argument(help="A YAML file, or llama3_moe for the paper's.", show_default=False)
     ],
     tokenizer: Tokenizer,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Directory to write to; without it the YAML's."),
+        typer.Option("--out", "-o", help="Directory to write to. Default: from the YAML."),
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Only this dataset; may be repeated.", show_default=False),
+        typer.Option(help="Prepare only this dataset; may be repeated.", show_default=False),
     ] = None,
     workers: Workers = None,
     without: Evaluations = None,
     max_malformed: MaxMalformed = 0.01,
     parse_special: ParseSpecial = False,
 ) -> None:
-    """Prepare all datasets of a blend; the recipes take the same YAML as `data_blend`.
+    """Prepare all datasets of a blend; the recipes accept the same YAML as `data_blend`.
 
-    Killed, the same command goes on.
+    After a kill the same command continues.
 
     \b
     Examples:
@@ -241,7 +245,7 @@ def blend(
             lasts[each.name] = int(manifest.tokens / each.weight)
     first = min(lasts, key=lambda name: lasts[name])
     typer.echo(f"Training reads {first} the most often: once every {lasts[first]:,} tokens.")
-    typer.echo(f"Train on it with data_paths='{written.data_paths}'")
+    typer.echo(f"Train on the blend with data_paths='{written.data_paths}'")
 
 
 @app.command()
@@ -253,7 +257,7 @@ def items(
         Path | None, typer.Option(help="Directory of tasks of your own.", show_default=False)
     ] = None,
 ) -> None:
-    """Write the items of evaluations, that training data must not have: for `--without`."""
+    """Write the items of evaluations, which training data must not contain, for `--without`."""
     from nemo_upcycle.evaluation.items import write_items
 
     check_file_writable(out)
@@ -264,7 +268,7 @@ def items(
 def _field(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise UpcyclingError(f"--where {text}: expected KEY=VALUE")
+        raise UpcyclingError(f"--where is {text}; expected KEY=VALUE.")
     return key, value
 
 
@@ -300,10 +304,10 @@ def choices(
     items: Annotated[int, typer.Option(help="Questions.")] = 500,
     name: Annotated[str, typer.Option(help="The task's name.")] = "next_line",
 ) -> None:
-    """Make a multiple-choice task for lm-eval of held-out text: which line comes next?
+    """Make a multiple-choice task for lm-eval from held-out text: which line comes next?
 
-    Of the last 3% of each file's documents, which the recipes do not train on. Works offline:
-    `nemo-upcycle evaluate … --tasks next_line --include-path DIR`.
+    The text is the last 3% of each file's documents, on which the recipes do not train. Works
+    offline: `nemo-upcycle evaluate … --tasks next_line --include-path DIR`.
     """
     from nemo_upcycle.data.choices import write_choices
 

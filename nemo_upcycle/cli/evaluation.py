@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 Checkpoints = Annotated[
     list[Path],
     typer.Argument(
-        help="NeMo 2, Megatron-LM or Hugging Face checkpoint; or a run's directory, for the last "
-        "one in it.",
+        help="NeMo 2, Megatron-LM or Hugging Face checkpoint; or a run's directory, which means "
+        "the run's last complete checkpoint.",
         metavar="CHECKPOINT",
         show_default=False,
     ),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32, bfloat16 or float16; without it the checkpoint's."),
+    typer.Option(help="float32, bfloat16 or float16. Default: the checkpoint's."),
 ]
-BatchSize = Annotated[int, typer.Option(help="Rows at a time, over all ranks.")]
+BatchSize = Annotated[int, typer.Option(help="Rows per batch, over all ranks.")]
 Tokenizer = Annotated[
     str | None,
-    typer.Option(help="Directory of the tokenizer; without it the checkpoint's."),
+    typer.Option(help="Directory of the tokenizer. Default: the checkpoint's."),
 ]
 
 
@@ -52,18 +52,19 @@ def evaluate(
     ] = "",
     num_fewshot: Annotated[
         int | None,
-        typer.Option(help="Examples before each question; without it each task's own."),
+        typer.Option(help="Examples before each question. Default: each task's own."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of each task at most.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of questions per task.")] = None,
     paper: Annotated[
         bool,
         typer.Option(
-            "--paper", help="Run the tasks of arXiv 2412.09952, Table 3, and show its scores."
+            "--paper",
+            help="Run the tasks of arXiv 2412.09952, Table 3, and show the paper's scores.",
         ),
     ] = False,
     dense: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint to evaluate beside it, or lm-eval's JSON of one."),
+        typer.Option(help="Dense checkpoint to evaluate too, or lm-eval's JSON results of one."),
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="Directory of tasks of your own (YAML).")
@@ -72,13 +73,13 @@ def evaluate(
         "evaluation"
     ),
     log_samples: Annotated[
-        bool, typer.Option("--log-samples", help="Keep every question and its log-likelihoods.")
+        bool, typer.Option("--log-samples", help="Keep every question with its log-likelihoods.")
     ] = False,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Ask in the tokenizer's chat template.")
+        bool, typer.Option("--apply-chat-template", help="Use the tokenizer's chat template.")
     ] = False,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens of a row; without it the model's.")
+        int | None, typer.Option(help="Tokens per row. Default: the model's context length.")
     ] = None,
     batch_size: BatchSize = 8,
     dtype: Dtype = None,
@@ -89,12 +90,12 @@ def evaluate(
     etp: ETP = 1,
     ranks: Ranks = None,
 ) -> None:
-    """Run lm-eval on a checkpoint as it is, on any number of ranks.
+    """Run lm-eval on a checkpoint without conversion, on any number of ranks.
 
-    Writes lm-eval's JSON (`results.json`, `dense.json`) and a table (`scores.md`). Nothing is
-    downloaded that is here; a data set that is missing is named. Experts drop no tokens, as in
-    transformers. Both models are given rows of the same length: `--max-length`, or the shorter of
-    their context lengths.
+    Writes lm-eval's JSON (`results.json`, `dense.json`) and a table (`scores.md`). Data sets on
+    this machine are not downloaded again; the error for a missing data set names it. Experts drop
+    no tokens, as in transformers. Both models get rows of the same length: `--max-length`, or the
+    shorter context length of the two.
 
     \b
     Examples:
@@ -188,23 +189,25 @@ def verify(
     moes: Annotated[
         list[Path],
         typer.Argument(
-            help="The MoE: NeMo 2, Megatron-LM or Hugging Face; or its run's directory.",
+            help="The MoE: NeMo 2, Megatron-LM or Hugging Face; or a run's directory.",
             metavar="MOE",
             show_default=False,
         ),
     ],
     text: Annotated[
         Path | None,
-        typer.Option(help="Text or JSONL file; without it the documentation of Python itself."),
+        typer.Option(help="Text or JSONL file. Default: Python's own documentation."),
     ] = None,
     tokens: Annotated[
         int,
-        typer.Option(help="Tokens of it at most; one row beyond a sliding window all the same."),
+        typer.Option(
+            help="Maximum number of tokens; at least one row longer than a sliding window."
+        ),
     ] = 4096,
     weights: Annotated[
-        bool, typer.Option(help="Read all weights too, to say why the models differ.")
+        bool, typer.Option(help="Compare all weights too, to say why the models differ.")
     ] = True,
-    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     batch_size: BatchSize = 4,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     tokenizer: Tokenizer = None,
@@ -214,10 +217,11 @@ def verify(
     etp: ETP = 1,
     ranks: Ranks = None,
 ) -> None:
-    """Compare an MoE with the dense model that it became, on the same text.
+    """Compare an MoE with the dense model that was upcycled, on the same text.
 
-    Largest difference of logits, KL divergence, loss and how often both predict the same token;
-    says "exact", or how far and why. Exit code 0 either way.
+    Prints the largest difference of logits, KL divergence, loss and how often both models predict
+    the same token. The verdict is "exact", or how far apart the models are and why. The exit code
+    is 0 in both cases.
 
     \b
     Examples:
@@ -264,14 +268,12 @@ def verify(
 @one_line_errors
 def generate(
     checkpoints: Checkpoints,
-    prompt: Annotated[str, typer.Argument(help="What to go on from.", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 64,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token each time.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 1234,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed for temperatures above 0.")] = 1234,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File to write it to as well.")
+        Path | None, typer.Option("--out", "-o", help="File to write the text to as well.")
     ] = None,
     dtype: Dtype = None,
     tokenizer: Tokenizer = None,
@@ -281,7 +283,7 @@ def generate(
     etp: ETP = 1,
     ranks: Ranks = None,
 ) -> None:
-    """Let a checkpoint go on from a text, until it ends the text itself.
+    """Continue a text with a checkpoint, until the model ends the text.
 
     \b
     Example:
@@ -310,8 +312,8 @@ def generate(
     room = max_new_tokens if model.context_length is None else model.context_length - len(ids)
     if room < max_new_tokens:
         note(
-            f"--max-new-tokens is {max_new_tokens}; {room} are made, for the prompt has {len(ids)} "
-            f"tokens and the model's context length is {model.context_length}"
+            f"--max-new-tokens is {max_new_tokens}; generating {room}, because the prompt has "
+            f"{len(ids)} tokens and the model's context length is {model.context_length}"
         )
     on_ranks(folding, ranks)
 
@@ -367,7 +369,7 @@ def _show_parity(comparison: "Parity", why: list[str], title: str, as_json: bool
         values = asdict(comparison) | {"exact": comparison.exact and not why, "why": why}
         typer.echo(json.dumps(values))
         return
-    verdict = "exact: the two compute the same but for rounding"
+    verdict = "exact: both compute the same, up to rounding"
     if not comparison.exact or why:
         verdict = f"not exact: {'; '.join(why) or 'the logits differ'}"
     if comparison.exact and why:
@@ -375,11 +377,11 @@ def _show_parity(comparison: "Parity", why: list[str], title: str, as_json: bool
     typer.echo(
         f"{title}, {comparison.tokens:,} tokens\n"
         f"  loss         {comparison.dense_loss:.6f} dense, {comparison.moe_loss:.6f} MoE\n"
-        f"  KL           {comparison.kl:.3g} nats a token, from the dense model to the MoE\n"
+        f"  KL           {comparison.kl:.3g} nats per token, from the dense model to the MoE\n"
         f"  top-1        {comparison.top1:.2%} of the predictions are the same\n"
-        f"  logits       differ by {comparison.difference:.3g} at most; a token's by "
-        f"{comparison.relative:.3g} of their norm\n"
-        f"  rounding     alone makes {comparison.rounding:.3g} of that in the dense model, added "
-        f"up in another order; up to {comparison.tolerance:.3g} is taken for rounding\n"
+        f"  logits       differ by at most {comparison.difference:.3g}; per token by at most "
+        f"{comparison.relative:.3g} of the norm\n"
+        f"  rounding     alone changes the dense model's logits by {comparison.rounding:.3g} of "
+        f"the norm, summed in another order; up to {comparison.tolerance:.3g} counts as rounding\n"
         f"  {verdict}"
     )

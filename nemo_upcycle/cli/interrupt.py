@@ -1,8 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGHUP under `nemo`: the ranks save and stop. So they do where it is killed.
+"""Ctrl-C, SIGTERM and SIGHUP under `nemo`: the ranks save and stop, also if `nemo` is killed.
 
-NeMo-Run starts the jobs of this machine in sessions of their own, so a terminal or a scheduler
-tells NeMo-Run alone, which waits for them in threads: the first Ctrl-C does nothing, the second and
-all else leave them behind.
+NeMo-Run starts local jobs in separate sessions, so signals of a terminal or a scheduler reach
+NeMo-Run alone. NeMo-Run waits for the jobs in threads: a first Ctrl-C does nothing; a second, or
+any other signal, leaves the jobs behind.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from nemo_upcycle.files import leave_terminal
 
 _TOLD_BY = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 _PASSED_ON = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
-"""What the ranks get; at SIGHUP the second."""
+"""Signals sent to the ranks, by the signal received."""
 
 _launchers: list[Popen[bytes]] = []
 _watchers: list[Popen[bytes]] = []
@@ -28,10 +28,10 @@ _told: list[int] = []
 
 
 def listen() -> None:
-    """Listen from here on, for the jobs that this process starts."""
+    """Handle signals from here on, for the jobs that this process starts."""
     from nemo_run.run.torchx_backend.schedulers.local import PersistentLocalScheduler
 
-    if threading.current_thread() is not threading.main_thread():  # no other one can
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can
         return
     schedule = PersistentLocalScheduler.schedule
 
@@ -45,13 +45,13 @@ def listen() -> None:
 
     PersistentLocalScheduler.schedule = schedule_and_remember
     for number in _TOLD_BY:
-        # A shell has background jobs ignore Ctrl-C, nohup SIGHUP.
+        # A shell makes background jobs ignore Ctrl-C; nohup makes them ignore SIGHUP.
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _received)
 
 
 def remember(launcher: Popen[bytes]) -> None:
-    """Pass signals on to the ranks of a job from here on; and this process's end, if it is killed.
+    """Pass signals on to the ranks of a job; if this process is killed, the ranks stop.
 
     Args:
         launcher: The job's first process: torchrun.
@@ -59,7 +59,7 @@ def remember(launcher: Popen[bytes]) -> None:
     _launchers.append(launcher)
     if not _watchers:
         atexit.register(_end_watchers)
-    # It reads to the end of a pipe that this process alone can write to, and so ends with it.
+    # The watcher reads a pipe that only this process can write to, and so notices its end.
     watch = f"read -r _; kill -TERM {launcher.pid}"
     _watchers.append(
         Popen(
@@ -80,11 +80,11 @@ def _received(number: int, frame: FrameType | None) -> None:
         return
     if signum == signal.SIGHUP:
         leave_terminal()
-    if _told and signum != signal.SIGINT:  # as one that is sent to all processes of a job
+    if _told and signum != signal.SIGINT:  # such as a signal to all processes of a job
         return
     ranks = [rank for launcher in running for rank in _children(launcher.pid)]
     if _told or not ranks or not all(_listens(rank) for rank in ranks):
-        # torchrun first, which would report the ranks' end as a failure, at length.
+        # torchrun first: it would report the end of the ranks as a failure, at length.
         _kill([launcher.pid for launcher in running] + ranks)
         name = _TOLD_BY[signum]
         _write_line(
@@ -103,7 +103,7 @@ def _received(number: int, frame: FrameType | None) -> None:
 
 
 def _as_ever(signum: signal.Signals, frame: FrameType | None) -> None:
-    """Do what a signal does where nobody listens to it."""
+    """Apply a signal's default action."""
     if signum == signal.SIGINT:
         signal.default_int_handler(signum, frame)
     signal.signal(signum, signal.SIG_DFL)
@@ -115,7 +115,7 @@ def _exit_code(signum: signal.Signals) -> int:
 
 
 def _children(process: int) -> list[int]:
-    """Return what a process has started: of torchrun, the ranks."""
+    """Return the child processes of a process; those of torchrun are the ranks."""
     try:
         tasks = list(Path(f"/proc/{process}/task").iterdir())
         return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
@@ -124,7 +124,7 @@ def _children(process: int) -> list[int]:
 
 
 def _listens(rank: int) -> bool:
-    """Say whether a rank has begun to train: from then on SIGTERM does not end it."""
+    """Return whether a rank has begun to train: from then on SIGTERM does not end the rank."""
     try:
         status = Path(f"/proc/{rank}/status").read_text()
     except OSError:
@@ -134,7 +134,7 @@ def _listens(rank: int) -> bool:
 
 
 def _kill(processes: list[int]) -> None:
-    """Kill processes that lead a group each, with what they have forked."""
+    """Kill processes that each lead a process group, with everything they have forked."""
     for process in processes:
         try:
             os.killpg(process, signal.SIGKILL)
@@ -154,7 +154,7 @@ def _end_watchers() -> None:
 
 
 def _exit(code: int) -> None:
-    for launcher in _launchers:  # also where NeMo-Run has failed at what it prints
+    for launcher in _launchers:  # also if NeMo-Run has failed while printing
         launcher.wait()
     _end_watchers()
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What NeMo-Run loads: recipes, executors and the commands of `nemo upcycle`."""
+"""Entry points of NeMo-Run: recipes, executors and the commands of `nemo upcycle`."""
 
 import logging
 import re
@@ -32,14 +32,14 @@ class Commands(Entrypoint):
 
 @run.cli.entrypoint(namespace="upcycle", entrypoint_cls=Commands)
 def commands() -> None:
-    """Stand for all commands; NeMo-Run asks it for them by `Commands.cli`."""
+    """Stand for all commands; NeMo-Run gets the commands from `Commands.cli`."""
 
 
 def _with_one_line_errors(execute: Any) -> Any:
-    """Make NeMo-Run say a user's mistake as one line.
+    """Make NeMo-Run report a user error in one line.
 
-    NeMo-Run itself calls every error unexpected, adds what Fiddle was building or the whole
-    configuration, and prints nothing of an assertion without a message.
+    NeMo-Run calls every error unexpected, adds Fiddle's build path or the whole configuration, and
+    prints nothing for an assertion without a message.
     """
 
     @wraps(execute)
@@ -55,14 +55,14 @@ def _with_one_line_errors(execute: Any) -> Any:
             raise RuntimeError(
                 f"{type(error).__name__} at {place.filename}:{place.lineno}: {place.line}"
             ) from error
-        # NeMo-Run takes typer's own exit for an unexpected error too.
+        # NeMo-Run treats typer's own exit as an unexpected error too.
         raise SystemExit(1)
 
     return wrapped
 
 
 def _one_line(error: Exception) -> str:
-    """Return what an error says of its cause."""
+    """Return an error's cause in one line."""
     if isinstance(error, CLIException):
         if isinstance(error.__cause__, UpcyclingError):
             return _one_line(error.__cause__)
@@ -75,10 +75,10 @@ def _one_line(error: Exception) -> str:
             )
         given = f"{error.arg}: " if re.fullmatch(r"[\w.]+=.*", error.arg) else ""
         return f"{given}{what}. --dryrun shows the names and values that there are."
-    # Fiddle adds where it was in its configuration.
+    # Fiddle adds its position in the configuration.
     return str(getattr(error, "proxy_base_exception", error))
 
 
-logging.getLogger(cli_parser.__name__).setLevel(logging.CRITICAL)  # says the same, by the page
+logging.getLogger(cli_parser.__name__).setLevel(logging.CRITICAL)  # repeats the error, at length
 RunContext.cli_execute = _with_one_line_errors(RunContext.cli_execute)
 listen()

@@ -1,4 +1,4 @@
-"""`nemo-upcycle plan` and `groups`: a job before it exists."""
+"""`nemo-upcycle plan` and `groups`: what a job will do, before launch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 Dense = Annotated[
     str | None,
     typer.Option(
-        help="The dense checkpoint: a directory, or one of its config.json alone, or a name in the "
-        "local hub cache; without it the recipe's own model.",
+        help="The dense checkpoint: a directory, which may hold config.json alone, or a name in "
+        "the local hub cache. Default: the recipe's own model.",
         show_default=False,
     ),
 ]
@@ -25,14 +25,14 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Arguments of the recipe, as its factory or `nemo llm pretrain` takes them.",
+        help="Arguments of the recipe's factory, or overrides of `nemo llm pretrain`.",
         show_default=False,
     ),
 ]
 RecipeName = Annotated[str, typer.Option("--recipe", help="The recipe.")]
 WorldSize = Annotated[
     int | None,
-    typer.Option(help="Ranks; without it num_nodes · num_gpus_per_node.", show_default=False),
+    typer.Option(help="Ranks. Default: num_nodes · num_gpus_per_node.", show_default=False),
 ]
 
 
@@ -42,14 +42,15 @@ def plan(
     recipe: RecipeName = "llama3_8b_e8t2",
     dense: Dense = None,
     rank: Annotated[
-        int | None, typer.Option(help="Show this rank's part.", show_default=False)
+        int | None, typer.Option(help="Show the plan of this rank.", show_default=False)
     ] = None,
     world_size: WorldSize = None,
-    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show what each rank would own, read and write; nothing is read but headers.
+    """Show what each rank will own, read and write.
 
-    Needs no GPU, no process group and no weights, whatever the number of ranks.
+    Reads only the headers of a checkpoint. Needs no GPU, no process group and no weights, for any
+    number of ranks.
 
     \b
     Examples:
@@ -74,7 +75,7 @@ def plan(
 
 
 def dense_model(recipe: "Recipe", source: str | None) -> "DenseModel":
-    """Return the dense model that a command is about."""
+    """Return the dense model of a command."""
     from nemo_upcycle.checkpoint.described import dense_of_config, open_dense
 
     if source is not None:
@@ -83,7 +84,7 @@ def dense_model(recipe: "Recipe", source: str | None) -> "DenseModel":
 
 
 def _recipe(name: str, settings: list[str] | None, world_size: int | None) -> "Recipe":
-    """Return the recipe with what the command says."""
+    """Return the recipe with the settings of the command."""
     from nemo_upcycle_recipes.arguments import override
     from nemo_upcycle_recipes.numbers import recipe_named
 
@@ -112,12 +113,12 @@ def groups(
     recipe: RecipeName = "llama3_8b_e8t2",
     world_size: WorldSize = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Picture to write (.png, .svg, .pdf).")
+        Path | None, typer.Option("--out", "-o", help="Figure to write (.png, .svg, .pdf).")
     ] = None,
 ) -> None:
     """Show which ranks work together, and which groups stay inside a node.
 
-    Attention is spread over TP×CP×DP×PP, experts over ETP×EP×EDP×PP: parallel folding.
+    Attention is distributed over TP×CP×DP×PP, experts over ETP×EP×EDP×PP (parallel folding).
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""What commands that run a model share: how it is spread, and the ranks to run it on."""
+"""Options of commands that run a model: the parallel mapping, and the ranks."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nemo_upcycle.config import ParallelFolding
 
 COMMANDS = ("evaluate", "verify", "generate")
-_MAPPING = "How the model is spread"
+_MAPPING = "Parallel mapping"
 TP = Annotated[int, typer.Option("--tp", "--tensor-model-parallel-size", rich_help_panel=_MAPPING)]
 PP = Annotated[
     int, typer.Option("--pp", "--pipeline-model-parallel-size", rich_help_panel=_MAPPING)
@@ -27,8 +27,8 @@ ETP = Annotated[
 Ranks = Annotated[
     int | None,
     typer.Option(
-        help="Ranks to start on this machine; without it as few as the mapping needs. Under "
-        "torchrun or srun none are started.",
+        help="Ranks to start on this machine. Default: as few as the mapping needs. Under torchrun "
+        "or srun no ranks are started.",
         rich_help_panel=_MAPPING,
         show_default=False,
     ),
@@ -36,14 +36,14 @@ Ranks = Annotated[
 
 
 def folding_of(tp: int, pp: int, ep: int, etp: int) -> "ParallelFolding":
-    """Return the mapping that the options say."""
+    """Return the mapping of the options."""
     from nemo_upcycle.config import ParallelFolding
 
     return ParallelFolding.of(tp=tp, pp=pp, ep=ep, etp=etp)
 
 
 def check_there(*sources: Path | None) -> None:
-    """Check what can be checked before ranks are started and NeMo is imported."""
+    """Check all that can be checked before ranks are started and NeMo is imported."""
     from nemo_upcycle.checkpoint import is_checkpoint
     from nemo_upcycle.checkpoint.foreign import no_checkpoint
     from nemo_upcycle.checkpoint.run_directory import resolve_trained
@@ -54,13 +54,13 @@ def check_there(*sources: Path | None) -> None:
 
 
 def quiet() -> None:
-    """Keep NeMo, Megatron, transformers and lm-eval from talking of themselves."""
+    """Silence the log messages of NeMo, Megatron, transformers and lm-eval."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
 
 def on_ranks(folding: "ParallelFolding", ranks: int | None) -> None:
-    """Go on as one of several ranks, or start them, wait and exit as they do."""
+    """Continue as one of several ranks, or start the ranks, wait, and exit with their exit code."""
     from nemo_upcycle.engine.launch import fewest_ranks, launch, launched
 
     count = ranks or fewest_ranks(folding)

@@ -1,4 +1,4 @@
-"""What all commands share: errors of one line, the checkpoints that were taken."""
+"""Shared by all commands: one-line errors, checks of arguments, the resolved checkpoints."""
 
 import errno
 import json
@@ -19,17 +19,17 @@ P = ParamSpec("P")
 Directory = Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")]
 
 ERRORS = "NEMO_UPCYCLE_ERRORS"
-"""Where set: the directory in which each rank leaves what went wrong, to be said once."""
+"""If set: the directory where each rank writes its error, which is then printed once."""
 
 TAKEN = "NEMO_UPCYCLE_TAKEN"
-"""Where set: the checkpoints that the first process has taken of runs, for the ranks it starts."""
+"""If set: the checkpoints that the first process chose for runs' directories, as JSON."""
 
 _OF_THE_MACHINE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.ESTALE, errno.EMFILE, errno.ENFILE),
 }
-"""What files and disks do to a program that is right."""
+"""Errors of files and disks, not of the program."""
 
 
 _EXTRAS = {
@@ -37,14 +37,14 @@ _EXTRAS = {
     **dict.fromkeys(("matplotlib", "scipy"), "demo"),
     "lm_eval": "eval",
 }
-"""Packages that not everybody needs, and the extra that brings each."""
+"""Optional packages, and the extra that installs each."""
 
 
 def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Make a command end with one line and exit code 1 on bad input, under `nemo` too.
+    """Make a command end with one line and exit code 1 on bad input, also under `nemo`.
 
-    So do errors of files and disks; an interrupt ends it with one line and 130. A fault of the
-    program keeps its traceback.
+    Errors of files and disks end the command in the same way; an interrupt, with one line and exit
+    code 130. A bug of the program keeps the traceback.
     """
 
     @wraps(command)
@@ -83,10 +83,10 @@ def _report_error(message: str) -> None:
 
 
 def at_least(name: str, value: float | None, least: float) -> None:
-    """Check a number that an option was given.
+    """Check the number given to an option.
 
     Raises:
-        UpcyclingError: It is too small.
+        UpcyclingError: The number is too small.
     """
     if value is not None and value < least:
         raise UpcyclingError(f"{name} is {value:g}; expected {least:g} or more.")
@@ -96,7 +96,7 @@ def check_file_writable(out: Path) -> None:
     """Check before the work that a file can be written.
 
     Raises:
-        UpcyclingError: It cannot.
+        UpcyclingError: The file cannot be written.
     """
     if out.is_dir():
         raise UpcyclingError(f"{out} is a directory; expected a file to write.")
@@ -104,26 +104,26 @@ def check_file_writable(out: Path) -> None:
 
 
 def check_picture(out: Path) -> None:
-    """Check before the work that a picture can be written.
+    """Check before the work that a figure can be written.
 
     Raises:
-        UpcyclingError: It cannot, or its ending says no format.
+        UpcyclingError: The file cannot be written, or its suffix names no supported format.
     """
     if out.suffix.lower() not in PICTURES:
-        raise UpcyclingError(f"{out} has no picture's ending; expected {', '.join(PICTURES)}.")
+        raise UpcyclingError(f"{out} has no suffix of a figure; expected {', '.join(PICTURES)}.")
     check_file_writable(out)
 
 
 def one_of(checkpoints: Sequence[Path]) -> Path:
-    """Return the one checkpoint that was given.
+    """Return the only checkpoint of the argument.
 
     Raises:
-        UpcyclingError: There are several: a pattern of the shell's has found them.
+        UpcyclingError: There are several, because a shell pattern matched several.
     """
     if len(checkpoints) > 1:
         raise UpcyclingError(
             f"{len(checkpoints)} checkpoints were given: {listing(list(map(str, checkpoints)))}; "
-            "expected one. The directory of a run stands for its last complete checkpoint."
+            "expected one. A run's directory means the run's last complete checkpoint."
         )
     return checkpoints[0]
 
@@ -132,7 +132,7 @@ _taken: dict[str, str] = {}
 
 
 def last_checkpoint(source: Path) -> Path:
-    """Return the checkpoint that is meant, and say which where a run's directory was given.
+    """Return the checkpoint; for a run's directory, the last complete one, and print its name.
 
     Raises:
         UpcyclingError: See `resolve_trained`.
@@ -150,11 +150,11 @@ def last_checkpoint(source: Path) -> Path:
 
 
 def note(text: str) -> None:
-    """Say what the user did not ask for, once."""
+    """Print a remark once, on the first rank."""
     if is_first_rank() and TAKEN not in os.environ:
         typer.echo(text, err=True)
 
 
 def hand_over() -> None:
-    """Tell the ranks that this process starts which checkpoints are meant; a run may go on."""
+    """Pass the chosen checkpoints to the ranks that this process starts."""
     os.environ[TAKEN] = json.dumps(_taken)

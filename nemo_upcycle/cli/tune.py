@@ -1,4 +1,4 @@
-"""`nemo-upcycle tune`: which mapping to train on, and what it will take."""
+"""`nemo-upcycle tune`: which mapping to train with, and the predicted memory and step time."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,36 +27,34 @@ def tune(
     dense: Dense = None,
     gpus: Annotated[
         int | None,
-        typer.Option(
-            help="GPUs; without it as many as the recipe says.", min=1, show_default=False
-        ),
+        typer.Option(help="Number of GPUs. Default: the recipe's.", min=1, show_default=False),
     ] = None,
     hardware: Annotated[
         str,
         typer.Option(help="h100, h200, a100, b200, gb200, or a YAML file of your own."),
     ] = "h100",
-    top: Annotated[int, typer.Option(help="Mappings to show.", min=1)] = 5,
-    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    top: Annotated[int, typer.Option(help="Number of mappings to show.", min=1)] = 5,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     scaling: Annotated[
         Path | None,
         typer.Option(
-            help="Draw how step time, MFU, memory and loading grow from 8 to 4,096 GPUs "
+            help="Plot step time, MFU, memory and loading from 8 to 4,096 GPUs "
             "(.png, .svg, .pdf), and print the table.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Find the fastest mapping that fits: all foldings of so many GPUs, predicted and ranked.
+    """Find the fastest mapping that fits: predict and rank all foldings of a number of GPUs.
 
-    Over TP, CP, PP, virtual PP, EP, ETP, microbatch and recompute; what KEY=VALUE
-    says of them is kept. Needs no GPU and no weights.
+    Searches over TP, CP, PP, virtual PP, EP, ETP, microbatch size and recompute; what KEY=VALUE
+    sets stays fixed. Needs no GPU and no weights.
 
-    Hardware of your own is a YAML file; `base` says what it is like:
+    Hardware of your own is a YAML file, with the differences from a `base`:
 
     \b
       base: h100
       name: our cluster
-      network_bandwidth: 25   # GB/s of a GPU, each way
+      network_bandwidth: 25   # GB/s per GPU, in each direction
 
     \b
     Examples:
@@ -92,7 +90,7 @@ def tune(
         typer.echo(json_module.dumps(both))
         return
     console = Console(highlight=False)
-    title = f"{recipe} on {world_size} {kind.name}, {trained.global_batch_size} sequences a step"
+    title = f"{recipe} on {world_size} {kind.name}, {trained.global_batch_size} sequences per step"
     command = _command(chosen, tuning.best[0], settings or [], kind, dense)
     console.print(render(tuning, title, command, top))
     if scaling:
@@ -101,7 +99,7 @@ def tune(
 
 
 def _as_said(recipe: "Recipe", settings: list[str]) -> "Allowed":
-    """Allow the mappings that keep what was said on the command line."""
+    """Allow only mappings that keep the settings of the command line."""
     from nemo_upcycle_recipes.arguments import plain_name
 
     from nemo_upcycle.config import ACCOUNTED_LAYERS, UNEVEN_STAGES
@@ -109,7 +107,9 @@ def _as_said(recipe: "Recipe", settings: list[str]) -> "Allowed":
 
     names = {plain_name(setting.partition("=")[0]) for setting in settings}
     if uneven := sorted(names & {*ACCOUNTED_LAYERS, *UNEVEN_STAGES}):
-        raise UpcyclingError(f"tune looks at even pipeline stages alone; leave {uneven[0]} out.")
+        raise UpcyclingError(
+            f"{uneven[0]} is set; tune supports only even pipeline stages. Leave {uneven[0]} out."
+        )
     folding = {name: value for name, value in vars(recipe.folding).items() if name in names}
     batch = recipe.schedule.micro_batch_size if "micro_batch_size" in names else None
     recompute = recipe.recompute if "recompute" in names else None
@@ -127,7 +127,7 @@ def _as_said(recipe: "Recipe", settings: list[str]) -> "Allowed":
 def _own(
     recipe: "Recipe", trained: "Workload", world_size: int, hardware: "Hardware"
 ) -> "Prediction | None":
-    """Predict the recipe's own mapping, if so many GPUs can have it."""
+    """Predict the recipe's own mapping, if this number of GPUs supports the mapping."""
     from nemo_upcycle_recipes.expectations import mapping
 
     from nemo_upcycle.errors import UpcyclingError
@@ -157,7 +157,7 @@ def _scaling(
             points.append(point)
             show(len(points), len(GPUS))
     batch = recipe.schedule.global_batch_size
-    title = f"{recipe.name} on {hardware.name}, {batch} sequences a step"
+    title = f"{recipe.name} on {hardware.name}, {batch} sequences per step"
     draw_scaling(points, title, path)
     return points
 
@@ -169,7 +169,7 @@ def _command(
     hardware: "Hardware",
     dense: str | None,
 ) -> str:
-    """Return what trains on a mapping."""
+    """Return the command that trains with a mapping."""
     from nemo_upcycle_recipes.arguments import defaults, plain_name
 
     mapping = best.mapping
@@ -190,5 +190,5 @@ def _command(
 
 
 def _typed(value: object) -> str:
-    """Write a value as NeMo-Run's command line reads it; it cuts at commas, also in quotes."""
+    """Write a value for NeMo-Run's command line, which splits at commas, also inside quotes."""
     return "'" + value.replace(",", ";") + "'" if isinstance(value, str) else str(value)

@@ -1,4 +1,4 @@
-"""What is asked for: the upcycling, and how the model is spread over ranks."""
+"""The user's choices: the upcycling, and the parallel mapping."""
 
 from nemo_upcycle.config.folding import (
     ACCOUNTED_LAYERS,

@@ -1,4 +1,4 @@
-"""How the model is spread over ranks, with parallel folding; checked on construction."""
+"""The parallel mapping, with parallel folding; checked on construction."""
 
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -21,21 +21,22 @@ RECOMPUTE: dict[str, dict[str, object]] = {
         "recompute_num_layers": 1,
     },
 }
-"""What the backward pass computes again instead of keeping it, as Megatron's fields say it; the
-least first. `moe_act`: the experts' activation function; `moe`: the MoE layers."""
+"""What the backward pass recomputes instead of keeping, as Megatron's fields; the least first.
+`moe_act`: the experts' activation function; `moe`: the MoE layers."""
 
 
 @dataclass(frozen=True)
 class ParallelFolding:
-    """How one model is spread: attention on TP×CP×DP×PP, experts on ETP×EP×EDP×PP.
+    """A parallel mapping: attention on TP×CP×DP×PP, experts on ETP×EP×EDP×PP.
 
-    Attributes are Megatron's names; sequence parallelism comes with TP. Layers are spread evenly
-    over the pipeline stages, unless the first or the last stage is given a number of them
-    (`num_layers_in_…`), or embedding and loss count as a layer each (`account_for_…`).
+    Attributes have Megatron's names; TP implies sequence parallelism. Layers are distributed
+    evenly over the pipeline stages, with two exceptions. The first or the last stage can have a
+    given number of layers (`num_layers_in_…`), or embedding and loss count as a layer each
+    (`account_for_…`).
 
     Raises:
-        UpcyclingError: A size is not positive, virtual stages or uneven stages come without
-            pipeline stages, or both kinds of uneven stages are asked for.
+        UpcyclingError: A size is not positive, virtual or uneven stages are set without pipeline
+            stages, or both kinds of uneven stages are set.
 
     Source: MoE Parallel Folding, arXiv 2504.14960.
     """
@@ -59,17 +60,17 @@ class ParallelFolding:
         "ep": "expert_model_parallel_size",
         "etp": "expert_tensor_parallel_size",
     }
-    """What the papers call the sizes, and Megatron."""
+    """The papers' names of the sizes, and Megatron's."""
 
     @classmethod
     def of(cls, **sizes: Any) -> "ParallelFolding":
         """Return a folding by the papers' names: `ParallelFolding.of(tp=2, ep=8, pp=4, vpp=8)`.
 
         Args:
-            sizes: By a key of `NAMES`, or by a field's own name.
+            sizes: Sizes by a key of `NAMES`, or by a field's name.
 
         Raises:
-            UpcyclingError: There is no such name, or see the class.
+            UpcyclingError: A name is unknown, or as of the class.
         """
         known = {field.name for field in fields(cls)}
         values = {cls.NAMES.get(name, name): size for name, size in sizes.items()}
@@ -102,12 +103,12 @@ class ParallelFolding:
         accounted = [name for name in ACCOUNTED_LAYERS if getattr(self, name)]
         if uneven and accounted:
             raise UpcyclingError(
-                f"Both {uneven[0]} and {accounted[0]} are set; Megatron takes one kind of uneven "
-                "stages. Drop one."
+                f"Both {uneven[0]} and {accounted[0]} are set; Megatron supports one kind of "
+                "uneven stages at a time. Leave one out."
             )
 
     def __str__(self) -> str:
-        """Say it in the papers' words: TP2 CP2 PP4 VPP8 · ETP1 EP8."""
+        """Return the papers' notation: TP2 CP2 PP4 VPP8 · ETP1 EP8."""
         sizes = {name.upper(): getattr(self, field) for name, field in self.NAMES.items()}
         attention = [f"{name}{sizes[name]}" for name in ("TP", "CP", "PP", "VPP") if sizes[name]]
         return f"{' '.join(attention)} · ETP{sizes['ETP']} EP{sizes['EP']}"
@@ -116,21 +117,21 @@ class ParallelFolding:
     def sequence_parallel(self) -> bool:
         """Whether activations are split along the sequence between the TP regions.
 
-        Megatron-Core's MoE with TP needs it.
+        Megatron-Core's MoE with TP requires sequence parallelism.
         """
         return self.tensor_model_parallel_size > 1
 
     @property
     def parallel_sizes(self) -> dict[str, int | None]:
-        """What Megatron's `initialize_model_parallel` takes."""
+        """The arguments of Megatron's `initialize_model_parallel`."""
         return {name: getattr(self, name) for name in self.NAMES.values()}
 
     @property
     def strategy_arguments(self) -> dict[str, Any]:
-        """What NeMo's MegatronStrategy and Megatron's config are told.
+        """The arguments of NeMo's MegatronStrategy and of Megatron's config.
 
-        All of it: NeMo takes TP for an expert_tensor_parallel_size that is left unset, which would
-        split every expert.
+        Includes expert_tensor_parallel_size even if 1: NeMo's default is TP, which would split
+        every expert.
         """
         return {**vars(self), "sequence_parallel": self.sequence_parallel}
 
@@ -138,7 +139,7 @@ class ParallelFolding:
         """Return DP = W/(TP·CP·PP).
 
         Raises:
-            UpcyclingError: The world size does not divide.
+            UpcyclingError: The mapping does not divide the world size.
         """
         attention = (
             self.tensor_model_parallel_size
@@ -151,7 +152,7 @@ class ParallelFolding:
         """Return EDP = W/(ETP·EP·PP).
 
         Raises:
-            UpcyclingError: The world size does not divide.
+            UpcyclingError: The mapping does not divide the world size.
         """
         experts = (
             self.expert_tensor_parallel_size
@@ -161,7 +162,7 @@ class ParallelFolding:
         return _divide(world_size, experts, "ETP·EP·PP")
 
     def validate(self, world_size: int | None = None, num_moe_experts: int | None = None) -> None:
-        """Check the folding against a world size and an expert count, where they are known.
+        """Check the folding against a world size and an expert count, if known.
 
         Raises:
             UpcyclingError: A size does not divide.

@@ -6,20 +6,20 @@ from nemo_upcycle.errors import UpcyclingError
 
 
 def moe_layers(freq: int | str | tuple[int, ...] | list[int], num_layers: int) -> tuple[bool, ...]:
-    """Say of every layer whether it becomes an MoE layer; the others stay dense.
+    """Return which layers become MoE layers; the others stay dense.
 
     Args:
-        freq: N: every N-th layer, the first among them. A list of 0 (dense) and 1, one a layer.
-            As a text, either of these, lists with `+` and `*` (`[0]*2+[1]*30`, Megatron-LM's
-            `--moe-layer-freq`), or some of `every=N`, `skip_first=K` and `skip_last=K`, separated
-            by commas. Semicolons are commas, for NeMo-Run's command line cuts at commas.
+        freq: N for every N-th layer, beginning with the first. Or a list with 0 (dense) or 1 per
+            layer. Or a text: either of these; lists with `+` and `*` (`[0]*2+[1]*30`, Megatron-LM's
+            `--moe-layer-freq`); or some of `every=N`, `skip_first=K` and `skip_last=K`, separated
+            by commas. Semicolons mean commas, because NeMo-Run's command line splits at commas.
         num_layers: Layers of the model.
 
     Returns:
-        One value a layer.
+        One value per layer.
 
     Raises:
-        UpcyclingError: It is none of these, has another number of layers, or leaves no MoE layer.
+        UpcyclingError: `freq` has another form or number of layers, or leaves no MoE layer.
     """
     parsed = _parse(freq.replace(";", ","), num_layers) if isinstance(freq, str) else freq
     if isinstance(parsed, int):
@@ -30,19 +30,19 @@ def moe_layers(freq: int | str | tuple[int, ...] | list[int], num_layers: int) -
         pattern = list(parsed)
     if len(pattern) != num_layers or not set(pattern) <= {0, 1}:
         raise UpcyclingError(
-            f"moe_layer_freq is {freq!r}, which says {len(pattern)} layers; expected 0 or 1 for "
+            f"moe_layer_freq is {freq!r}, which has {len(pattern)} layers; expected 0 or 1 for "
             f"each of the {num_layers} layers."
         )
     if not any(pattern):
         raise UpcyclingError(
-            f"moe_layer_freq is {freq!r}, which leaves no MoE layer of {num_layers}; expected one "
-            "at least (num_moe_experts=None keeps the model dense)."
+            f"moe_layer_freq is {freq!r}, which leaves no MoE layer of {num_layers}; expected at "
+            "least one (num_moe_experts=None keeps the model dense)."
         )
     return tuple(bool(value) for value in pattern)
 
 
 def megatron_layer_freq(freq: int | str | tuple[int, ...], num_layers: int) -> int | list[int]:
-    """Return Megatron's `moe_layer_freq`: 1 where all layers are alike, else a list of 0 and 1."""
+    """Return Megatron's `moe_layer_freq`: 1 if all layers are alike, else a list of 0 and 1."""
     layers = moe_layers(freq, num_layers)
     return 1 if all(layers) else [int(layer) for layer in layers]
 

@@ -1,4 +1,4 @@
-"""What the dense model becomes; checked on construction."""
+"""What the dense feed-forward layers become; checked on construction."""
 
 import math
 from collections.abc import Iterator
@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from nemo_upcycle.errors import UpcyclingError
 
 LARGEST_NUMBER = 1e30
-"""Of what weights and losses are multiplied with: what comes of it has to be a number in fp32 too,
-which end at 3.4e38."""
+"""Limit for factors of weights and losses: products must be finite in fp32, up to 3.4e38."""
 
 LARGEST_SEED = 2**63 - 1
-"""Beyond it numpy rounds the seed, so that several give the same values, or has no place for it."""
+"""Limit for seeds: numpy rounds larger seeds, so that several would give the same values."""
 
 
 @dataclass(frozen=True)
 class Exactness:
-    """Whether the upcycled model computes the dense function at step 0, and why."""
+    """Whether the upcycled model computes the dense model's function at step 0, and why."""
 
     exact: bool
     reason: str
@@ -27,7 +26,7 @@ class Exactness:
 
 @dataclass(frozen=True)
 class Scales:
-    """Factors of the weights of an expert, and of down of a shared expert."""
+    """Factors of an expert's weights, and of a shared expert's down projection."""
 
     gate: float = 1.0
     up: float = 1.0
@@ -37,10 +36,10 @@ class Scales:
 
 @dataclass(frozen=True)
 class UpcyclingConfig:
-    """What every dense feed-forward layer becomes.
+    """What each dense feed-forward layer becomes.
 
     E, G and T are the expansion rate, granularity and top-k of arXiv 2410.07524: the layer is cut
-    into G shards along its width, and there are E copies of each, E·G experts in all.
+    into G shards along its width, with E copies of each shard, so E·G experts in total.
 
     Attributes:
         num_moe_experts: Experts per layer, E·G; None keeps the layers dense (the
@@ -51,23 +50,25 @@ class UpcyclingConfig:
             choice). True: softmax over all experts, then top-k (ST-type).
         moe_router_load_balancing_type: `aux_loss`, `seq_aux_loss`, `global_aux_loss`, or `none`.
         moe_aux_loss_coeff: Factor of the auxiliary loss. 1e-2 is arXiv 2410.07524's best.
-        moe_z_loss_coeff: Factor of the router's z-loss; None is none.
+        moe_z_loss_coeff: Factor of the router's z-loss; None disables the z-loss.
         moe_expert_capacity_factor: Tokens that an expert accepts, as a multiple of its even
             share ceil(tokens·topk/experts); None never drops a token.
-        moe_pad_expert_input_to_capacity: Pad each expert's tokens to its capacity, so that all
-            sizes are known beforehand.
+        moe_pad_expert_input_to_capacity: Pad each expert's tokens to the capacity, so that all
+            sizes are known in advance.
         moe_token_dispatcher_type: `alltoall`, `allgather` or `flex`.
-        moe_layer_freq: Which layers become MoE layers; the others stay dense. Megatron's: every
-            n-th from the first on, or a list of 0 and 1; or a text, see `layers.moe_layers`.
-        moe_shared_expert: Keep the dense feed-forward layer as an expert for all tokens beside
-            the routed ones.
-        weight_scaling: What makes up for the router's weights and for G: `exact`, `paper` or
-            `none`, see `scales`. None takes `exact` where it is exact; otherwise what the papers
-            did: `none` for G=1 (arXiv 2412.09952), `paper` for G>1 (arXiv 2410.07524).
-        initializer: What fills experts, such as `copy` or `drop(ratio=0.5)`; see `initializers`.
+        moe_layer_freq: Which layers become MoE layers; the others stay dense. Every n-th layer
+            from the first, or a list of 0 and 1, as in Megatron; or a text, see
+            `layers.moe_layers`.
+        moe_shared_expert: Keep the dense feed-forward layer as an expert for all tokens, in
+            addition to the routed experts.
+        weight_scaling: Compensation for the router's weights and for G: `exact`, `paper` or
+            `none`, see `scales`. None takes `exact` if exact; otherwise the papers' choice: `none`
+            for G=1 (arXiv 2412.09952), `paper` for G>1 (arXiv 2410.07524).
+        initializer: Initialiser of experts, such as `copy` or `drop(ratio=0.5)`; see
+            `initializers`.
         router_initializer: `virtual_groups`: the G experts that make up one copy of the layer
-            have equal rows, so that top-k picks whole copies; the same as `random` for G=1.
-            `random`: every expert has a row of its own.
+            have equal rows, so that top-k picks whole copies; equals `random` for G=1.
+            `random`: every expert has an independent row.
         router_init_std: Standard deviation of the random router weights.
         seed: Seed of all random values, from 0 to 2**63 - 1.
 
@@ -103,7 +104,7 @@ class UpcyclingConfig:
         self._check_dispatch()
         for name in ("router_init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= LARGEST_NUMBER:  # which NaN is not either
+            if value is not None and not 0 <= value <= LARGEST_NUMBER:  # also true for NaN
                 raise UpcyclingError(
                     f"{name} is {value}; expected a number of 0 or more, up to {LARGEST_NUMBER:g}."
                 )
@@ -117,7 +118,7 @@ class UpcyclingConfig:
             )
 
     def _check_experts(self, experts: int) -> None:
-        # Before the number of experts, which is made of it.
+        # Checked before the number of experts, which depends on the granularity.
         if self.granularity < 1:
             raise UpcyclingError(
                 f"granularity is {self.granularity}; expected 1 or more: the shards that the "
@@ -131,7 +132,8 @@ class UpcyclingConfig:
         if experts % self.granularity:
             raise UpcyclingError(
                 f"granularity is {self.granularity}, num_moe_experts {experts}; expected a "
-                "granularity that divides it: there are E·G experts, E copies of each of G shards."
+                "granularity that divides num_moe_experts: there are E·G experts, E copies of each "
+                "of G shards."
             )
         if not 1 <= self.moe_router_topk <= experts:
             raise UpcyclingError(
@@ -184,7 +186,7 @@ class UpcyclingConfig:
         return f"E{self.expansion_rate}{granularity}T{self.moe_router_topk}{shared}"
 
     def neurons(self, expert: int, ffn_hidden_size: int) -> tuple[int, int]:
-        """Return the dense feed-forward layer's neurons that an expert is made of.
+        """Return the dense feed-forward layer's neurons that make up an expert.
 
         Args:
             expert: The global expert.
@@ -198,19 +200,19 @@ class UpcyclingConfig:
         return shard * width, (shard + 1) * width
 
     def copy_of(self, expert: int) -> int:
-        """Return which copy of the layer an expert is a shard of: e div G."""
+        """Return the copy of the layer that an expert belongs to: e div G."""
         return expert // self.granularity
 
     @property
     def can_drop_tokens(self) -> bool:
-        """Whether an expert can be offered more tokens than it accepts."""
+        """Whether an expert can receive more tokens than the capacity."""
         return self.dropped_at_worst > 0
 
     @property
     def dropped_at_worst(self) -> float:
         """Fraction of the assignments that is dropped if all tokens pick the same experts.
 
-        Each of these is then offered all tokens, and accepts CF·topk/experts of them.
+        Each of these experts then receives all tokens and accepts a fraction CF·topk/experts.
         """
         factor = self.moe_expert_capacity_factor
         if self.num_moe_experts is None or factor is None:
@@ -219,7 +221,7 @@ class UpcyclingConfig:
 
     @property
     def scaling(self) -> str:
-        """The weight scaling, chosen where `weight_scaling` is None."""
+        """The weight scaling, with the default resolved."""
         if self.weight_scaling is not None:
             return self.weight_scaling
         if not self.moe_router_pre_softmax:
@@ -227,16 +229,16 @@ class UpcyclingConfig:
         return "none" if self.granularity == 1 else "paper"
 
     def scales(self, gated: bool) -> Scales:
-        """Return what weights are multiplied with.
+        """Return the factors of an expert's weights.
 
-        The routed output is smaller than the dense one by a base of G (top-k first: the weights
-        sum to 1 over T/G copies of each shard) or about E·G²/T (softmax first: each weight is
-        about 1/(E·G)).
+        The routed output is smaller than the dense output by a factor, the base. With top-k first
+        the base is G, because the weights sum to 1 over T/G copies of each shard. With softmax
+        first the base is about E·G²/T, because each weight is about 1/(E·G).
 
-        `exact` makes the output larger by just that. A SwiGLU neuron is linear in up and in down,
-        so each gets √base; a squared-ReLU neuron goes with the square of up, so each gets ∛base.
-        With a shared expert both halves of the output are halved in down. `paper` multiplies gate,
-        up and down with ∛base, as Megatron-Core does, which changes a SwiGLU neuron's function.
+        `exact` makes the output larger by the base. A SwiGLU neuron is linear in up and in down,
+        so up and down get √base each. A squared-ReLU neuron is quadratic in up, so both get ∛base.
+        With a shared expert, routed and shared output are both halved in down. `paper` multiplies
+        gate, up and down by ∛base, as Megatron-Core does, which changes a SwiGLU neuron's function.
 
         Args:
             gated: Whether a neuron is SwiGLU; squared ReLU otherwise.
@@ -256,11 +258,11 @@ class UpcyclingConfig:
         return Scales(up=factor, down=half * factor, shared_down=half)
 
     def exactness(self, gated: bool, dense_checkpoints: int) -> Exactness:
-        """Say whether the upcycled model computes the dense function at step 0.
+        """Return whether the upcycled model computes the dense model's function at step 0.
 
         Args:
             gated: Whether a neuron is SwiGLU; squared ReLU otherwise.
-            dense_checkpoints: How many dense models the experts come from.
+            dense_checkpoints: Number of dense models that the experts come from.
         """
         if self.num_moe_experts is None:
             return Exactness(True, "every layer is the dense layer")
@@ -276,11 +278,11 @@ class UpcyclingConfig:
     def _inexact_weights(self, gated: bool, dense_checkpoints: int) -> Iterator[str]:
         if dense_checkpoints > 1:
             yield (
-                f"experts come from {dense_checkpoints} dense models, and everything else is "
-                "their average"
+                f"experts come from {dense_checkpoints} dense models, and all other weights are "
+                "averages"
             )
         if self.initializer != "copy":
-            yield f"the initializer {self.initializer} makes experts other than the dense layer"
+            yield f"the initializer {self.initializer} makes experts unlike the dense layer"
         if self.moe_shared_expert and self.scaling != "exact":
             yield (
                 "the shared expert and the routed ones add up to twice the feed-forward output "
@@ -319,13 +321,13 @@ class UpcyclingConfig:
             )
         elif topk % granularity:
             yield (
-                f"{topk} experts a token do not make up whole copies of {granularity} shards "
+                f"{topk} experts per token do not make up whole copies of {granularity} shards "
                 f"(use a multiple of {granularity})"
             )
         if self.can_drop_tokens:
             yield (
-                f"capacity factor {self.moe_expert_capacity_factor:g} drops the tokens an expert "
-                f"has no room for: at worst, if all pick the same experts, "
+                f"capacity factor {self.moe_expert_capacity_factor:g} drops tokens beyond an "
+                f"expert's capacity: at worst, if all tokens pick the same experts, "
                 f"{self.dropped_at_worst:.0%} of the assignments (at {experts / topk:g} and "
                 "above, or with None, none is dropped)"
             )

@@ -162,7 +162,7 @@ def _hint(line: bytes) -> str:
 
 
 def is_blank(line: bytes) -> bool:
-    """Say whether a line has nothing in it."""
+    """Return whether a line has nothing in it."""
     return not line.removeprefix(codecs.BOM_UTF8).strip()
 
 

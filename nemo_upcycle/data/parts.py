@@ -115,7 +115,7 @@ class PartFiles:
         return self.directory / f"{self.number:06}.json"
 
     def is_complete(self, part: Part) -> bool:
-        """Say whether this is there, and of that part."""
+        """Return whether this is there, and of that part."""
         record = self.read_record()
         return record is not None and record.part == part
 

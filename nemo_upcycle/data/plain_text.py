@@ -14,7 +14,7 @@ _NOWHERE = "\U0010fffe"
 
 
 def is_nowhere(token: str) -> bool:
-    """Say whether a token of `plain`'s vocabulary is one that no text gets."""
+    """Return whether a token of `plain`'s vocabulary is one that no text gets."""
     return token.startswith(_NOWHERE)
 
 

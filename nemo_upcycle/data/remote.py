@@ -24,7 +24,7 @@ PARTIAL_CONTENT = 206
 
 
 def is_url(source: str) -> bool:
-    """Say whether a source is behind a URL."""
+    """Return whether a source is behind a URL."""
     return urlsplit(source).scheme in SCHEMES
 
 

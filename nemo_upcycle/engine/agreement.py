@@ -39,7 +39,7 @@ def check_agreement(config: Any, arch: Architecture, tokenizer_size: int | None 
 
     Args:
         config: The model's: NeMo's GPTConfig, of any class.
-        arch: The dense checkpoint's numbers.
+        arch: The dense checkpoint's architecture.
         tokenizer_size: What the vocabulary is made of where the config has none.
 
     Raises:
@@ -61,12 +61,12 @@ def check_agreement(config: Any, arch: Architecture, tokenizer_size: int | None 
 def exactness_of(
     config: Any, upcycling: UpcyclingConfig, dense: Architecture, branches: int
 ) -> Exactness:
-    """Say whether a model that agrees with its dense checkpoint computes it at step 0, and why.
+    """Return whether a model that agrees with its dense checkpoint computes it at step 0, and why.
 
     Args:
         config: The model's.
         upcycling: What the dense model's feed-forward layers become.
-        dense: The dense checkpoint's numbers.
+        dense: The dense checkpoint's architecture.
         branches: How many dense checkpoints there are.
     """
     exactness = upcycling.exactness(dense.gated_linear_unit, branches)

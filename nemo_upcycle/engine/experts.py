@@ -48,8 +48,8 @@ def initialize_experts(
     Args:
         owned: What this rank owns.
         checkpoint: The dense checkpoint.
-        family: Its family.
-        arch: Its numbers.
+        family: The dense model's family.
+        arch: The dense model's architecture.
         upcycling: Says the initialiser and the scaling.
 
     Returns:

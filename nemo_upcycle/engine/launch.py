@@ -21,12 +21,12 @@ def fewest_ranks(folding: ParallelFolding) -> int:
 
 
 def launched() -> bool:
-    """Say whether a launcher has started this process as one of several ranks."""
+    """Return whether a launcher has started this process as one of several ranks."""
     return "RANK" in os.environ
 
 
 def is_first_rank() -> bool:
-    """Say whether this process is rank 0, or the only one."""
+    """Return whether this process is rank 0, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

@@ -56,11 +56,11 @@ def fill(
     """Fill this rank's part of the model from a dense checkpoint.
 
     Args:
-        modules: The rank's Megatron-Core GPT models, one a virtual pipeline stage.
+        modules: The rank's Megatron-Core GPT models, one per virtual pipeline stage.
         checkpoint: The dense checkpoint.
-        upcycling: What its feed-forward layers become.
-        progress: Called with the bytes filled in and to fill in, in the checkpoint's dtypes.
-        read_once: Read each slice once a job and broadcast it to all ranks that want it; all
+        upcycling: What the dense feed-forward layers become.
+        progress: Called with the bytes filled and the bytes in total, in the checkpoint's dtypes.
+        read_once: Read each slice once per job and broadcast it to all ranks that want it; all
             ranks must say so. Otherwise every rank reads what it needs.
 
     Returns:
@@ -105,9 +105,9 @@ def restore(
     """Fill this rank's part of the model from a trained one.
 
     Args:
-        modules: The rank's Megatron-Core GPT models, one a virtual pipeline stage.
+        modules: The rank's Megatron-Core GPT models, one per virtual pipeline stage.
         trained: The trained model, in any format, saved under any mapping.
-        progress: Called with the bytes filled in and to fill in, in the checkpoint's dtypes.
+        progress: Called with the bytes filled and the bytes in total, in the checkpoint's dtypes.
 
     Returns:
         Names of the tensors used, of which all ranks together have all: `check_all_restored`.

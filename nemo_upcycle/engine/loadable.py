@@ -27,7 +27,7 @@ class LoadableCheckpoint:
     Attributes:
         model: What it is, dense or MoE.
         dtype: Of its parameters.
-        fill: Fills this rank's Megatron-Core GPT models, one a virtual pipeline stage.
+        fill: Fills this rank's Megatron-Core GPT models, one per virtual pipeline stage.
         check: Raises `UpcyclingError` where ranks, whose returns of `fill` it takes, have together
             not used the whole checkpoint.
     """
@@ -61,7 +61,7 @@ def open_loadable(source: str | Path) -> LoadableCheckpoint:
 
 
 def _is_dense_huggingface(directory: Path) -> bool:
-    """Say whether a directory is a Hugging Face checkpoint of a dense family that is known."""
+    """Return whether a directory is a Hugging Face checkpoint of a dense family that is known."""
     if not is_huggingface(directory):
         return False
     return str(read_config(directory).get("model_type")) in FAMILIES

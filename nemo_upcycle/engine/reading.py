@@ -185,7 +185,7 @@ def _read(checkpoint: DenseCheckpoint, chunk: Chunk, raw: memoryview, values: to
 
 
 def all_finite(raw: "np.ndarray[tuple[int], np.dtype[np.uint8]]", dtype: str) -> bool:
-    """Say whether bytes hold neither NaN nor Inf.
+    """Return whether bytes hold neither NaN nor Inf.
 
     Both have all bits of the exponent set: as integers they are the largest of the positive
     numbers (read as signed) and of the negative ones (read as unsigned). Two maxima of integers

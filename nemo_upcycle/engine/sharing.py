@@ -1,4 +1,4 @@
-"""Read each slice once a job: which ranks want the same blocks, and which of them reads.
+"""Read each slice once per job: which ranks want the same blocks, and which of them reads.
 
 Every rank tells all others what it will read. Blocks that several ranks want are read by one of
 them, chosen so that all read about as much, and broadcast to the others.

@@ -60,7 +60,7 @@ class Prepared:
         checkpoint: The checkpoint.
         fingerprint: What tells its weights from others'; see `checkpoint.fingerprint`.
         kept: What its configs say and training does not change; see `checkpoint.kept`.
-        upcycling: What its feed-forward layers become.
+        upcycling: What the dense feed-forward layers become.
     """
 
     name: str
@@ -90,7 +90,7 @@ def prepare(dense_checkpoint: str, upcycling: UpcyclingConfig) -> Prepared:
         dense_checkpoint: Directory of Hugging Face's, NeMo 2's or Megatron-LM's, or the name of a
             model in the local Hugging Face cache; several, separated by semicolons, give experts
             from each in turn, and everything else their average (Branch-Train-MiX).
-        upcycling: What its feed-forward layers become.
+        upcycling: What the dense feed-forward layers become.
 
     Raises:
         UpcyclingError: It cannot be read, or is none that can be upcycled.

@@ -186,7 +186,7 @@ def check_alike(path: Path, earlier: Results, results: Results) -> None:
 
 
 def _is_templated(results: Mapping[str, Any]) -> bool | None:
-    """Say whether questions were asked in a chat template; None where results do not say."""
+    """Return whether questions were asked in a chat template; None where results do not say."""
     said = results.get("config", {}).get("apply_chat_template")
     if said is None and "chat_template" in results:  # of lm-eval's own command line
         return bool(results["chat_template"])

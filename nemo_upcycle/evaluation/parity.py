@@ -46,9 +46,9 @@ class Parity:
 
     Attributes:
         tokens: Tokens predicted.
-        dense_loss: Mean cross-entropy of the dense model, nats a token.
+        dense_loss: Mean cross-entropy of the dense model, nats per token.
         moe_loss: That of the MoE.
-        kl: Mean KL(dense‖MoE), nats a token.
+        kl: Mean KL(dense‖MoE), nats per token.
         top1: Share of tokens for which both predict the same.
         difference: Largest difference of two logits.
         relative: Largest distance of a token's logits, |MoE − dense| / |dense|.
@@ -244,7 +244,7 @@ def reasons(
     Args:
         found: How far its weights are from the dense ones.
         model: The MoE.
-        dense: The dense model's numbers.
+        dense: The dense model's architecture.
         dense_checkpoints: How many dense models the MoE was made of.
     """
     if dense_checkpoints > 1:

@@ -25,7 +25,7 @@ from nemo_upcycle.trained.restore import check_all_restored, plan_restore
 
 
 def is_known(config: dict[str, Any]) -> bool:
-    """Say whether a `config.json` is of a family that Megatron computes, dense or MoE."""
+    """Return whether a `config.json` is of a family that Megatron computes, dense or MoE."""
     return config.get("model_type") in (*FAMILIES, *MOE_FAMILIES)
 
 

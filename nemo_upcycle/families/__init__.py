@@ -1,4 +1,4 @@
-"""Dense checkpoints' names and layouts against Megatron's, declared once a family."""
+"""Dense checkpoints' names and layouts against Megatron's, declared once per family."""
 
 from typing import Any
 

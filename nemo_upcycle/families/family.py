@@ -84,7 +84,7 @@ class Operation(Protocol):
         """Yield the dense rows in the parameter's order.
 
         Args:
-            arch: The dense model's numbers.
+            arch: The dense model's architecture.
             neurons: Those that the parameter has, of a feed-forward layer; None for all.
         """
 

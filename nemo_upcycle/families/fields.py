@@ -47,7 +47,7 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
     """Return the fields that a dense model decides.
 
     Args:
-        arch: Its numbers.
+        arch: The dense model's architecture.
 
     Returns:
         Values by field. What is as in a Llama is left out. RoPE scaling of Llama 3.1 is in the
@@ -96,7 +96,7 @@ def window_fields(arch: Architecture, seq_length: int | None = None) -> dict[str
     Megatron counts the tokens before a token, the dense model's config the token too.
 
     Args:
-        arch: The dense model's numbers.
+        arch: The dense model's architecture.
         seq_length: Tokens of a sequence at most; None where any number may come.
     """
     if arch.sliding_window is None or (seq_length or math.inf) <= arch.sliding_window:

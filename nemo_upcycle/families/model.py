@@ -15,7 +15,7 @@ class Experts:
 
     Attributes:
         num_experts: Experts in an MoE layer; 0 where no layer is one.
-        topk: Experts a token.
+        topk: Experts per token.
         pre_softmax: Softmax before top-k, whose weights then do not sum to 1.
         expert_width: Neurons of an expert.
         is_moe: Of every layer whether it has experts.
@@ -35,7 +35,7 @@ class MoEModel(Experts):
     """A model, dense or upcycled, as it was trained.
 
     Attributes:
-        arch: The dense model's numbers.
+        arch: The dense model's architecture.
     """
 
     arch: Architecture
@@ -104,7 +104,7 @@ def upcycled_model(arch: Architecture, upcycling: UpcyclingConfig) -> MoEModel:
     """Return what a dense model becomes.
 
     Args:
-        arch: The dense model's numbers.
-        upcycling: What its feed-forward layers become.
+        arch: The dense model's architecture.
+        upcycling: What the dense feed-forward layers become.
     """
     return with_experts(arch, experts_of(upcycling, arch.num_layers, arch.ffn_hidden_size))

@@ -65,7 +65,7 @@ class Values:
             raise UpcyclingError(f"config.json says {key}={shown(config[key])}, {why}; remove it.")
 
     def is_null(self, key: str) -> bool:
-        """Say whether a key is null or not there."""
+        """Return whether a key is null or not there."""
         return self.said.get(key) is None
 
     def count(self, key: str, least: int = 1, most: int = LARGEST_SIZE) -> int:
@@ -109,7 +109,7 @@ def positive(key: str, value: Any) -> float:
 
 
 def is_positive(value: Any) -> bool:
-    """Say whether a value is a number above 0 that a float can have."""
+    """Return whether a value is a number above 0 that a float can have."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and 0 < value <= sys.float_info.max
 

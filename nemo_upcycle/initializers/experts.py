@@ -1,4 +1,4 @@
-"""What experts start from: each a function of a block of neurons, which holds the dense layer's."""
+"""Expert initialisers: functions that change a block of neurons copied from the dense layer."""
 
 import math
 
@@ -22,8 +22,8 @@ def noise(std: float = 0.02, fraction: float = 0.5) -> Initializer:
     """Add Gaussian noise to some weights, as in OLMoE's upcycling ablation (arXiv 2409.02060).
 
     Args:
-        std: Standard deviation of what is added.
-        fraction: Probability of each weight to be changed.
+        std: Standard deviation of the noise.
+        fraction: Probability that a weight is changed.
     """
     _check_positive("noise", "std", std)
     _check_fraction("noise", "fraction", fraction)
@@ -38,13 +38,13 @@ def noise(std: float = 0.02, fraction: float = 0.5) -> Initializer:
 
 @register("drop")
 def drop(ratio: float = 0.5) -> Initializer:
-    """Draw ⌊ratio·F⌋ of each expert's F neurons anew, gate, up and down together.
+    """Redraw ⌊ratio·F⌋ of each expert's F neurons: gate, up and down together.
 
-    From a normal distribution with the mean and the standard deviation of the layer's dense gate,
-    up or down. Reads these once more to know them.
+    Values are normal, with the mean and standard deviation of the layer's dense gate, up or down,
+    which are read once more for these statistics.
 
     Args:
-        ratio: Fraction of the neurons to draw.
+        ratio: Fraction of the neurons to redraw.
 
     Source: Drop-Upcycling, arXiv 2502.19261 §3.
     """
@@ -61,11 +61,11 @@ def drop(ratio: float = 0.5) -> Initializer:
 
 @register("random")
 def random(std: float | None = None) -> Initializer:
-    """Draw all weights anew, as Megatron initialises a model: experts that know nothing.
+    """Draw all weights as Megatron initialises a model, so that nothing of the dense layer is left.
 
     Args:
-        std: Standard deviation of gate and up, that of down is 1/√(2·layers) of it; None takes
-            the dense model's `init_method_std`.
+        std: Standard deviation of gate and up; down has std/√(2·layers). None takes the dense
+            model's `init_method_std`.
     """
     if std is not None:
         _check_positive("random", "std", std)
@@ -81,14 +81,16 @@ def random(std: float | None = None) -> Initializer:
 
 @register("hybrid")
 def hybrid(*initializers: Initializer) -> Initializer:
-    """Give each expert an initialiser of its own, in turn.
+    """Give each copy of the layer one of several initialisers, in turn.
 
     Args:
-        initializers: That of the first copy of the layer, of the second, …, and over again. For
-            granularity 1 a copy is an expert.
+        initializers: Initialisers of the first copy of the layer, the second, …, and again from
+            the first. For granularity 1 a copy is an expert.
     """
     if not initializers or not all(callable(each) for each in initializers):
-        raise UpcyclingError("hybrid() takes initializers, such as hybrid(copy, drop(ratio=0.3)).")
+        raise UpcyclingError(
+            "hybrid() expects initializers, such as hybrid(copy, drop(ratio=0.3))."
+        )
 
     def initialize(neurons: Neurons) -> None:
         initializers[neurons.copy % len(initializers)](neurons)

@@ -1,4 +1,4 @@
-"""Some neurons of one expert: what an expert initialiser gets and changes."""
+"""A block of neurons of one expert, which an expert initialiser changes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,18 +22,18 @@ class Neurons:
     """Some neurons of one expert, copied from the dense feed-forward layer.
 
     Neuron i is row i of gate, row i of up and column i of down. An initialiser changes the values
-    in place. Which neurons come together depends on the parallel mapping; what becomes of each
-    must not, so random values come from here.
+    in place. Which neurons form a block depends on the parallel mapping, but a neuron's new values
+    must not; therefore random values come from this class.
 
     Attributes:
         layer: Global layer, from 0.
         expert: Global expert, from 0.
-        copy: Which copy of the dense layer the expert is a shard of; the expert itself for
+        copy: The copy of the dense layer that the expert belongs to; the expert itself for
             granularity 1.
         ids: The neurons' numbers in the dense layer.
         expert_ids: The numbers of all neurons of the expert.
         values: `gate` (unless the layer has none), `up` and `down`, each [neurons, hidden].
-        init_method_std: What the dense model's config says of random weights.
+        init_method_std: Standard deviation of random weights in the dense model's config.
         num_layers: Layers of the model.
         seed: Seed of all draws.
         dense_statistics: See `statistics`.
@@ -51,7 +51,7 @@ class Neurons:
     dense_statistics: Statistics
 
     def statistics(self, part: str) -> tuple[float, float]:
-        """Return mean and standard deviation of all of the layer's dense gate, up or down."""
+        """Return mean and standard deviation of the layer's whole dense gate, up or down."""
         return self.dense_statistics(part)
 
     def normal(
@@ -61,8 +61,8 @@ class Neurons:
 
         Args:
             part: `gate`, `up` or `down`.
-            rows: Which of the neurons to draw for; None for all.
-            draw: Number of the draw, where an initialiser needs several.
+            rows: Mask or indices of the neurons to draw for; None for all.
+            draw: Number of the draw, if an initialiser needs several.
 
         Returns:
             [neurons, hidden]
@@ -80,10 +80,10 @@ class Neurons:
 
         Args:
             fraction: From 0 to 1.
-            draw: Number of the draw, where an initialiser needs several.
+            draw: Number of the draw, if an initialiser needs several.
 
         Returns:
-            Which of these neurons are among them.
+            Mask of the chosen neurons in this block.
         """
         count = len(self.expert_ids)
         stream = _CHOICE + _STREAMS_OF_A_DRAW * draw

@@ -1,8 +1,8 @@
 """Random values that do not depend on the parallel mapping.
 
-Philox is counter-based (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
-every (seed, stream, layer, expert, row) has a counter range of its own, so any rank can draw any
-row without drawing the others, and two ranks that draw the same row draw the same values.
+Philox is a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011). Every (seed, stream, layer, expert, row) has a separate counter range. Any rank can
+therefore draw any row without drawing the others, and all ranks get the same values for a row.
 """
 
 import numpy as np

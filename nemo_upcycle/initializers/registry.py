@@ -1,7 +1,7 @@
-"""Expert initialisers by name, with their options, from this package and from others.
+"""Expert initialisers by name, with options, from this package and from others.
 
-An initialiser is made of its options by a registered function, which checks them, and is then
-called with every block of neurons:
+A registered function checks the options and returns the initialiser, which is then called with
+every block of neurons:
 
     from nemo_upcycle.initializers import Initializer, Neurons, register
 
@@ -12,7 +12,7 @@ called with every block of neurons:
 
         return initialize
 
-Recipes find it by its entry point, in every process, if the package that it is in has one:
+Recipes find the initialiser in every process if the package declares an entry point:
 
     [project.entry-points."nemo_upcycle.initializers"]
     flip = "my_package.my_module:flip"
@@ -28,20 +28,20 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers.neurons import Neurons
 
 GROUP = "nemo_upcycle.initializers"
-"""Entry points of other packages' initialisers."""
+"""Group of entry points for initialisers of other packages."""
 
 Initializer = Callable[[Neurons], None]
 Maker = Callable[..., Initializer]
 F = TypeVar("F", bound=Maker)
 
 _NO_NUMBERS = ("nan", "-nan", "inf", "-inf")
-"""What `float` writes and no literal is: an initialiser refuses it under its option's name."""
+"""Float values that are not Python literals; initialisers refuse them with the option's name."""
 
 _makers: dict[str, Maker] = {}
 
 
 def register(name: str) -> Callable[[F], F]:
-    """Register a function that makes an initialiser of its options."""
+    """Register a function that makes an initialiser from options."""
 
     def decorate(maker: F) -> F:
         _makers[name] = maker
@@ -56,18 +56,18 @@ def names() -> list[str]:
 
 
 def make_initializer(text: str) -> Initializer:
-    """Make an initialiser of what a recipe says.
+    """Make an initialiser from a recipe's text.
 
     Args:
-        text: A name, or one with options in parentheses, such as `drop(ratio=0.3)` or
-            `hybrid(copy, noise(std=0.01))`. It is parsed, not executed. Semicolons are commas, for
-            NeMo-Run's command line cuts the arguments of a factory at commas.
+        text: A name, or a name with options in parentheses, such as `drop(ratio=0.3)` or
+            `hybrid(copy, noise(std=0.01))`. The text is parsed, not executed. Semicolons mean
+            commas, because NeMo-Run's command line splits the arguments of a factory at commas.
 
     Returns:
         The initialiser.
 
     Raises:
-        UpcyclingError: There is no such initialiser, or its options are not such.
+        UpcyclingError: There is no such initialiser, or the options are invalid.
     """
     try:
         tree = ast.parse(text.strip().replace(";", ","), mode="eval").body
@@ -113,13 +113,14 @@ def _maker(name: str) -> Maker:
             _makers[name] = point.load()
     if name not in _makers:
         raise UpcyclingError(
-            f"There is no initializer {name!r}; expected one of: {', '.join(names())}. Others' "
-            f"are found by their entry points in the group {GROUP!r}."
+            f"There is no initializer {name!r}; expected one of: {', '.join(names())}. "
+            f"Initializers of other packages need an entry point in the group {GROUP!r}."
         )
     return _makers[name]
 
 
 def _unreadable(text: str) -> UpcyclingError:
     return UpcyclingError(
-        f"initializer is {text!r}; expected a name, or one with options, such as drop(ratio=0.3)."
+        f"initializer is {text!r}; expected a name, or a name with options, such as "
+        "drop(ratio=0.3)."
     )

@@ -13,14 +13,14 @@ def initialize_router(
     """Draw the router rows of some experts of one layer.
 
     Args:
-        upcycling: Says the initialiser, the standard deviation and the seed.
+        upcycling: Gives the initialiser, the standard deviation and the seed.
         layer: Global layer, from 0.
         experts: Start and stop of the global experts.
-        hidden_size: Columns.
+        hidden_size: Number of columns.
 
     Returns:
-        [experts, hidden_size], the same values on any parallel mapping. With `virtual_groups` the
-        experts that make up one copy of the layer have equal rows.
+        [experts, hidden_size], the same values under any parallel mapping. With `virtual_groups`
+        the experts that make up one copy of the layer have equal rows.
 
     Source: random routers, arXiv 2412.09952 §3; virtual groups, arXiv 2410.07524 §3.
     """

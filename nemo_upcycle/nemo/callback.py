@@ -41,10 +41,10 @@ class UpcyclingCallback(Provenance):
         router_init_std: Standard deviation of the router weights; None takes the model's
             `init_method_std`.
         seed: Seed of all random values.
-        read_once: Read each slice of the dense checkpoint once a job and broadcast it to the ranks
-            that hold it, for file systems that are slower than the network between nodes.
-            Otherwise every rank reads what it needs, and a node's ranks share its page cache.
-        timeout_s: Seconds that a rank waits for the slowest before it takes it for lost.
+        read_once: Read each slice of the dense checkpoint once per job and broadcast the slice to
+            all ranks that hold it. For file systems that are slower than the network between
+            nodes. Otherwise every rank reads what it needs, through the node's page cache.
+        timeout_s: Seconds that a rank waits for the slowest before assuming that it is lost.
 
     Source: online upcycling, arXiv 2412.09952 §3.
     """

@@ -35,7 +35,7 @@ class GPTDataset(MegatronGPTDataset):
     token: where that is the eos token, the ends of all documents too. Here no token is padding.
 
     Raises:
-        UpcyclingError: The corpus is too small for the split; Megatron's own loops for ever over a
+        UpcyclingError: The corpus is too small for the split; Megatron's own loops forever over a
             split without documents.
     """
 

@@ -52,7 +52,7 @@ class Hyperparameters:
 
 
 def is_function_of_step(scheduler: Any) -> bool:
-    """Say whether a schedule can be changed half-way: NeMo's can, each a function of the step."""
+    """Return whether a schedule depends only on the step, as NeMo's do, and so may change."""
     return type(scheduler).__module__.startswith("nemo.core.optim.lr_scheduler")
 
 

@@ -188,7 +188,7 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
     """Return the fields of NeMo's configs that a dense model decides.
 
     Args:
-        arch: Its numbers.
+        arch: The dense model's architecture.
 
     Returns:
         Keyword arguments for `UpcycledGPTConfig`; for a Llama also for NeMo's LlamaConfig
@@ -229,6 +229,6 @@ def trained_config(model: MoEModel, dtype: torch.dtype, **others: Any) -> Upcycl
 
 
 def is_llama(arch: Architecture) -> bool:
-    """Say whether NeMo's own Llama computes the dense model."""
+    """Return whether NeMo's own Llama computes the dense model."""
     with_default = (each for each in fields_of(Architecture) if each.default is not MISSING)
     return all(getattr(arch, each.name) == each.default for each in with_default)

@@ -302,7 +302,7 @@ def _is_fc1(own: OwnedShard) -> bool:
 
 
 def _first_with_its_router() -> bool:
-    """Say whether this rank is the first of those that have the same routers."""
+    """Return whether this rank is the first of those that have the same routers."""
     return (
         parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -1,1 +1,1 @@
-"""Which mapping for this model on so many GPUs of this kind: memory, step time, search."""
+"""Find a parallel mapping for a model and GPUs: memory, step time, search."""

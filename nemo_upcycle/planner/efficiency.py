@@ -1,30 +1,30 @@
-"""How much of a data sheet a training gets: the planner's few free numbers."""
+"""Which fractions of a data sheet training reaches: the planner's free parameters."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Fractions of what the hardware's data sheet says, and what routing costs.
+    """Fractions of the hardware's data sheet, and the cost of routing.
 
-    The first five are fitted to published runs by `benchmarks/planner.py`, which leaves runs out in
-    turn to say how well they carry over; the others are set.
+    `benchmarks/planner.py` fits the first five to published runs, and leaves out runs in turn to
+    measure how well the fit generalises. The others are set by hand.
 
     Attributes:
-        gemm: Of the peak, of an endlessly large matrix product.
-        nvlink: Of NVLink's bandwidth, of collectives inside a domain. Higher than NCCL's own
-            figure where tensor-parallel collectives hide behind products.
-        network: Of the network's bandwidth, of collectives that leave a domain.
-        expert_load_cv: Standard deviation of the tokens of a layer's experts over their mean.
-        fsdp_bandwidth: Of one GPU's network link, of FSDP's collectives over all nodes.
-        fsdp_overlap: Part of the computation behind which they hide.
-        memory: Of the memory's bandwidth, of norms, activations, permutation and optimizer.
-        attention: Of the peak, of fused attention.
-        layer_overhead: Seconds that a GPU waits for its host around attention, and again in an MoE
-            layer, of a microbatch: the dispatcher reads the experts' token counts back.
-        tile: Rows or columns of a matrix product that cost as much as starting it: the width of a
-            tensor-core tile.
-        latency: Seconds that a collective takes whatever its size.
+        gemm: Fraction of the peak for an infinitely large matrix multiplication.
+        nvlink: Fraction of NVLink's bandwidth for collectives inside a domain. Higher than NCCL's
+            own figure if tensor-parallel collectives overlap with matrix multiplications.
+        network: Fraction of the network's bandwidth for collectives that leave a domain.
+        expert_load_cv: Coefficient of variation of the tokens per expert in a layer.
+        fsdp_bandwidth: Fraction of one GPU's network link for FSDP's collectives over all nodes.
+        fsdp_overlap: Fraction of the computation that overlaps with FSDP's collectives.
+        memory: Fraction of the memory bandwidth for norms, activations, permutation, optimizer.
+        attention: Fraction of the peak for fused attention.
+        layer_overhead: Seconds per microbatch that a GPU waits for its host around attention, and
+            again in an MoE layer, where the dispatcher reads back the token counts.
+        tile: Rows or columns whose cost equals the start of a matrix multiplication: the width of
+            a tensor-core tile.
+        latency: Seconds per collective, whatever the size.
     """
 
     gemm: float

@@ -1,7 +1,7 @@
-"""Floating-point operations of a model, as model-FLOPs utilisation counts them.
+"""Floating-point operations of a model, as counted for model-FLOPs utilisation (MFU).
 
-Multiplications of matrices alone, two operations a product, of the experts that a token uses; not
-what recompute repeats, nor the router. Backward is twice forward.
+Only matrix multiplications count, with two operations per multiply-add, and only the experts that
+a token uses. Recomputed operations and the router do not count. Backward is twice forward.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class Flops:
     """Operations of a forward pass over one sequence.
 
     Attributes:
-        projections: Of queries, keys, values and the attention's output.
-        attention: Of queries with keys, and of weights with values, over the whole square.
-        causal_attention: The same, without what the mask hides.
-        feed_forward: Of dense layers, of a token's experts and of shared experts.
-        output: Of the output layer.
+        projections: Queries, keys, values and the attention output.
+        attention: Queries times keys, and weights times values, over the full square.
+        causal_attention: The same without the masked part.
+        feed_forward: Dense layers, each token's experts, and shared experts.
+        output: The output layer.
     """
 
     projections: int
@@ -30,14 +30,14 @@ class Flops:
 
     @property
     def training(self) -> float:
-        """Forward and backward, attention causal: what a kernel that skips the mask computes."""
+        """Forward and backward with causal attention, as by a kernel that skips the mask."""
         return 3 * (self.projections + self.causal_attention + self.feed_forward + self.output)
 
     @property
     def training_full_attention(self) -> float:
-        """Forward and backward, attention over the whole square.
+        """Forward and backward, with attention over the full square.
 
-        Source: the convention of arXiv 2412.09952 (its 462.8 TFLOP/s are of this).
+        Source: the convention of arXiv 2412.09952, including the paper's 462.8 TFLOP/s.
         """
         return 3 * (self.projections + self.attention + self.feed_forward + self.output)
 
@@ -46,8 +46,8 @@ def flops(model: MoEModel, seq_length: int) -> Flops:
     """Count the operations of a forward pass over one sequence.
 
     Args:
-        model: What is computed.
-        seq_length: Tokens of the sequence.
+        model: The MoE model.
+        seq_length: Tokens per sequence.
     """
     arch, sizes = model.arch, dimensions(model.arch)
     hidden, queries = arch.hidden_size, sizes["queries"]
@@ -62,14 +62,14 @@ def flops(model: MoEModel, seq_length: int) -> Flops:
 
 
 def _seen(seq_length: int, window: int | None) -> float:
-    """Return the share of the square that a token sees, half of it without a window."""
+    """Return the fraction of the square that is attended to; one half without a window."""
     if window is None or window >= seq_length:
         return 0.5
     return window * (seq_length - window / 2) / seq_length**2
 
 
 def _neurons(model: MoEModel) -> int:
-    """Return the neurons that a token uses in all layers."""
+    """Return the number of neurons that a token uses, summed over all layers."""
     dense = model.arch.ffn_hidden_size
     moe = model.topk * model.expert_width + (dense if model.has_shared_expert else 0)
     return sum(moe if is_moe else dense for is_moe in model.is_moe)

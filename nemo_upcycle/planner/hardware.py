@@ -1,4 +1,4 @@
-"""What a GPU and its network can do: a short YAML, ours or a user's own."""
+"""GPUs and networks as short YAML files, from the package or the user."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,19 +11,19 @@ SHIPPED = Path(__file__).parent / "hardware"
 
 @dataclass(frozen=True)
 class Hardware:
-    """A kind of GPU in its nodes, by data sheet.
+    """A kind of GPU and its nodes, by data sheet.
 
     Attributes:
-        name: Part of the device's name, as CUDA says it.
-        peak_tflops: Dense bf16.
-        memory_gib: Of a GPU.
+        name: Part of the device's name in CUDA.
+        peak_tflops: Dense bf16 TFLOP/s.
+        memory_gib: GiB per GPU.
         memory_bandwidth: GB/s of a GPU's memory.
-        gpus_per_node: GPUs that one node of the scheduler has.
-        nvlink_domain: GPUs that NVLink joins; more than a node's in racks.
-        nvlink_bandwidth: GB/s of a GPU, each way.
-        network_bandwidth: GB/s of a GPU beyond its domain, each way.
-        storage_bandwidth: GB/s that a node reads of its file system.
-        storage_total: GB/s that all nodes together read.
+        gpus_per_node: GPUs per node of the scheduler.
+        nvlink_domain: GPUs connected by NVLink; more than a node in rack-scale systems.
+        nvlink_bandwidth: GB/s per GPU, in each direction.
+        network_bandwidth: GB/s per GPU beyond the NVLink domain, in each direction.
+        storage_bandwidth: GB/s per node, reading from the file system.
+        storage_total: GB/s of all nodes together, reading.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Hardware:
 
 
 def shipped() -> list[str]:
-    """Return the names of the hardware that the package knows."""
+    """Return the names of the hardware in the package."""
     return settings.names_in(SHIPPED)
 
 
@@ -54,18 +54,19 @@ def hardware(source: str) -> Hardware:
 
     Args:
         source: One of `shipped()`, or a YAML file with the fields of `Hardware`; with
-            `base: h100` it says only what differs.
+            `base: h100` the file states only differences.
 
     Raises:
-        UpcyclingError: There is none, or a field is missing, unknown or not of its type.
+        UpcyclingError: There is no such hardware, or a field is missing, unknown or of the
+            wrong type.
     """
     path = settings.find(source, SHIPPED, "hardware")
     return settings.read(Hardware, path, SHIPPED)
 
 
 def device_peak_tflops(device: str) -> float | None:
-    """Return the bf16 peak of a GPU by the name that CUDA gives it, None where it is not known."""
+    """Return a GPU's bf16 peak by the device name in CUDA; None if unknown."""
     known = [hardware(name) for name in shipped()]
-    # The longest first: GB200 is no B200.
+    # Longest names first: GB200 is not B200.
     matching = (one for one in sorted(known, key=lambda one: -len(one.name)) if one.name in device)
     return next((one.peak_tflops for one in matching), None)

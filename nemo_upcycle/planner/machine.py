@@ -1,4 +1,4 @@
-"""What an operation takes on a kind of hardware: products, memory traffic, collectives."""
+"""Time of an operation on given hardware: multiplications, memory traffic, collectives."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ GIGA = 1e9
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs and their networks, at what a training gets of them.
+    """GPUs and networks at the speed that training reaches.
 
     Attributes:
         hardware: By data sheet.
-        efficiency: How much of it a training gets.
+        efficiency: Fractions of the data sheet that training reaches.
     """
 
     hardware: Hardware
@@ -22,16 +22,16 @@ class Machine:
 
     @property
     def nvlink(self) -> float:
-        """Bytes/s of a GPU inside an NVLink domain."""
+        """Bytes/s per GPU inside an NVLink domain."""
         return self.hardware.nvlink_bandwidth * GIGA * self.efficiency.nvlink
 
     @property
     def network(self) -> float:
-        """Bytes/s of a GPU beyond its domain."""
+        """Bytes/s per GPU beyond the NVLink domain."""
         return self.hardware.network_bandwidth * GIGA * self.efficiency.network
 
     def product(self, m: float, n: float, k: float) -> float:
-        """Return the time of a matrix product of m×k by k×n; small ones fill the GPU badly."""
+        """Return the time to multiply m×k by k×n; small matrices use the GPU poorly."""
         if not m:
             return 0.0
         filled = 1 + self.efficiency.tile * (1 / m + 1 / n + 1 / k)
@@ -43,15 +43,15 @@ class Machine:
         return operations / (self.hardware.peak_tflops * 1e12 * self.efficiency.attention)
 
     def moved(self, size: float) -> float:
-        """Return the time to read or write so many bytes in memory."""
+        """Return the time to read or write `size` bytes of memory."""
         return size / (self.hardware.memory_bandwidth * GIGA * self.efficiency.memory)
 
     def near(self, stride: int, ranks: int) -> int:
-        """Return how many of a group's ranks one NVLink domain holds.
+        """Return how many ranks of a group are in one NVLink domain.
 
         Args:
-            stride: Distance of the group's ranks.
-            ranks: Ranks of the group.
+            stride: Distance between the group's ranks.
+            ranks: Ranks in the group.
         """
         return max(1, min(ranks, self.hardware.nvlink_domain // stride))
 
@@ -60,23 +60,23 @@ class Machine:
 
         Args:
             sent: Bytes that each GPU sends.
-            stride: Distance of the group's ranks.
-            ranks: Ranks of the group.
+            stride: Distance between the group's ranks.
+            ranks: Ranks in the group.
         """
         if ranks == 1:
             return 0.0
         near = self.near(stride, ranks)
-        # A ring enters each domain over as many network links as it has ranks there.
+        # A ring enters each domain over as many network links as the group has ranks there.
         bandwidth = self.nvlink if near == ranks else min(self.nvlink, near * self.network)
         return sent / bandwidth + self.efficiency.latency
 
     def all_to_all(self, sent: float, stride: int, ranks: int) -> float:
-        """Return the time in which each GPU sends to each its part.
+        """Return the time of an all-to-all.
 
         Args:
-            sent: Bytes of a GPU, its own part among them.
-            stride: Distance of the group's ranks.
-            ranks: Ranks of the group.
+            sent: Bytes per GPU, including the part that stays.
+            stride: Distance between the group's ranks.
+            ranks: Ranks in the group.
         """
         if ranks == 1:
             return 0.0
@@ -87,13 +87,13 @@ class Machine:
     def sharded(self, sent: float, stride: int, ranks: int) -> float:
         """Return the time of FSDP's collectives.
 
-        Between domains each GPU gets all of them over its own link, as published speeds say: a
-        ring over all links would be several times as fast.
+        Between domains each GPU receives everything over its own link. This matches published
+        speeds; a ring over all links would be several times as fast.
 
         Args:
-            sent: Bytes that each GPU gets.
-            stride: Distance of the group's ranks.
-            ranks: Ranks of the group.
+            sent: Bytes that each GPU receives.
+            stride: Distance between the group's ranks.
+            ranks: Ranks in the group.
         """
         if stride * ranks <= self.hardware.nvlink_domain:
             return sent / self.nvlink

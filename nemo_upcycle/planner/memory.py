@@ -1,9 +1,9 @@
-"""Memory of a GPU in training: what Megatron's DDP, distributed optimizer and pipeline keep.
+"""Memory of a GPU in training: Megatron's DDP, distributed optimizer and pipeline.
 
 Parameters, gradients and optimizer state are counted as Megatron lays them out. Activations are
-what Transformer Engine's layers with fused attention save for the backward pass, by formula
-(arXiv 2205.05198 §4, for grouped queries, gated layers and experts); `benchmarks/gpu.py` holds it
-against layers on a GPU.
+a formula for what Transformer Engine's layers with fused attention save for the backward pass:
+arXiv 2205.05198 §4, extended to grouped queries, gated layers and experts. `benchmarks/gpu.py`
+compares the formula with layers on a GPU.
 """
 
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ from nemo_upcycle.families import dimensions
 from nemo_upcycle.planner.workload import Mapping, Workload
 
 UNEVEN_ROUTING = 1.5
-"""Tokens of the fullest rank over the mean that memory must have room for, where all are kept."""
+"""Tokens of the fullest rank over the mean for which memory must suffice in dropless training."""
 
 RESERVED = 5 * 2**30
-"""Bytes of CUDA's context, NCCL's buffers and what the allocator cannot use."""
+"""Bytes of CUDA's context, NCCL's buffers and fragmentation of the allocator."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a GPU.
+    """Bytes per GPU.
 
     Attributes:
-        parameters: In the training's precision.
-        gradients: fp32.
-        optimizer: Adam's two moments, and fp32 parameters of bf16 ones.
-        activations: Of all microbatches in flight.
-        working: What lives only for a while: a layer that is computed again, logits, under FSDP
-            a layer's parameters and gradients.
-        reserved: What no tensor uses.
+        parameters: Parameters in the training precision.
+        gradients: Gradients in fp32.
+        optimizer: Adam's two moments, and fp32 copies of bf16 parameters.
+        activations: Activations of all microbatches in flight.
+        working: Temporary memory: a recomputed layer, logits, and with FSDP a layer's parameters
+            and gradients.
+        reserved: Memory that no tensor uses.
     """
 
     parameters: int
@@ -42,7 +42,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return sum(vars(self).values())
 
 
@@ -50,17 +50,17 @@ def memory(workload: Workload, mapping: Mapping) -> Memory:
     """Return the memory of the fullest GPU.
 
     Args:
-        workload: What is trained.
-        mapping: How; its microbatches must divide the batch.
+        workload: Model and batch.
+        mapping: The parallel mapping; its microbatches must divide the batch.
     """
     stages = range(mapping.folding.pipeline_model_parallel_size)
-    # Of the stages between, the first has the most in flight.
+    # Among the middle stages, the first has the most microbatches in flight.
     candidates = {0, min(1, stages[-1]), stages[-1]}
     return max((of_stage(workload, mapping, stage) for stage in candidates), key=lambda m: m.total)
 
 
 def of_stage(workload: Workload, mapping: Mapping, stage: int) -> Memory:
-    """Return the memory of a GPU of a pipeline stage."""
+    """Return the memory of a GPU in a pipeline stage."""
     state = model_state(workload, mapping, stage)
     kept, computed = _layer_bytes(workload, mapping)
     activations = kept.of(*_layers_in_flight(workload, mapping, stage))
@@ -81,9 +81,9 @@ class ModelState(NamedTuple):
 
 
 def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
-    """Return what Megatron's DDP buffers and distributed optimizer take, at most.
+    """Return the largest size of Megatron's DDP buffers and distributed optimizer.
 
-    Adam keeps two fp32 moments of each parameter, and an fp32 copy of bf16 ones.
+    Adam keeps two fp32 moments per parameter, and an fp32 copy of each bf16 parameter.
     """
     parameters = gradients = optimizer = 0
     per_parameter = 12 if workload.precision == "bf16-mixed" else 8
@@ -98,18 +98,18 @@ def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
 
 
 class LayerBytes(NamedTuple):
-    """Bytes that a microbatch keeps of a layer with experts, and of one without."""
+    """Bytes per microbatch that an MoE layer keeps, and that a dense layer keeps."""
 
     moe: float
     dense: float
 
     def of(self, moe_layers: float, dense_layers: float) -> float:
-        """Return the bytes of so many."""
+        """Return the bytes of a number of layers."""
         return self.moe * moe_layers + self.dense * dense_layers
 
 
 def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, LayerBytes]:
-    """Return what a layer keeps, and what computing it again takes for a while."""
+    """Return the bytes that a layer keeps, and the temporary bytes of a recompute."""
     arch, sizes, each = workload.arch, dimensions(workload.arch), workload.element_bytes
     tokens = mapping.tokens(workload.seq_length)
     # Norm's input and output, both split over TP: sequence parallelism.
@@ -133,13 +133,13 @@ def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, Laye
             return LayerBytes(attended + moe - activated, attended + dense), LayerBytes(
                 activated, 0
             )
-    # Gradients of the widest activations live beside them.
+    # Gradients of the widest activations exist at the same time.
     widest = routed if workload.is_moe else arch.ffn_hidden_size * neurons * tokens
     return LayerBytes(attended + moe, attended + dense), LayerBytes(widest, 0)
 
 
 def _expert_bytes(workload: Workload, mapping: Mapping, tokens: float) -> tuple[float, float]:
-    """Return the bytes of a rank's experts, and of these the activation function's output."""
+    """Return the activation bytes of a rank's experts, and the part of the activation function."""
     if not workload.is_moe:
         return 0, 0
     arch, folding, each = workload.arch, mapping.folding, workload.element_bytes
@@ -156,9 +156,9 @@ def _expert_bytes(workload: Workload, mapping: Mapping, tokens: float) -> tuple[
 
 
 def _layers_in_flight(workload: Workload, mapping: Mapping, stage: int) -> tuple[float, float]:
-    """Return the layers, with experts and without, whose activations are kept at the fullest.
+    """Return the largest number of MoE and dense layers whose activations are kept.
 
-    A stage runs this many microbatches forward before its first backward pass, in Megatron's
+    A stage runs this many microbatches forward before the first backward pass, in Megatron's
     1F1B and interleaved schedules.
     """
     stages = mapping.folding.pipeline_model_parallel_size
@@ -173,13 +173,13 @@ def _layers_in_flight(workload: Workload, mapping: Mapping, stage: int) -> tuple
 
 
 def _logits(workload: Workload, mapping: Mapping) -> float:
-    """Return the bytes of the logits, of their fp32 copy and its softmax."""
+    """Return the bytes of the logits, of an fp32 copy and of the softmax."""
     tokens = mapping.tokens(workload.seq_length)
     return tokens * workload.arch.vocab_size * (workload.element_bytes + 8)
 
 
 def _gathered(workload: Workload, mapping: Mapping) -> float:
-    """Return the bytes of two layers' parameters, the next one prefetched, and one's gradients."""
+    """Return the bytes of two layers' parameters (one prefetched) and one layer's gradients."""
     buffers = workload.buffers(mapping.folding, 0)
     layer = sum(buffer.elements for buffer in buffers) / max(
         1, sum(workload.stages(mapping.folding)[0])

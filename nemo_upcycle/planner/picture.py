@@ -1,4 +1,4 @@
-"""How a job grows, as a picture."""
+"""A figure of how a job scales."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 Found = Mapping[int, Prediction]
-"""Best mappings by their place on the axis."""
+"""The best mapping at each position on the axis."""
 
 
 def draw_scaling(points: Sequence[Point], title: str, path: Path) -> None:
-    """Write a picture: step time, MFU, memory, and the time to load and upcycle over GPUs.
+    """Write a figure: step time, MFU, memory, and the time to load and upcycle over GPUs.
 
     Args:
         points: Jobs of several sizes.
-        title: What is trained.
+        title: Title of the figure.
         path: The file to write (.png, .svg, .pdf).
 
     Raises:
@@ -36,7 +36,7 @@ def draw_scaling(points: Sequence[Point], title: str, path: Path) -> None:
 
     best = {place: point.best for place, point in enumerate(points) if point.best is not None}
     if not best:
-        raise UpcyclingError("Nothing fits on any of these numbers of GPUs; nothing to draw.")
+        raise UpcyclingError("No mapping fits on any of these numbers of GPUs; nothing to draw.")
     figure = Figure(figsize=(15, 9.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2)
@@ -70,12 +70,12 @@ def _step_times(axes: "Axes", points: Found) -> None:
     for place, value in zip(places, total, strict=True):
         axes.annotate(f"{value:.2g}", (place, value), xytext=(6, 4), textcoords="offset points")
     axes.set_yscale("log")
-    axes.set_title("a step, s; the global batch stays the same")
+    axes.set_title("step time, s; constant global batch")
     axes.legend()
 
 
 def _utilisation(axes: "Axes", best: Found) -> None:
-    """Stack what a step's time is spent on, and draw MFU over it."""
+    """Stack the parts of the step time, with MFU on top."""
     shares = {
         words: [100 * getattr(one.time, name) / one.time.total for one in best.values()]
         for name, words in COMPONENTS.items()
@@ -87,7 +87,7 @@ def _utilisation(axes: "Axes", best: Found) -> None:
         axes.annotate(f"{value:.0f}", (place, value), xytext=(0, 6), ha="center",
                       textcoords="offset points")  # fmt: skip
     axes.set_ylim(0, 100)
-    axes.set_title("what the time is spent on, and MFU, %")
+    axes.set_title("parts of the step time, and MFU, %")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 

@@ -1,4 +1,4 @@
-"""Show what the planner found: tables and sentences for people, JSON for programs."""
+"""Show the planner's result: tables and sentences for people, JSON for programs."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -24,48 +24,48 @@ WHERE = {
     "working": "working memory",
     "reserved": "CUDA, NCCL, allocator",
 }
-"""What memory is used for, in words."""
+"""Uses of memory, in words."""
 
 
 def render(tuning: Tuning, title: str, command: str, top: int) -> RenderableType:
-    """Show the fastest mappings, where their time and memory go, why, and how to run the first.
+    """Show the fastest mappings, their use of time and memory, the reasons, and a command.
 
     Args:
-        tuning: What was found.
-        title: What was planned.
-        command: What trains on the first.
-        top: How many mappings.
+        tuning: The result of the search.
+        title: Title of the report.
+        command: The command that trains with the first mapping.
+        top: Number of mappings to show.
     """
     shown = tuning.best[:top]
     hardware = shown[0].hardware
     head = Text.assemble(
         (title, "bold"),
         f"\n{tuning.fitting:,} of {tuning.tried:,} mappings fit into {HEADROOM:.0%} of "
-        f"{hardware.memory_gib:g} GiB; the fastest, each with its best microbatch, virtual stages "
+        f"{hardware.memory_gib:g} GiB. The fastest, each with the best microbatch, virtual stages "
         "and recompute:",
     )
     named = {"1": shown[0], **tuning.compared}
     return Group(
         head,
         _mappings(shown, tuning.compared),
-        _parts("seconds of a step", {n: _seconds(one) for n, one in named.items()}),
-        _parts("GiB of a GPU", {n: _gib(one.memory) for n, one in named.items()}),
-        Text("Why the first", style="bold"),
+        _parts("seconds per step", {n: _seconds(one) for n, one in named.items()}),
+        _parts("GiB per GPU", {n: _gib(one.memory) for n, one in named.items()}),
+        Text("Why the first mapping", style="bold"),
         Text("\n".join(f"  {line}" for line in explain(tuning))),
         Text(f"\n{_caveat(hardware.name)}", style="dim"),
-        Text("\nTrain on it:", style="bold"),
+        Text("\nTrain with the first mapping:", style="bold"),
         Text(f"  {command}", overflow="fold"),
     )
 
 
 def _caveat(hardware: str) -> str:
     known = (
-        "Predicted from runs of other models, MFU of 12 published runs on H100 was off by 6% in "
-        "the middle and 9% at worst (14% under FSDP)"
+        "Predicted from runs of other models, the MFU of 12 published H100 runs had a median error "
+        "of 6% and a largest error of 9% (14% with FSDP)"
     )
     if hardware != "H100":
-        known += f"; nothing was measured on {hardware}"
-    return f"{known}. Differences below 5% are within that: prefer the simpler mapping."
+        known += f"; nothing was fitted to {hardware}"
+    return f"{known}. Differences below 5% are within this error: prefer the simpler mapping."
 
 
 def _mappings(shown: Iterable[Prediction], compared: dict[str, Prediction]) -> Table:
@@ -79,7 +79,7 @@ def _mappings(shown: Iterable[Prediction], compared: dict[str, Prediction]) -> T
     table.add_section()
     for name, one in compared.items():
         table.add_row(*_row(name, one), style="dim")
-    table.caption = "mb: microbatch; step in s; MFU*: as arXiv 2412.09952 counts; !: too much"
+    table.caption = "mb: microbatch; step in s; MFU*: as arXiv 2412.09952 counts; !: does not fit"
     table.caption_justify = "left"
     return table
 
@@ -99,7 +99,7 @@ def _row(name: str, one: Prediction) -> list[str]:
 
 
 def seconds(value: float) -> str:
-    """Show a time of a step."""
+    """Return a step time as text."""
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
@@ -131,7 +131,7 @@ def _parts(title: str, columns: dict[str, dict[str, float]]) -> Table:
 
 
 def scaling_table(points: Iterable[Point]) -> Table:
-    """Show how a job grows.
+    """Return a table of how a job scales.
 
     Args:
         points: Jobs of several sizes.
@@ -162,22 +162,21 @@ def scaling_table(points: Iterable[Point]) -> Table:
 
 def _why_not(point: Point) -> str:
     if point.least is None:
-        return "the model or the batch cannot be spread so"
+        return "no mapping of the model and the batch"
     return f"does not fit: at least {point.least.memory.total / GIB:.0f} GiB"
 
 
 def to_json(tuning: Tuning, top: int) -> dict[str, Any]:
-    """Return what was found as JSON's objects.
+    """Return what was found as JSON objects.
 
     Args:
-        tuning: What was found.
-        top: How many mappings.
+        tuning: The result of the search.
+        top: Number of mappings.
 
     Returns:
-        `fitting` and `tried`: numbers of mappings; `best`, a list, and `compared`, by name: of each
-        `folding` (Megatron's fields), `world_size`, `micro_batch_size`, `recompute`, `fsdp`,
-        `fits`, `memory` and `total_memory` (bytes), `time` and `step_time` (seconds), `mfu`,
-        `mfu_full_attention`, `tokens_per_second`; `why`: sentences.
+        - `fitting` and `tried`: numbers of mappings.
+        - `best` (a list) and `compared` (by name): predictions as of `prediction_json`.
+        - `why`: sentences.
     """
     return {
         "fitting": tuning.fitting,
@@ -189,7 +188,13 @@ def to_json(tuning: Tuning, top: int) -> dict[str, Any]:
 
 
 def prediction_json(one: Prediction) -> dict[str, Any]:
-    """Return a prediction as JSON's objects, as `to_json` says."""
+    """Return a prediction as a JSON object.
+
+    Returns:
+        `folding` (Megatron's fields), `world_size`, `micro_batch_size`, `recompute`, `fsdp`,
+        `fits`, `memory` and `total_memory` (bytes), `time` and `step_time` (seconds), `mfu`,
+        `mfu_full_attention`, `tokens_per_second`.
+    """
     return {
         **asdict(one.mapping),
         "fits": one.fits,
@@ -204,7 +209,7 @@ def prediction_json(one: Prediction) -> dict[str, Any]:
 
 
 def point_json(point: Point) -> dict[str, Any]:
-    """Return a job of one size as JSON's objects: `gpus`, `best`, `least_memory`, `loading`."""
+    """Return a job of one size as a JSON object: `gpus`, `best`, `least_memory`, `loading`."""
     return {
         "gpus": point.gpus,
         "best": point.best and prediction_json(point.best),

@@ -1,4 +1,4 @@
-"""How a job grows: its best mapping, and the time to load and upcycle, by the number of GPUs."""
+"""How a job scales: the best mapping, and the time to load and upcycle, by number of GPUs."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from nemo_upcycle.plans.job import Dense, plan_job
 GPUS = tuple(2**power for power in range(3, 13))
 
 FILL_BANDWIDTH = 10e9
-"""Bytes of parameters that a rank fills a second from a file that its node has in memory: measured
+"""Bytes of parameters that a rank fills per second from a file in the node's page cache. Measured:
 13.7 GiB/s for one rank, 8 GiB/s each for two (benchmarks/results/2026-11-25-upcycle-load.md)."""
 
 
@@ -22,9 +22,9 @@ class Loading:
     """Reading a dense checkpoint and filling the MoE, without starting processes.
 
     Attributes:
-        bytes_of_node: That the node with the most reads from its file system.
-        bytes_of_job: That all nodes read.
-        seconds: That it takes.
+        bytes_of_node: Bytes that the busiest node reads from the file system.
+        bytes_of_job: Bytes that all nodes read.
+        seconds: Time of loading.
     """
 
     bytes_of_node: int
@@ -37,11 +37,11 @@ class Point:
     """A job of one size.
 
     Attributes:
-        gpus: How many.
-        best: The fastest mapping that fits; None: none does.
-        least: Where none fits, the one that takes the least memory; None: the model or the batch
-            cannot be spread over so many.
-        loading: Under the best mapping.
+        gpus: Number of GPUs.
+        best: The fastest mapping that fits; None if no mapping fits.
+        least: If no mapping fits, the mapping that needs the least memory; None if this number of
+            GPUs has no mapping of the model and the batch.
+        loading: Loading under the best mapping.
     """
 
     gpus: int
@@ -60,11 +60,11 @@ def scaling(
     """Yield the best mapping for each number of GPUs; the global batch stays the same.
 
     Args:
-        workload: What is trained.
-        dense: What it is upcycled from.
-        hardware: On what.
-        gpus: Numbers of GPUs; those that do not fill nodes are left out.
-        allowed: Which mappings to look at.
+        workload: Model and batch.
+        dense: The dense model to upcycle.
+        hardware: The GPUs.
+        gpus: Numbers of GPUs; numbers that do not fill nodes are left out.
+        allowed: Which mappings to consider.
     """
     for number in gpus:
         if number % hardware.gpus_per_node:
@@ -77,7 +77,7 @@ def scaling(
 
 
 def loading(prediction: Prediction, dense: Dense) -> Loading:
-    """Return what it takes to load and upcycle under a mapping.
+    """Return the bytes and the time to load and upcycle under a mapping.
 
     Args:
         prediction: The mapping.
@@ -90,7 +90,8 @@ def loading(prediction: Prediction, dense: Dense) -> Loading:
     nodes, left = divmod(mapping.world_size, hardware.gpus_per_node)
     if left:
         raise UpcyclingError(
-            f"{mapping.world_size} GPUs do not fill nodes of {hardware.gpus_per_node}."
+            f"{mapping.world_size} GPUs do not fill nodes of {hardware.gpus_per_node}; use a "
+            f"multiple of {hardware.gpus_per_node}."
         )
     plan = partial(plan_job, dense, prediction.workload.upcycling, mapping.folding)
     job = plan(nodes, hardware.gpus_per_node, prediction.workload.precision)

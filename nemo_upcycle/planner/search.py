@@ -18,8 +18,8 @@ SIZES = (1, 2, 4, 8, 16)
 MICRO_BATCH_SIZES = (1, 2, 4)
 
 HEADROOM = 0.94
-"""Part of a GPU's memory that a mapping may fill. With it no published run that did not fit fits,
-and all that ran do."""
+"""Fraction of a GPU's memory that a mapping may fill. With this fraction the prediction agrees with
+all published runs on whether they fit."""
 
 
 Allowed = Callable[[Mapping], bool]
@@ -35,9 +35,9 @@ class Prediction:
     """A mapping, and what it will take.
 
     Attributes:
-        workload: What is trained.
-        mapping: How.
-        hardware: On what.
+        workload: Model and batch.
+        mapping: The parallel mapping.
+        hardware: The GPUs.
         memory: Of the fullest GPU.
         time: Of a step.
     """
@@ -50,12 +50,12 @@ class Prediction:
 
     @property
     def fits(self) -> bool:
-        """Whether a GPU has the memory."""
+        """Whether the mapping fits into a GPU's memory."""
         return self.memory.total <= room(self.hardware)
 
     @cached_property
     def mfu(self) -> float:
-        """Model-FLOPs utilisation, attention causal."""
+        """Model-FLOPs utilisation with causal attention."""
         return mfu(self.workload, self.mapping, self.hardware, self.time.total)
 
     @property
@@ -66,12 +66,12 @@ class Prediction:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of the whole job a second."""
+        """Tokens per second of the whole job."""
         return self.workload.seq_length * self.workload.global_batch_size / self.time.total
 
 
 def room(hardware: Hardware) -> float:
-    """Return the bytes of a GPU that a mapping may fill."""
+    """Return the bytes per GPU that a mapping may fill."""
     return HEADROOM * hardware.memory_gib * 2**30
 
 
@@ -84,13 +84,13 @@ def predict(
     """Predict memory and step time of a mapping.
 
     Args:
-        workload: What is trained.
-        mapping: How.
-        hardware: On what.
-        efficiency: How much of it a training gets.
+        workload: Model and batch.
+        mapping: The parallel mapping.
+        hardware: The GPUs.
+        efficiency: Fractions of the data sheet that training reaches.
 
     Raises:
-        UpcyclingError: The model cannot be spread so, or the batch does not divide.
+        UpcyclingError: The mapping does not fit the model, or the batch does not divide.
     """
     validate(workload.arch, workload.upcycling, mapping.folding, mapping.world_size)
     batch = workload.global_batch_size
@@ -110,7 +110,7 @@ def predict(
 
 
 def unfolded(mapping: Mapping) -> bool:
-    """Say whether experts are spread as before folding: ETP is TP, and EP a part of DP."""
+    """Return whether experts are not folded: ETP equals TP, and EP is a part of DP."""
     folding = mapping.folding
     return (
         folding.expert_tensor_parallel_size == folding.tensor_model_parallel_size
@@ -129,12 +129,12 @@ def search(
     """Return all mappings that fit, the fastest first, each with the least recompute that fits.
 
     Args:
-        workload: What is trained.
-        world_size: GPUs.
-        hardware: Their kind.
-        allowed: Which mappings to look at.
-        efficiency: How much of the hardware a training gets.
-        fsdp: Look at FSDP instead: data parallelism, with expert parallelism or without.
+        workload: Model and batch.
+        world_size: Number of GPUs.
+        hardware: The GPUs.
+        allowed: Which mappings to consider.
+        efficiency: Fractions of the data sheet that training reaches.
+        fsdp: Search FSDP instead: data parallelism with or without expert parallelism.
     """
     every = mappings_of(workload, world_size, hardware, allowed, fsdp)
     return fitting(workload, hardware, every, efficiency)
@@ -146,7 +146,7 @@ def fitting(
     every: Iterable[list[Mapping]],
     efficiency: Efficiency = CALIBRATED,
 ) -> list[Prediction]:
-    """Return those of `mappings_of` that fit, the fastest first, each with the least recompute."""
+    """Return the mappings that fit, the fastest first, each with the least recompute."""
     predictions = []
     for mappings in every:
         for mapping in mappings:
@@ -161,7 +161,7 @@ def fitting(
 def least_memory(
     workload: Workload, world_size: int, hardware: Hardware, allowed: Allowed = everything
 ) -> Prediction | None:
-    """Return the mapping that takes the least memory, whether it fits or not."""
+    """Return the mapping that needs the least memory, even if the mapping does not fit."""
     every = [
         (memory(workload, mappings[-1]), mappings[-1])
         for mappings in mappings_of(workload, world_size, hardware, allowed)
@@ -179,17 +179,17 @@ def mappings_of(
     allowed: Allowed = everything,
     fsdp: bool = False,
 ) -> Iterator[list[Mapping]]:
-    """Yield all mappings of a model on so many GPUs.
+    """Yield all mappings of a model on a number of GPUs.
 
     Args:
-        workload: What is trained.
-        world_size: GPUs.
-        hardware: Their kind.
-        allowed: Which mappings to look at.
-        fsdp: FSDP's instead of Megatron's.
+        workload: Model and batch.
+        world_size: Number of GPUs.
+        hardware: The GPUs.
+        allowed: Which mappings to consider.
+        fsdp: Yield mappings of FSDP instead of Megatron.
 
     Yields:
-        Mappings that differ in recompute alone, the least first.
+        Groups of mappings that differ only in recompute, the least recompute first.
     """
     names = RECOMPUTE if workload.is_moe else ("none", "full")
     for folding in foldings(workload, world_size, hardware):
@@ -213,9 +213,9 @@ def _divides(mapping: Mapping, workload: Workload) -> bool:
 
 
 def _in_vain(mapping: Mapping, allowed: Allowed) -> bool:
-    """Say whether half the context parallelism and half the microbatch are allowed too.
+    """Return whether half the context parallelism with half the microbatch is allowed too.
 
-    They make the same pieces, with less to exchange.
+    That mapping makes the same pieces, with less communication.
     """
     cp = mapping.folding.context_parallel_size
     if cp == 1 or mapping.micro_batch_size == 1:
@@ -251,6 +251,6 @@ def _fits_model(workload: Workload, folding: ParallelFolding, world_size: int) -
         validate(workload.arch, workload.upcycling, folding, world_size)
     except UpcyclingError:
         return False
-    # Megatron splits a sequence into two parts for each context-parallel rank, then over TP.
+    # Megatron splits a sequence into two parts per context-parallel rank, then over TP.
     split = 2 * folding.context_parallel_size * folding.tensor_model_parallel_size
     return workload.seq_length % split == 0

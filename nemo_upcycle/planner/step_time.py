@@ -1,8 +1,9 @@
-"""Time of a training step on a mapping: an analytical model of what each GPU does.
+"""Time of a training step on a mapping: an analytical model of each GPU's work.
 
-A microbatch's time on a pipeline stage is the sum of its matrix products, fused attention, what the
-memory's bandwidth bounds, and the collectives that nothing hides. Microbatches pass the slowest
-stage one after another; the pipeline's filling and emptying, gradients and optimizer come once.
+A microbatch's time on a pipeline stage is the sum of four parts: matrix multiplications, fused
+attention, memory-bound operations, and collectives that do not overlap with computation.
+Microbatches pass the slowest stage one after another. Filling and emptying the pipeline, gradients
+and optimizer come once per step.
 
 Source: arXiv 2104.04473 §2 (interleaved schedule), arXiv 2504.14960 §3 (what each group moves).
 """
@@ -22,20 +23,20 @@ from nemo_upcycle.planner.workload import Buffer, Mapping, Workload
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, by what they are spent on.
+    """Seconds per step, by use.
 
     Attributes:
-        matrices: Matrix products, those of recompute too.
+        matrices: Matrix multiplications, including recompute.
         attention: Fused attention.
         memory_bound: Norms, activations, permutation, residuals.
         host: Waiting for the host.
         tensor_parallel: All-gathers and reduce-scatters around attention and dense layers.
         expert_parallel: All-to-alls, and the collectives of expert-TP.
-        context_parallel: Keys and values, as far as attention does not hide them.
+        context_parallel: Exchange of keys and values that does not overlap with attention.
         pipeline: Bubble, uneven stages, sending between stages.
-        data_parallel: Gradients and parameters, as far as a microbatch does not hide them; under
-            FSDP gathering parameters in every layer.
-        optimizer: Adam.
+        data_parallel: Exchange of gradients and parameters that does not overlap with a
+            microbatch; with FSDP, gathering the parameters of every layer.
+            optimizer: Adam.
     """
 
     matrices: float = 0.0
@@ -51,7 +52,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """The sum of all parts."""
         return sum(vars(self).values())
 
     def __add__(self, other: "StepTime") -> "StepTime":
@@ -70,29 +71,29 @@ def step_time(
     """Return the time of a step.
 
     Args:
-        workload: What is trained.
-        mapping: How; its microbatches must divide the batch.
-        hardware: On what.
-        efficiency: How much of it a training gets.
+        workload: Model and batch.
+        mapping: The parallel mapping; its microbatches must divide the batch.
+        hardware: The GPUs.
+        efficiency: Fractions of the data sheet that training reaches.
     """
     return _Step(workload, mapping, hardware, efficiency).time()
 
 
 def mfu(workload: Workload, mapping: Mapping, hardware: Hardware, seconds: float) -> float:
-    """Return model-FLOPs utilisation, with attention causal.
+    """Return model-FLOPs utilisation with causal attention.
 
     Args:
-        workload: What is trained.
-        mapping: How.
-        hardware: On what.
-        seconds: Of a step.
+        workload: Model and batch.
+        mapping: The parallel mapping.
+        hardware: The GPUs.
+        seconds: Time of a step.
     """
     work = workload.flops.training * workload.global_batch_size
     return work / (seconds * mapping.world_size * hardware.peak_tflops * 1e12)
 
 
 class _Step:
-    """A step on one mapping; what repeats is computed once."""
+    """A step on one mapping; repeated parts are computed once."""
 
     def __init__(
         self, workload: Workload, mapping: Mapping, hardware: Hardware, efficiency: Efficiency
@@ -122,12 +123,12 @@ class _Step:
 
     @property
     def stages(self) -> Counter[tuple[int, int, bool]]:
-        """How many stages have so many MoE layers, dense layers, and the output layer."""
+        """Number of stages per (MoE layers, dense layers, has the output layer)."""
         layers = self.workload.stages(self.mapping.folding)
         return Counter((moe, dense, n == self.pp - 1) for n, (moe, dense) in enumerate(layers))
 
     def stage(self, moe_layers: int, dense_layers: int, has_output: bool) -> StepTime:
-        """Return what a stage does with a microbatch, forward and backward."""
+        """Return the time of a microbatch in a stage, forward and backward."""
         time = self.moe_layer * moe_layers
         if dense_layers:
             time += self.dense_layer * dense_layers
@@ -141,7 +142,7 @@ class _Step:
 
     @cached_property
     def tokens(self) -> float:
-        """Tokens of a microbatch that a GPU has between the layers."""
+        """Tokens per microbatch on a GPU between the layers."""
         return self.mapping.tokens(self.workload.seq_length)
 
     @cached_property
@@ -160,9 +161,9 @@ class _Step:
         return self._both_ways(self.around_attention, feed_forward, recompute)
 
     def _both_ways(self, first: StepTime, second: StepTime, recompute: str) -> StepTime:
-        """Return forward and backward of a layer, with what is computed again."""
+        """Return forward and backward of a layer, including recompute."""
         forward = first + second + self.core_attention(1.0)
-        # Every product has two gradients; a collective's backward is its like.
+        # Each multiplication has two gradients; a collective's backward is the mirror collective.
         backward = StepTime(
             *(
                 value * (1 if name.endswith("_parallel") or name == "host" else 2)
@@ -186,7 +187,7 @@ class _Step:
         tokens, hidden = self.tokens * self.tp, arch.hidden_size
         products = self.machine.product(tokens, sizes["qkv"] // self.tp, hidden)
         products += self.machine.product(tokens, hidden, sizes["queries"] // self.tp)
-        # Two norms, two residuals, the rotary embedding: what is read and written.
+        # Two norms, two residuals, the rotary embedding: elements read and written.
         elements = (2 * 2 + 2 * 3) * hidden + 2 * (sizes["queries"] + sizes["keys"])
         return (
             StepTime(
@@ -198,7 +199,7 @@ class _Step:
         )
 
     def core_attention(self, factor: float) -> StepTime:
-        """Return fused attention, `factor` times its forward products; KV go around meanwhile."""
+        """Return fused attention, `factor` times the forward operations; KV circulate meanwhile."""
         arch, each = self.workload.arch, self.workload.element_bytes
         sequences = self.mapping.micro_batch_size / (self.tp * self.cp)
         work = self.workload.flops.causal_attention / arch.num_layers * sequences * factor
@@ -211,7 +212,7 @@ class _Step:
         return StepTime(attention=seconds, context_parallel=exposed)
 
     def moved(self, elements: float) -> float:
-        """Return the time to read or write so many activations."""
+        """Return the time to read or write `elements` activations."""
         return self.machine.moved(elements * self.workload.element_bytes)
 
     @cached_property
@@ -236,7 +237,7 @@ class _Step:
         products = local * self.machine.product(each, arch.fc1_rows * width, hidden)
         products += local * self.machine.product(each, hidden, width)
         sorted_by_expert = 2 if local > 1 and self.ep * self.etp > 1 else 1
-        # Permuted and back, sorted by expert and back, activated.
+        # Permute and back, sort by expert and back, activate.
         elements = 4 * hidden * assignments
         elements += 4 * hidden * received * (sorted_by_expert - 1)
         elements += (arch.fc1_rows + 1) * width * received
@@ -249,13 +250,13 @@ class _Step:
 
     @cached_property
     def fullest(self) -> float:
-        """Tokens of the expert-parallel rank with the most, over the mean."""
+        """Tokens of the fullest expert-parallel rank over the mean."""
         upcycling, workload = self.workload.upcycling, self.workload
         capacity = upcycling.moe_expert_capacity_factor
         if capacity is not None and upcycling.moe_pad_expert_input_to_capacity:
             return capacity
         local = workload.model.num_experts // self.ep
-        # Blom's expected largest of normal values.
+        # Blom's formula for the expected maximum of normal values.
         largest = NormalDist().inv_cdf((self.ep - 0.375) / (self.ep + 0.25))
         uneven = max(0.0, largest) * self.efficiency.expert_load_cv / local**0.5
         return 1 + uneven if capacity is None else min(capacity, 1 + uneven)
@@ -285,17 +286,17 @@ class _Step:
         return StepTime(tensor_parallel=2 * self.machine.collective(sent, 1, self.tp))
 
     def dispatch(self, sent: float) -> float:
-        """Return the time to send tokens to their experts; back takes as long.
+        """Return the time to send tokens to their experts; the way back takes as long.
 
         Args:
-            sent: Bytes of a GPU's tokens, once for each of their experts.
+            sent: Bytes of a GPU's tokens, counted once per expert.
         """
         gathered = self.machine.collective(sent * (self.etp - 1), 1, self.etp)
         return self.machine.all_to_all(sent, self.etp, self.ep) + gathered
 
     @cached_property
     def sending(self) -> StepTime:
-        """A stage's activations to the next and gradients back; interleaved, they hide."""
+        """Activations to the next stage and gradients back; overlapped if interleaved."""
         if self.mapping.folding.virtual_pipeline_model_parallel_size:
             return StepTime()
         size = self.workload.arch.hidden_size * self.workload.element_bytes * self.tokens
@@ -303,7 +304,7 @@ class _Step:
         return StepTime(pipeline=2 * self.machine.collective(size, stride, 2))
 
     def gradients(self, microbatch: float) -> StepTime:
-        """Return what of the gradients' and parameters' way a microbatch does not hide."""
+        """Return the time of gradient and parameter exchange that a microbatch does not overlap."""
         if self.mapping.fsdp:
             return StepTime()
         reduced = gathered = 0.0
@@ -317,9 +318,9 @@ class _Step:
         return StepTime(data_parallel=exposed)
 
     def fsdp_gather(self, forward: StepTime) -> StepTime:
-        """Return what of a layer's gathers and scatters under FSDP its computation does not hide.
+        """Return the time of a layer's FSDP collectives that computation does not overlap.
 
-        Parameters are gathered twice, fp32 gradients scattered.
+        Parameters are gathered twice, fp32 gradients are scattered once.
         """
         if not self.mapping.fsdp:
             return StepTime()
@@ -334,7 +335,7 @@ class _Step:
     def optimizer(self) -> StepTime:
         """Return Adam's pass over this rank's part of the state."""
         held = sum(buffer.elements / self.mapping.replicas(buffer)[0] for buffer in self.buffers)
-        # Gradient, three fp32 values read and written, the parameter.
+        # The gradient, three fp32 values read and written, the parameter.
         return StepTime(optimizer=self.machine.moved(held * 30))
 
     @cached_property

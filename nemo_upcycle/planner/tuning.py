@@ -1,4 +1,4 @@
-"""Answer which mapping to train on: the fastest that fit, what they are compared with, and why."""
+"""Choose a mapping: the fastest mappings that fit, alternatives, and reasons."""
 
 from dataclasses import dataclass
 
@@ -23,16 +23,16 @@ from nemo_upcycle.planner.workload import Mapping, Workload
 
 @dataclass(frozen=True)
 class Tuning:
-    """The answer.
+    """The result of the search.
 
     Attributes:
-        best: The fastest, one for each TP, CP, PP, ETP and EP.
-        fitting: How many mappings fit.
-        tried: How many there are.
-        compared: By name, what else one could do: `recipe`, its own mapping; `unfolded`, the best
-            without folding; `PP1`, without pipeline; `FSDP`.
-        faster: The fastest of those that need up to half as much again as there is, if it would
-            win.
+        best: The fastest mappings that fit, one per (TP, CP, PP, ETP, EP).
+        fitting: Number of mappings that fit.
+        tried: Number of mappings.
+        compared: Alternatives by name: `recipe`, the recipe's own mapping; `unfolded`, the best
+            without folding; `PP1`, the best without pipeline; `FSDP`, the best with FSDP.
+        faster: A faster mapping that needs up to 1.5 times the available memory; None if there is
+            none.
     """
 
     best: tuple[Prediction, ...]
@@ -49,17 +49,17 @@ def tune(
     allowed: Allowed = everything,
     own: Prediction | None = None,
 ) -> Tuning:
-    """Find the fastest mappings that fit, and what to compare them with.
+    """Find the fastest mappings that fit, and alternatives to compare.
 
     Args:
-        workload: What is trained.
-        world_size: GPUs.
-        hardware: Their kind.
-        allowed: Which mappings to look at.
-        own: What the recipe does as it is.
+        workload: Model and batch.
+        world_size: Number of GPUs.
+        hardware: The GPUs.
+        allowed: Which mappings to consider.
+        own: The prediction for the recipe's own mapping.
 
     Raises:
-        UpcyclingError: None fits; says how much memory the one that takes the least needs.
+        UpcyclingError: No mapping fits; the message has the least memory that any mapping needs.
     """
     every = list(mappings_of(workload, world_size, hardware, allowed))
     predictions = fitting(workload, hardware, every)
@@ -75,7 +75,7 @@ def tune(
 
 
 def _distinct(predictions: list[Prediction]) -> list[Prediction]:
-    """Return the first of each TP, CP, PP, ETP and EP: others differ in small change."""
+    """Return the first mapping per (TP, CP, PP, ETP, EP); the others differ little."""
     first: dict[object, Prediction] = {}
     for prediction in predictions:
         sizes = vars(prediction.mapping.folding) | {"virtual_pipeline_model_parallel_size": None}
@@ -108,7 +108,7 @@ def _compared(
 def _faster(
     workload: Workload, hardware: Hardware, every: list[list[Mapping]], best: Prediction
 ) -> Prediction | None:
-    """Return the fastest of those that nearly fit, if it is faster than the best."""
+    """Return the fastest mapping that nearly fits, if faster than the best that fits."""
     fastest = None
     for mapping, *_ in every:
         used = memory(workload, mapping)
@@ -126,13 +126,13 @@ def _nothing_fits(
     least = least_memory(workload, world_size, hardware, allowed)
     if least is None:
         return UpcyclingError(
-            f"No mapping spreads the model and {workload.global_batch_size} sequences over "
-            f"{world_size} GPUs under these settings; use a number of GPUs that divides by more, "
-            "another global_batch_size, or fewer settings."
+            f"No mapping of the model and {workload.global_batch_size} sequences onto "
+            f"{world_size} GPUs is possible with these settings; use a number of GPUs with more "
+            "divisors, another global_batch_size, or fewer settings."
         )
     return UpcyclingError(
         f"Nothing fits into {HEADROOM:.0%} of {hardware.memory_gib:g} GiB on {world_size} GPUs: "
-        f"{least.mapping} takes the least and needs {least.memory.total / 2**30:.0f} GiB. Use "
+        f"{least.mapping} needs the least memory, {least.memory.total / 2**30:.0f} GiB. Use "
         "more GPUs, or GPUs with more memory."
     )
 
@@ -149,18 +149,18 @@ COMPONENTS = {
     "data_parallel": "gradients and parameters",
     "optimizer": "optimizer",
 }
-"""What a step's time is spent on, in words."""
+"""Parts of the step time, in words."""
 
 
 def differences(one: Prediction, other: Prediction) -> list[tuple[str, float]]:
-    """Return in what two predictions differ most: words, and seconds that the other takes more."""
+    """Return the largest differences: the part in words, and how many seconds `other` is slower."""
     pairs = zip(vars(one.time).items(), vars(other.time).values(), strict=True)
     signed = [(COMPONENTS[name], more - value) for (name, value), more in pairs]
     return sorted(signed, key=lambda pair: -abs(pair[1]))
 
 
 def explain(tuning: Tuning) -> list[str]:
-    """Say why the first is the first, a sentence for each that it is compared with."""
+    """Explain the first mapping in one sentence per alternative."""
     first, *others = tuning.best
     lines = [
         f"{name} ({other.mapping.folding}) is {_explained(first, other)}"
@@ -173,7 +173,7 @@ def explain(tuning: Tuning) -> list[str]:
     if tuning.faster is not None:
         faster = tuning.faster
         lines.append(
-            f"Faster by {1 - faster.time.total / first.time.total:.0%}, but it does not fit: "
+            f"Faster by {1 - faster.time.total / first.time.total:.0%}, but too large: "
             f"{faster.mapping}, {faster.memory.total / 2**30:.0f} GiB."
         )
     return lines

@@ -1,4 +1,4 @@
-"""What is planned: a model with its batch, and one way to spread it."""
+"""The planner's input: a model with a batch, and a parallel mapping."""
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -14,13 +14,13 @@ from nemo_upcycle.plans.layout import Coordinates, shards_at, stage_layers
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """What is trained.
+    """A model and a batch.
 
     Attributes:
-        arch: The dense model's numbers.
-        upcycling: What its feed-forward layers become.
-        seq_length: Tokens of a sequence.
-        global_batch_size: Sequences of a step.
+        arch: The dense model's architecture.
+        upcycling: What the dense feed-forward layers become.
+        seq_length: Tokens per sequence.
+        global_batch_size: Sequences per step.
         precision: `bf16-mixed` or `32`.
     """
 
@@ -32,12 +32,12 @@ class Workload:
 
     @cached_property
     def model(self) -> MoEModel:
-        """What the dense model becomes."""
+        """The MoE model."""
         return upcycled_model(self.arch, self.upcycling)
 
     @cached_property
     def flops(self) -> Flops:
-        """Operations of a sequence."""
+        """Operations per sequence."""
         return flops(self.model, self.seq_length)
 
     @property
@@ -47,12 +47,12 @@ class Workload:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of a parameter and of an activation."""
+        """Bytes per parameter and per activation."""
         return 2 if self.precision == "bf16-mixed" else 4
 
     @cache  # noqa: B019 - a workload lives as long as its plan
     def stages(self, folding: ParallelFolding) -> list[tuple[int, int]]:
-        """Return each pipeline stage's layers: MoE ones, dense ones."""
+        """Return the number of MoE layers and dense layers in each pipeline stage."""
         counts = []
         for chunks in stage_layers(self.arch.num_layers, folding):
             layers = [self.model.is_moe[layer] for chunk in chunks for layer in chunk]
@@ -60,8 +60,8 @@ class Workload:
         return counts
 
     def buffers(self, folding: ParallelFolding, stage: int) -> "tuple[Buffer, ...]":
-        """Return what a rank of a stage owns: one buffer a virtual stage, of experts and others."""
-        # Context parallelism cuts no parameter.
+        """Return a rank's buffers: per virtual stage, one for experts and one for all else."""
+        # Context parallelism does not split parameters.
         return self._buffers(replace(folding, context_parallel_size=1), stage)
 
     @cache  # noqa: B019
@@ -89,12 +89,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Parameters that Megatron's DDP keeps in one piece, and their gradients in another.
+    """Parameters that share a contiguous buffer in Megatron's DDP.
 
     Attributes:
-        is_expert: Whether they are experts'.
+        is_expert: Whether the parameters belong to experts.
         elements: Elements of the parameters.
-        aligned: The same, each parameter padded to 64.
+        aligned: Elements with each parameter padded to a multiple of 64.
     """
 
     is_expert: bool
@@ -102,7 +102,7 @@ class Buffer:
     aligned: int
 
     def padded(self, ranks: int) -> int:
-        """Return the buffer's elements, which its shards divide.
+        """Return the buffer's elements, padded so that the ranks divide them.
 
         Args:
             ranks: Ranks that share the optimizer's state.
@@ -116,11 +116,11 @@ def _pad(number: int, to: int) -> int:
 
 @dataclass(frozen=True)
 class Mapping:
-    """One way to train it.
+    """One way to train a workload.
 
     Attributes:
-        folding: How the model is spread.
-        world_size: GPUs.
+        folding: The parallel mapping.
+        world_size: Number of GPUs.
         micro_batch_size: Sequences of a microbatch.
         recompute: What is computed again instead of kept: a key of `config.RECOMPUTE`.
         fsdp: Parameters and gradients are sharded over data-parallel ranks too (ZeRO-3), and
@@ -134,7 +134,7 @@ class Mapping:
     fsdp: bool = False
 
     def __str__(self) -> str:
-        """Say it in the papers' words: TP2 CP1 PP4 · ETP1 EP8 · microbatch 1 · no recompute."""
+        """Return the papers' notation: TP2 CP1 PP4 · ETP1 EP8 · microbatch 1 · no recompute."""
         recompute = "no recompute" if self.recompute == "none" else f"recompute {self.recompute}"
         sharding = "FSDP · " if self.fsdp else ""
         return f"{sharding}{self.folding} · microbatch {self.micro_batch_size} · {recompute}"
@@ -146,7 +146,7 @@ class Mapping:
 
     @property
     def gradient_ranks(self) -> int:
-        """Ranks that share the gradients of all but experts: DP·CP."""
+        """Ranks that share the gradients of non-expert parameters: DP·CP."""
         return self.data_parallel * self.folding.context_parallel_size
 
     @property
@@ -155,7 +155,7 @@ class Mapping:
         return self.folding.expert_data_parallel_size(self.world_size)
 
     def replicas(self, buffer: Buffer) -> tuple[int, int]:
-        """Return how many ranks hold a buffer's parameters, and their distance."""
+        """Return how many ranks hold a buffer's parameters, and the distance between the ranks."""
         folding = self.folding
         if buffer.is_expert:
             stride = folding.expert_tensor_parallel_size * folding.expert_model_parallel_size
@@ -163,12 +163,12 @@ class Mapping:
         return self.gradient_ranks, folding.tensor_model_parallel_size
 
     def tokens(self, seq_length: int) -> float:
-        """Return the tokens of a microbatch that a GPU has between the layers."""
+        """Return the tokens per microbatch on a GPU between the layers."""
         folding = self.folding
         split = folding.tensor_model_parallel_size * folding.context_parallel_size
         return seq_length * self.micro_batch_size / split
 
     def microbatches(self, global_batch_size: int) -> int:
-        """Return the microbatches of a step; 0 where the batch does not divide."""
+        """Return the microbatches per step; 0 if the batch does not divide."""
         each = self.data_parallel * self.micro_batch_size
         return 0 if global_batch_size % each else global_batch_size // each

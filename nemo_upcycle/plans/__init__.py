@@ -1,1 +1,1 @@
-"""What each rank owns and which block of which tensor fills it, as pure data."""
+"""What each rank owns, and which block of which tensor fills each shard, as pure data."""

@@ -1,7 +1,7 @@
 """Which ranks work together: Megatron's process groups of a folding, without Megatron.
 
-Attention is spread over TP×CP×DP×PP, experts over ETP×EP×EDP×PP; pipeline stages are the same for
-both. Ranks of a group differ in the coordinates that it is named after and in no other.
+Attention is distributed over TP×CP×DP×PP, experts over ETP×EP×EDP×PP; both have the same pipeline
+stages. The ranks of a group differ only in the coordinates that the group is named after.
 
 Source: MoE Parallel Folding, arXiv 2504.14960 §3.
 """
@@ -26,7 +26,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "EDP": ("edp",),
     "ETP·EP": ("etp", "ep"),
 }
-"""The coordinates in which the ranks of a group differ."""
+"""Kinds of groups, with the coordinates in which the ranks of a group differ."""
 
 PURPOSES = {
     "TP": "attention and dense layers: all-gather and reduce-scatter in every layer",
@@ -34,10 +34,10 @@ PURPOSES = {
     "DP": "other rows of the batch",
     "PP": "activations from stage to stage",
     "DP·CP": "gradients and the optimizer's shards of all but experts",
-    "ETP": "an expert's shards",
+    "ETP": "activations between an expert's shards",
     "EP": "tokens to their experts: all-to-all in every MoE layer",
     "EDP": "gradients and the optimizer's shards of experts",
-    "ETP·EP": "what the dispatcher sends tokens over",
+    "ETP·EP": "the ranks among which the dispatcher sends tokens",
 }
 
 
@@ -47,7 +47,7 @@ class Groups:
 
     Attributes:
         kind: A key of `KINDS`.
-        ranks: The groups, by their first ranks; each in Megatron's order.
+        ranks: The groups, sorted by first rank; each in Megatron's order.
     """
 
     kind: str
@@ -59,15 +59,15 @@ class Groups:
         return len(self.ranks[0])
 
     def nodes(self, gpus_per_node: int) -> int:
-        """Return over how many nodes a group goes, the widest of them.
+        """Return how many nodes the widest group spans.
 
         Args:
-            gpus_per_node: Ranks of a node, which follow each other.
+            gpus_per_node: Ranks per node; a node has consecutive ranks.
         """
         return max(len({rank // gpus_per_node for rank in group}) for group in self.ranks)
 
     def of_rank(self, rank: int) -> tuple[int, ...]:
-        """Return the group that a rank is in."""
+        """Return a rank's group."""
         return next(group for group in self.ranks if rank in group)
 
 
@@ -75,11 +75,11 @@ def rank_groups(folding: ParallelFolding, world_size: int) -> dict[str, Groups]:
     """Return all groups of a job, by kind.
 
     Args:
-        folding: How the model is spread.
+        folding: The parallel mapping.
         world_size: Ranks of the job.
 
     Raises:
-        UpcyclingError: The world size does not divide.
+        UpcyclingError: The mapping does not divide the world size.
     """
     places = [coordinates(folding, world_size, rank) for rank in range(world_size)]
     return {kind: _groups(kind, places) for kind in KINDS}

@@ -1,4 +1,4 @@
-"""The groups of a folding as a table and as a picture."""
+"""The process groups of a folding as a table and as a figure."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -21,11 +21,11 @@ def render(folding: ParallelFolding, world_size: int, gpus_per_node: int) -> Tab
     """Return a table of all groups of more than one rank.
 
     Args:
-        folding: How the model is spread.
+        folding: The parallel mapping.
         world_size: Ranks of the job.
         gpus_per_node: Ranks of a node.
     """
-    table = Table(title=f"{world_size} ranks, {gpus_per_node} a node", title_justify="left")
+    table = Table(title=f"{world_size} ranks, {gpus_per_node} per node", title_justify="left")
     for name in ("groups", "of ranks", "the first", "where", "for"):
         table.add_column(name, justify="right" if name == "of ranks" else "left")
     for kind, groups in rank_groups(folding, world_size).items():
@@ -43,7 +43,7 @@ def render(folding: ParallelFolding, world_size: int, gpus_per_node: int) -> Tab
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:
-    """Write ranks shortly: 0–7, or 0, 16, 32 … 112."""
+    """Write ranks in short form: 0–7, or 0, 16, 32 … 112."""
     steps = {b - a for a, b in pairwise(ranks)}
     if steps == {1}:
         return f"{ranks[0]}–{ranks[-1]}"
@@ -53,16 +53,17 @@ def _ranks(ranks: tuple[int, ...]) -> str:
 
 
 def draw(folding: ParallelFolding, world_size: int, gpus_per_node: int, path: Path) -> None:
-    """Write a picture: ranks on their nodes, once as attention and once as experts see them.
+    """Write a figure of the ranks on their nodes, once for attention and once for experts.
 
-    Colours are what a rank holds: in attention its pipeline stage and tensor-parallel part, in MoE
-    layers its stage and experts. Frames are the groups that exchange the most: TP and ETP·EP.
+    Colours show what a rank holds: the pipeline stage and tensor-parallel part in attention, the
+    stage and experts in MoE layers. Frames show the groups that communicate most: TP and ETP·EP.
 
     Args:
-        folding: How the model is spread.
-        world_size: Ranks of the job; of more than 16 nodes the first of each stage are drawn.
-        gpus_per_node: Ranks of a node.
-        path: The file to write.
+        folding: The parallel mapping.
+        world_size: Ranks of the job. With more than 16 nodes, only the first nodes per stage are
+            drawn.
+        gpus_per_node: Ranks per node.
+            path: The file to write.
 
     Raises:
         UpcyclingError: matplotlib is not installed, or the world size does not divide.
@@ -83,10 +84,10 @@ def draw(folding: ParallelFolding, world_size: int, gpus_per_node: int, path: Pa
 
 
 def drawn_nodes(folding: ParallelFolding, world_size: int, gpus_per_node: int) -> list[int]:
-    """Return the nodes that a picture has room for: all, or the first ones of each stage.
+    """Return the nodes to draw: all, or the first nodes of each stage.
 
     Args:
-        folding: How the model is spread.
+        folding: The parallel mapping.
         world_size: Ranks of the job.
         gpus_per_node: Ranks of a node.
     """
@@ -137,7 +138,7 @@ def _panel(
 
 
 def _frame(axes: "Axes", cells: list[tuple[int, int]]) -> None:
-    """Frame a group's neighbours on a node."""
+    """Frame a group's adjacent ranks on a node."""
     from matplotlib.patches import Rectangle
 
     runs: list[list[tuple[int, int]]] = []

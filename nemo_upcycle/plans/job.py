@@ -1,4 +1,4 @@
-"""The plan of a whole job: what all its ranks read, hold and write, before any of them exists."""
+"""The plan of a whole job: what all ranks will read, hold and write, before launch."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -30,7 +30,7 @@ from nemo_upcycle.plans.rank import (
 )
 
 PARAMETER_DTYPES = {"bf16-mixed": "BF16", "32": "F32"}
-"""The parameters' dtype, by the precision of the training."""
+"""The parameters' dtype, by training precision."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class RankPlan:
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes that each of them reads of the dense checkpoint."""
+        """Bytes per rank to read from the dense checkpoint."""
         return self.plan.bytes_to_read
 
     @property
     def parameters(self) -> int:
-        """Elements that each of them owns."""
+        """Elements per rank."""
         return sum(prod(shard.shape) for shard in self.shards)
 
 
@@ -74,12 +74,12 @@ class JobPlan:
 
     Attributes:
         dense: The dense model.
-        upcycling: What its feed-forward layers become.
-        folding: How the model is spread.
-        num_nodes: Nodes.
-        num_gpus_per_node: Ranks a node.
-        dtype: The parameters' dtype, by safetensors' name.
-        owners: The plans, one for all ranks that own the same, in the order of their first ranks.
+        upcycling: What the dense feed-forward layers become.
+        folding: The parallel mapping.
+        num_nodes: Number of nodes.
+            num_gpus_per_node: Ranks per node.
+            dtype: The parameters' dtype, by safetensors' name.
+            owners: The plans, one for all ranks that own the same shards, sorted by first rank.
     """
 
     dense: Dense
@@ -108,7 +108,7 @@ class JobPlan:
 
     @property
     def exactness(self) -> Exactness:
-        """Whether the model computes the dense function at step 0, and why."""
+        """Whether the model computes the dense model's function at step 0, and why."""
         gated = self.dense.arch.gated_linear_unit
         return self.upcycling.exactness(gated, self.dense.branches)
 
@@ -119,7 +119,7 @@ class JobPlan:
 
     @cached_property
     def active_parameters(self) -> int:
-        """Elements that one token uses."""
+        """Elements used per token."""
         experts = self.upcycling.num_moe_experts
         if experts is None:
             return self.parameters
@@ -142,13 +142,13 @@ class JobPlan:
 
     @property
     def bytes_read_once(self) -> int:
-        """Bytes that all ranks together read if one reads each block and broadcasts it."""
+        """Bytes that all ranks together read if each block is read once and broadcast."""
         blocks = {block for owner in self.owners for block in owner.plan.copies}
         return sum(read_bytes(block, self.dense.tensors) for block in blocks)
 
     @cached_property
     def bytes_of_nodes(self) -> tuple[int, ...]:
-        """Bytes that each node reads from its file system, which caches them for all its ranks."""
+        """Bytes that each node reads from the file system, each byte once for all its ranks."""
         owner_of = {rank: i for i, owner in enumerate(self.owners) for rank in owner.ranks}
         size = self.num_gpus_per_node
         nodes = [
@@ -182,18 +182,18 @@ def plan_job(
     num_gpus_per_node: int,
     precision: str = "bf16-mixed",
 ) -> JobPlan:
-    """Plan a job: once for all ranks that own the same.
+    """Plan a job, once for all ranks that own the same shards.
 
     Args:
         dense: The dense model.
-        upcycling: What its feed-forward layers become.
-        folding: How the model is spread.
+        upcycling: What the dense feed-forward layers become.
+        folding: The parallel mapping.
         num_nodes: Nodes.
-        num_gpus_per_node: Ranks a node.
+        num_gpus_per_node: Ranks per node.
         precision: `bf16-mixed` or `32`.
 
     Raises:
-        UpcyclingError: The model cannot be spread so.
+        UpcyclingError: The mapping does not fit the model.
     """
     world_size = num_nodes * num_gpus_per_node
     if min(num_nodes, num_gpus_per_node) < 1:
@@ -237,7 +237,7 @@ def _rank_plan(
 
 
 def distinct_bytes(blocks: Iterable[Block], tensors: Mapping[str, TensorInfo]) -> int:
-    """Return the size of what blocks cover together, overlaps counted once.
+    """Return the size of the union of blocks; overlaps count once.
 
     Args:
         blocks: Blocks of dense tensors.
@@ -253,7 +253,7 @@ def distinct_bytes(blocks: Iterable[Block], tensors: Mapping[str, TensorInfo]) -
 
 
 def _area(blocks: set[Block], width: int) -> int:
-    """Return the elements that rectangles cover: strips of columns, in each the union of rows."""
+    """Return the area of a union of rectangles: strips of columns, in each a union of rows."""
     spans = [(block.columns or (0, width), block.rows) for block in blocks]
     edges = sorted({edge for columns, _ in spans for edge in columns})
     area = 0

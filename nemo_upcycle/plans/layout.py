@@ -1,8 +1,8 @@
-"""What each rank owns, without Megatron: its place in the mapping, its layers, its shards.
+"""What each rank owns, without Megatron: coordinates in the mapping, layers, shards.
 
-Megatron's order of ranks is tp-cp-ep-dp-pp, the first fastest: attention is spread over TP×CP×DP×PP
-and experts over ETP×EP×EDP×PP. `engine.owned_shards` asks a model that exists what it owns; this
-says the same of a model that is not built, so that a job can be planned anywhere.
+Megatron's order of ranks is tp-cp-ep-dp-pp, the first fastest: attention is distributed over
+TP×CP×DP×PP and experts over ETP×EP×EDP×PP. `engine.owned_shards` reads from an existing model what
+a rank owns; this module computes the same without a model, so that a job can be planned anywhere.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from nemo_upcycle.plans.rank import Shard
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where a rank stands: tp, cp, dp, pp for attention; etp, ep, edp, pp for experts."""
+    """A rank's coordinates: tp, cp, dp, pp for attention; etp, ep, edp, pp for experts."""
 
     tp: int
     cp: int
@@ -31,25 +31,25 @@ class Coordinates:
 
     @property
     def owner(self) -> tuple[int, int, int, int]:
-        """(pp, tp, etp, ep): ranks that have these in common own the same."""
+        """(pp, tp, etp, ep): ranks with equal values own the same shards."""
         return self.pp, self.tp, self.etp, self.ep
 
 
 def padded_vocabulary(vocab_size: int, divisor: int) -> int:
-    """Return the rows of the embeddings: the vocabulary, padded to a multiple, such as of TP."""
+    """Return the rows of the embeddings: the vocabulary, padded to a multiple of `divisor`."""
     return vocab_size + -vocab_size % divisor
 
 
 def coordinates(folding: ParallelFolding, world_size: int, rank: int) -> Coordinates:
-    """Return where a rank stands in Megatron's order of ranks.
+    """Return a rank's coordinates in Megatron's order of ranks.
 
     Args:
-        folding: How the model is spread.
+        folding: The parallel mapping.
         world_size: Ranks of the job.
         rank: The global rank.
 
     Raises:
-        UpcyclingError: The world size does not divide, or has no such rank.
+        UpcyclingError: The mapping does not divide the world size, or has no such rank.
     """
     if not 0 <= rank < world_size:
         raise UpcyclingError(f"There is no rank {rank}; expected 0 to {world_size - 1}.")
@@ -69,7 +69,7 @@ def coordinates(folding: ParallelFolding, world_size: int, rank: int) -> Coordin
 
 
 def _digits(number: int, *sizes: int) -> Iterator[int]:
-    """Yield a number's digits in these bases, the lowest first, and what is left."""
+    """Yield a number's digits in mixed bases, the lowest first, and then the rest."""
     for size in sizes:
         number, digit = divmod(number, size)
         yield digit
@@ -82,16 +82,16 @@ def validate(
     folding: ParallelFolding,
     world_size: int | None = None,
 ) -> None:
-    """Check that a model can be spread so.
+    """Check that a mapping fits a model.
 
     Args:
-        arch: The dense model's numbers.
-        upcycling: What its feed-forward layers become.
-        folding: How the model is spread.
-        world_size: Ranks of the job, where they are known.
+        arch: The dense model's architecture.
+        upcycling: What the dense feed-forward layers become.
+        folding: The parallel mapping.
+        world_size: Ranks of the job, if known.
 
     Raises:
-        UpcyclingError: Something does not divide.
+        UpcyclingError: A size does not divide.
     """
     experts = upcycling.num_moe_experts
     if experts is None and folding.expert_model_parallel_size > 1:
@@ -127,12 +127,12 @@ def validate_expert_width(
     """Check that experts are as wide as a shard of the dense feed-forward layer.
 
     Args:
-        arch: The dense model's numbers.
-        upcycling: What its feed-forward layers become.
-        moe_ffn_hidden_size: The experts' width; None takes the right one.
+        arch: The dense model's architecture.
+        upcycling: What the dense feed-forward layers become.
+        moe_ffn_hidden_size: The experts' width; None is always accepted.
 
     Raises:
-        UpcyclingError: They are not.
+        UpcyclingError: The experts have another width.
     """
     width = arch.ffn_hidden_size // upcycling.granularity
     if moe_ffn_hidden_size not in (None, width):
@@ -165,10 +165,10 @@ def stage_layers(num_layers: int, folding: ParallelFolding) -> list[list[range]]
 
     Args:
         num_layers: Layers of the model.
-        folding: How they are spread.
+        folding: The parallel mapping.
 
     Raises:
-        UpcyclingError: They cannot be spread so.
+        UpcyclingError: The mapping does not fit the layers.
     """
     stages = folding.pipeline_model_parallel_size
     virtual = folding.virtual_pipeline_model_parallel_size or 1
@@ -176,8 +176,8 @@ def stage_layers(num_layers: int, folding: ParallelFolding) -> list[list[range]]
     for stage, count in enumerate(counts):
         if count % virtual:
             raise UpcyclingError(
-                f"{num_layers} layers give pipeline stage {stage} {count}, which do not divide "
-                f"over virtual_pipeline_model_parallel_size={virtual}; "
+                f"Pipeline stage {stage} has {count} of the {num_layers} layers, which do not "
+                f"divide over virtual_pipeline_model_parallel_size={virtual}; "
                 f"choose a divisor of {count}, or other stages."
             )
     chunks = [counts[stage] // virtual for _ in range(virtual) for stage in range(stages)]
@@ -188,7 +188,7 @@ def stage_layers(num_layers: int, folding: ParallelFolding) -> list[list[range]]
 
 
 def _places(num_layers: int, folding: ParallelFolding) -> list[int]:
-    """Return each stage's layers, with embedding and loss where they count as one."""
+    """Return the number of layers per stage, including embedding and loss if they count."""
     stages = folding.pipeline_model_parallel_size
     first = folding.num_layers_in_first_pipeline_stage
     last = folding.num_layers_in_last_pipeline_stage
@@ -203,8 +203,8 @@ def _places(num_layers: int, folding: ParallelFolding) -> list[int]:
     if middle == 0 and folding.virtual_pipeline_model_parallel_size is not None:
         raise UpcyclingError(
             "With pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage and "
-            "num_layers_in_last_pipeline_stage, Megatron-Core takes no virtual stages. "
-            "Give one of the two numbers of layers; the other stage takes the rest."
+            "num_layers_in_last_pipeline_stage, Megatron-Core supports no virtual stages. "
+            "Set only one of the two numbers of layers; the other stage takes the rest."
         )
     if left < middle or (left if middle == 0 else left % middle):
         raise _uneven(num_layers, folding, left, middle)
@@ -230,7 +230,7 @@ def _uneven(num_layers: int, folding: ParallelFolding, left: int, middle: int) -
 
 
 def stage_experts(upcycling: UpcyclingConfig, folding: ParallelFolding, ep: int) -> range:
-    """Return the experts, in every layer, of an expert-parallel rank; none in a dense model."""
+    """Return the experts of an expert-parallel rank, per layer; none in a dense model."""
     count = (upcycling.num_moe_experts or 0) // folding.expert_model_parallel_size
     return range(ep * count, (ep + 1) * count)
 
@@ -242,12 +242,12 @@ def shards(
     world_size: int,
     rank: int,
 ) -> list[Shard]:
-    """Return what a rank owns.
+    """Return the shards that a rank owns.
 
     Args:
-        arch: The dense model's numbers.
-        upcycling: What its feed-forward layers become.
-        folding: How the model is spread.
+        arch: The dense model's architecture.
+        upcycling: What the dense feed-forward layers become.
+        folding: The parallel mapping.
         world_size: Ranks of the job.
         rank: The global rank.
 
@@ -255,7 +255,7 @@ def shards(
         The shards that `engine.owned_shards` finds in Megatron's model on that rank.
 
     Raises:
-        UpcyclingError: The model cannot be spread so, or there is no such rank.
+        UpcyclingError: The mapping does not fit the model, or there is no such rank.
     """
     validate(arch, upcycling, folding, world_size)
     return shards_at(arch, upcycling, folding, coordinates(folding, world_size, rank))
@@ -264,13 +264,13 @@ def shards(
 def shards_at(
     arch: Architecture, upcycling: UpcyclingConfig, folding: ParallelFolding, place: Coordinates
 ) -> list[Shard]:
-    """Return what a rank at these coordinates owns, in a folding that fits."""
+    """Return the shards of a rank with these coordinates, in a folding that fits."""
     return list(_Owner(arch, upcycling, folding, place).shards())
 
 
 @dataclass(frozen=True)
 class _Owner:
-    """A rank of a model; its parameters in Megatron's names, with Transformer Engine's norms."""
+    """A rank of a model; parameters have Megatron's names, with Transformer Engine's norms."""
 
     arch: Architecture
     upcycling: UpcyclingConfig
@@ -293,7 +293,7 @@ class _Owner:
             yield from self._norm("decoder.final_layernorm.")
             if not arch.share_embeddings_and_output_weights:
                 yield self._vocabulary("output_layer.weight")
-            elif not first:  # a copy of the first stage's, under its name
+            elif not first:  # a copy of the first stage's embedding, under the same name
                 yield self._vocabulary("embedding.word_embeddings.weight")
 
     def _vocabulary(self, name: str) -> Shard:

@@ -1,8 +1,8 @@
 """The plan: which block of which dense tensor fills which shard of the MoE, as pure data.
 
-A plan is made for one rank from the shards it owns and the dense checkpoint's headers. Nothing is
-read for it, and it needs neither process groups nor torch. Sharding never shows in it: a shard is
-a rectangle of rows and columns of a parameter, however it came about.
+A rank's plan is made from the shards that the rank owns and the dense checkpoint's headers.
+Planning reads no weights and needs neither process groups nor torch. The plan does not know how a
+parameter was sharded: a shard is just a rectangle of rows and columns of a parameter.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,21 +17,21 @@ from nemo_upcycle.families import Architecture, Family, Operation, Rows
 from nemo_upcycle.families.names import dense_name, expert_of, layer_of
 
 CHUNK_BYTES = 4 * 2**20
-"""Blocks are read in chunks of at most this, which stay in the processor's cache until written."""
+"""Maximum size of a chunk: small enough to stay in the processor's cache until written."""
 
 BUFFERS = 4
-"""Chunks of the dense checkpoint that a rank holds at a time."""
+"""Chunks of the dense checkpoint in memory at a time, per rank."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank owns of one parameter.
+    """A rank's part of a parameter.
 
     Attributes:
         name: Megatron's name with the global layer and expert filled in, such as
             `decoder.layers.3.mlp.experts.7.linear_fc1.weight`.
         global_shape: Rows (and columns) of the whole parameter.
-        offset: Where the shard starts in it.
+        offset: Row (and column) of the whole parameter where the shard starts.
         shape: Rows (and columns) of the shard.
     """
 
@@ -42,12 +42,12 @@ class Shard:
 
     @property
     def rows(self) -> Span:
-        """Its rows in the whole parameter."""
+        """The shard's rows in the whole parameter."""
         return self.offset[0], self.offset[0] + self.shape[0]
 
     @property
     def columns(self) -> Span | None:
-        """Its columns in the whole parameter, None for a vector."""
+        """The shard's columns in the whole parameter; None for a vector."""
         return (self.offset[1], self.offset[1] + self.shape[1]) if len(self.shape) > 1 else None
 
 
@@ -62,7 +62,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Target:
-    """Rows of a shard, counted from the shard's start; `shard` is its place in the rank's list."""
+    """Rows of a shard, counted from the shard's start; `shard` is the index in the rank's list."""
 
     shard: int
     rows: Span
@@ -70,7 +70,7 @@ class Target:
 
 @dataclass(frozen=True)
 class RouterTarget:
-    """A shard of a router: one row an expert."""
+    """A shard of a router, with one row per expert."""
 
     shard: int
     layer: int
@@ -78,12 +78,12 @@ class RouterTarget:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one rank fills its shards.
+    """How a rank fills its shards.
 
     Attributes:
-        copies: Blocks to read, each once, with all the places it goes to.
+        copies: Blocks to read, each once, with all targets.
         routers: Router shards to draw.
-        zeros: Rows that stand for nothing in the dense model (vocabulary padding, router bias).
+        zeros: Rows without a counterpart in the dense model (vocabulary padding, router bias).
         bytes_to_read: Size of all blocks in the checkpoint's dtypes.
         tensors: Names of the dense tensors that are read.
     """
@@ -96,7 +96,7 @@ class Plan:
 
 
 Segment = tuple[str, int, int]
-"""A stored tensor, its first row and the one after its last."""
+"""A stored tensor with start and stop rows."""
 
 
 def segments(
@@ -105,11 +105,11 @@ def segments(
     name_of: Callable[[str], str],
     missing: Callable[[str], UpcyclingError],
 ) -> list[Segment]:
-    """Return what is stored of the rows that make up a parameter, one after another.
+    """Return the stored rows that make up a parameter, one after another.
 
     Args:
-        rows: What an operation says of the parameter.
-        tensors: What is stored.
+        rows: The operation's rows for the parameter.
+        tensors: The stored tensors.
         name_of: Fills layer and expert into a tensor's name.
         missing: Makes the error for a tensor that is not stored.
 
@@ -126,7 +126,7 @@ def segments(
 
 
 class PlanBuilder:
-    """Collects what fills a rank's shards.
+    """Builder of a rank's plan.
 
     Args:
         tensors: The stored tensors.
@@ -141,12 +141,12 @@ class PlanBuilder:
     def copy(
         self, index: int, shard: Shard, parts: Sequence[Segment], columns: Span | None
     ) -> None:
-        """Fill a shard with its rows of the segments, and with zeros beyond their end.
+        """Fill a shard with rows of the segments, and with zeros beyond the segments' end.
 
         Args:
-            index: The shard's place in the rank's list.
+            index: The shard's index in the rank's list.
             shard: The shard.
-            parts: What makes up the whole parameter.
+            parts: The segments that make up the whole parameter.
             columns: The shard's columns in the stored tensors.
         """
         for block, rows in cut(shard.rows, columns, parts):
@@ -176,13 +176,13 @@ class PlanBuilder:
 
 
 def is_padded(shard: Shard, rows: int) -> bool:
-    """Say whether a shard is of a vocabulary that has more rows than are stored."""
+    """Return whether a shard belongs to a vocabulary padded beyond the stored rows."""
     return shard.name in VOCABULARY and shard.global_shape[0] > rows
 
 
 @dataclass
 class _Upcycling:
-    """Says of each shard of an MoE what of the dense model fills it."""
+    """Finds the part of the dense model that fills each shard of an MoE."""
 
     builder: PlanBuilder
     family: Family
@@ -212,9 +212,9 @@ class _Upcycling:
         operation = self.family.parameters.get(dense_name(shard.name))
         if operation is None:
             raise UpcyclingError(
-                f"The model has {shard.name} {list(shard.global_shape)}, which a "
-                f"{self.family.model_type} checkpoint has nothing for. "
-                "Take it out of the model's config."
+                f"The model has {shard.name} {list(shard.global_shape)}, for which a "
+                f"{self.family.model_type} checkpoint has no tensor. Remove the parameter from the "
+                "model's config."
             )
         expert = expert_of(shard.name)
         neurons = None
@@ -249,7 +249,7 @@ class _Upcycling:
     def _columns(
         self, shard: Shard, tensor: str, operation: Operation, neurons: Span | None
     ) -> Span | None:
-        """Return the shard's columns in the dense tensor: an expert's down has its neurons'."""
+        """Return the shard's columns in the dense tensor; in an expert's down these are neurons."""
         expected = self.builder.tensors[tensor].shape[1:]
         skipped = 0
         if operation.columns_are_neurons and neurons is not None:
@@ -286,21 +286,21 @@ def make_plan(
     upcycling: UpcyclingConfig,
     branches: int = 1,
 ) -> Plan:
-    """Say for each shard which blocks of which dense tensors fill it.
+    """Plan which blocks of which dense tensors fill each shard.
 
     Args:
-        shards: What the rank owns.
+        shards: The shards that the rank owns.
         tensors: The dense checkpoint's tensors.
-        family: Its family.
-        arch: Its numbers.
-        upcycling: What its feed-forward layers become.
-        branches: How many dense models experts come from, in turn by copy of the layer.
+        family: The dense model's family.
+        arch: The dense model's architecture.
+        upcycling: What the dense feed-forward layers become.
+        branches: Number of dense models; copies of the layer take experts from each in turn.
 
     Returns:
         The plan, covering every element of every shard exactly once.
 
     Raises:
-        UpcyclingError: A shard has no source or does not fit it.
+        UpcyclingError: A shard has no source, or does not fit the source.
     """
     builder = PlanBuilder(tensors)
     add = _Upcycling(builder, family, arch, upcycling, branches).add
@@ -315,12 +315,12 @@ def block_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
 
 
 def read_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
-    """Return what is read for a block: its size, in each checkpoint that it is an average of."""
+    """Return the bytes read for a block: the size, times the checkpoints that are averaged."""
     return block_bytes(block, tensors) * tensors[block.tensor].sources
 
 
 def chunk_spans(rows: Span, row_bytes: int) -> Iterator[Span]:
-    """Yield rows in runs that fit `CHUNK_BYTES`, one row at least."""
+    """Yield runs of rows that fit `CHUNK_BYTES`, each of at least one row."""
     start, stop = rows
     step = max(1, CHUNK_BYTES // row_bytes)
     for row in range(start, stop, step):
@@ -328,12 +328,12 @@ def chunk_spans(rows: Span, row_bytes: int) -> Iterator[Span]:
 
 
 def chunks(block: Block, tensors: Mapping[str, TensorInfo]) -> Iterator[Span]:
-    """Yield the rows of a block as they are read: a run at a time."""
+    """Yield the chunks of a block as runs of rows."""
     return chunk_spans(block.rows, _row_bytes(block, tensors))
 
 
 def peak_bytes(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: str) -> int:
-    """Return the most memory that carrying out a plan takes besides the model.
+    """Return the peak memory of executing a plan, beyond the model.
 
     Args:
         plan: The plan of one rank.
@@ -341,9 +341,9 @@ def peak_bytes(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: str) -> int
         dtype: The parameters' dtype, by safetensors' name.
 
     Returns:
-        Bytes of the buffers, each as large as the largest chunk, of what an average takes, and of
-        one chunk in the parameters' dtype where it is not the checkpoint's and the chunk goes to
-        several places. An initialiser works afterwards, on less at a time: see `engine/experts.py`.
+        Bytes of the buffers, each as large as the largest chunk, plus the memory of averaging. A
+            chunk that goes to several places in another dtype than the checkpoint's needs one more
+            chunk. Initialisers run later and need less: see `engine/experts.py`.
     """
     largest = converted = averaged = count = 0
     for block, targets in plan.copies.items():
@@ -367,7 +367,7 @@ def _row_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
 
 
 def cut(rows: Span, columns: Span | None, parts: Iterable[Segment]) -> Iterator[tuple[Block, Span]]:
-    """Yield the parts of the segments that lie in a shard, with the shard's rows they fill."""
+    """Yield the parts of the segments inside a shard, with the shard rows that each part fills."""
     first, last = rows
     position = 0
     for tensor, start, stop in parts:

@@ -95,7 +95,7 @@ def render_rank(job: JobPlan, name: str, rank: int) -> RenderableType:
         "owns": f"{owner.parameters:,} parameters in {len(owner.shards)} shards",
         "reads": size(owner.bytes_to_read),
         "writes": f"{size(owner.bytes_to_write)}, {job.dtype}",
-        "memory": f"{size(owner.peak_bytes)} at most besides the model, to load",
+        "memory": f"at most {size(owner.peak_bytes)} beyond the model, for loading",
     }
     return Group(_head(job, name), Text(), _pairs(lines), _copies_table(job, owner))
 
@@ -158,7 +158,7 @@ def _totals(job: JobPlan) -> RenderableType:
         f"{size(job.bytes_read_once)} with read_once",
         "node reads": f"at most {size(max(job.bytes_of_nodes))} from its file system",
         "job writes": f"{size(job.bytes_to_write)}, {job.dtype}",
-        "memory": "the most that loading takes besides the model, on each rank",
+        "memory": "peak of loading per rank, beyond the model",
         "replicas": f"{job.folding.expert_data_parallel_size(job.world_size)} of each expert",
         "copies": _copies_lines(job),
     }
@@ -168,7 +168,7 @@ def _totals(job: JobPlan) -> RenderableType:
 
 
 def _copies_lines(job: JobPlan) -> str:
-    """Say how often the dense tensors are written, by kinds of them."""
+    """Return how often the dense tensors are written, by kind of tensor."""
     kinds: dict[int, dict[str, None]] = {}
     for name, count in job.copies.items():
         kind = name.removesuffix(".weight").rpartition(".")[2]
@@ -187,7 +187,7 @@ def _copies_table(job: JobPlan, owner: RankPlan) -> RenderableType:
 
 
 def _summary(job: JobPlan, owner: RankPlan) -> dict[str, list[str]]:
-    """Return what fills what, once for all layers and experts that are filled alike."""
+    """Return what fills which parameter, once for all layers and experts filled alike."""
     pieces: dict[tuple[str, str], tuple[Block, Shard, set[Span], set[Span]]] = {}
     for block, targets in owner.plan.copies.items():
         for target in targets:
@@ -217,13 +217,13 @@ def _rows_of(shard: Shard, target: Target) -> Span:
 
 
 def _short(name: str) -> str:
-    """Show a name without what all have, and without its layer and expert."""
+    """Return a name without common prefixes, layer and expert."""
     name = _EXPERT.sub("E", _LAYER.sub("", name))
     return name.removesuffix(".weight").removeprefix("model.").removeprefix("decoder.")
 
 
 def _slice(shape: tuple[int, ...], rows: Iterable[Span], columns: Span | None) -> str:
-    """Show a slice, nothing where it is all."""
+    """Return a slice as text; empty for the whole tensor."""
     merged: list[Span] = []
     for start, stop in sorted(rows):
         if merged and start <= merged[-1][1]:
@@ -256,7 +256,7 @@ def _pairs(lines: dict[str, str]) -> Table:
 
 
 def spans_of(numbers: Iterable[int]) -> str:
-    """Show numbers with runs as `3–7`, and with even steps as `0, 4 … 28`."""
+    """Return numbers as text, with runs as `3–7` and even steps as `0, 4 … 28`."""
     ordered = sorted(numbers)
     steps = {b - a for a, b in pairwise(ordered)}
     if len(ordered) > 3 and len(steps) == 1 and steps != {1}:
@@ -267,7 +267,7 @@ def spans_of(numbers: Iterable[int]) -> str:
 
 
 def number(count: float) -> str:
-    """Show a count of parameters."""
+    """Return a count of parameters as text."""
     return scaled(count, 1000, ("", "K", "M", "B", "T"), precise=True)
 
 
@@ -279,15 +279,15 @@ def _count(number: int, noun: str) -> str:
 
 
 def to_json(job: JobPlan, name: str, rank: int | None = None) -> dict[str, Any]:
-    """Return a plan as JSON's objects.
+    """Return a plan as JSON objects.
 
     Args:
         job: The plan.
         name: The recipe's name.
-        rank: The rank whose copies are wanted too.
+        rank: A rank whose copies to include.
 
     Returns:
-        - `recipe`: its name.
+        - `recipe`: the recipe's name.
         - `dense`: `source`, `note` (what was there to look at), `model_type`, `dtypes`, `tensors`,
           `parameters`, `bytes`.
         - `upcycling`, `folding`: the fields of `UpcyclingConfig` and `ParallelFolding`.
@@ -298,10 +298,10 @@ def to_json(job: JobPlan, name: str, rank: int | None = None) -> dict[str, Any]:
           `copies` (by dense tensor).
         - `owners`: for all ranks that own the same, `ranks`, `pp`, `tp`, `etp`, `ep`, `layers`,
           `experts`, `shards`, `parameters`, `bytes_to_read`, `bytes_to_write`, `peak_bytes`.
-        - `rank`, if it was asked for: `rank`, `node`, `coordinates`, all that its owner says but
-          `shards`; and `shards` (`name`, `global_shape`, `offset`, `shape`), `copies` (`tensor`,
-          `rows`, `columns`, `bytes`, `targets`), `routers` (`shard`, `layer`) and `zeros`. A
-          target is a `shard`'s place in `shards` and its `rows`.
+        - `rank`, if given: `rank`, `node`, `coordinates`, and the owner's keys.
+          `shards` here is a list of `name`, `global_shape`, `offset`, `shape`. Further keys are
+          `copies` (`tensor`, `rows`, `columns`, `bytes`, `targets`), `routers` (`shard`, `layer`)
+          and `zeros`. A target is an index `shard` into `shards`, and `rows`.
 
     Raises:
         UpcyclingError: There is no such rank.

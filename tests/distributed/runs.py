@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.nursery import Nursery
-from tests.distributed.test_training import EP2, train
+from tests.distributed.training import EP2, train
 
 STEPS, STOPPED = 4, 2
 OVERRIDES = {

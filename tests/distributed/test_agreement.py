@@ -11,7 +11,7 @@ import pytest
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from tests.distributed.pool import RankPool, nemo_recipe
-from tests.distributed.test_training import WITHOUT_LEARNING, train
+from tests.distributed.training import WITHOUT_LEARNING, train
 from tests.tiny import into_hub_cache
 from tests.workspace import make_workspace
 

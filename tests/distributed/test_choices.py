@@ -11,7 +11,7 @@ from tests.distributed import scenarios
 from tests.distributed.foldings import FOLDINGS, spread
 from tests.distributed.grid import Grid
 from tests.distributed.pool import RankPool
-from tests.distributed.test_step0 import FOLDED, TOLERANCE, difference
+from tests.distributed.step0 import FOLDED, TOLERANCE, difference
 from tests.distributed.whole import differing, whole
 from tests.tiny import write_dense
 

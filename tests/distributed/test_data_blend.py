@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from nemo_upcycle.cli import app
 from tests.distributed.pool import RankPool
-from tests.distributed.test_training import train
+from tests.distributed.training import train
 from tests.workspace import DOCUMENTS, make_workspace
 
 BLEND = """

@@ -11,7 +11,7 @@ import pytest
 
 from nemo_upcycle.data.preparation import Preparation, prepare
 from tests.distributed.pool import RankPool, nemo_recipe
-from tests.distributed.test_training import train
+from tests.distributed.training import train
 from tests.workspace import VOCAB_SIZE, make_workspace
 
 SEQ_LENGTH = 32

@@ -20,7 +20,7 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.trained.export import export
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool, nemo_recipe
-from tests.distributed.test_step0 import FOLDED
+from tests.distributed.step0 import FOLDED
 from tests.end_to_end import cli
 from tests.tiny import tokens
 from tests.workspace import make_workspace

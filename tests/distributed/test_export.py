@@ -20,13 +20,13 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.trained.export import export, plan_export
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool, nemo_recipe
-from tests.distributed.test_step0 import FOLDED, TOLERANCE, error
-from tests.distributed.test_training import train
+from tests.distributed.step0 import FOLDED, IDS, TOLERANCE, error
+from tests.distributed.trained import KINDS, trained
+from tests.distributed.training import train
 from tests.distributed.whole import whole
-from tests.tiny import LLAMA31_ROPE, tokens, write_dense
+from tests.tiny import write_dense
 from tests.workspace import make_workspace
 
-IDS = tokens(rows=2, length=48)
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 TOOLS_TEMPLATE = "{{ tools }}"
 TOKENS = {"bos_token_id": 3, "eos_token_id": [7, 9], "pad_token_id": 5}
@@ -39,52 +39,6 @@ GENERATION = {
     "pad_token_id": 5,
     "transformers_version": "4.40.0",
 }
-G4 = {"num_moe_experts": 16, "granularity": 4, "moe_router_topk": 8}
-PARTLY = {"moe_layer_freq": (0, 1, 1, 0)}
-KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
-    "plain": ("mixtral", "llama", {}, {}),
-    "granular": ("mixtral", "llama", {}, G4),
-    "Llama 3.1 RoPE": ("mixtral", "llama", {"rope_scaling": LLAMA31_ROPE}, {}),
-    "linear RoPE": ("mixtral", "llama, linear RoPE", {}, {}),
-    "window": ("mixtral", "mistral, window", {}, {}),
-    "tied": ("mixtral", "llama", {"tie_word_embeddings": True}, {}),
-    "head size": ("mixtral", "llama", {"head_dim": 16}, {}),
-    "softmax first": ("qwen2_moe", "llama", {}, {"moe_router_pre_softmax": True}),
-    "partly dense": ("qwen2_moe", "llama", {}, PARTLY),
-    "shared expert": ("qwen2_moe", "llama", {}, {"moe_shared_expert": True}),
-    "biases": ("qwen2_moe", "qwen2", {}, {}),
-    "everything": (
-        "qwen2_moe",
-        "qwen2, tied",
-        {},
-        {**G4, **PARTLY, "moe_shared_expert": True, "moe_router_pre_softmax": True},
-    ),
-    "q and k norm": ("qwen3_moe", "qwen3", {}, {}),
-    "q and k norm, softmax first, partly dense": (
-        "qwen3_moe",
-        "qwen3",
-        {},
-        {**G4, **PARTLY, "moe_router_pre_softmax": True},
-    ),
-}
-
-
-def trained(
-    ranks: RankPool, directory: Path, kind: str, folding: ParallelFolding, world_size: int
-) -> tuple[Path, list[scenarios.Logits | None]]:
-    _, family, config, upcycling = KINDS[kind]
-    dense = write_dense(directory / "dense", family, **config)
-    saved = directory / "saved"
-    outputs = ranks.run(
-        scenarios.trained_and_saved,
-        world_size,
-        dense=dense,
-        folding=folding,
-        upcycling=UpcyclingConfig(**upcycling),
-        directory=saved,
-        ids=IDS,
-    )
-    return saved, outputs
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ import torch
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed.pool import RankPool
-from tests.distributed.test_step0 import FOLDED, TOLERANCE, dense_logits, difference
+from tests.distributed.step0 import FOLDED, TOLERANCE, dense_logits, difference
 from tests.tiny import FAMILIES, tokens, write_dense
 
 

@@ -15,21 +15,9 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.trained.export import export
 from nemo_upcycle.trained.opened import open_trained
 from tests.distributed.pool import RankPool, nemo_recipe
-from tests.distributed.test_export import KINDS, trained
-from tests.distributed.test_step0 import TOLERANCE, dense_logits
+from tests.distributed.step0 import TOLERANCE, dense_logits
+from tests.distributed.trained import KINDS, WEIGHTS, import_ckpt, trained
 from tests.tiny import tokens, write_dense
-
-WEIGHTS = "model.safetensors"
-
-
-@nemo_recipe
-def import_ckpt(source: Path, output: Path) -> None:
-    """Import as a user does."""
-    from nemo.collections import llm
-
-    from nemo_upcycle.nemo.model import UpcycledGPTModel
-
-    llm.import_ckpt(UpcycledGPTModel(), f"hf://{source}", output)
 
 
 def exported(ranks: RankPool, directory: Path, kind: str) -> Path:

@@ -8,7 +8,7 @@ import pytest
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed.grid import IDS
 from tests.distributed.pool import RankPool
-from tests.distributed.test_training import train
+from tests.distributed.training import train
 from tests.tiny import write_llama
 from tests.workspace import VOCAB_SIZE, make_workspace
 

@@ -18,8 +18,8 @@ from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer
 from tests.distributed.foldings import Spread, spread
 from tests.distributed.megatron_dense import save_dense, upcycled_from
 from tests.distributed.pool import RankPool, nemo_recipe
-from tests.distributed.test_import import import_ckpt
-from tests.distributed.test_training import train
+from tests.distributed.trained import import_ckpt
+from tests.distributed.training import train
 from tests.distributed.whole import differing, whole
 from tests.workspace import make_workspace
 

@@ -15,7 +15,7 @@ import torch
 
 from tests.distributed.pool import RankPool
 from tests.distributed.runs import OVERRIDES, STEPS, STOPPED, Runs
-from tests.distributed.test_training import EP2, train
+from tests.distributed.training import EP2, train
 
 
 def rates(said: str) -> list[tuple[float, float, str]]:

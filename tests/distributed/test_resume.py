@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.distributed.runs import STEPS, STOPPED, Runs
-from tests.distributed.test_training import EP2, FOLDED
+from tests.distributed.training import EP2, FOLDED
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}

@@ -3,64 +3,14 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed import grid as grids
-from tests.distributed import scenarios
 from tests.distributed.foldings import FOLDINGS, NAMES, ONE_RANK
 from tests.distributed.grid import Grid
 from tests.distributed.pool import RankPool
-from tests.tiny import LLAMA31_ROPE, tokens, write_llama
-
-TOLERANCE = 1e-5
-IDS = tokens(rows=2, length=48)
-
-FOLDED = ParallelFolding(
-    tensor_model_parallel_size=2,
-    pipeline_model_parallel_size=2,
-    expert_model_parallel_size=2,
-    expert_tensor_parallel_size=1,
-)
-
-
-def dense_logits(dense: Path, ids: torch.Tensor) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(ids).logits
-
-
-def error(outputs: list[scenarios.Logits | None], dense: Path, ids: torch.Tensor) -> float:
-    """Return how far ranks are at most from the dense model, and check that none leaves a gap."""
-    expected = dense_logits(dense, ids)
-    seen = torch.zeros(ids.shape[1], dtype=torch.bool)
-    largest = 0.0
-    for positions, logits in filter(None, outputs):
-        seen[positions] = True
-        largest = max(largest, float((logits - expected[:, positions]).abs().max()))
-    assert seen.all()
-    return largest
-
-
-def difference(
-    ranks: RankPool,
-    dense: Path,
-    world_size: int,
-    folding: ParallelFolding,
-    upcycling: UpcyclingConfig | None = None,
-    damage: str | None = None,
-) -> float:
-    outputs = ranks.run(
-        scenarios.step0_logits,
-        world_size,
-        dense=dense,
-        folding=folding,
-        upcycling=upcycling or UpcyclingConfig(),
-        ids=IDS,
-        damage=damage,
-    )
-    return error(outputs, dense, IDS)
+from tests.distributed.step0 import FOLDED, TOLERANCE, difference, error
+from tests.tiny import LLAMA31_ROPE, write_llama
 
 
 @pytest.mark.parametrize("name", [*ONE_RANK, *NAMES])

@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.trained.export import export
 from tests.distributed.pool import RankPool, nemo_recipe
-from tests.distributed.test_export import KINDS
-from tests.distributed.test_import import WEIGHTS, import_ckpt
-from tests.distributed.test_step0 import TOLERANCE
-from tests.distributed.test_training import train
+from tests.distributed.step0 import TOLERANCE
+from tests.distributed.trained import KINDS, WEIGHTS, import_ckpt
+from tests.distributed.training import train
 from tests.tiny import tokens, write_dense
 from tests.workspace import VOCAB_SIZE, make_workspace
 

@@ -16,8 +16,8 @@ from nemo_upcycle.trained.export import export
 from nemo_upcycle.trained.opened import open_trained
 from tests.distributed import transformers5
 from tests.distributed.pool import RankPool
-from tests.distributed.test_export import IDS, KINDS, trained
-from tests.distributed.test_step0 import TOLERANCE
+from tests.distributed.step0 import IDS, TOLERANCE
+from tests.distributed.trained import KINDS, trained
 from tests.tiny import CONFIG
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}

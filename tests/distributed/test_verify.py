@@ -29,7 +29,7 @@ from nemo_upcycle.trained.export import export
 from nemo_upcycle.trained.opened import open_trained
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool, nemo_recipe
-from tests.distributed.test_step0 import FOLDED
+from tests.distributed.step0 import FOLDED
 from tests.tiny import LLAMA31_ROPE, tokens, write_dense
 from tests.workspace import make_workspace
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+ATTEMPTS = 60
+UNKNOWN_JOB = "Invalid job id specified"
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -97,18 +99,30 @@ def slurm(directory: Path) -> Iterator[dict[str, str]]:
 
 def _wait_until_idle(environment: dict[str, str], directory: Path) -> None:
     deadline = time.monotonic() + 30
-    while run(environment, "sinfo", "-h", "-p", "cpu", "-o", "%t").strip() != "idle":
+    while ask(environment, "sinfo", "-h", "-p", "cpu", "-o", "%t").strip() != "idle":
         if time.monotonic() > deadline:
             logs = "\n".join(path.read_text() for path in directory.glob("*.out"))
             raise AssertionError(f"Slurm did not start: {logs}")
         time.sleep(0.5)
 
 
-def run(environment: dict[str, str], *words: str) -> str:
-    """Run one of Slurm's commands and return what it printed."""
-    return subprocess.run(
-        words, env=environment, capture_output=True, text=True, check=False
-    ).stdout
+def run(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands."""
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+
+
+def ask(environment: dict[str, str], *words: str) -> str:
+    """Return what one of Slurm's commands answers.
+
+    A busy controller lets commands wait in vain. The command is repeated then: an answer that did
+    not come is no empty queue.
+    """
+    for _ in range(ATTEMPTS):
+        result = run(environment, *words)
+        if result.returncode == 0 or UNKNOWN_JOB in result.stderr:
+            return result.stdout
+        time.sleep(1)
+    raise AssertionError(f"{' '.join(words)}: {result.stderr}")
 
 
 def _free_port() -> int:

@@ -136,7 +136,7 @@ def test_dryrun_prints_the_recipe(tmp_path: Path, factory: str, words: list[str]
 )
 def test_what_tune_says_can_be_run(tmp_path: Path, settings: list[str], words: list[str]) -> None:
     said = cli.run(tmp_path, "nemo-upcycle", "tune", "--gpus", "64", *settings)
-    command = " ".join(said.split("Train on it:")[1].split())
+    command = " ".join(said.split("Train with the first mapping:")[1].split())
     output = cli.run(tmp_path, *shlex.split(command), "--dryrun")
     sizes = re.findall(r"(\w+_parallel_size)=(\w+)", command)
     assert len(sizes) >= 4

@@ -321,8 +321,8 @@ def test_what_is_made_ends_at_the_context_length(workspace: Path) -> None:
     )
     note, *made = said.strip().splitlines()
     found = re.fullmatch(
-        r"--max-new-tokens is 200; (\d+) are made, for the prompt has (\d+) tokens and the model's "
-        r"context length is 128",
+        r"--max-new-tokens is 200; generating (\d+), because the prompt has (\d+) tokens and "
+        r"the model's context length is 128",
         note,
     )
     assert found and int(found[1]) + int(found[2]) == 128

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.nursery import Nursery, Run
-from tests.distributed.test_training import EP2, train
+from tests.distributed.training import EP2, train
 from tests.workspace import make_workspace
 
 STEPS = 5

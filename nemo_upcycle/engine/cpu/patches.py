@@ -215,7 +215,7 @@ def _begin_queue_process(parent: int) -> None:
     # To collect what was inherited would end process groups, whose threads were not forked: abort.
     gc.freeze()
     gc.enable()
-    # The kernel kills it when its parent is killed; it would wait for ever.
+    # The kernel kills it when its parent is killed; it would wait forever.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # killed before the line above

@@ -1,0 +1,205 @@
+"""The full-size recipes: one factory, its own numbers each, and what each of them says."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from nemo_upcycle_recipes.expectations import expected, workload
+from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
+
+from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.planner.hardware import hardware
+from nemo_upcycle.planner.tuning import tune
+
+MODULES = {name: name for name in RECIPES if name.endswith("e8t2") and "tiny" not in name}
+
+
+def factory(name: str) -> Any:
+    from nemo_upcycle_recipes.upcycled import FACTORIES
+
+    return FACTORIES[name]
+
+
+def recipe(of: str = "llama3_8b_e8t2", **arguments: Any) -> Any:
+    return factory(of)(**arguments)
+
+
+def callbacks(built: Any) -> list[str]:
+    return [callback.__fn_or_cls__.__name__ for callback in built.trainer.callbacks]
+
+
+@pytest.mark.parametrize(
+    ("name", "nemo", "same"),
+    [
+        ("llama32_1b_e8t2", "Llama32Config1B", ["rotary_base", "scale_factor"]),
+        ("llama32_3b_e8t2", "Llama32Config3B", ["rotary_base", "scale_factor"]),
+        ("llama31_70b_e8t2", "Llama31Config70B", ["rotary_base", "scale_factor"]),
+        ("mistral_7b_e8t2", "MistralConfig7B", []),
+        ("qwen25_7b_e8t2", "Qwen25Config7B", ["rotary_base", "add_qkv_bias", "vocab_size"]),
+    ],
+)
+def test_models_are_nemos(name: str, nemo: str, same: list[str]) -> None:
+    """NeMo has the same models by hand."""
+    from nemo.collections import llm
+
+    by_hand, config = getattr(llm, nemo)(apply_rope_fusion=False), recipe(name).model.config
+    for field in (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "layernorm_epsilon",
+        "share_embeddings_and_output_weights",
+        *same,
+    ):
+        assert getattr(config, field) == getattr(by_hand, field), field
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_says_its_gpus_memory_and_step_time(name: str) -> None:
+    numbers = RECIPES[name]
+    prediction = expected(numbers, hardware("h100"))
+    text = factory(name).__doc__
+    assert f"On {numbers.world_size} H100" in text
+    assert f"{prediction.memory.total / 2**30:.0f} GiB per GPU" in text
+    assert f"{prediction.time.total:.2g} s a step" in text
+    assert str(numbers.folding) in text
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_siblings_differ_from_the_paper_in_model_and_mapping_alone(name: str) -> None:
+    built, paper = recipe(name), recipe()
+    numbers = RECIPES[name]
+    assert built.optim == paper.optim
+    assert built.trainer.max_steps == paper.trainer.max_steps == 23842
+    assert callbacks(built) == callbacks(paper)
+    for field in ("num_moe_experts", "moe_router_topk", "moe_expert_capacity_factor"):
+        assert getattr(built.model.config, field) == getattr(paper.model.config, field)
+    strategy = built.trainer.strategy
+    for field, value in numbers.folding.strategy_arguments.items():
+        assert getattr(strategy, field) == value
+    assert built.trainer.num_nodes * built.trainer.devices == numbers.world_size
+    assert built.trainer.callbacks[-1].dense_checkpoint == numbers.checkpoint
+
+
+def test_what_watches_a_run() -> None:
+    watching = ["TimingCallback", "MFUCallback", "PreemptionCallback"]
+    moe = ["MoEHealthCallback", "UpcyclingCallback"]
+    assert callbacks(recipe()) == [*watching, *moe]
+    dense = factory("llama3_8b_dense")()
+    assert callbacks(dense) == [*watching, "UpcyclingCallback"]
+
+
+def test_performance_mode_hides_collectives() -> None:
+    plain, fast = recipe(), recipe(performance_mode=True)
+    added = [name for name in callbacks(fast) if name not in callbacks(plain)]
+    assert added == ["GarbageCollectionCallback", "MegatronCommOverlapCallback"]
+    assert callbacks(fast)[-1] == "UpcyclingCallback"
+
+    def overlaps(**arguments: Any) -> bool:
+        built = recipe(performance_mode=True, **arguments)
+        (overlap,) = (c for c in built.trainer.callbacks if "tp_comm_overlap" in c.__arguments__)
+        return overlap.tp_comm_overlap
+
+    assert overlaps()
+    assert not overlaps(tensor_model_parallel_size=1)
+    for built in (plain, fast):
+        assert built.trainer.strategy.ddp.overlap_grad_reduce
+        assert built.trainer.strategy.ddp.overlap_param_gather
+
+
+def test_performance_mode_needs_gpus() -> None:
+    from nemo_upcycle_recipes import factory as of_all
+
+    with pytest.raises(UpcyclingError, match="performance_mode needs GPUs"):
+        of_all.pretrain(
+            LLAMA3_8B_E8T2,
+            dir=None,
+            name="x",
+            dense_checkpoint=None,
+            tokenizer=None,
+            data_paths=None,
+            accelerator="cpu",
+            performance_mode=True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        ({}, {"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+        ({"recompute": "moe_act"}, {"recompute_modules": ["moe_act"]}),
+        ({"recompute": "full"}, {"recompute_granularity": "full", "recompute_num_layers": 1}),
+        ({"recompute": "none"}, {"recompute_granularity": None}),
+        ({}, {"moe_grouped_gemm": True, "moe_permute_fusion": True}),
+    ],
+)
+def test_recompute_and_kernels(arguments: dict[str, Any], fields: dict[str, Any]) -> None:
+    config = recipe(**arguments).model.config
+    for name, value in fields.items():
+        assert getattr(config, name) == value
+
+
+def test_batch_and_length_go_where_they_belong() -> None:
+    built = recipe(seq_length=4096, global_batch_size=1024, micro_batch_size=2)
+    assert built.model.config.seq_length == built.data.seq_length == 4096
+    assert (built.data.global_batch_size, built.data.micro_batch_size) == (1024, 2)
+    assert built.trainer.max_steps == 23842  # as many tokens a step, and in all
+    assert recipe(global_batch_size=256).trainer.max_steps == 47684
+    assert recipe(max_steps=7).trainer.max_steps == 7
+
+
+def test_wandb_is_beside_tensorboard() -> None:
+    assert recipe().log.wandb is None
+    logged = recipe(wandb_project="moe", name="mine").log
+    assert (logged.wandb.project, logged.wandb.name) == ("moe", "mine")
+    assert (logged.wandb.id, logged.wandb.resume) == ("mine", "allow")
+    assert logged.tensorboard is not None
+
+
+def test_papers_variants() -> None:
+    """Capacity factors and routers of arXiv 2412.09952, Tables 2 and 4 and the router ablation."""
+    for factor in (1.0, 2.0, 4.0, None):
+        config = recipe(moe_expert_capacity_factor=factor).model.config
+        assert config.moe_expert_capacity_factor == factor
+    assert recipe(moe_router_pre_softmax=True).model.config.moe_router_pre_softmax
+
+
+def test_bad_recompute_is_refused() -> None:
+    with pytest.raises(UpcyclingError, match="recompute is 'everything'; expected one of: none"):
+        recipe(recompute="everything")
+    with pytest.raises(UpcyclingError, match="has no experts"):
+        replace(RECIPES["llama3_8b_dense"], recompute="moe")
+
+
+def megatrons_config(built: Any) -> Any:
+    """Make Megatron's config, which checks itself, without the kernels that this machine lacks."""
+    import fiddle
+
+    from nemo_upcycle.engine import cpu
+
+    config, strategy = built.model.config, built.trainer.strategy
+    lacking = {name for name in cpu.MODEL_OVERRIDES if name != "moe_grouped_gemm"}
+    values = {name: cpu.MODEL_OVERRIDES[name] for name in lacking}
+    values |= {name: getattr(strategy, name) for name in ParallelFolding().strategy_arguments}
+    values |= {"pipeline_dtype": strategy.pipeline_dtype, "bf16": True}
+    for name, value in values.items():
+        setattr(config, name, value)
+    return fiddle.build(config)
+
+
+@pytest.mark.parametrize("recompute", ["none", "moe_act", "moe", "full"])
+@pytest.mark.parametrize("name", MODULES)
+def test_megatron_takes_every_recipe(name: str, recompute: str) -> None:
+    config = megatrons_config(recipe(name, recompute=recompute, performance_mode=True))
+    assert config.moe_grouped_gemm
+    assert config.expert_model_parallel_size == RECIPES[name].folding.expert_model_parallel_size
+
+
+def test_megatron_takes_what_the_planner_finds() -> None:
+    h100 = hardware("h100")
+    for one in tune(workload(LLAMA3_8B_E8T2), 128, h100).best[::25]:
+        sizes = vars(one.mapping.folding) | {"num_nodes": 16, "recompute": one.mapping.recompute}
+        megatrons_config(recipe(**sizes, micro_batch_size=one.mapping.micro_batch_size))

@@ -1,0 +1,81 @@
+"""`nemo-upcycle tune`: what it shows, keeps and refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from nemo_upcycle.cli import app
+from nemo_upcycle.planner.tuning import COMPONENTS
+
+
+def run(*words: str) -> Result:
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, ["tune", *words])
+
+
+def test_the_command_shows_times_memory_and_why(tmp_path: Path) -> None:
+    (tmp_path / "slow.yaml").write_text("base: h100\nname: slow network\nnetwork_bandwidth: 5\n")
+    result = run("--gpus", "64", "--hardware", str(tmp_path / "slow.yaml"))
+    assert result.exit_code == 0, result.output
+    assert all(len(line) <= 80 for line in result.output.splitlines())
+    for words in (*list(COMPONENTS.values())[:3], "optimizer, this rank's part", "Why the first"):
+        assert words in result.output
+    assert "nothing was fitted to slow network" in " ".join(result.output.split())
+    assert 'nemo llm pretrain --factory "llama3_8b_e8t2(num_nodes=8' in result.output
+    assert "…" not in result.output
+
+
+def test_what_is_said_is_kept() -> None:
+    result = run(
+        "--gpus", "64", "--json", "--top", "3", "tensor_model_parallel_size=4", "recompute=full",
+        "data.global_batch_size=256", "moe_expert_capacity_factor=1.0",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert len(found["best"]) == 3
+    for one in found["best"]:
+        assert one["folding"]["tensor_model_parallel_size"] == 4
+        assert (one["recompute"], one["world_size"], one["fits"]) == ("full", 64, True)
+        assert one["step_time"] == pytest.approx(sum(one["time"].values()))
+        assert one["total_memory"] == pytest.approx(sum(one["memory"].values()))
+        assert one["tokens_per_second"] == pytest.approx(256 * 8192 / one["step_time"])
+    assert found["compared"]["unfolded"]["folding"]["expert_tensor_parallel_size"] == 4
+
+
+def test_a_microbatch_that_is_said_is_kept_under_context_parallelism() -> None:
+    """Otherwise it is left out: half of both makes the same pieces."""
+    words = ["--gpus", "64", "--json", "--top", "1", "context_parallel_size=2"]
+    free, said = (run(*words, *more) for more in ([], ["data.micro_batch_size=4"]))
+    assert json.loads(free.stdout)["best"][0]["micro_batch_size"] != 4
+    assert json.loads(said.stdout)["best"][0]["micro_batch_size"] == 4
+
+
+def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemo_upcycle.planner.scaling.GPUS", (8, 16, 32))
+    picture = tmp_path / "new" / "scaling.png"
+    result = run("--gpus", "16", "--recipe", "llama32_3b_e8t2", "--scaling", str(picture))
+    assert result.exit_code == 0, result.output
+    assert picture.stat().st_size > 50_000
+    rows = [line.split()[0] for line in result.output.splitlines() if line.split()]
+    assert [row for row in rows if row.isdecimal()][-3:] == ["8", "16", "32"]
+
+
+CLEAR: list[tuple[list[str], str]] = [
+    (["--hardware", "nope"], "There is no hardware 'nope'; expected one of: a100"),
+    (["--gpus", "8"], "Nothing fits into 94%"),
+    (["--recipe", "nope"], "There is no recipe 'nope'"),
+    (["recompute=some"], "recompute is 'some'; expected one of: none, moe_act, moe, full"),
+    (["global_batch_size=0"], "global_batch_size is 0; expected 1 or more"),
+    (["--recipe", "llama3_8b_dense", "recompute=moe"], "has no experts"),
+    (["account_for_loss_in_pipeline_split=true"], "tune supports only even pipeline stages"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), CLEAR)
+def test_errors_are_one_line(words: list[str], message: str) -> None:
+    result = run(*words)
+    assert result.exit_code == 1
+    (line,) = result.output.strip().splitlines()
+    assert message in line

@@ -1,0 +1,43 @@
+"""Hardware that is shipped, and hardware of one's own."""
+
+from pathlib import Path
+
+import pytest
+from nemo_upcycle_recipes.expectations import workload
+from nemo_upcycle_recipes.numbers import LLAMA_TINY_E8T2
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.planner.hardware import device_peak_tflops, hardware, shipped
+from nemo_upcycle.planner.tuning import tune
+
+TINY = workload(LLAMA_TINY_E8T2)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_hardware(name: str) -> None:
+    kind = hardware(name)
+    assert device_peak_tflops(f"NVIDIA {kind.name} 80GB") == kind.peak_tflops
+    assert tune(TINY, kind.gpus_per_node, kind).best
+
+
+def test_unknown_devices_have_no_peak() -> None:
+    assert device_peak_tflops("Tesla T4") is None
+
+
+BAD: list[tuple[str, str]] = [
+    ("base: h100\nmemory_gib: -3", "memory_gib is -3.0; expected more than 0"),
+    ("name: mine", "missing mandatory value: peak_tflops"),
+    ("base: h100\nspeed: 3", "Key 'speed' not in 'Hardware'"),
+    ("base: h100\nmemory_gib: lots", "could not be converted to Float"),
+    ("base: nosuch", "base is 'nosuch'; expected one of: a100"),
+    ("- 1", "Expected the fields name, peak_tflops"),
+    ("a: [1", "Expected the fields name, peak_tflops"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD)
+def test_bad_hardware_is_one_error(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UpcyclingError, match=message) as raised:
+        hardware(str(tmp_path / "mine.yaml"))
+    assert "mine.yaml" in str(raised.value)
