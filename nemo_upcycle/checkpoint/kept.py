@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, HuggingFaceCheckpoint, MegatronCheckpoint
+from nemo_upcycle.checkpoint.common_state import read_common_state
 from nemo_upcycle.checkpoint.huggingface import is_huggingface, resolve_directory
-from nemo_upcycle.checkpoint.torch_save import read_pickle
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import architecture_of
 from nemo_upcycle.families.family import Architecture
@@ -23,6 +23,10 @@ FIELD = "kept"
 
 UPCYCLED_FROM = "upcycled_from.json"
 """The file beside the checkpoints of a run of Megatron-LM's or Bridge's that has it."""
+
+MODEL_FIELDS = "model_fields"
+"""Key of Megatron's fields that Megatron-LM's and Bridge's configs do not say: the vocabulary
+without its padding, and RoPE scaling other than Megatron-Core's own."""
 
 CHAT_TEMPLATES = "additional_chat_templates"
 """Directory of named chat templates, beside transformers' `chat_template.jinja`."""
@@ -161,13 +165,13 @@ def dense_checkpoints_in(weights: Path) -> str | None:
 
 def _states(weights: Path) -> Iterator[dict[str, Any]]:
     """Yield the plain data that is recorded in a checkpoint or beside it."""
-    path = weights / "common.pt"
-    if not path.is_file() and (weights / ".metadata").is_file():
+    common = read_common_state(weights)
+    if common is None and (weights / ".metadata").is_file():
         raise UpcyclingError(
-            f"{path} is missing, which NeMo and Megatron-LM write with every checkpoint: the copy "
-            "is incomplete. Copy the checkpoint again."
+            f"{weights / 'common.pt'} is missing, which NeMo and Megatron-LM write with every "
+            "checkpoint, or a common state in .metadata: the copy is incomplete. Copy the "
+            "checkpoint again."
         )
-    common = read_pickle(path) if path.is_file() else None
     callbacks = common.get("callbacks") if isinstance(common, dict) else None
     states = list(callbacks.values()) if isinstance(callbacks, dict) else []
     for state in (*states, _beside(weights)):

@@ -127,8 +127,10 @@ def moe_architecture(config: Mapping[str, Any]) -> Architecture:
         "num_moe_experts": None,
         "activation_func": "silu",
     }
+    dense = architecture(as_llama)
     return replace(
-        architecture(as_llama),
+        dense,
+        rotary_base=float(dense.rotary_base),  # Megatron-LM's arguments have an integer
         activation="swiglu" if gated else "squared_relu",
         normalization="RMSNorm" if norm == "RMSNorm" else "LayerNorm1p",
         add_qkv_bias=bool(config.get("add_qkv_bias")),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+from nemo_upcycle.checkpoint.kept import MODEL_FIELDS
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.model import mark_experts
 from nemo_upcycle.engine.provenance import Origin
@@ -12,7 +13,7 @@ from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks, check_same, said_on_ever
 from nemo_upcycle.engine.upcycling import Prepared, fill_all, prepare
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.fields import moe_fields, upcycling_in
-from nemo_upcycle.megatron.model import Chunks, described, with_rope_of
+from nemo_upcycle.megatron.model import Chunks, described, fields_beside_config, with_rope_of
 from nemo_upcycle.megatron.run import checkpoint_to_resume, read_origin, write_origin
 
 PREFIX = "[upcycle]"
@@ -116,7 +117,9 @@ class _Hook:
             origin = Origin.of(self.dense_checkpoint, None, upcycling)
             remark = f"the resume does not need the dense checkpoint: {error}"
             return _Start(origin, None, resumed, (remark, *_check_origin(origin, resumed)))
-        origin = Origin.of(self.dense_checkpoint, prepared.fingerprint, upcycling, prepared.kept)
+        unsaid = fields_beside_config(prepared.checkpoint.architecture)
+        kept = {**(prepared.kept or {}), MODEL_FIELDS: unsaid}
+        origin = Origin.of(self.dense_checkpoint, prepared.fingerprint, upcycling, kept)
         if resumed is not None:
             return _Start(origin, prepared, resumed, tuple(_check_origin(origin, resumed)))
         prepared.check_model(with_rope_of(config, chunks, prepared.checkpoint.architecture))

@@ -21,6 +21,7 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.fields import architecture_fields, moe_fields, window_fields
 from nemo_upcycle.families.megatron import LLAMA_FIELDS, MEGATRON_ROPE_SCALING, ROPE_SCALING_FIELDS
+from nemo_upcycle.plans.layout import padded_vocabulary
 
 Chunks = list[torch.nn.Module]
 """A rank's model, one module per virtual pipeline stage."""
@@ -32,6 +33,7 @@ def gpt_model_config(
     folding: ParallelFolding | None = None,
     dtype: torch.dtype = torch.bfloat16,
     seq_length: int | None = None,
+    config_class: type | None = None,
     **others: Any,
 ) -> Any:
     """Return the config of the model that a dense checkpoint becomes, for `GPTModelBuilder`.
@@ -47,12 +49,13 @@ def gpt_model_config(
         folding: How it is spread; None takes one rank.
         dtype: Of the parameters.
         seq_length: Tokens of a sequence; None takes the dense model's context.
+        config_class: Bridge's `BridgeGPTModelConfig`; None takes Megatron's `GPTModelConfig`.
         others: Further fields of `GPTModelConfig` or of the `TransformerConfig` in it, such as
             `recompute_granularity`; they win over what is said above.
 
     Returns:
-        A `megatron.training.models.gpt.GPTModelConfig`. Its `pre_wrap_hooks` have what fields
-        cannot say; append to them, do not replace them.
+        A `megatron.training.models.gpt.GPTModelConfig`, or a `config_class`. Its `pre_wrap_hooks`
+        have what fields cannot say; append to them, do not replace them.
 
     Raises:
         UpcyclingError: The checkpoint cannot be read, a field is unknown, or Megatron-Core is
@@ -69,8 +72,8 @@ def gpt_model_config(
         "hidden_dropout": 0.0,
         "moe_router_dtype": "fp32",  # routing decides by small differences
         "seq_length": length,
-        "should_pad_vocab": True,
-        "make_vocab_size_divisible_by": 1,
+        # Bridge pads no vocabulary that the config has.
+        "vocab_size": padded_vocabulary(arch.vocab_size, folding.tensor_model_parallel_size),
         **folding.strategy_arguments,
         **two_stages_fields(
             folding.pipeline_model_parallel_size, folding.virtual_pipeline_model_parallel_size
@@ -92,7 +95,8 @@ def gpt_model_config(
             "Give fields of theirs."
         )
     inner = transformer(**{name: values[name] for name in values.keys() & of_transformer})
-    return gpt(transformer=inner, **{name: values[name] for name in values.keys() & of_gpt})
+    outer = {name: values[name] for name in values.keys() & of_gpt}
+    return (config_class or gpt)(transformer=inner, **outer)
 
 
 def _config_classes() -> tuple[type, type]:
@@ -224,9 +228,14 @@ def with_rope_of(
             "compute something else. Make the config with nemo_upcycle.megatron.gpt_model_config; "
             "Megatron-LM's --use-rope-scaling knows Llama 3.1's numbers alone."
         )
-    scaling = {
-        name: value
-        for name, value in architecture_fields(arch).items()
-        if name in ROPE_SCALING_FIELDS
-    }
-    return SimpleNamespace(**{**vars(config), **scaling})
+    return SimpleNamespace(**{**vars(config), **_rope_scaling(arch)})
+
+
+def fields_beside_config(arch: Architecture) -> dict[str, Any]:
+    """Return what a dense model decides and no config of Megatron-LM's or Bridge's records."""
+    return {"vocab_size": arch.vocab_size, **_rope_scaling(arch)}
+
+
+def _rope_scaling(arch: Architecture) -> dict[str, Any]:
+    found = architecture_fields(arch)
+    return {name: found[name] for name in ROPE_SCALING_FIELDS if name in found}
