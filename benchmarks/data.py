@@ -1,4 +1,4 @@
-"""Tokens a second from text to Megatron's files: ours, a single loop, and Megatron's script's ways.
+"""Tokens per second from text to Megatron's files: ours, a single loop, and Megatron's script.
 
 The same text, tokenizer and cores; each in a fresh process, in turn:
 
@@ -6,15 +6,14 @@ The same text, tokenizer and cores; each in a fresh process, in turn:
 - loop: one process that reads a line, tokenises it and adds it to Megatron's builder;
 - pool: as Megatron-LM's `tools/preprocess_data.py`: processes that get lines, 32 at a time, and
   send tokens back to one that writes;
-- partitions: as it is with `--partitions`: the text is cut into as many files as there are cores,
-  each has a process that writes and one that tokenises, and the results are put together.
+- partitions: the same script with `--partitions`: the text is split into one file per core. Each
+  file has a process that tokenises and a process that writes, and the results are merged.
 
 Megatron-Core's wheel has no such script; these are its loops around Megatron-Core's own builder.
 
-Seconds are those of the work, by the clock and of all its processes on the CPU; on a machine that
-has other work to do only the latter mean something. The imports of the first process are not
-counted for any; starting processes and loading the tokenizer is for ours and for neither of
-Megatron's.
+Seconds are wall time and CPU time of all processes; on a busy machine only CPU time is meaningful.
+Imports of the first process are not counted. Starting processes and loading the tokenizer count for
+ours, but not for Megatron's ways.
 
 Usage: python -m benchmarks.data [--megabytes 150] [--runs 3]
 """

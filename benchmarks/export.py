@@ -1,7 +1,7 @@
 """Compare our export to Hugging Face with NeMo's own: seconds and memory, on one checkpoint.
 
-Side by side in one run, in turn and each time in a fresh process, from a NeMo 2 checkpoint of a
-random Mixtral (8 experts, top 2, not grouped) in bf16 that NeMo itself has saved:
+All methods run in turn, each time in a fresh process. The source is a NeMo 2 checkpoint that NeMo
+itself has saved: a random Mixtral (8 experts, top-2, not grouped) in bf16.
 
 - ours: `nemo_upcycle.trained.export.export`;
 - NeMo: `llm.export_ckpt`, which is `nemo llm export`;

@@ -171,7 +171,7 @@ def layers(small: bool) -> Lines:
 HEADS = (
     *("layers", "vocabulary", "CF", "experts", "weight gradients", "recompute"),
     *("step ms", "TFLOP/s", "MFU", "planned ms", "×"),
-    *("state", "×", "routed", "kept a layer", "planned", "×"),
+    *("state", "×", "routed", "kept per layer", "planned", "×"),
     *("peak", "planned", "×", "loss"),
 )
 
@@ -213,7 +213,7 @@ def kernels(small: bool) -> Lines:
     training.close()
     planned = step_time(case.workload(small), case.mapping, hardware(CHIP))
     total = sum(spent.values())
-    yield f"{case}: kernels {total:.0f} ms a step; with the profiler a step takes {wall * 1e3:.0f}."
+    yield f"{case}: kernels {total:.0f} ms per step; {wall * 1e3:.0f} ms with the profiler."
     yield ""
     yield "| kernels | ms | share | planned ms | planned share |"
     yield "|---|---|---|---|---|"
@@ -224,7 +224,7 @@ def kernels(small: bool) -> Lines:
     for kind, seconds in others.items():
         yield f"| {kind} | | | {seconds * 1e3:.1f} | {seconds / planned.total:.1%} |"
     yield ""
-    yield "The longest kernels, ms a step:"
+    yield "The longest kernels, ms per step:"
     yield ""
     for name, milliseconds in sorted(names.items(), key=lambda each: -each[1])[:40]:
         yield f"- {milliseconds:.2f} {kind_of(name)}: `{name[:110]}`"

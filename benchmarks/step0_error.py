@@ -150,20 +150,20 @@ def main() -> None:
 
 HEAD = f"""# What the model computes at step 0
 
-How far the upcycled model is from the dense one before its first training step, by granularity G,
-top-k T, order of softmax and top-k, and weight scaling. Measured by `python -m
-benchmarks.step0_error` (which wrote this page) on Megatron's model in fp32: `layer` is the relative
-error of a feed-forward layer's output, `logits` that of the whole model of 4 layers. Expansion rate
+The error of the upcycled model before the first training step, by granularity G, top-k T, order of
+softmax and top-k, and weight scaling. `python -m benchmarks.step0_error` measured the errors on
+Megatron's model in fp32, and wrote this page. `layer` is the relative error of a feed-forward
+layer's output, `logits` the relative error of the whole model of 4 layers. Expansion rate
 {EXPANSION_RATE}, hidden size {MODEL["hidden_size"]}, virtual groups, router std 0.02.
 
-- `exact` multiplies up and down with √G (SwiGLU) or ∛G (squared ReLU). With top-k first it is
-  exact, to fp32's rounding, for both; it is the default there.
-- `paper` (arXiv 2410.07524 Eq. 2, as Megatron-Core has it) multiplies gate, up and down with ∛G.
-  A gate goes through SiLU, so on SwiGLU this changes the function.
+- `exact` multiplies up and down by √G (SwiGLU) or ∛G (squared ReLU). With top-k first, `exact` is
+  exact up to fp32's rounding for both, and the default.
+- `paper` (arXiv 2410.07524 Eq. 2, as in Megatron-Core) multiplies gate, up and down by ∛G.
+  The gate goes through SiLU, so on SwiGLU this changes the function.
 - With softmax first nothing is exact: the router's weights do not sum to 1, and no fixed scale
-  makes up for all tokens. The base is then E·G²/T. The default is `none` for G = 1 (the ST-type
-  router of arXiv 2412.09952) and `paper` for G > 1 (arXiv 2410.07524); `exact` is nearer in every
-  row, and the nearer the less the router tells tokens apart.
+  compensates for all tokens. The base is then E·G²/T. The default is `none` for G = 1 (the ST-type
+  router of arXiv 2412.09952) and `paper` for G > 1 (arXiv 2410.07524). `exact` has the smallest
+    error in every row, and the error falls as the router's weights become more even.
 
 | G | T | order | scaling | SwiGLU: layer | logits | squared ReLU: layer | logits |
 |---|---|---|---|---|---|---|---|"""

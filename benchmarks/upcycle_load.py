@@ -1,7 +1,8 @@
-"""Compare ways to fill an MoE from a dense checkpoint: seconds, memory and bytes read a rank.
+"""Compare ways to fill an MoE from a dense checkpoint: seconds, memory and bytes read per rank.
 
-Side by side in one run, on 1, 2 and 4 gloo ranks, from a generated checkpoint of Llama 3.2 1B's
-shape in bf16 (fewer layers for all, because the peers need several times the MoE's memory):
+All methods run in turn, on 1, 2 and 4 gloo ranks. The source is a generated checkpoint of Llama 3.2
+1B's shape in bf16, with fewer layers, because the other methods need several times the MoE's
+memory:
 
 - ours: `load.fill`, every rank reading what it needs, and with `read_once`;
 - Megatron: `upcycling_utils.upcycle_state_dict` and `load_state_dict`, with the dense model
@@ -312,8 +313,8 @@ def main() -> None:
             f"dense checkpoint {size / 2**30:.2f} GiB; medians of {arguments.runs} runs.\n"
         )
         print(
-            "| ranks | method | s | floor s | s / floor | parameters GiB a rank "
-            "| peak extra MiB | peak / parameters | read GiB a rank |"
+            "| ranks | method | s | floor s | s / floor | parameters GiB per rank "
+            "| peak extra MiB | peak / parameters | read GiB per rank |"
         )
         print("|---|---|---|---|---|---|---|---|---|", flush=True)
         for world_size in arguments.ranks:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The whole path on a laptop: real text → tokenizer → dense Llama → 8-expert MoE → comparison →
+# The whole pipeline on a laptop: real text → tokenizer → dense Llama → 8-expert MoE → comparison →
 # Hugging Face → lm-eval.
 #
 #   examples/demo.sh        writes to demo/ in the current directory
 #
-# The commands are those of docs/demo.md. A step that is done is not done again; a training that
-# was interrupted goes on from its last checkpoint.
+# The commands are those of docs/demo.md. Finished steps are skipped; an interrupted training
+# continues from its last checkpoint.
 set -euo pipefail
 
 mkdir -p demo/logs

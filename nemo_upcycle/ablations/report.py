@@ -173,13 +173,13 @@ def _introduction(report: Report, picture: str) -> Iterator[str]:
     yield (
         f"A dense Llama as the demo trains it ({report.dense_flops:.2g} FLOPs), upcycled and "
         f"trained on for {report.steps} steps of {report.tokens_per_step:,} tokens, "
-        f"{counted(report.seeds, 'seed')} an arm. A seed decides the order of the data, the "
+        f"{counted(report.seeds, 'seed')} per arm. A seed decides the order of the data, the "
         "routers, the initialisers and random weights; arms of one seed see the same sequences in "
         "the same order.\n"
     )
     yield (
-        f"Losses are in nats per token, of language alone, on {report.held_out_tokens:,} tokens of "
-        "held-out text, each corpus with its weight in the training's blend, no token dropped: "
+        f"Losses are language-model losses in nats per token, on {report.held_out_tokens:,} tokens "
+        "of held-out text, with the weights of the training's blend and no token dropped. Shown is "
         "mean ± standard error over seeds. Differences are to the first arm of a table, seed by "
         f"seed. A claim holds if Student's {CONFIDENCE:.0%} interval of the difference seed by "
         f"seed leaves out 0; of {counted(claims, 'claim')}, {claims * (1 - CONFIDENCE):.1f} would "

@@ -8,7 +8,7 @@ CONFIDENCE = 0.95
 """Of the interval that must leave out 0 before a claim is said to hold, or not to."""
 
 NOTHING = 1e-4
-"""Nats a token; an interval within so many of 0 is no difference."""
+"""Nats per token: an interval this close to 0 is no difference."""
 
 
 @dataclass(frozen=True)

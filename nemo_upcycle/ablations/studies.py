@@ -1,8 +1,9 @@
-"""What is compared, and what the papers found: plain data.
+"""The comparisons, and the papers' claims, as plain data.
 
-An arm is a training that differs from the baseline (E8T2, copies, Mixtral-type router, dropless,
-learning rate back at the dense run's peak) in what it says; arms of several studies are trained
-once. A claim says of two arms which ends, or starts, with the lower loss.
+The baseline is E8T2 with copies, a Mixtral-type router, dropless, and the learning rate reset to
+the dense run's peak. An arm is a training with stated differences from the baseline; arms shared by
+several studies are trained once. A claim says which of two arms ends, or starts, with the lower
+loss.
 """
 
 import math
@@ -20,9 +21,9 @@ from nemo_upcycle.families.model import upcycled_model
 from nemo_upcycle.planner.flops import flops
 
 BATCH = {"global_batch_size": 8}
-"""Half of the demo's: at equal tokens twice the updates. Of 205k tokens the baseline then learns
-more (4.646 to 4.670 nats of held-out loss, one seed); at a quarter, over 102k tokens, it
-ends higher than it began (4.822 to 4.768)."""
+"""Half of the demo's, for twice the updates at equal tokens. With this batch size the baseline
+learns more from 205k tokens (held-out loss 4.646, against 4.670 nats; one seed). With a quarter,
+over 102k tokens, the loss ends higher than it began (4.822, from 4.768)."""
 
 BUDGETS = ("tokens", "flops", "all_flops")
 STARTS = ("upcycled", "dense", "scratch")
@@ -220,10 +221,10 @@ STUDIES = {
                     "scratch_flops_dense",
                 ),
             ),
-            "FLOPs are a training's own. What starts from the dense model has that model's "
-            "training behind it; the last two arms get those FLOPs on top, in one schedule: first "
-            "in batches as all arms have, which makes more steps of them, then in batches as large "
-            "as the dense run's. All arms have the same peak and final learning rate.",
+            "FLOPs are a training's own. Arms that start from the dense model profit from that "
+            "model's training. The last two arms get the FLOPs of that training on top, in one "
+            "schedule: the first with the batch size of all arms, and so more steps; the second "
+            "with the dense run's batch size. All arms have the same peak and final learning rate.",
         ),
         Study(
             "capacity_factor",

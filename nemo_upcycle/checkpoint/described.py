@@ -119,8 +119,8 @@ def architecture_here(source: str) -> tuple[Architecture | None, list[str]]:
         source: A source for `open_branches`.
 
     Returns:
-        The architecture, None if nothing of the source is on this machine; and the missing parts:
-        paths that other machines may have, hub names that are not in the local cache.
+        The architecture, None if nothing of the source is on this machine. And the missing parts:
+            paths that other machines may have, hub names that are not in the local cache.
 
     Raises:
         UpcyclingError: A source is no dense checkpoint, or architectures differ.

@@ -38,8 +38,8 @@ class Scales:
 class UpcyclingConfig:
     """What each dense feed-forward layer becomes.
 
-    E, G and T are the expansion rate, granularity and top-k of arXiv 2410.07524: the layer is cut
-    into G shards along its width, with E copies of each shard, so E·G experts in total.
+    E, G and T are the expansion rate, granularity and top-k of arXiv 2410.07524. The layer is cut
+    into G shards along its width, with E copies of each shard, so there are E·G experts in total.
 
     Attributes:
         num_moe_experts: Experts per layer, E·G; None keeps the layers dense (the
@@ -305,8 +305,8 @@ class UpcyclingConfig:
         )
         if self.moe_router_pre_softmax and self.scaling == "none":
             yield (
-                "softmax before top-k weights the chosen experts by less than 1 in total, so each "
-                f"feed-forward output is scaled by a factor between {topk}/{experts} and 1 "
+                "softmax before top-k weights the chosen experts by less than 1 in total, so "
+                f"feed-forward outputs are scaled by a factor from {topk}/{experts} to 1 "
                 "(set moe_router_pre_softmax=False for an exact start)"
             )
         elif self.moe_router_pre_softmax:
@@ -327,7 +327,7 @@ class UpcyclingConfig:
         if self.can_drop_tokens:
             yield (
                 f"capacity factor {self.moe_expert_capacity_factor:g} drops tokens beyond an "
-                f"expert's capacity: at worst, if all tokens pick the same experts, "
+                f"expert's capacity: if all tokens pick the same experts, "
                 f"{self.dropped_at_worst:.0%} of the assignments (at {experts / topk:g} and "
                 "above, or with None, none is dropped)"
             )

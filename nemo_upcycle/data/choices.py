@@ -52,7 +52,7 @@ def write_choices(
     seed: int = 1234,
     held_out: float = 0.03,
 ) -> int:
-    """Writes `<name>.jsonl` and `<name>.yaml`, a task for `lm_eval --include_path <out>`.
+    """Write `<name>.jsonl` and `<name>.yaml`, a task for `lm_eval --include_path <out>`.
 
     An item is `{"context": ..., "choices": [...], "label": ...}`: some whole lines of a document,
     the line that really follows among lines of the file's other documents, and its index. Wrong
@@ -93,7 +93,7 @@ def write_choices(
 def _items(
     file: Path, wanted: int, choices: int, held_out: float, rng: random.Random
 ) -> list[dict[str, object]]:
-    """Makes the items of one file."""
+    """Make the items of one file."""
     documents = _held_out_documents(file, held_out)
     places = [place for i, text in enumerate(documents) for place in _places(i, text)]
     items: list[dict[str, object]] = []
@@ -113,14 +113,14 @@ def _items(
 
 
 def _held_out_documents(file: Path, share: float) -> list[str]:
-    """Returns the last documents, counted as Megatron does: it has none that are empty."""
+    """Return the last documents, counted as Megatron does: it has none that are empty."""
     total = sum(1 for text, _ in read_documents(file) if text)
     documents = (text for text, _ in read_documents(file) if text)
     return list(islice(documents, total - int(total * share), None))
 
 
 def _places(document: int, text: str) -> Iterator[_Place]:
-    """Yields the lines of a document that may be asked for."""
+    """Yield the lines of a document that may be asked for."""
     for match in _NEXT_LINE.finditer(text):
         place = _Place(document, _context(text, match.start()), match[1], match[2].rstrip())
         if len(place.context) >= MIN_CONTEXT and _is_informative(place.text):
@@ -128,7 +128,7 @@ def _places(document: int, text: str) -> Iterator[_Place]:
 
 
 def _context(text: str, end: int) -> str:
-    """Returns the whole lines before this position, as many as fit."""
+    """Return the whole lines before this position, as many as fit."""
     context = text[max(0, end - MAX_CONTEXT - 1) : end]
     if end > MAX_CONTEXT:
         context = context.partition("\n")[2]  # its first line is cut
@@ -141,14 +141,14 @@ def _is_informative(line: str) -> bool:
 
 
 def _in_turn(places: Sequence[_Place], rng: random.Random) -> list[_Place]:
-    """Returns the places in random order, but with one of each document before a second."""
+    """Return the places in random order, but with one of each document before a second."""
     turns: defaultdict[int, Iterator[int]] = defaultdict(count)
     mixed = rng.sample(places, len(places))
     return sorted(mixed, key=lambda place: next(turns[place.document]))
 
 
 def _wrong_choices(place: _Place, places: Sequence[_Place], rng: random.Random) -> list[str]:
-    """Returns lines of other documents, all different, those most like the right one first."""
+    """Return lines of other documents, all different, those most like the right one first."""
     pool = rng.sample(places, min(len(places), _POOL))
     others = [other for other in pool if other.document != place.document]
     different = {place.text: ""}
@@ -158,7 +158,7 @@ def _wrong_choices(place: _Place, places: Sequence[_Place], rng: random.Random) 
 
 
 def _write_task(out: Path, name: str, items: Sequence[dict[str, object]]) -> None:
-    """Writes the items and lm-eval's description of the task; each appears whole."""
+    """Write the items and lm-eval's description of the task; each appears whole."""
     import yaml
 
     mean = {"aggregation": "mean", "higher_is_better": True}
@@ -189,7 +189,7 @@ def _write_task(out: Path, name: str, items: Sequence[dict[str, object]]) -> Non
 def _check_arguments(
     files: Sequence[Path], name: str, items: int, choices: int, held_out: float
 ) -> None:
-    """Refuses what cannot be meant."""
+    """Refuse what cannot be meant."""
     if not re.fullmatch(r"\w[\w.-]*", name):  # it becomes a file name
         raise UpcyclingError(f"name is {name!r}, expected letters, digits, `_`, `.` and `-`")
     if not 1 <= len(files) <= items or choices < 2 or not 0 < held_out <= 1:

@@ -154,8 +154,8 @@ def _hint(line: bytes) -> str:
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return " (it is UTF-16: iconv -f UTF-16 -t UTF-8 FILE)"
     begun = {
-        b"[": "an array over several lines: jq -c '.[]' FILE writes one a line",
-        b"{": "an object over several lines: jq -c . FILE writes one a line",
+        b"[": "an array over several lines: jq -c '.[]' FILE writes one per line",
+        b"{": "an object over several lines: jq -c . FILE writes one per line",
     }
     begins = line.removeprefix(codecs.BOM_UTF8).strip()
     return f" ({begun[begins]})" if begins in begun else ""

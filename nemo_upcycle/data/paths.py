@@ -10,13 +10,13 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.files import name_problem
 
 MAX_NAME_BYTES = 200
-"""Of a dataset's name: with the endings of its files a file system's limit is 255."""
+"""Maximum length of a dataset's name: with suffixes, file systems allow 255 bytes."""
 
 SUFFIXES = (".bin", ".idx")
 
 EXPECTED = (
-    "expected prefixes of .bin and .idx files, separated by spaces, or a weight above 0 before "
-    "each of them; a prefix with a space is put in quotes: "
+    "expected prefixes of .bin and .idx files, separated by spaces, each with or without a "
+    "weight above 0 before it. A prefix with a space is put in quotes: "
     "data_paths='0.7 \"/my data/web\" 0.3 /data/academic'"
 )
 

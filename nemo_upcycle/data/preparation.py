@@ -100,9 +100,9 @@ def prepare(
         What went in and what came out; at once where it is there already.
 
     Raises:
-        UpcyclingError: A source or the tokenizer is missing or cannot be read, more lines are
-            malformed than may be, there is no document, another process is at work, or parts of
-            another job are in the way. Nothing is left but complete parts.
+        UpcyclingError: A source or the tokenizer is missing or unreadable, too many lines are
+            malformed, or there is no document. Or another process is at work, or parts of another
+            job are in the way. Only complete parts are left.
     """
     names = files_of(preparation.sources)
     encoder = load_encoder(preparation.tokenizer, preparation.parse_special)

@@ -1,9 +1,9 @@
-"""RedPajama-V2 (arXiv 2411.12372): which of its files hold what was asked for.
+"""RedPajama-V2 (arXiv 2411.12372): find the files of a selection.
 
-The hub's repository has a loading script in place of data, and nobody's code is run here, so its
-files are read as they are: `documents/SNAPSHOT/SHARD/LANGUAGE_BUCKET.json.gz`, of which
-`listings/LANGUAGE-SNAPSHOT-PARTITION.txt` has a line each without the ending. A bucket is CCNet's
-(arXiv 1911.00359): `head` is the third whose perplexity under a model of Wikipedia is lowest.
+The hub's repository has a loading script instead of data. Such code is not run here; the files are
+read directly: `documents/SNAPSHOT/SHARD/LANGUAGE_BUCKET.json.gz`. They are listed in
+`listings/LANGUAGE-SNAPSHOT-PARTITION.txt`, one name without suffix per line. Buckets are CCNet's
+(arXiv 1911.00359): `head` is the third with the lowest perplexity under a model of Wikipedia.
 """
 
 import re

@@ -45,7 +45,7 @@ class _SourceModule:
 
 
 def write_stdlib_sample(out: Path, *, stdlib: Path | None = None) -> dict[str, Path]:
-    """Writes `documentation.jsonl` and `sources.jsonl` from the standard library's files.
+    """Write `documentation.jsonl` and `sources.jsonl` from the standard library's files.
 
     Each line is `{"text": ..., "id": ...}`, in the order of the ids. The same interpreter always
     gives the same bytes.
@@ -112,7 +112,7 @@ def _has_docstring(node: ast.AST) -> TypeGuard[_DocstringOwner]:
 
 
 def _parsed_modules(root: Path) -> Iterator[_SourceModule]:
-    """Yields the library's modules in the order of their names, without those that do not parse."""
+    """Yield the library's modules in the order of their names, without those that do not parse."""
     for name, path in sorted(_module_files(root)):
         try:
             with tokenize.open(path) as file:  # honours the coding line
@@ -125,7 +125,7 @@ def _parsed_modules(root: Path) -> Iterator[_SourceModule]:
 
 
 def _module_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """Yields (dotted module name, file) of every module to be used below the directory."""
+    """Yield (dotted module name, file) of every module to be used below the directory."""
     for directory, subdirectories, files in os.walk(root):
         # What is no identifier is no package: site-packages, dist-packages, config-3.x-...
         subdirectories[:] = [
@@ -143,7 +143,7 @@ def _module_files(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _topic_documents() -> Iterator[tuple[str, str]]:
-    """Yields (id, text) of the language reference topics that `help()` shows."""
+    """Yield (id, text) of the language reference topics that `help()` shows."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions package it apart; the docstrings are enough
@@ -153,7 +153,7 @@ def _topic_documents() -> Iterator[tuple[str, str]]:
 
 
 def _docstring_documents(modules: Iterable[_SourceModule]) -> Iterator[tuple[str, str]]:
-    """Yields (id, text) of all docstrings, one document for each module."""
+    """Yield (id, text) of all docstrings, one document for each module."""
     for module in modules:
         docstrings = _docstrings(module.tree, module.name)
         text = "\n\n".join(f"{name}\n\n{docstring}" for name, docstring in docstrings)
@@ -161,7 +161,7 @@ def _docstring_documents(modules: Iterable[_SourceModule]) -> Iterator[tuple[str
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """Yields (qualified name, cleaned docstring) of the node and all below it, in file order."""
+    """Yield (qualified name, cleaned docstring) of the node and all below it, in file order."""
     if isinstance(node, _DOCSTRING_OWNERS) and (docstring := ast.get_docstring(node)):
         yield name, docstring
     for child in ast.iter_child_nodes(node):
@@ -172,7 +172,7 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _write_corpora(out: Path, corpora: dict[str, list[tuple[str, str]]]) -> dict[str, Path]:
-    """Writes one JSONL file for each corpus; all of them appear at the end or none does."""
+    """Write one JSONL file for each corpus; all of them appear at the end or none does."""
     with scratch_directory(out, "sample") as temporary:
         for name, documents in corpora.items():
             _write_jsonl(temporary / name, documents)
@@ -183,7 +183,7 @@ def _write_corpora(out: Path, corpora: dict[str, list[tuple[str, str]]]) -> dict
 
 
 def _write_jsonl(path: Path, documents: Iterable[tuple[str, str]]) -> None:
-    """Writes the (id, text) documents that are long enough, one JSON object a line."""
+    """Write the (id, text) documents that are long enough, one JSON object a line."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for identifier, text in documents:
             # Some docstrings show lone surrogates, which UTF-8 does not have.
@@ -194,7 +194,7 @@ def _write_jsonl(path: Path, documents: Iterable[tuple[str, str]]) -> None:
 
 
 def _missing_sources_message(root: Path) -> str:
-    """Says what was found, what was expected and what to do."""
+    """Return what was found, what was expected and what to do."""
     problem = "a directory without usable .py files" if root.is_dir() else "no such directory"
     return (
         f"the sample corpus needs the Python sources of the standard library: found {problem} at "

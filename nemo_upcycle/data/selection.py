@@ -32,7 +32,7 @@ class Selection:
     def of(self, record: Any) -> tuple[str | None, str | None]:
         """Return a record's text, or why it has none; neither where it is left out."""
         if not isinstance(record, dict):
-            hint = ": jq -c '.[]' FILE writes one a line" if isinstance(record, list) else ""
+            hint = ": jq -c '.[]' FILE writes one per line" if isinstance(record, list) else ""
             return None, f"expected an object, found {type(record).__name__}{hint}"
         for key, value in self.where.items():
             actual = _field(record, key)

@@ -127,7 +127,7 @@ def _advice(ending: str | None) -> str:
         return "Unpack it, or pack JSON lines with gzip or zstd for `data tokenize`"
     if ending in TABLES:
         return f"{HUB}DIRECTORY of `data tokenize` reads a directory of {ending} files"
-    return 'JSON lines are documents such as {"text": "…"}, one a line'
+    return 'JSON lines are documents such as {"text": "…"}, one per line'
 
 
 def _is_known(path: PurePath) -> bool:

@@ -25,7 +25,7 @@ _MIN_VOCAB_SIZE = 256 + len(_SPECIAL_TOKENS)
 
 
 def train_tokenizer(files: Sequence[Path], out: Path, vocab_size: int = 4096) -> int:
-    """Trains a byte-level BPE on the files' "text" and saves it as a Hugging Face directory.
+    """Train a byte-level BPE on the files' "text" and saves it as a Hugging Face directory.
 
     The tokenizer loads with `transformers.AutoTokenizer.from_pretrained(out)`, adds no token of
     its own and gives every text back unchanged. The same files give the same tokenizer.
@@ -39,9 +39,9 @@ def train_tokenizer(files: Sequence[Path], out: Path, vocab_size: int = 4096) ->
         The vocabulary size in tokens.
 
     Raises:
-        UpcyclingError: If the vocabulary is smaller than the 256 bytes and two special tokens, the
-            corpus too small for it, a file missing, a line malformed (names file and line), or
-            `out` holds something that is not a tokenizer.
+        UpcyclingError: The vocabulary is smaller than 256 bytes and two special tokens, or the
+            corpus is too small for it. Or a file is missing, a line is malformed, or `out` holds
+            something that is not a tokenizer.
     """
     if vocab_size < _MIN_VOCAB_SIZE:
         raise UpcyclingError(
@@ -63,7 +63,7 @@ def train_tokenizer(files: Sequence[Path], out: Path, vocab_size: int = 4096) ->
 
 
 def read_documents(jsonl: Path) -> Iterator[tuple[str, int]]:
-    """Yields (text, end of its line in bytes from the file's start) of every document.
+    """Yield (text, end of its line in bytes from the file's start) of every document.
 
     Blank lines are passed over.
 
@@ -86,7 +86,7 @@ def read_documents(jsonl: Path) -> Iterator[tuple[str, int]]:
 
 
 def _parse_document(line: bytes, where: str) -> str:
-    """Returns the text of one JSONL line; errors begin with `where`."""
+    """Return the text of one JSONL line; errors begin with `where`."""
     try:
         text, error = Selection().of(parse_line(line))
     except ValueError as failed:
@@ -97,7 +97,7 @@ def _parse_document(line: bytes, where: str) -> str:
 
 
 def _train_bpe(files: Sequence[Path], vocab_size: int) -> Tokenizer:
-    """Trains the byte-level BPE in memory."""
+    """Train the byte-level BPE in memory."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -115,7 +115,7 @@ def _train_bpe(files: Sequence[Path], vocab_size: int) -> Tokenizer:
 
 
 def _save(tokenizer: Tokenizer, out: Path) -> None:
-    """Writes the Hugging Face directory; it appears whole or not at all."""
+    """Write the Hugging Face directory; it appears whole or not at all."""
     import transformers
 
     tokenizer_class: Any = transformers.PreTrainedTokenizerFast  # has no type annotations
@@ -135,7 +135,7 @@ def _save(tokenizer: Tokenizer, out: Path) -> None:
 
 
 def _check_replaceable(out: Path) -> None:
-    """Refuses to replace anything but an empty directory or an older tokenizer."""
+    """Refuse to replace anything but an empty directory or an older tokenizer."""
     if not out.exists() or (out / "tokenizer.json").is_file():
         return
     if not out.is_dir() or any(out.iterdir()):

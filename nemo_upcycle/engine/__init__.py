@@ -1,1 +1,1 @@
-"""Fills Megatron-Core's models: torch and Megatron-Core, and nothing above them."""
+"""The engine that fills Megatron-Core's models; depends on torch and Megatron-Core only."""

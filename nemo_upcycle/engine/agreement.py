@@ -1,6 +1,6 @@
-"""Whether a model computes what a dense checkpoint's config says: field by field, before a weight.
+"""Compare a model's config with a dense checkpoint's, field by field, before loading weights.
 
-Shapes agree in many models that compute something else.
+Equal shapes are not enough: many models with equal shapes compute different functions.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ _USUAL: dict[str, Any] = LLAMA_FIELDS | {
     "mrope_section": None,
     "window_attn_skip_freq": None,
 }
-"""Fields that decide what a dense model computes, and that are as in a Llama unless its checkpoint
-says otherwise. Dropout, precision and fusion are how a run trains."""
+"""Fields that determine a dense model's function; the defaults are a Llama's. Dropout, precision
+and fusion are settings of the run and not compared."""
 
 _NOT_OF_FUNCTION = ("init_method_std", "bias_activation_fusion", "vocab_size")
-"""Fields that the checkpoint sets and that decide nothing, or are compared by themselves."""
+"""Fields of the checkpoint that do not matter, or are compared separately."""
 
 _OF_ROUTER = ROUTER_FIELDS | {
     "moe_input_jitter_eps": None,
@@ -32,18 +32,18 @@ _OF_ROUTER = ROUTER_FIELDS | {
 
 
 def check_agreement(config: Any, arch: Architecture, tokenizer_size: int | None = None) -> None:
-    """Check that a model is the one that a dense checkpoint's config describes.
+    """Check that a model matches a dense checkpoint's config.
 
-    Experts, lengths of sequences that no window cuts, padding of the vocabulary, and how weights
-    would be drawn may be the run's own.
+    The run may choose experts, sequence lengths (unless a window depends on them), padding of the
+    vocabulary, and the initialisation of weights.
 
     Args:
-        config: The model's: NeMo's GPTConfig, of any class.
+        config: The model's config: any class of NeMo's GPTConfig.
         arch: The dense checkpoint's architecture.
-        tokenizer_size: What the vocabulary is made of where the config has none.
+        tokenizer_size: Size of the vocabulary if the config has none.
 
     Raises:
-        UpcyclingError: It is another model; says every field in which it is.
+        UpcyclingError: The model differs; the message lists all fields that differ.
     """
     differences = [*_differences(config, arch), *_of_vocabulary(config, arch, tokenizer_size)]
     if differences:
@@ -67,7 +67,7 @@ def exactness_of(
         config: The model's.
         upcycling: What the dense model's feed-forward layers become.
         dense: The dense checkpoint's architecture.
-        branches: How many dense checkpoints there are.
+        branches: Number of dense checkpoints.
     """
     exactness = upcycling.exactness(dense.gated_linear_unit, branches)
     if upcycling.num_moe_experts is None:
@@ -79,18 +79,18 @@ def exactness_of(
     ]
     if not other:
         return exactness
-    why = f"{', '.join(other)} makes the router another than softmax and top-k"
+    why = f"{', '.join(other)} makes the router differ from softmax and top-k"
     return Exactness(False, why if exactness.exact else f"{exactness.reason}; {why}")
 
 
 def _differences(config: Any, arch: Architecture) -> Iterator[tuple[str, Any, Any]]:
-    """Yield fields with what the model has and what the dense model has, where they differ."""
+    """Yield fields that differ, with the model's value and the dense model's value."""
     length = config.seq_length
     expected = _USUAL | architecture_fields(arch) | window_fields(arch, length)
     for name, dense in expected.items():
         if name in _NOT_OF_FUNCTION:
             continue
-        # A class without a field computes what the field's usual value says.
+        # A class without a field computes the same as with the field's default.
         model = _of_model(config, name, length)
         if _comparable(model) != _comparable(dense):
             yield name, _shown(model), _shown(dense)
@@ -99,7 +99,7 @@ def _differences(config: Any, arch: Architecture) -> Iterator[tuple[str, Any, An
 def _of_model(config: Any, name: str, length: int) -> Any:
     value = getattr(config, name, _USUAL.get(name))
     if name == "window_size":
-        # Megatron counts the tokens before a token; a window of all of them is none.
+        # Megatron counts the tokens before a token; a window over all of them is no window.
         return None if value is None or not 0 <= value[0] < length - 1 else (value[0], 0)
     if value is None and name in ("num_query_groups", "kv_channels"):
         heads = config.num_attention_heads
@@ -118,12 +118,12 @@ def _shown(value: Any) -> Any:
 def _of_vocabulary(
     config: Any, arch: Architecture, tokenizer_size: int | None
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield a vocabulary that is not the dense model's, padded so that it divides by TP."""
+    """Yield the vocabulary size if it differs from the dense model's, padded for TP."""
     tp = config.tensor_model_parallel_size
     divisors = (1, tp, config.make_vocab_size_divisible_by * tp)
     padded = {padded_vocabulary(arch.vocab_size, divisor) for divisor in divisors}
     size = config.vocab_size
-    if size is None:  # NeMo then takes the tokenizer's, padded
+    if size is None:  # NeMo then uses the tokenizer's size, padded
         if tokenizer_size is None:
             return
         size = padded_vocabulary(tokenizer_size, divisors[-1])

@@ -1,7 +1,7 @@
-"""Turn copies of the dense layer into what an initialiser makes of them, in place.
+"""Apply an initialiser to experts that are copies of the dense layer, in place.
 
-The second pass over a rank's experts; where they stay plain copies there is none. Neurons are
-worked on some at a time, in fp32, so that each value is rounded once.
+This is the second pass over a rank's experts; plain copies need no second pass. Neurons are
+processed in blocks, in fp32, so that each value is rounded once.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ from nemo_upcycle.families.names import expert_of, layer_of
 from nemo_upcycle.initializers import Initializer, Neurons, make_initializer
 
 BLOCK_BYTES = 2**20
-"""Neurons come to an initialiser in blocks: at most this of gate, of up and of down, in fp32."""
+"""Maximum size of a block of neurons: bytes of gate, of up and of down, in fp32."""
 
 
 @dataclass(frozen=True)
 class _Expert:
-    """What a rank owns of an expert: some of its neurons, by part; those of down as columns."""
+    """A rank's part of an expert: some neurons of gate, up and down; those of down as columns."""
 
     layer: int
     number: int
@@ -46,11 +46,11 @@ def initialize_experts(
     """Initialise and scale this rank's experts, which hold copies of the dense layer's shards.
 
     Args:
-        owned: What this rank owns.
+        owned: The shards that this rank owns.
         checkpoint: The dense checkpoint.
         family: The dense model's family.
         arch: The dense model's architecture.
-        upcycling: Says the initialiser and the scaling.
+        upcycling: Gives the initialiser and the scaling.
 
     Returns:
         Bytes read from the checkpoint.
@@ -90,7 +90,7 @@ def _scale_shared_experts(owned: Iterable[OwnedShard], scale: float) -> None:
 
 
 def _experts(owned: Iterable[OwnedShard], arch: Architecture) -> Iterator[_Expert]:
-    """Put the shards of each routed expert together."""
+    """Group the shards of each routed expert."""
     shards: dict[tuple[int, int], list[OwnedShard]] = {}
     for own in owned:
         layer, expert = layer_of(own.shard.name), expert_of(own.shard.name)
@@ -117,7 +117,7 @@ class _Work:
 
     @torch.no_grad()
     def initialize(self, expert: _Expert, rows: range) -> None:
-        """Initialise some of the neurons that this rank has of an expert."""
+        """Initialise a block of an expert's neurons on this rank."""
         first, stop = self.upcycling.neurons(expert.number, self.arch.ffn_hidden_size)
         start = first + expert.start
         here = slice(rows.start, rows.stop)
@@ -145,9 +145,9 @@ class _Work:
 
 
 class _Statistics:
-    """Mean and standard deviation of the dense layers' parts, each read when first asked for.
+    """Mean and standard deviation of the dense layers' parts, each read on first use.
 
-    Always of the whole part, in the same order: the same on every rank of every mapping.
+    Always computed over the whole part in the same order, so that all ranks of all mappings agree.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The load of every expert over a run, as a picture."""
+"""A figure of the load of every expert over a run."""
 
 import warnings
 from pathlib import Path
@@ -9,11 +9,11 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.pictures import require_matplotlib, write_picture
 
 SNAPSHOTS = 400
-"""So many are kept: of more, every second one is dropped, and from then on every second added."""
+"""Maximum number of snapshots; beyond it every second one is dropped, and half as many added."""
 
 
 class LoadHistory:
-    """Loads of all experts at some steps."""
+    """Snapshots of the load of all experts."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -24,9 +24,9 @@ class LoadHistory:
         """Keep a snapshot.
 
         Args:
-            step: Of the training.
-            load: Share of the assignments that each expert was chosen for, [layers, experts]; NaN
-                in layers without experts.
+            step: The training step.
+            load: Each expert's share of the assignments, [layers, experts]; NaN in layers without
+                experts.
         """
         if self._count % self._every == 0:
             self.steps.append(step)
@@ -37,21 +37,21 @@ class LoadHistory:
             self._every *= 2
 
     def grid(self) -> torch.Tensor:
-        """Return loads relative to even ones, [MoE layers, experts, steps]."""
+        """Return loads relative to an even load, [MoE layers, experts, steps]."""
         loads = torch.stack(self._loads, dim=-1)
         is_moe = ~torch.isnan(loads[:, 0, 0])
         return loads[is_moe] * loads.shape[1]
 
     def draw(self, path: Path) -> None:
-        """Write a picture: layers, and in each its experts, from top to bottom; steps to the right.
+        """Write a figure: layers with their experts from top to bottom, steps to the right.
 
-        Does nothing without a snapshot; says so without matplotlib.
+        Does nothing without a snapshot; prints a remark without matplotlib.
         """
         if not self.steps:
             return
         try:
             require_matplotlib()
-        except UpcyclingError as error:  # a run that has trained does not fail for a picture
+        except UpcyclingError as error:  # a finished training must not fail because of a figure
             warnings.warn(str(error), stacklevel=2)
             return
         from matplotlib.backends.backend_agg import FigureCanvasAgg

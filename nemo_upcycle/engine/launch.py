@@ -1,4 +1,4 @@
-"""Run a command of ours on several ranks of this machine, as torchrun would."""
+"""Run a `nemo-upcycle` command on several ranks of this machine, like torchrun."""
 
 import logging
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 from nemo_upcycle.config import ParallelFolding
 
 SECONDS_TO_END = 5
-"""After Ctrl-C; a rank that waits for another in a collective hears of nothing else."""
+"""Time before SIGKILL after Ctrl-C; a rank that waits in a collective ignores other signals."""
 
 
 def fewest_ranks(folding: ParallelFolding) -> int:
-    """Return the ranks that a mapping needs at least."""
+    """Return the smallest number of ranks for a mapping."""
     attention = folding.tensor_model_parallel_size * folding.context_parallel_size
     experts = folding.expert_tensor_parallel_size * folding.expert_model_parallel_size
     return folding.pipeline_model_parallel_size * lcm(attention, experts)
@@ -31,22 +31,22 @@ def is_first_rank() -> bool:
 
 
 def launch(arguments: list[str], ranks: int, errors: str) -> int:
-    """Run `nemo-upcycle ARGUMENTS` on ranks of this machine; rank 0 shows what it says.
+    """Run `nemo-upcycle ARGUMENTS` on ranks of this machine; rank 0's output is shown.
 
     Args:
         arguments: The command and its arguments.
-        ranks: How many.
-        errors: The variable that tells ranks in which directory to leave what went wrong.
+        ranks: Number of ranks.
+        errors: Environment variable with the directory where ranks write their errors.
 
     Returns:
-        An exit code. What went wrong is said once, in one line where all ranks say the same; of a
-        rank that has left nothing, unless it is rank 0, the end of what it has printed.
+        An exit code. An error is printed once, in one line if all ranks report the same. For a
+        failed rank other than 0 without a report, the end of its output is printed.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # They say at length that a rank has failed, which says why itself.
+    # torchrun's loggers report the failure at length; the rank itself gives the reason.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryDirectory() as said:
         config = LaunchConfig(
@@ -82,7 +82,7 @@ def launch(arguments: list[str], ranks: int, errors: str) -> int:
 
 
 def _report_errors(directory: Path) -> None:
-    """Print the errors that ranks have left, each once."""
+    """Print the errors that ranks have written, each once."""
     by_message: dict[str, list[str]] = {}
     for file in sorted(directory.iterdir(), key=lambda file: int(file.name)):
         by_message.setdefault(file.read_text(), []).append(file.name)

@@ -1,4 +1,4 @@
-"""Carry out the plan on this rank: Megatron-Core modules in, filled parameters out."""
+"""Execute the plan on this rank: fill the parameters of Megatron-Core modules."""
 
 import resource
 import sys
@@ -29,7 +29,7 @@ from nemo_upcycle.trained.restore import plan_restore
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What one rank did.
+    """What a rank has done.
 
     Attributes:
         tensors: Names of the dense tensors used.
@@ -60,11 +60,11 @@ def fill(
         checkpoint: The dense checkpoint.
         upcycling: What the dense feed-forward layers become.
         progress: Called with the bytes filled and the bytes in total, in the checkpoint's dtypes.
-        read_once: Read each slice once per job and broadcast it to all ranks that want it; all
-            ranks must say so. Otherwise every rank reads what it needs.
+        read_once: Read each slice once per job and broadcast the slice to all ranks that need
+            it; must be equal on all ranks. Otherwise every rank reads what it needs.
 
     Returns:
-        What was done.
+        A report.
 
     Raises:
         UpcyclingError: The checkpoint is damaged or does not fit the model. The error is raised
@@ -102,7 +102,7 @@ def fill(
 def restore(
     modules: Sequence[torch.nn.Module], trained: Trained, progress: Progress | None = None
 ) -> frozenset[str]:
-    """Fill this rank's part of the model from a trained one.
+    """Fill this rank's part of the model from a trained model.
 
     Args:
         modules: The rank's Megatron-Core GPT models, one per virtual pipeline stage.
@@ -110,7 +110,7 @@ def restore(
         progress: Called with the bytes filled and the bytes in total, in the checkpoint's dtypes.
 
     Returns:
-        Names of the tensors used, of which all ranks together have all: `check_all_restored`.
+        Names of the tensors used. All ranks together must use all; see `check_all_restored`.
 
     Raises:
         UpcyclingError: The checkpoint is damaged or does not fit the model.
@@ -128,10 +128,10 @@ def check_all_used(checkpoint: DenseCheckpoint, reports: Iterable[LoadReport]) -
 
     Args:
         checkpoint: The dense checkpoint.
-        reports: What every rank did.
+        reports: The reports of all ranks.
 
     Raises:
-        UpcyclingError: Some tensor went nowhere; the model is smaller than the checkpoint.
+        UpcyclingError: A tensor was not used; the model is smaller than the checkpoint.
     """
     used = frozenset().union(*(report.tensors for report in reports))
     expected = checkpoint.family.shapes(checkpoint.architecture)
@@ -164,7 +164,7 @@ def _copy(
     progress: Progress,
     read_once: bool,
 ) -> int:
-    """Carry out the plan's copies; return the bytes that this rank has read."""
+    """Execute the plan's copies; return the bytes that this rank has read."""
     for target in plan.zeros:
         owned[target.shard].data[target.rows[0] : target.rows[1]].zero_()
     blocks = sorted(plan.copies, key=lambda block: _place(block, checkpoint, read_once))
@@ -191,9 +191,9 @@ def _copy(
 
 
 def _place(block: Block, checkpoint: DenseCheckpoint, read_once: bool) -> tuple[object, ...]:
-    """Order blocks as they lie in the files, so that a disk reads forward.
+    """Sort key of a block: the order in the files, so that a disk reads forward.
 
-    Blocks that are broadcast need one order on all ranks, whose files may differ.
+    Broadcast blocks need the same order on all ranks, whose files may differ.
     """
     piece = checkpoint.pieces(block.tensor)[0]
     file = () if read_once else (piece.file, piece.start)
@@ -204,7 +204,7 @@ def _write(
     owned: Sequence[OwnedShard], targets: Sequence[Target], chunk: Chunk, values: torch.Tensor
 ) -> None:
     if len(targets) > 1:
-        values = values.to(owned[targets[0].shard].data.dtype)  # once, not once a target
+        values = values.to(owned[targets[0].shard].data.dtype)  # once for all targets
     count = chunk.rows[1] - chunk.rows[0]
     for target in targets:
         start = target.rows[0] + chunk.first

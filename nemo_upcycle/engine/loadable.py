@@ -1,4 +1,4 @@
-"""A checkpoint of any kind as what it is, and how to fill Megatron's models with it."""
+"""A checkpoint of any kind, with functions that fill Megatron's models."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ from nemo_upcycle.trained.restore import check_all_restored
 
 @dataclass(frozen=True)
 class LoadableCheckpoint:
-    """A checkpoint, opened by its headers.
+    """A checkpoint, opened by headers.
 
     Attributes:
-        model: What it is, dense or MoE.
-        dtype: Of its parameters.
+        model: The model in the checkpoint, dense or MoE.
+        dtype: dtype of the parameters.
         fill: Fills this rank's Megatron-Core GPT models, one per virtual pipeline stage.
-        check: Raises `UpcyclingError` where ranks, whose returns of `fill` it takes, have together
-            not used the whole checkpoint.
+        check: Takes the results of `fill` of all ranks; raises `UpcyclingError` if the ranks
+            together have not used the whole checkpoint.
     """
 
     model: MoEModel
@@ -39,14 +39,14 @@ class LoadableCheckpoint:
 
 
 def open_loadable(source: str | Path) -> LoadableCheckpoint:
-    """Open a checkpoint that is to be taken as it is.
+    """Open a checkpoint for loading without upcycling.
 
     Args:
         source: A NeMo 2 or Megatron-LM checkpoint saved under any mapping, or a Hugging Face
             directory; dense or MoE.
 
     Raises:
-        UpcyclingError: It cannot be read, or Megatron's model does not compute it.
+        UpcyclingError: The checkpoint cannot be read, or Megatron cannot compute the model.
     """
     directory = resolve_directory(source)
     if _is_dense_huggingface(directory):
@@ -61,7 +61,7 @@ def open_loadable(source: str | Path) -> LoadableCheckpoint:
 
 
 def _is_dense_huggingface(directory: Path) -> bool:
-    """Return whether a directory is a Hugging Face checkpoint of a dense family that is known."""
+    """Return whether a directory is a Hugging Face checkpoint of a supported dense family."""
     if not is_huggingface(directory):
         return False
     return str(read_config(directory).get("model_type")) in FAMILIES

@@ -1,24 +1,22 @@
-"""What this rank owns of a Megatron-Core model, as Megatron itself says it.
+"""The shards of a Megatron-Core model on this rank, according to Megatron itself.
 
-`sharded_state_dict()` gives each shard's place in the whole parameter, and its data are views of
-the parameter, so that writing a shard writes the parameter in place.
+`sharded_state_dict()` gives each shard's offset in the whole parameter. The data are views of the
+parameter, so that writing a shard writes the parameter in place.
 """
 
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedStateDict,
-    ShardedTensor,
-    ShardedTensorFactory,
-)
 
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.plans.rank import Shard
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 
 _STACKED_LAYERS = re.compile(r"^decoder\.layers\.(?!\d)")
 _STACKED_EXPERTS = ".mlp.experts.experts."
@@ -26,17 +24,17 @@ _STACKED_EXPERTS = ".mlp.experts.experts."
 
 @dataclass(frozen=True)
 class OwnedShard:
-    """A shard and the view of the parameter that holds it."""
+    """A shard, and the view of the parameter that holds the shard."""
 
     shard: Shard
     data: torch.Tensor
 
 
 def owned_shards(module: torch.nn.Module) -> list[OwnedShard]:
-    """Return what this rank owns of a Megatron-Core model.
+    """Return the shards of a Megatron-Core model on this rank.
 
-    Experts may be modules of their own (SequentialMLP), one weight each (TEGroupedMLP), or parts
-    of one weight, transposed (legacy GroupedMLP).
+    Experts may be separate modules (SequentialMLP), separate weights (TEGroupedMLP), or
+    transposed parts of one weight (legacy GroupedMLP).
 
     Raises:
         UpcyclingError: A parameter is not covered exactly once by views of itself.
@@ -57,18 +55,21 @@ def _groups(module: torch.nn.Module) -> dict[str, Any] | None:
 
 
 class _View(torch.Tensor):
-    """A parameter whose parts stay views of it when Megatron asks for contiguous ones.
+    """A parameter whose parts stay views even if Megatron calls `contiguous()`.
 
-    The legacy GroupedMLP describes its transposed weights by contiguous copies, which cannot be
-    written through.
+    The legacy GroupedMLP describes its transposed weights by contiguous copies, which would not
+    write to the parameter.
     """
 
     def contiguous(self, *_: Any, **__: Any) -> "_View":
         return self
 
 
-def _sharded_tensors(values: Iterable[object]) -> Iterator[ShardedTensor]:
+def _sharded_tensors(values: Iterable[object]) -> Iterator["ShardedTensor"]:
     """Yield the sharded tensors; factories split fused parameters (gate and up) into views."""
+    # Here, so that initialisers, which need an OwnedShard alone, do not wait for Megatron-Core.
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
     for value in values:
         if isinstance(value, ShardedTensorFactory):
             data = value.data.detach().as_subclass(_View)
@@ -78,8 +79,8 @@ def _sharded_tensors(values: Iterable[object]) -> Iterator[ShardedTensor]:
             yield value
 
 
-def _owned(tensor: ShardedTensor) -> Iterator[OwnedShard]:
-    """Yield a tensor's shards: one, or one an expert where it holds several."""
+def _owned(tensor: "ShardedTensor") -> Iterator[OwnedShard]:
+    """Yield a tensor's shards: one, or one per expert for a tensor with several experts."""
     name, skip = tensor.key, tensor.prepend_axis_num
     prepended = list(tensor.global_offset[:skip])
     data = tensor.data.detach().as_subclass(torch.Tensor)
@@ -116,5 +117,5 @@ def _check_coverage(module: torch.nn.Module, owned: list[OwnedShard]) -> None:
     if wrong:
         raise UpcyclingError(
             f"{len(wrong)} parameters would not be written exactly once: {listing(wrong)}. "
-            "This Megatron-Core describes them in a way that is not known here; please report it."
+            "This version of Megatron-Core describes them in an unknown way; please report this."
         )

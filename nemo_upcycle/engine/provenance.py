@@ -1,4 +1,4 @@
-"""What a run began from, and its settings: kept in its checkpoints, compared when it resumes."""
+"""Origin and settings of a run: kept in the run's checkpoints, compared on a resume."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,28 +17,27 @@ MAY_CHANGE = frozenset(
         "moe_z_loss_coeff",
     }
 )
-"""Fields of `UpcyclingConfig` that are chosen anew while a run trains."""
+"""Fields of `UpcyclingConfig` that may change during a run."""
 
 
 DENSE, RESTORED, RANDOM = "a dense checkpoint", "restored weights", "random weights"
-"""What the weights of a run can begin as."""
+"""Kinds of initial weights of a run."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The weights that a run began from, what they became, and how they are trained.
+    """The initial weights of a run, the upcycling, and the training settings.
 
     Attributes:
-        dense_checkpoint: Where the checkpoint was, dense or restored; None where the weights were
-            random.
-        fingerprint: What tells it from others; None where it could not be read.
-        upcycling: The fields of `UpcyclingConfig`; where no dense model was upcycled, the number
-            of experts and top-k alone.
-        kept: What the dense model's configs say and training does not change; see
-            `checkpoint.kept`. None where nothing is known of it.
+        dense_checkpoint: Path of the dense or restored checkpoint; None for random weights.
+        fingerprint: Fingerprint of the weights; None if they could not be read.
+        upcycling: The fields of `UpcyclingConfig`; without a dense checkpoint only the number of
+            experts and top-k.
+        kept: Settings of the dense model's configs that training keeps; see `checkpoint.kept`.
+            None if unknown.
         weights: `DENSE`, `RESTORED` (NeMo's `resume.restore_config`) or `RANDOM`.
-        settings: What decides the result beside them, by name; see `nemo.run_settings`. Empty
-            where an older version has saved it.
+        settings: Other settings that determine the result, by name; see `nemo.run_settings`.
+            Empty if saved by an older version.
     """
 
     dense_checkpoint: str | None
@@ -56,7 +55,7 @@ class Origin:
         config: UpcyclingConfig,
         kept: Mapping[str, Any] | None = None,
     ) -> "Origin":
-        """Make it of the arguments of a run that has a dense checkpoint."""
+        """Return the origin of a run with a dense checkpoint."""
         return cls(dense_checkpoint, fingerprint, asdict(config), kept)
 
     def __str__(self) -> str:
@@ -66,22 +65,21 @@ class Origin:
         return f"{model} from {source}"
 
     def check(self, now: "Origin", run: str) -> None:
-        """Check that a resume continues what was begun.
+        """Check that a resume continues the same run.
 
         Args:
-            now: What the resuming command says.
-            run: Where the run is, for the message.
+            now: The origin by the resuming command.
+            run: The run's directory, for the message.
 
         Raises:
-            UpcyclingError: The weights are of another kind, the dense checkpoint or the upcycling
-                is another.
+            UpcyclingError: The kind of weights, the dense checkpoint or the upcycling differs.
         """
         if self._kind() != now._kind():
             raise UpcyclingError(
-                f"The run in {run} is {self}; the command says {now}. A run goes on as it began: "
-                "give what it began with, or another name for a new run."
+                f"The run in {run} is {self}; the command says {now}. A run must continue as it "
+                "began: give the original values, or another name for a new run."
             )
-        # A field that this version has added is in `now` alone.
+        # A field that is new in this version is only in `now`.
         changed = [
             name
             for name in sorted(self.upcycling.keys() & now.upcycling.keys() - MAY_CHANGE)
@@ -92,7 +90,8 @@ class Origin:
             given = ", ".join(f"{name}={now.upcycling[name]}" for name in changed)
             raise UpcyclingError(
                 f"The run in {run} was upcycled with {began}; now {given} is given. "
-                "A run goes on as it began: give the first values, or another name for a new run."
+                "A run must continue as it began: give the original values, or another name for a "
+                "new run."
             )
         if now.fingerprint is not None and self.fingerprint not in (None, now.fingerprint):
             raise UpcyclingError(

@@ -1,4 +1,4 @@
-"""What all ranks tell each other while they upcycle, on a group that notices a lost rank."""
+"""Communication between all ranks during upcycling, on a group that notices lost ranks."""
 
 import re
 import sys
@@ -14,27 +14,27 @@ from nemo_upcycle.errors import UpcyclingError
 T = TypeVar("T")
 
 TIMEOUT_S = 1800.0
-"""How long a rank waits for the others: torch's own for gloo."""
+"""How long a rank waits for the others; torch's default for gloo."""
 
 
 def _said(error: Exception) -> str:
-    """Return what an error says; of one that is not ours also what it is, which may be all."""
+    """Return an error's message, with the type for errors that are not ours."""
     if isinstance(error, UpcyclingError):
         return str(error)
     return f"{type(error).__name__}: {error}"
 
 
 class Ranks:
-    """All ranks of the run, on a gloo group of their own.
+    """All ranks of the run, on a separate gloo group.
 
-    NCCL, whose group a run on GPUs has anyway, neither times out nor fails when a rank dies: the
-    others would wait in a kernel.
+    A GPU run's NCCL group neither times out nor fails when a rank dies: the other ranks would wait
+    in a kernel.
 
     Args:
-        timeout_s: Seconds that a rank waits for the slowest.
+        timeout_s: Seconds that a rank waits for the slowest rank.
 
     Raises:
-        UpcyclingError: A rank was lost before all had come here.
+        UpcyclingError: A rank was lost before all ranks arrived here.
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
@@ -53,13 +53,13 @@ class Ranks:
         """Return every rank's value, in rank order, on every rank.
 
         Raises:
-            UpcyclingError: A rank was lost, or did not come within the timeout.
+            UpcyclingError: A rank was lost, or did not arrive within the timeout.
         """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         try:
-            # Waits for the slowest rank, and lets rank 0 name the one that does not come.
+            # Waits for the slowest rank; rank 0 can name a rank that does not arrive.
             torch.distributed.monitored_barrier(self._group, self.timeout, wait_all_ranks=True)
             torch.distributed.all_gather_object(values, value, group=self._group)
         except RuntimeError as error:
@@ -67,13 +67,13 @@ class Ranks:
         return values
 
     def raise_on_all(self, error: Exception | None) -> None:
-        """Raise on every rank if any rank failed, so that none waits for one that is gone.
+        """Raise on every rank if any rank failed, so that no rank waits for a failed rank.
 
         Args:
-            error: This rank's error, if it has one.
+            error: This rank's error, or None.
 
         Raises:
-            UpcyclingError: Some rank failed; names the ranks and says what each one said.
+            UpcyclingError: Some rank failed; the message has the ranks and their errors.
         """
         said = _said(error) if error else None
         try:
@@ -92,13 +92,13 @@ class Ranks:
         raise UpcyclingError("; ".join(parts)) from error
 
     def on_all(self, work: Callable[[], T]) -> T:
-        """Do this rank's work; raise on every rank if any rank has failed at its own.
+        """Do this rank's work; raise on every rank if any rank has failed.
 
         Args:
-            work: What this rank does.
+            work: The work of this rank.
 
         Returns:
-            What came of it.
+            The result of this rank.
 
         Raises:
             UpcyclingError: As `raise_on_all`.
@@ -107,7 +107,7 @@ class Ranks:
         error = None
         try:
             done.append(work())
-        except Exception as exception:  # whatever it is, the other ranks must hear of it
+        except Exception as exception:  # the other ranks must learn of any failure
             error = exception
         self.raise_on_all(error)
         return done[0]
@@ -119,21 +119,21 @@ class Ranks:
             who = f"rank {named[1] if named else 1 - self.rank}"
         return UpcyclingError(
             f"Rank {self.rank} got no answer from {who}, which has ended, was killed, or took more "
-            f"than {self.timeout.total_seconds():g} s longer. See what it said last and whether "
-            "its machine ran out of memory; then start the same command again. Where ranks are "
-            "only slow, raise timeout_s."
+            f"than {self.timeout.total_seconds():g} s longer. Check the last output of that rank, "
+            "and whether its machine ran out of memory; then start the same command again. If "
+            "ranks are only slow, raise timeout_s."
         )
 
 
 def check_same(what: str, views: Sequence[str | None]) -> None:
-    """Check that all nodes see the same files; all ranks have all views.
+    """Check that all nodes see the same files.
 
     Args:
-        what: What was looked at.
-        views: What each rank has seen, in rank order.
+        what: What is compared, for the message.
+        views: What each rank sees, in rank order; the same list on all ranks.
 
     Raises:
-        UpcyclingError: They have not seen the same.
+        UpcyclingError: Ranks see different files.
     """
     first = {view: rank for rank, view in reversed(list(enumerate(views)))}
     if len(first) > 1:

@@ -1,8 +1,8 @@
-"""Read blocks of a dense checkpoint in chunks and write them, some at a time.
+"""Read blocks of a dense checkpoint in chunks and write the chunks to their targets.
 
-Each of a few threads reads a chunk into a buffer of its own and writes it from there, so that one
-waits for the disk while another writes. Where ranks share a block (`sharing.py`), one of them
-reads it and the others receive it; broadcasts need an order, so those are written in turn.
+A few threads each read a chunk into a separate buffer and write the chunk from there, so that one
+thread waits for the disk while another writes. If ranks share a block (`sharing.py`), one rank
+reads and the others receive. Broadcasts need an order, so shared blocks are processed in turn.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from nemo_upcycle.engine.sharing import Sharers
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.plans.rank import BUFFERS, Block, block_bytes, chunks
 
-# Bits of +Inf: as a signed integer, no finite value is as large.
+# Bits of +Inf: as signed integers, all finite values are smaller.
 _INFINITY: dict[str, "np.signedinteger[Any]"] = {
     "F64": np.int64(0x7FF0_0000_0000_0000),
     "F32": np.int32(0x7F80_0000),
@@ -34,14 +34,14 @@ _INFINITY: dict[str, "np.signedinteger[Any]"] = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a block; see `plans.rank.chunks`."""
+    """A run of rows of a block; see `plans.rank.chunks`."""
 
     block: Block
     rows: Span
 
     @property
     def first(self) -> int:
-        """Its first row, counted in the block."""
+        """The first row, counted from the start of the block."""
         return self.rows[0] - self.block.rows[0]
 
 
@@ -49,7 +49,7 @@ Write = Callable[[Chunk, torch.Tensor], None]
 
 
 class _Buffer:
-    """Memory that one chunk at a time is read into."""
+    """Memory for one chunk at a time."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         memory = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -58,17 +58,17 @@ class _Buffer:
         self._copied: torch.cuda.Event | None = None
 
     def on_device(self, values: torch.Tensor) -> torch.Tensor:
-        """Copy the values to the device, where it is not the CPU, without waiting for it."""
+        """Copy the values to the device asynchronously, unless the device is the CPU."""
         if self._device.type != "cuda":
             return values
-        with torch.cuda.device(self._device):  # which is each thread's own
+        with torch.cuda.device(self._device):  # the current device is per thread
             moved = values.to(self._device, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
         return moved
 
     def wait(self) -> None:
-        """Wait until the memory may be written again."""
+        """Wait until the memory may be overwritten."""
         if self._copied is not None:
             self._copied.synchronize()
 
@@ -80,18 +80,19 @@ def copy_blocks(
     shared: Mapping[Block, Sharers],
     write: Write,
 ) -> Iterator[Chunk]:
-    """Read the blocks chunk by chunk and write each where it belongs.
+    """Read blocks chunk by chunk and write each chunk to its targets.
 
     Args:
         checkpoint: The dense checkpoint.
-        blocks: What to read, in this order; ranks that share blocks have them in one order.
-        device: Where the parameters are.
-        shared: Blocks that other ranks want too, and which of them reads.
+        blocks: Blocks to read, in this order; shared blocks have the same order on all ranks.
+        device: Device of the parameters.
+        shared: Blocks that other ranks need too, with the rank that reads.
         write: Called with a chunk and its values, [rows, columns] or [rows], in the checkpoint's
-            dtype, on `device`; by several threads at a time. The values do not outlive the call.
+            dtype, on `device`; by several threads at a time. The values are valid only during
+            the call.
 
     Yields:
-        Each chunk once it is written.
+        Each chunk after it is written.
 
     Raises:
         UpcyclingError: The checkpoint cannot be read, or holds NaN or Inf.
@@ -130,7 +131,7 @@ def copy_blocks(
                 if not shared:
                     threads.shutdown(cancel_futures=True)
                     raise
-                # The others wait for what this rank was to read; they hear of it at the end.
+                # The other ranks wait for this block; they learn of the error at the end.
                 error = error or failed
                 values = _values(checkpoint, chunk, buffer.raw)
             if chunk.block in shared:
@@ -142,7 +143,7 @@ def copy_blocks(
 
 
 class _ThisThread(Executor):
-    """Does at once what it is asked for: handing it to a thread takes longer than a small read."""
+    """Runs work immediately: handing a small read to a thread takes longer than the read."""
 
     def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -159,10 +160,10 @@ def _broadcast(chunk: Chunk, values: torch.Tensor, sharers: Sharers, write: Writ
 
 
 def thread_count() -> int:
-    """Return how many threads read and write: this rank's share of the cores, one at least.
+    """Return the number of reading threads: this rank's share of the cores, at least one.
 
-    More than there are cores for would take each other's cache; where there is one, the kernel
-    reads ahead while it writes.
+    More threads than cores would compete for the cache. With a single thread, the kernel reads
+    ahead while the thread writes.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(BUFFERS, (os.cpu_count() or 1) // ranks))
@@ -173,27 +174,27 @@ def _read(checkpoint: DenseCheckpoint, chunk: Chunk, raw: memoryview, values: to
     block = chunk.block
     raw = raw[: chunk_bytes(chunk, checkpoint)]
     checkpoint.read_into(raw, block.tensor, chunk.rows, block.columns)
-    # A sum of finite values may overflow, but none with NaN or Inf in it is finite: one fast pass.
+    # Fast test: a sum with NaN or Inf is never finite, although finite values may overflow too.
     if not math.isfinite(float(values.sum())) and not all_finite(
         np.frombuffer(raw, np.uint8), checkpoint.tensors[block.tensor].dtype
     ):
         raise UpcyclingError(
             f"Tensor {block.tensor} of {checkpoint.directory} holds NaN or Inf in rows "
             f"{chunk.rows[0]}:{chunk.rows[1]}; expected finite weights. "
-            "The checkpoint is damaged; get it again."
+            "The checkpoint is damaged; get the checkpoint again."
         )
 
 
 def all_finite(raw: "np.ndarray[tuple[int], np.dtype[np.uint8]]", dtype: str) -> bool:
     """Return whether bytes hold neither NaN nor Inf.
 
-    Both have all bits of the exponent set: as integers they are the largest of the positive
-    numbers (read as signed) and of the negative ones (read as unsigned). Two maxima of integers
-    are several times faster than `isfinite`.
+    In NaN and Inf all bits of the exponent are set. As integers they are the largest of the
+    positive numbers (read as signed) and of the negative numbers (read as unsigned). Two integer
+    maxima are several times faster than `isfinite`.
 
     Args:
-        raw: The values' bytes.
-        dtype: safetensors' name of their dtype.
+        raw: The bytes of the values.
+        dtype: safetensors' name of the dtype.
     """
     infinity = _INFINITY[dtype]
     signed = raw.view(infinity.dtype)

@@ -1,7 +1,7 @@
-"""Read each slice once per job: which ranks want the same blocks, and which of them reads.
+"""Read each slice once per job: which ranks need the same blocks, and which rank reads.
 
-Every rank tells all others what it will read. Blocks that several ranks want are read by one of
-them, chosen so that all read about as much, and broadcast to the others.
+Every rank announces which blocks it needs. A block that several ranks need is read by one of them
+and broadcast to the others. Readers are chosen so that all ranks read about the same amount.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +17,11 @@ from nemo_upcycle.plans.rank import Block, block_bytes
 
 @dataclass(frozen=True)
 class Sharers:
-    """The ranks that want a block.
+    """The ranks that share a block.
 
     Attributes:
-        reader: The global rank that reads it.
-        group: The process group of them all.
+        reader: The global rank that reads.
+        group: The process group of all these ranks.
         this_rank_reads: Whether `reader` is this rank.
     """
 
@@ -34,20 +34,20 @@ class Sharers:
 def sharing(
     blocks: Sequence[Block], tensors: Mapping[str, TensorInfo]
 ) -> Iterator[dict[Block, Sharers]]:
-    """Agree with all other ranks on who reads what; all ranks must call it.
+    """Agree with all other ranks on who reads what; all ranks must call this.
 
     Args:
-        blocks: What this rank wants.
+        blocks: Blocks that this rank needs.
         tensors: The dense checkpoint's tensors.
 
     Yields:
-        The blocks that are wanted elsewhere too. Their process groups live as long as the context.
+        The blocks that other ranks need too. The process groups live as long as the context.
     """
     wanted: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(wanted, list(blocks))
     readers = choose_readers(wanted, tensors)
     rank = torch.distributed.get_rank()
-    # Every rank has to make every group, also those that it is not in.
+    # Every rank must create every group, also groups without this rank.
     groups = {
         ranks: torch.distributed.new_group(list(ranks))
         for ranks in sorted({ranks for ranks, _ in readers.values()})
@@ -67,15 +67,15 @@ def sharing(
 def choose_readers(
     wanted: Sequence[Sequence[Block]], tensors: Mapping[str, TensorInfo]
 ) -> dict[Block, tuple[tuple[int, ...], int]]:
-    """Choose who reads the blocks that several ranks want.
+    """Choose the readers of blocks that several ranks need.
 
     Args:
-        wanted: What each rank wants.
+        wanted: Blocks that each rank needs.
         tensors: The dense checkpoint's tensors.
 
     Returns:
-        For each such block its ranks, and the one of them that reads, the same on every rank: the
-        one with the fewest bytes so far.
+        Each shared block's ranks and reader, the same on every rank. The reader is the rank with
+            the fewest bytes so far.
     """
     ranks_of: dict[Block, list[int]] = {}
     for rank, blocks in enumerate(wanted):

@@ -1,4 +1,4 @@
-"""What all ranks of a job do together: fill the model, hear of each other's errors, report."""
+"""Upcycling on all ranks of a job: fill the model, share errors, report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from nemo_upcycle.progress import progress, size
 
 @dataclass(frozen=True)
 class Report:
-    """What a job did.
+    """What a job has done.
 
     Attributes:
-        dense_checkpoint: What it was upcycled from.
+        dense_checkpoint: The source of the weights.
         upcycling: What the feed-forward layers have become.
-        ranks: What each rank did.
-        exactness: Whether the model computes the dense function, and why not.
+        ranks: The reports of all ranks.
+        exactness: Whether the model computes the dense model's function, and why.
     """
 
     dense_checkpoint: str
@@ -41,7 +41,7 @@ class Report:
         peak = max(rank.peak_resident_bytes for rank in self.ranks)
         lines = {
             "tensors mapped": f"{len(tensors)} dense → {sum(r.shards for r in self.ranks)} shards",
-            "bytes read": f"{size(sum(rank.bytes_read for rank in self.ranks))} in all, "
+            "bytes read": f"{size(sum(rank.bytes_read for rank in self.ranks))} in total, "
             f"at most {size(most)} per rank",
             "time": f"{max(rank.seconds for rank in self.ranks):.2f} s",
             "peak memory": f"{size(peak)} resident per rank",
@@ -53,13 +53,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dense checkpoint that has been opened by its headers, and what is to become of it.
+    """A dense checkpoint, opened by headers, with the upcycling.
 
     Attributes:
-        name: What the checkpoint was called.
+        name: The checkpoint's name in the command.
         checkpoint: The checkpoint.
-        fingerprint: What tells its weights from others'; see `checkpoint.fingerprint`.
-        kept: What its configs say and training does not change; see `checkpoint.kept`.
+        fingerprint: Fingerprint of the weights; see `checkpoint.fingerprint`.
+        kept: Settings of the configs that training keeps; see `checkpoint.kept`.
         upcycling: What the dense feed-forward layers become.
     """
 
@@ -70,14 +70,14 @@ class Prepared:
     upcycling: UpcyclingConfig
 
     def check_model(self, config: Any, tokenizer_size: int | None = None) -> None:
-        """Check that a model is the checkpoint's, by headers and configs alone.
+        """Check that a model matches the checkpoint, by headers and configs alone.
 
         Args:
-            config: The model's, with Megatron's and NeMo's field names.
-            tokenizer_size: What the vocabulary is made of where the config has none.
+            config: The model's config, with Megatron's and NeMo's field names.
+            tokenizer_size: Size of the vocabulary if the config has none.
 
         Raises:
-            UpcyclingError: The checkpoint's tensors are not its config's, or the model is another.
+            UpcyclingError: The checkpoint's tensors contradict its config, or the model differs.
         """
         check_whole(self.checkpoint)
         check_agreement(config, self.checkpoint.architecture, tokenizer_size)
@@ -87,13 +87,13 @@ def prepare(dense_checkpoint: str, upcycling: UpcyclingConfig) -> Prepared:
     """Open a dense checkpoint, without reading more than headers and a few values.
 
     Args:
-        dense_checkpoint: Directory of Hugging Face's, NeMo 2's or Megatron-LM's, or the name of a
-            model in the local Hugging Face cache; several, separated by semicolons, give experts
-            from each in turn, and everything else their average (Branch-Train-MiX).
+        dense_checkpoint: Directory in the format of Hugging Face, NeMo 2 or Megatron-LM, or a
+            model's name in the local Hugging Face cache. Several, separated by semicolons, give
+            experts in turn, and all other weights are averaged (Branch-Train-MiX).
         upcycling: What the dense feed-forward layers become.
 
     Raises:
-        UpcyclingError: It cannot be read, or is none that can be upcycled.
+        UpcyclingError: The checkpoint cannot be read or cannot be upcycled.
     """
     checkpoint = open_branches(dense_checkpoint)
     return Prepared(
@@ -112,18 +112,18 @@ def fill_all(
     ranks: Ranks,
     read_once: bool = False,
 ) -> Report:
-    """Fill the model on all ranks; every rank calls this.
+    """Fill the model on all ranks; every rank must call this.
 
     Args:
         prepared: The same dense checkpoint on every rank.
         modules: This rank's Megatron-Core GPT models, one per virtual pipeline stage.
         config: The model's config.
         ranks: The job's ranks.
-        read_once: Read each slice once per job and broadcast it to all ranks that hold it.
+        read_once: Read each slice once per job and broadcast the slice to all ranks that hold it.
 
     Raises:
-        UpcyclingError: On all ranks, if any has failed or is lost, or if some of the checkpoint
-            has gone nowhere.
+        UpcyclingError: On all ranks, if a rank has failed or is lost, or if a part of the
+            checkpoint was not used.
     """
     dense = prepared.checkpoint
     with progress("[upcycle]", active=ranks.rank == 0, in_bytes=True) as show:
@@ -142,29 +142,30 @@ def upcycle(
     ranks: Ranks | None = None,
     read_once: bool = False,
 ) -> Report:
-    """Fill a Megatron-Core model from a dense checkpoint; every rank of the job calls this.
+    """Fill a Megatron-Core model from a dense checkpoint; every rank of the job must call this.
 
-    Each rank reads only the slices that fill its own shards, and writes them in place; no rank
-    holds the dense model. An error on any rank is raised on all of them. An optimizer with fp32
-    copies of the parameters has to read them again afterwards (Megatron's
+    Each rank reads only the slices that fill its own shards, and writes the slices in place; no
+    rank holds the dense model. An error on any rank is raised on all ranks. An optimizer with fp32
+    copies of the parameters must reload the parameters afterwards (Megatron's
     `reload_model_params()`).
 
     Args:
         modules: This rank's Megatron-Core GPT models, one per virtual pipeline stage.
-        config: Their config, with Megatron's and NeMo's field names, such as `UpcycledGPTConfig`.
-        dense_checkpoint: What `prepare` takes.
-        upcycling: What the feed-forward layers become; None copies them into the experts that the
-            config has.
-        ranks: The job's ranks; None makes a group for them.
-        read_once: Read each slice once per job and broadcast it to all ranks that hold it, for
-            file systems that are slower than the network.
+        config: The models' config, with Megatron's and NeMo's field names, such as
+            `UpcycledGPTConfig`.
+        dense_checkpoint: A source for `prepare`.
+        upcycling: What the feed-forward layers become; None copies the layers into the experts
+            of the config.
+        ranks: The job's ranks; None makes a new group.
+        read_once: Read each slice once per job and broadcast the slice to all ranks that hold it,
+            for file systems that are slower than the network.
 
     Returns:
-        What was done, on every rank; as a text, it is the report that a run prints.
+        The report of all ranks, on every rank; `str()` gives the text that a run prints.
 
     Raises:
-        UpcyclingError: The checkpoint is damaged or another model's, or a rank failed or was lost.
-            Nothing is written then, but where weights are not finite or a rank is lost.
+        UpcyclingError: The checkpoint is damaged or does not match the model, or a rank failed or
+            was lost. Nothing is written then, unless weights are not finite or a rank is lost.
 
     Source: online upcycling, arXiv 2412.09952 §3.
     """

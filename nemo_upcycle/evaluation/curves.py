@@ -85,7 +85,7 @@ class Comparison:
 
 
 def read_curve(run_dir: Path, metric: str = TRAIN_LOSS, *, name: str | None = None) -> Curve:
-    """Reads a run's training and validation losses from its TensorBoard event files.
+    """Read a run's training and validation losses from its TensorBoard event files.
 
     All event files anywhere below the directory belong to the run. A resumed run has several:
     where they hold the same step, the value written last counts.
@@ -125,7 +125,7 @@ def compare_runs(
     names: tuple[str, str] = ("dense", "MoE"),
     title: str = "Continued training: dense and upcycled MoE",
 ) -> Comparison:
-    """Compares the runs and writes `comparison.md` and `comparison.png` to the directory.
+    """Compare the runs and writes `comparison.md` and `comparison.png` to the directory.
 
     Args:
         dense: Directory of the dense run.
@@ -160,7 +160,7 @@ def compare_runs(
 
 
 def render(comparison: Comparison, title: str | None = None) -> Table:
-    """Returns the comparison as a table for the terminal (`rich.print` shows it)."""
+    """Return the comparison as a table for the terminal (`rich.print` shows it)."""
     from rich.table import Table
 
     header, *rows = _rows(comparison)
@@ -174,7 +174,7 @@ def render(comparison: Comparison, title: str | None = None) -> Table:
 
 
 def plot(comparison: Comparison, title: str) -> Figure:
-    """Returns a figure with the losses of both runs over the tokens and the step-0 equality.
+    """Return a figure with the losses of both runs over the tokens and the step-0 equality.
 
     Raises:
         UpcyclingError: If matplotlib is missing.
@@ -201,7 +201,7 @@ def plot(comparison: Comparison, title: str) -> Figure:
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Returns the centred moving average of up to `width` values.
+    """Return the centred moving average of up to `width` values.
 
     At the start the window narrows and stays centred: the first value, the step-0 loss, stays
     what it is. At the end it is cut off: one noisy last value must not bend the curve.
@@ -216,7 +216,7 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 
 def _read_scalars(files: Sequence[Path]) -> dict[str, dict[int, float]]:
-    """Returns {tag: {step: value}} of all files; the latest value counts."""
+    """Return {tag: {step: value}} of all files; the latest value counts."""
     from tensorboard.backend.event_processing.event_accumulator import (
         STORE_EVERYTHING_SIZE_GUIDANCE,
         EventAccumulator,
@@ -239,13 +239,13 @@ def _read_scalars(files: Sequence[Path]) -> dict[str, dict[int, float]]:
 
 
 def _columns(series: dict[int, float]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Returns the steps in order and their values."""
+    """Return the steps in order and their values."""
     steps = tuple(sorted(series))
     return steps, tuple(series[step] for step in steps)
 
 
 def _check_same_start(dense: Curve, moe: Curve, dense_dir: Path, moe_dir: Path) -> None:
-    """Refuses runs whose first losses are of different steps, that is of different data."""
+    """Refuse runs whose first losses are of different steps, that is of different data."""
     if dense.steps[0] != moe.steps[0]:
         raise UpcyclingError(
             f"the first loss below {dense_dir} is of step {dense.steps[0]}, below {moe_dir} of "
@@ -255,7 +255,7 @@ def _check_same_start(dense: Curve, moe: Curve, dense_dir: Path, moe_dir: Path) 
 
 
 def _tokens(steps: Sequence[int], tokens_per_step: int) -> list[int]:
-    """Returns how many tokens were seen with each step.
+    """Return how many tokens were seen with each step.
 
     From the step and not from NeMo's consumed_samples, which is logged late or not at all.
     """
@@ -263,7 +263,7 @@ def _tokens(steps: Sequence[int], tokens_per_step: int) -> list[int]:
 
 
 def _rows(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
-    """Yields the table's header and rows: quantity, dense, MoE, difference."""
+    """Yield the table's header and rows: quantity, dense, MoE, difference."""
     dense, moe = comparison.dense, comparison.moe
     yield "", dense.name, moe.name, "difference"
     yield (
@@ -280,19 +280,19 @@ def _rows(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _loss_row(quantity: str, dense: float | None, moe: float | None) -> tuple[str, str, str, str]:
-    """Returns a table row of two losses; n/a stands for one that is not there."""
+    """Return a table row of two losses; n/a stands for one that is not there."""
     cells = ["n/a" if loss is None else f"{loss:.4f}" for loss in (dense, moe)]
     difference = "n/a" if dense is None or moe is None else f"{moe - dense:+.4f}"
     return quantity, cells[0], cells[1], difference
 
 
 def _small(difference: float) -> str:
-    """Returns a difference that may be tiny, or 0 when there is none at all."""
+    """Return a difference that may be tiny, or 0 when there is none at all."""
     return f"{difference:.1e}" if difference else "0"
 
 
 def _markdown(comparison: Comparison, title: str) -> str:
-    """Returns the table as a markdown document."""
+    """Return the table as a markdown document."""
     header, *rows = [
         "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
         for row in _rows(comparison)
@@ -307,7 +307,7 @@ def _markdown(comparison: Comparison, title: str) -> str:
 
 
 def _plot_curve(axes: Axes, curve: Curve, tokens_per_step: int, color: str) -> None:
-    """Draws a run: training loss light and smoothed, validation loss dashed with dots."""
+    """Draw a run: training loss light and smoothed, validation loss dashed with dots."""
     tokens = _tokens(curve.steps, tokens_per_step)
     width = max(1, round(len(curve.loss) * _SMOOTHING_FRACTION))
     axes.plot(tokens, curve.loss, color=color, alpha=0.25, linewidth=1)
@@ -332,7 +332,7 @@ def _plot_curve(axes: Axes, curve: Curve, tokens_per_step: int, color: str) -> N
 
 
 def _mark_first_step(axes: Axes, comparison: Comparison) -> None:
-    """Marks the first losses and writes them and their difference above the curves."""
+    """Mark the first losses and writes them and their difference above the curves."""
     dense, moe = comparison.dense, comparison.moe
     x = _tokens(dense.steps[:1], comparison.tokens_per_step)[0]
     # A ring around a dot: both stay visible where the losses are equal.

@@ -19,10 +19,11 @@ from nemo_upcycle.progress import Progress
 from nemo_upcycle.trained.drift import EXACT, Drift
 
 MULTIPLE = 4
-"""Of what rounding alone does to the dense model, what the MoE may differ by.
+"""Allowed difference of the MoE, as a multiple of the effect of rounding on the dense model.
 
-The MoE adds up several experts' outputs, weighted, where the dense model has one, and on one rank
-its attention is another program's: measured, that is 0.6 to 1.4 times the same in fp32.
+The MoE sums weighted outputs of several experts instead of one output, and on one rank the two
+models use different attention programs. The measured effect is 0.6 to 1.4 times that of rounding,
+in fp32.
 """
 
 ROW_TOKENS = 512

@@ -20,7 +20,7 @@ class Score:
         task: lm-eval's name, indented as in its own table.
         num_fewshot: Examples before each question.
         metric: lm-eval's name.
-        values: A value and its standard error, one a model; None where a model has none.
+        values: A value and its standard error per model; None if a model has none.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""Dense checkpoints' names and layouts against Megatron's, declared once per family."""
+"""Names and layouts of dense checkpoints mapped to Megatron's, declared once per family."""
 
 from typing import Any
 
@@ -32,13 +32,13 @@ def family_of(config: dict[str, Any]) -> Family:
 
 
 def architecture_of(config: dict[str, Any]) -> Architecture:
-    """Return the numbers of a dense model.
+    """Return the architecture of a dense model.
 
     Args:
-        config: The parsed `config.json`, in the words of transformers 4 or 5.
+        config: The parsed `config.json`, in the format of transformers 4 or 5.
 
     Raises:
-        UpcyclingError: It cannot be upcycled.
+        UpcyclingError: The model cannot be upcycled.
     """
     return family_of(config).architecture(config)
 

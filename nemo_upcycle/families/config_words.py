@@ -1,8 +1,8 @@
-"""A Hugging Face `config.json` of any version of transformers, in the words of transformers 4.
+"""Translate a Hugging Face `config.json` of any version into the keys of transformers 4.
 
-transformers 5 writes into `rope_parameters` what transformers 4 writes into `rope_theta`,
-`rope_scaling` and `partial_rotary_factor`, and reads both. transformers 4 reads its own alone, so
-a config in the words of 5 is another model there. And some files hold words of both.
+Version 5 of transformers writes RoPE settings to `rope_parameters`; version 4 uses `rope_theta`,
+`rope_scaling` and `partial_rotary_factor`. Version 5 reads both. Version 4 reads only its own keys,
+and would compute another model from a config of version 5. Some files have keys of both.
 """
 
 from collections.abc import Mapping
@@ -12,22 +12,22 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.defaults import DEFAULTS
 
 _ROPE_WORDS = ("rope_theta", "partial_rotary_factor")
-"""Words that transformers 4 has at the top, transformers 5 in `rope_parameters`."""
+"""Keys at the top level in transformers 4, and in `rope_parameters` in transformers 5."""
 
 
 def in_words_of_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config as transformers 4 has to read it to compute what is meant.
+    """Return a config with the keys of transformers 4.
 
     Args:
-        config: The parsed `config.json`, in the words of transformers 4, 5 or a mixture.
+        config: The parsed `config.json`, with keys of transformers 4, 5 or both.
 
     Returns:
-        The same with RoPE in `rope_theta`, `rope_scaling` and `partial_rotary_factor`, and with
-        the number of experts under the family's name. What is left out keeps its default.
+        The config with RoPE in `rope_theta`, `rope_scaling` and `partial_rotary_factor`, and with
+        the number of experts under the family's key. Missing keys keep their defaults.
 
     Raises:
-        UpcyclingError: The words contradict each other, transformers 4 and 5 read them
-            differently, or transformers 4 has no words for what is meant.
+        UpcyclingError: Keys contradict each other, transformers 4 and 5 read them differently, or
+            transformers 4 cannot express the setting.
     """
     words = _experts(dict(config))
     five, four = (_rope(config, place) for place in ("rope_parameters", "rope_scaling"))
@@ -41,7 +41,7 @@ def in_words_of_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return what a place says about RoPE, its kind under `rope_type`; empty where it is silent."""
+    """Return a key's RoPE settings, with the kind under `rope_type`; empty if unset."""
     said = config.get(place)
     if said is None:
         return {}
@@ -82,7 +82,7 @@ def _rope(config: Mapping[str, Any], place: str) -> dict[str, Any]:
 def _check_both(
     five: Mapping[str, Any], four: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
-    """Check that both say the same: where both are there, transformers 5 reads `rope_scaling`."""
+    """Check that both keys agree: if both are present, transformers 5 reads `rope_scaling`."""
     scalings = [
         {key: value for key, value in said.items() if key not in _ROPE_WORDS}
         for said in (five, four)
@@ -100,17 +100,17 @@ def _check_both(
 def _at_the_top(
     word: str, five: Mapping[str, Any], four: Mapping[str, Any], config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return a word of transformers 4 with its value, if it has any.
+    """Return a top-level key of transformers 4 with its value, if set.
 
-    transformers 5 reads it from `rope_scaling`, from `rope_parameters` and from the top, in this
-    order; transformers 4 from the top.
+    transformers 5 reads the key from `rope_scaling`, `rope_parameters` and the top level, in this
+    order; transformers 4 reads the top level.
     """
     places = {"rope_scaling": four, "rope_parameters": five, "the top level": config}
     said = {place: words[word] for place, words in places.items() if word in words}
     if five and said.get("the top level", 0) is None:
-        del said["the top level"]  # which is silence for transformers 5
+        del said["the top level"]  # unset for transformers 5
     values = list(said.values())
-    if any(value != values[0] for value in values[1:]):  # NaN is not even itself
+    if any(value != values[0] for value in values[1:]):  # NaN is not even equal to itself
         listed = " and ".join(f"{value!r} in {place}" for place, value in said.items())
         raise UpcyclingError(
             f"config.json says {word}={listed}, of which transformers 4 and 5 read different "
@@ -125,7 +125,7 @@ def _at_the_top(
 
 
 def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return transformers 4's `rope_scaling`, if there is any scaling."""
+    """Return `rope_scaling` for transformers 4, if there is any scaling."""
     kind = rope.get("rope_type", "default")
     family = str(config.get("model_type"))
     if kind == "default":
@@ -159,7 +159,7 @@ def _original_length(
 
 
 def _experts(config: dict[str, Any]) -> dict[str, Any]:
-    """Name the number of experts as transformers 4 does for the family."""
+    """Store the number of experts under the family's key in transformers 4."""
     names = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
     name = names.get(str(config.get("model_type")))
     if name is None:

@@ -1,6 +1,6 @@
-"""What transformers takes where a `config.json` is silent, by family.
+"""Default values in transformers for keys that a `config.json` does not set, by family.
 
-The defaults of the configs' classes in transformers 4 and 5, which are the same, of the keys that
+These are the defaults of the config classes, equal in transformers 4 and 5, for all keys that
 change what is computed.
 """
 
@@ -116,5 +116,5 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "attention_bias": False,
     },
 }
-"""By model type and key. A key that is not here is one that the family's class does not read, but
-for `head_dim` of Qwen2 and Qwen2-MoE, which their models read where it is there."""
+"""Defaults by model type and key. A family's class does not read keys that are missing here, with
+one exception: the models of Qwen2 and Qwen2-MoE read `head_dim` if set."""

@@ -1,7 +1,7 @@
-"""What a family of dense models declares: its config, its tensors, how they make up Megatron's.
+"""The declaration of a family of dense models: config, tensors, and their map to Megatron's.
 
-A parameter of Megatron's is described as rows of dense tensors, one after another. Tensor and
-expert parallelism cut through those rows and never show here.
+A Megatron parameter is described as rows of dense tensors, one after another. Tensor and expert
+parallelism cut through these rows and do not appear here.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,14 +15,14 @@ Neurons = tuple[int, int]
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers of a dense model, under Megatron's names.
+    """The architecture of a dense model, with Megatron's names.
 
     Attributes:
-        rope_scaling: Llama 3.1's, in Hugging Face's words: factor, low_freq_factor,
+        rope_scaling: Llama 3.1's RoPE scaling with Hugging Face's names: factor, low_freq_factor,
             high_freq_factor, original_max_position_embeddings.
         activation: `swiglu`, or `squared_relu`, which has no gate.
         normalization: `RMSNorm`, or `LayerNorm1p`: with a bias, and 1 added to the weight.
-        sliding_window: Tokens that a token sees, itself among them; None sees all before it.
+        sliding_window: Tokens that a token attends to, including itself; None for all before it.
     """
 
     num_layers: int
@@ -58,20 +58,20 @@ class Architecture:
 
     @property
     def fc1_rows(self) -> int:
-        """Rows of Megatron's linear_fc1 for each neuron: gate and up, or up alone."""
+        """Rows of Megatron's linear_fc1 per neuron: 2 with a gate, else 1."""
         return 2 if self.gated_linear_unit else 1
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows start to stop of a dense tensor; stop None means all that follow."""
+    """Rows start to stop of a dense tensor; a stop of None means to the end."""
 
     tensor: str
     start: int = 0
     stop: int | None = None
 
     def span(self, count: int) -> tuple[int, int]:
-        """Return the first row and the one after the last, of a tensor with so many rows."""
+        """Return start and stop for a tensor with `count` rows."""
         return self.start, count if self.stop is None else self.stop
 
 
@@ -85,7 +85,7 @@ class Operation(Protocol):
 
         Args:
             arch: The dense model's architecture.
-            neurons: Those that the parameter has, of a feed-forward layer; None for all.
+            neurons: The feed-forward neurons of the parameter; None for all.
         """
 
 
@@ -110,7 +110,7 @@ class GatedMLP:
 
     def rows(self, arch: Architecture, neurons: Neurons | None = None) -> Iterator[Rows]:
         first, last = neurons or (0, arch.ffn_hidden_size)
-        # One tensor that holds both has all of gate before all of up.
+        # In a fused tensor all of gate comes before all of up.
         skip = arch.ffn_hidden_size if self.gate == self.up else 0
         yield Rows(self.gate, first, last)
         yield Rows(self.up, skip + first, skip + last)
@@ -118,7 +118,7 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class UpMLP:
-    """The rows of up, where there is no gate."""
+    """The rows of up, in a layer without a gate."""
 
     columns_are_neurons: ClassVar[bool] = False
     up: str
@@ -161,13 +161,13 @@ class Family:
     """A family of dense models.
 
     Attributes:
-        model_type: Its name in `config.json`.
-        architecture: Makes the numbers out of a parsed `config.json`.
-        parameters: Operation by dense Megatron parameter, `{layer}` where they repeat.
-        tensors: What each dense tensor's rows and columns are, `{layer}` where they repeat: keys
-            of `dimensions`.
-        ignored: Endings of tensor names that hold no weights.
-        tied: The output layer, and the embeddings that it is where they are tied.
+        model_type: The family's name in `config.json`.
+            architecture: Reads the architecture from a parsed `config.json`.
+            parameters: Operations by dense Megatron parameter, with `{layer}` for repeated ones.
+            tensors: The size of each dense tensor's axes as keys of `dimensions`, with `{layer}`
+            for repeated tensors.
+            ignored: Suffixes of tensor names that hold no weights.
+            tied: The names of the output layer and of the embeddings, which are equal if tied.
     """
 
     model_type: str
@@ -201,7 +201,7 @@ class Family:
 
 
 def dimensions(arch: Architecture) -> dict[str, int]:
-    """Return the sizes that tensors are made of, by name."""
+    """Return the sizes of tensors' axes, by name."""
     queries = arch.num_attention_heads * arch.kv_channels
     keys = arch.num_query_groups * arch.kv_channels
     return {

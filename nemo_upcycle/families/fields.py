@@ -1,6 +1,6 @@
-"""A model in the fields of Megatron's configs, and back.
+"""Convert models to the fields of Megatron's configs, and back.
 
-Functions are given by name, such as `squared_relu`: a front has Megatron's or its own.
+Functions are given by name, such as `squared_relu`: a front end maps names to functions.
 """
 
 import math
@@ -30,7 +30,7 @@ ROUTER_FIELDS: dict[str, Any] = {
     "moe_router_enable_expert_bias": False,
     "moe_apply_probs_on_input": False,
 }
-"""Fields of Megatron's that change what a router computes, as upcycling leaves them."""
+"""Megatron's fields that change what a router computes, with the values of upcycling."""
 
 _OF_TRAINING = (
     "moe_router_load_balancing_type",
@@ -40,17 +40,17 @@ _OF_TRAINING = (
     "moe_pad_expert_input_to_capacity",
     "moe_token_dispatcher_type",
 )
-"""Fields that `UpcyclingConfig` has from Megatron's config, and that decide how a model trains."""
+"""Fields of training that `UpcyclingConfig` shares with Megatron's config."""
 
 
 def architecture_fields(arch: Architecture) -> dict[str, Any]:
-    """Return the fields that a dense model decides.
+    """Return the fields that a dense model determines.
 
     Args:
         arch: The dense model's architecture.
 
     Returns:
-        Values by field. What is as in a Llama is left out. RoPE scaling of Llama 3.1 is in the
+        Values by field, without those that are as in a Llama. RoPE scaling of Llama 3.1 is in the
         fields of NeMo's Llama31Config, which Megatron's configs do not have.
     """
     values: dict[str, Any] = {
@@ -91,13 +91,13 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
 
 
 def window_fields(arch: Architecture, seq_length: int | None = None) -> dict[str, Any]:
-    """Return the field for a sliding window, where sequences are longer than it.
+    """Return the field for a sliding window, if sequences are longer than the window.
 
-    Megatron counts the tokens before a token, the dense model's config the token too.
+    Megatron counts only the tokens before a token; the dense model's config also the token.
 
     Args:
         arch: The dense model's architecture.
-        seq_length: Tokens of a sequence at most; None where any number may come.
+        seq_length: Maximum tokens per sequence; None for no limit.
     """
     if arch.sliding_window is None or (seq_length or math.inf) <= arch.sliding_window:
         return {}
@@ -105,7 +105,7 @@ def window_fields(arch: Architecture, seq_length: int | None = None) -> dict[str
 
 
 def experts_fields(experts: Experts, dense_width: int) -> dict[str, Any]:
-    """Return the fields that say what the feed-forward layers have become.
+    """Return the fields that describe the experts.
 
     Args:
         experts: The experts.
@@ -124,7 +124,7 @@ def experts_fields(experts: Experts, dense_width: int) -> dict[str, Any]:
 
 
 def moe_fields(arch: Architecture, upcycling: UpcyclingConfig) -> dict[str, Any]:
-    """Return the fields that the upcycling of a dense model decides."""
+    """Return the fields that the upcycling of a dense model determines."""
     width = arch.ffn_hidden_size
     values = experts_fields(experts_of(upcycling, arch.num_layers, width), width)
     if upcycling.num_moe_experts is None:
@@ -133,7 +133,7 @@ def moe_fields(arch: Architecture, upcycling: UpcyclingConfig) -> dict[str, Any]
 
 
 def experts_in(config: Mapping[str, Any]) -> Experts:
-    """Read what the feed-forward layers have become: the inverse of `experts_fields`.
+    """Read the experts from a config: the inverse of `experts_fields`.
 
     Args:
         config: Values by field; `ffn_hidden_size` is the dense layer's width.
@@ -161,14 +161,14 @@ def experts_in(config: Mapping[str, Any]) -> Experts:
 
 
 def upcycling_in(config: Any, **chosen: Any) -> UpcyclingConfig:
-    """Return what a model's config says the dense model becomes: the inverse of `moe_fields`.
+    """Read the upcycling from a model's config: the inverse of `moe_fields`.
 
     Args:
-        config: A config of NeMo's or Megatron's; its `ffn_hidden_size` is the dense layer's width.
-        chosen: What the config does not say: initialiser, scaling, seed.
+        config: A config of NeMo or Megatron; `ffn_hidden_size` is the dense layer's width.
+        chosen: Values that the config does not have: initialiser, scaling, seed.
 
     Raises:
-        UpcyclingError: The experts are none that upcycling makes.
+        UpcyclingError: Upcycling cannot make these experts.
     """
     if config.num_moe_experts is not None:
         chosen |= {name: getattr(config, name) for name in _OF_TRAINING}
@@ -176,10 +176,10 @@ def upcycling_in(config: Any, **chosen: Any) -> UpcyclingConfig:
 
 
 def megatron_model(config: Mapping[str, Any]) -> MoEModel:
-    """Return what a config with Megatron's names describes.
+    """Return the model of a config with Megatron's names.
 
     Raises:
-        UpcyclingError: A number is missing, or it is no model that upcycling makes.
+        UpcyclingError: A number is missing, or upcycling cannot make this model.
     """
     other = {
         name: config[name]

@@ -1,7 +1,7 @@
-"""Read the numbers of a model out of a Hugging Face `config.json`, as transformers does.
+"""Read the architecture from a Hugging Face `config.json`, as transformers does.
 
-A key that transformers does not read of a family is ignored, such as `attention_bias` of a
-Mistral. So is what counts in training alone: `attention_dropout` and the like are the recipe's.
+Keys that transformers does not read for a family are ignored, such as `attention_bias` of a
+Mistral. So are keys that only matter in training, such as `attention_dropout`: recipes set these.
 """
 
 from collections.abc import Mapping
@@ -18,26 +18,26 @@ _LLAMA3_ROPE = (
     "original_max_position_embeddings",
 )
 _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "relu2": "squared_relu"}
-"""transformers' names of activations, and what a family's feed-forward layers are with them."""
+"""transformers' names of activations, and the kind of feed-forward layer that each means."""
 _FULL, _WINDOWED = "full_attention", "sliding_attention"
 _ONE_KEY_PER_QUERY = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
-"""Families for which transformers takes a `num_key_value_heads` of null for one per head."""
+"""Families for which transformers reads `num_key_value_heads: null` as one per head."""
 
 
 def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> Architecture:
-    """Read the numbers of a model.
+    """Read the architecture of a model.
 
     Args:
-        config: The parsed `config.json`, in the words of transformers 4 or 5.
-        family: Its model type.
-        fields: What the family decides by itself.
+        config: The parsed `config.json`, in the format of transformers 4 or 5.
+        family: The model type.
+        fields: Fields that the family fixes.
 
     Returns:
-        The numbers.
+        The architecture.
 
     Raises:
-        UpcyclingError: A value is of the wrong kind, or transformers or Megatron do not compute
-            such a model.
+        UpcyclingError: A value has the wrong type, or transformers or Megatron cannot compute
+            the model.
     """
     values = Values(config, family)
     for bias in ("attention_bias", "mlp_bias"):
@@ -78,7 +78,7 @@ def _layers(values: Values) -> int:
 
 
 def _head_width(values: Values) -> int:
-    """Return what the config says, or what is left of the hidden size for each head."""
+    """Return the width per head from the config, or else the hidden size over the heads."""
     key = "head_dim"
     null_fits = values.defaults.get(key, 0) is None  # the classes that derive it
     if key in values.said and not (null_fits and values.is_null(key)):
@@ -111,7 +111,7 @@ def _activation(values: Values) -> str:
 
 
 def _rotary_percent(values: Values, head_width: int) -> float:
-    """Return the part of a head that is rotated: all, but for a Nemotron."""
+    """Return the fraction of a head that is rotated; below 1 only for a Nemotron."""
     key = "partial_rotary_factor"
     part = values.number(key) if key in values.said else 1.0
     if key not in values.defaults and part != 1:
@@ -131,7 +131,7 @@ def _rotary_percent(values: Values, head_width: int) -> float:
 
 
 def _rope_scaling(values: Values) -> dict[str, Any]:
-    """Return Llama 3.1's RoPE scaling, or the factor of a linear one (Code Llama, Llama 2 long)."""
+    """Return Llama 3.1's RoPE scaling, or the factor of a linear scaling (as in Code Llama)."""
     scaling = values.said.get("rope_scaling")
     if scaling is None:
         return {"rope_scaling": None}
@@ -154,7 +154,7 @@ def _rope_scaling(values: Values) -> dict[str, Any]:
 
 
 def _window(values: Values, family: str) -> int | None:
-    """Return how many tokens a token sees, or None where all before it.
+    """Return the size of the sliding window in tokens, or None without a window.
 
     Megatron's model has one window for all layers.
     """
@@ -195,9 +195,9 @@ def _window_size(values: Values, family: str) -> int | None:
 
 
 def _layer_types(values: Values, layers: int) -> list[str] | None:
-    """Return the kind of attention of each layer, if the config says it.
+    """Return the kind of attention per layer, if set.
 
-    Where a family's model does not read it, transformers' cache of keys and values does.
+    If a family's model does not read the key, transformers' key-value cache does.
     """
     kinds = values.said.get("layer_types")
     if kinds is None:

@@ -1,4 +1,4 @@
-"""Dense Llamas in Megatron's own names: NeMo 2 and Megatron-LM checkpoints."""
+"""Dense Llamas with Megatron's own names: NeMo 2 and Megatron-LM checkpoints."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -60,7 +60,7 @@ LLAMA_FIELDS: dict[str, Any] = {
     "heterogeneous_block_specs": False,
     "is_hybrid_model": False,
 }
-"""What a Llama is in Megatron's fields; so is one that does not record them."""
+"""Megatron's fields of a Llama; also assumed for fields that are not recorded."""
 
 ROPE_SCALING_FIELDS = {
     "scale_factor": "factor",
@@ -75,7 +75,7 @@ MEGATRON_ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_c
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
-    """Read the numbers of a dense Llama out of a config with Megatron's field names.
+    """Read the architecture of a dense Llama from a config with Megatron's field names.
 
     Raises:
         UpcyclingError: A number is missing, or the model is an MoE or no Llama.
@@ -111,10 +111,10 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def moe_architecture(config: Mapping[str, Any]) -> Architecture:
-    """Read the numbers of an upcycled model: a Llama but for what other families have.
+    """Read the architecture of an upcycled model of any supported family.
 
     Raises:
-        UpcyclingError: A number is missing, or the model is of none of these families.
+        UpcyclingError: A number is missing, or the family is not supported.
     """
     window, interpolation = (
         config.get(name) for name in ("window_size", "seq_len_interpolation_factor")

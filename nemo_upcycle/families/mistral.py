@@ -1,4 +1,4 @@
-"""Mistral (`MistralForCausalLM`): a Llama that may see a window of the last tokens only."""
+"""Mistral (`MistralForCausalLM`): a Llama with an optional sliding window."""
 
 from dataclasses import replace
 from functools import partial

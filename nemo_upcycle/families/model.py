@@ -1,4 +1,4 @@
-"""What an upcycled model is, and what upcycling makes of a dense one."""
+"""Description of an upcycled model, and its derivation from a dense model."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,15 +11,15 @@ from nemo_upcycle.families.family import Architecture
 
 @dataclass(frozen=True)
 class Experts:
-    """What the feed-forward layers of a dense model have become.
+    """The experts that the feed-forward layers of a dense model have become.
 
     Attributes:
-        num_experts: Experts in an MoE layer; 0 where no layer is one.
+        num_experts: Experts per MoE layer; 0 without MoE layers.
         topk: Experts per token.
-        pre_softmax: Softmax before top-k, whose weights then do not sum to 1.
-        expert_width: Neurons of an expert.
-        is_moe: Of every layer whether it has experts.
-        has_shared_expert: Whether the dense feed-forward layer is kept beside them.
+        pre_softmax: Softmax before top-k; the weights then do not sum to 1.
+            expert_width: Neurons per expert.
+            is_moe: For every layer, whether the layer has experts.
+            has_shared_expert: Whether the dense feed-forward layer is kept as a shared expert.
     """
 
     num_experts: int
@@ -32,7 +32,7 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEModel(Experts):
-    """A model, dense or upcycled, as it was trained.
+    """A model, dense or upcycled.
 
     Attributes:
         arch: The dense model's architecture.
@@ -42,10 +42,10 @@ class MoEModel(Experts):
 
 
 def experts_of(upcycling: UpcyclingConfig, num_layers: int, dense_width: int) -> Experts:
-    """Return what feed-forward layers become.
+    """Return the experts that upcycling makes.
 
     Args:
-        upcycling: What is asked for.
+        upcycling: What the dense feed-forward layers become.
         num_layers: Layers of the dense model.
         dense_width: Neurons of a dense feed-forward layer.
     """
@@ -62,17 +62,17 @@ def experts_of(upcycling: UpcyclingConfig, num_layers: int, dense_width: int) ->
 
 
 def no_experts(num_layers: int, dense_width: int) -> Experts:
-    """Return what stays of a dense model."""
+    """Return the description of a model that stays dense."""
     return Experts(0, 0, False, dense_width, (False,) * num_layers, False)
 
 
 def upcycling_of(experts: Experts, dense_width: int, **chosen: Any) -> UpcyclingConfig:
-    """Return what makes feed-forward layers to these experts: the inverse of `experts_of`.
+    """Return the upcycling that makes these experts: the inverse of `experts_of`.
 
     Args:
         experts: The experts.
         dense_width: Neurons of a dense feed-forward layer.
-        chosen: What experts do not show: initialiser, scaling, seed, losses, capacity.
+        chosen: Values not visible in experts: initialiser, scaling, seed, losses, capacity.
 
     Raises:
         UpcyclingError: The experts' width does not divide the dense layer's.
@@ -101,7 +101,7 @@ def with_experts(arch: Architecture, experts: Experts) -> MoEModel:
 
 
 def upcycled_model(arch: Architecture, upcycling: UpcyclingConfig) -> MoEModel:
-    """Return what a dense model becomes.
+    """Return the upcycled model of a dense model.
 
     Args:
         arch: The dense model's architecture.

@@ -1,6 +1,6 @@
-"""Architectures of transformers that compute an upcycled model, and which fits which.
+"""Architectures of transformers that compute an upcycled model, and how to choose one.
 
-transformers names experts one by one in files of its versions 4 and 5 alike: those names are here.
+The names of expert tensors here are those in files of both transformers 4 and 5.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,13 +30,14 @@ class MoEFamily:
     """An architecture of transformers.
 
     Attributes:
-        model_type: Its name in `config.json`.
-        class_name: That of its model.
-        dense: The family whose model it is but for the experts.
-        parameters: Operation by Megatron parameter, `{layer}` and `{expert}` where they repeat.
-        config: What its `config.json` says beside what all say.
-        layer_zeros: Tensors of an MoE layer that Megatron has nothing for, and that must be 0.
-        doubled: Ending of tensors that are twice Megatron's.
+        model_type: The name in `config.json`.
+            class_name: The model's class.
+            dense: The dense family that is the same except for the experts.
+            parameters: Operations by Megatron parameter, with `{layer}` and `{expert}` for repeated
+            ones.
+            config: Keys of `config.json` that are specific to this architecture.
+            layer_zeros: Tensors of an MoE layer without a counterpart in Megatron; must be 0.
+            doubled: Suffix of tensors that are twice Megatron's.
     """
 
     model_type: str
@@ -53,8 +54,12 @@ class MoEFamily:
         """Return the expected shape of every tensor, layers and experts filled in."""
         moe = [layer for layer, is_moe in enumerate(model.is_moe) if is_moe]
         replaced = tuple(MLP.format(layer=layer) for layer in moe)
-        dense = self.dense.shapes(model.arch).items()
-        shapes = {name: shape for name, shape in dense if not name.startswith(replaced)}
+        shapes = {
+            name: shape
+            for name, shape in self.dense.shapes(model.arch).items()
+            if not name.startswith(replaced)
+            and (model.arch.add_qkv_bias or not name.endswith("_proj.bias"))
+        }
         for layer in moe:
             shapes |= self._moe_layer(model, layer)
         return shapes | self.zeros(model)
@@ -74,7 +79,7 @@ class MoEFamily:
         return shapes
 
     def zeros(self, model: MoEModel) -> dict[str, tuple[int, int]]:
-        """Return what Megatron has nothing for and must be 0: names and shapes."""
+        """Return names and shapes of tensors without a counterpart in Megatron, which must be 0."""
         layers = [layer for layer, moe in enumerate(model.is_moe) if moe]
         shapes = self.layer_zeros(model)
         return {name.format(layer=n): shape for name, shape in shapes.items() for n in layers}
@@ -137,8 +142,10 @@ QWEN3_MOE = MoEFamily(
 
 
 def _inert(model: MoEModel) -> dict[str, tuple[int, int]]:
-    """The gate of the shared expert is at 0, which lets half of its output through; where there
-    is none, one of a single neuron with weights of 0 adds nothing.
+    """Return tensors that make the shared expert's gate neutral.
+
+    A gate of 0 lets half of the output through. A model without a shared expert gets a shared
+    expert of one neuron with weights of 0, which adds nothing.
     """
     hidden = model.arch.hidden_size
     zeros: dict[str, tuple[int, int]] = {MLP + "shared_expert_gate.weight": (1, hidden)}
@@ -176,10 +183,10 @@ QWEN2_MOE = MoEFamily(
 
 
 def moe_family_of(model: MoEModel) -> MoEFamily:
-    """Return the architecture that computes just what an upcycled model computes.
+    """Return the architecture of transformers that computes an upcycled model.
 
     Raises:
-        UpcyclingError: None does; says what does not fit.
+        UpcyclingError: No architecture does; the message says what does not fit.
     """
     arch = model.arch
     _refuse(not arch.gated_linear_unit, "experts with squared ReLU and no gate")

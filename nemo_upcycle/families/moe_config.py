@@ -1,4 +1,4 @@
-"""Read what an MoE is out of a Hugging Face `config.json`: the inverse of `MoEFamily.config`."""
+"""Read an MoE from a Hugging Face `config.json`: the inverse of `MoEFamily.config`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,14 +15,14 @@ MOE_FAMILIES: dict[str, MoEFamily] = {
 
 
 def moe_model(config: Mapping[str, Any]) -> MoEModel:
-    """Read an MoE's numbers.
+    """Read an MoE's description.
 
     Args:
-        config: The parsed `config.json`, in the words of transformers 4 or 5.
+        config: The parsed `config.json`, in the format of transformers 4 or 5.
 
     Raises:
-        UpcyclingError: It is of another family, a value is of the wrong kind, or transformers or
-            Megatron do not compute such a model.
+        UpcyclingError: The family is not supported, a value has the wrong type, or transformers or
+            Megatron cannot compute the model.
     """
     kind = str(config.get("model_type"))
     if kind not in MOE_FAMILIES:
@@ -51,7 +51,7 @@ def _mixtral(config: Mapping[str, Any]) -> MoEModel:
         num_experts=values.count("num_local_experts", most=MOST_LISTED),
         topk=values.count("num_experts_per_tok"),
         pre_softmax=False,
-        # A granular model's dense width is not said; no layer is that wide.
+        # The dense width of a granular model is not recorded; no layer has that width.
         expert_width=arch.ffn_hidden_size,
         is_moe=(True,) * arch.num_layers,
         has_shared_expert=False,

@@ -1,7 +1,7 @@
-"""Nemotron-3, Nemotron-4 and Minitron (`NemotronForCausalLM`), what arXiv 2410.07524 upcycled.
+"""Nemotron-3, Nemotron-4 and Minitron (`NemotronForCausalLM`), upcycled in arXiv 2410.07524.
 
 Squared ReLU without a gate: a neuron is a row of up and a column of down. Norms are LayerNorms
-whose weight is stored less 1, and a part of each head is rotated.
+whose weight is stored minus 1. RoPE rotates only a part of each head.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a Hugging Face `config.json` says, each value of the kind that it has to be."""
+"""Typed and checked values of a Hugging Face `config.json`."""
 
 import sys
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from nemo_upcycle.families.config_words import in_words_of_transformers_4
 from nemo_upcycle.families.defaults import DEFAULTS
 
 LARGEST_SIZE = 2**31 - 1
-"""Of anything that is counted: larger ones have no place in Megatron's indices."""
+"""Limit of any count: larger values overflow Megatron's indices."""
 
 MOST_LISTED = 10_000
-"""Of layers or experts, which are gone through one by one."""
+"""Limit of layers or experts, over which the code iterates."""
 
 _SHOWN = 200
-"""Characters of a value in a message."""
+"""Maximum characters of a value in a message."""
 
 _CUTS_THE_CACHE = "by which transformers' cache of keys and values is cut, and its model is not"
 _READ_APART = {
@@ -25,27 +25,27 @@ _READ_APART = {
     "num_kv_shared_layers": _CUTS_THE_CACHE,
     "kv_sharing_modes": _CUTS_THE_CACHE,
 }
-"""Keys that one version or one part of transformers reads and another does not, where not empty."""
+"""Non-empty keys that one version or part of transformers reads and another does not."""
 
 _READ_APART_IF_FALSE = {
     "is_causal": "with which tokens see those after them in transformers 5 and not in 4",
 }
-"""The same, where they are false or null; true is what is computed without them."""
+"""The same for keys that matter if false or null; true is the default."""
 
 
 class Values:
-    """A config in the words of transformers 4, with the defaults of its family.
+    """A config with the keys of transformers 4 and the family's defaults.
 
     Args:
         config: The parsed `config.json`.
-        family: Its model type, whatever the config says.
+        family: The model type, whatever the config says.
 
     Attributes:
-        defaults: What transformers takes where the config is silent, of all keys that it reads.
-        said: What the config says or is silent on, by key.
+        defaults: transformers' defaults of all keys that it reads.
+        said: The values of the config, or defaults, by key.
 
     Raises:
-        UpcyclingError: Its words contradict each other, or one is only one version's.
+        UpcyclingError: Keys contradict each other, or only one version reads a key.
     """
 
     def __init__(self, config: Mapping[str, Any], family: str) -> None:
@@ -65,14 +65,14 @@ class Values:
             raise UpcyclingError(f"config.json says {key}={shown(config[key])}, {why}; remove it.")
 
     def is_null(self, key: str) -> bool:
-        """Return whether a key is null or not there."""
+        """Return whether a key is null or missing."""
         return self.said.get(key) is None
 
     def count(self, key: str, least: int = 1, most: int = LARGEST_SIZE) -> int:
         """Return an integer.
 
         Raises:
-            UpcyclingError: It is something else, less than `least`, or more than `most`.
+            UpcyclingError: The value is no integer, less than `least`, or more than `most`.
         """
         value = self.said.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -86,10 +86,10 @@ class Values:
         return positive(key, self.said.get(key))
 
     def flag(self, key: str) -> bool:
-        """Return true or false; null is false, as for transformers 4.
+        """Return true or false; null is false, as in transformers 4.
 
         Raises:
-            UpcyclingError: It is something else.
+            UpcyclingError: The value is something else.
         """
         value = self.said.get(key)
         if not isinstance(value, bool | None):
@@ -98,10 +98,10 @@ class Values:
 
 
 def positive(key: str, value: Any) -> float:
-    """Return a value that has to be a number above 0.
+    """Return a value that must be a number above 0.
 
     Raises:
-        UpcyclingError: It is something else, or not finite.
+        UpcyclingError: The value is something else, or not finite.
     """
     if not is_positive(value):
         raise unfit(key, value, "a number above 0")
@@ -109,18 +109,18 @@ def positive(key: str, value: Any) -> float:
 
 
 def is_positive(value: Any) -> bool:
-    """Return whether a value is a number above 0 that a float can have."""
+    """Return whether a value is a finite number above 0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and 0 < value <= sys.float_info.max
 
 
 def unfit(key: str, value: Any, expected: str) -> UpcyclingError:
-    """Return the error of a value that is not what it has to be."""
+    """Return the error for an invalid value."""
     said = "null" if value is None else shown(value)
     return UpcyclingError(f"config.json says {key}={said}; expected {expected}.")
 
 
 def shown(value: object) -> str:
-    """Return a value as a message has it: cut, where it is long."""
+    """Return a value as text for a message, truncated if long."""
     said = repr(value)
     return said if len(said) <= _SHOWN else f"{said[:_SHOWN]}…"

@@ -1,1 +1,1 @@
-"""The front for NeMo 2: all that knows NeMo and Lightning."""
+"""The front end for NeMo 2; only this package imports NeMo and Lightning."""

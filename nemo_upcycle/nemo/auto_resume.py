@@ -22,11 +22,11 @@ _LAST = re.compile(r"-last(-v\d+)?$")
 
 @dataclass(kw_only=True)
 class AutoResume(nl.AutoResume):
-    """Resume from the newest complete checkpoint of the run; start anew where there is none.
+    """Resume from the newest complete checkpoint of the run, or start anew if there is none.
 
-    NeMo refuses to start where the only checkpoint is one that was being written when the run was
-    killed, and takes the newest of several by the time stamps of their directories, which a copy
-    changes. Before it looks, the run's directory is locked.
+    NeMo refuses to start if the only checkpoint was being written when the run was killed. NeMo
+    also chooses the newest checkpoint by time stamps of directories, which a copy changes. The
+    run's directory is locked before the search.
 
     Args:
         seconds_to_wait: How long to wait for another start of the run to end.
@@ -39,8 +39,8 @@ class AutoResume(nl.AutoResume):
         """Tell the trainer what to resume from.
 
         Raises:
-            UpcyclingError: The run has no steps or has made all of them, or another start of it is
-                at work; of that `Provenance` tells all ranks where it is among the callbacks.
+            UpcyclingError: The run has no steps or has made all steps, or another start of the run
+                is at work. `Provenance`, if among the callbacks, tells all ranks of the latter.
         """
         check_trainer(trainer)
         self._lock(next((c for c in trainer.callbacks if isinstance(c, Provenance)), None))
@@ -51,7 +51,7 @@ class AutoResume(nl.AutoResume):
             raise
 
     def _lock(self, provenance: Provenance | None) -> None:
-        """Lock the run's directory; the checks of all ranks hear where that is refused."""
+        """Lock the run's directory; if refused, the checks of all ranks learn of it."""
         if is_global_rank_zero():
             try:
                 run_lock.take(Path(AppState().log_dir), self.seconds_to_wait)
@@ -83,7 +83,7 @@ class AutoResume(nl.AutoResume):
             (path for path in directory.glob("*-last*") if _LAST.search(path.name)), key=age
         )
         complete = [path for path in checkpoints if is_complete(path)]
-        # A copy of another run's checkpoint is gone on from where there is none of this run's.
+        # A copied checkpoint of another run is used only if this run has none.
         own = [path for path in complete if path.name.startswith(self._prefix)]
         latest = own[-1] if own else complete[-1] if complete else None
         for path in checkpoints:
@@ -107,13 +107,13 @@ class AutoResume(nl.AutoResume):
 
 
 def saved_step(weights: Path | str) -> int:
-    """Return how many steps had been made when a checkpoint was saved.
+    """Return the number of steps before a checkpoint.
 
     Args:
-        weights: The directory of its weights.
+        weights: The directory of the checkpoint's weights.
 
     Raises:
-        UpcyclingError: It is damaged.
+        UpcyclingError: The checkpoint is damaged.
     """
     try:
         return dist_checkpointing.load_common_state_dict(str(weights))["global_step"]

@@ -23,19 +23,19 @@ from nemo_upcycle.nemo.provenance import Provenance, say
 class UpcyclingCallback(Provenance):
     """Fill the model from a dense checkpoint on a fresh start; do nothing on a resume.
 
-    Every rank reads only the slices of the dense checkpoint that fill its own shards and writes
-    them in place; no rank holds the dense model. Number and width of experts, MoE layers, top-k,
-    router order and capacity are read from the model's config. A model without experts is filled
-    as it is (the continued-training control).
+    Every rank reads only the slices of the dense checkpoint that fill its own shards, and writes
+    the slices in place; no rank holds the dense model. Number and width of experts, MoE layers,
+    top-k, router order and capacity are read from the model's config. A model without experts gets
+    the dense weights (the continued-training control).
 
-    What the run was upcycled from is kept in its checkpoints; a resume that says otherwise is
-    refused.
+    The origin of the weights is recorded in the run's checkpoints; a resume that contradicts the
+    record is refused.
 
     Args:
-        dense_checkpoint: Directory of Hugging Face's, NeMo 2's or Megatron-LM's, or the name of a
-            model in the local Hugging Face cache. Several, separated by semicolons, give experts
-            from each in turn, and everything else their average (Branch-Train-MiX).
-        initializer: What fills experts, such as `copy`, `drop(ratio=0.3)`; see `initializers`.
+        dense_checkpoint: Directory in the format of Hugging Face, NeMo 2 or Megatron-LM, or a
+            model's name in the local Hugging Face cache. Several, separated by semicolons, give
+            experts in turn, and all other weights are averaged (Branch-Train-MiX).
+        initializer: Initialiser of experts, such as `copy`, `drop(ratio=0.3)`; see `initializers`.
         weight_scaling: `exact`, `paper`, `none`, or None; see `UpcyclingConfig`.
         router_initializer: `virtual_groups` or `random`; see `UpcyclingConfig`.
         router_init_std: Standard deviation of the router weights; None takes the model's
@@ -88,14 +88,14 @@ class UpcyclingCallback(Provenance):
         with said_on_every_rank(self.prefix):
             report = fill_all(self._prepared, chunks, pl_module.config, self._ranks, self.read_once)
         report = _with_tokenizer(report, pl_module, self._prepared.checkpoint)
-        # Mixed precision trains fp32 copies, made before the weights were there.
+        # Mixed precision trains fp32 copies, which were made before the weights were loaded.
         for optimizer in trainer.optimizers:
             if hasattr(optimizer, "mcore_optimizer"):
                 optimizer.mcore_optimizer.reload_model_params()
         say("\n".join(f"{self.prefix} {line}" for line in str(report).splitlines()))
 
     def begin(self, trainer: pl.Trainer, config: Any) -> Origin:
-        """Return the dense checkpoint and what it becomes, once it is known to be usable."""
+        """Check the dense checkpoint; return the origin of the run."""
         upcycling = self.upcycling(config)
         try:
             self._prepared = prepare(self.dense_checkpoint, upcycling)
@@ -104,7 +104,7 @@ class UpcyclingCallback(Provenance):
         except UpcyclingError as error:
             if not trainer.ckpt_path:
                 raise
-            # The weights are in the run's own checkpoint by now.
+            # The run's own checkpoint has the weights.
             say(f"{self.prefix} the resume does not need the dense checkpoint: {error}")
             return Origin.of(self.dense_checkpoint, None, upcycling)
         if not trainer.ckpt_path:
@@ -115,7 +115,7 @@ class UpcyclingCallback(Provenance):
         return Origin.of(self.dense_checkpoint, prepared.fingerprint, upcycling, prepared.kept)
 
     def upcycling(self, config: Any) -> UpcyclingConfig:
-        """Return what the model's config and this callback say the dense model becomes."""
+        """Return the upcycling, from the model's config and this callback's arguments."""
         std = self.router_init_std
         return upcycling_in(
             config,
@@ -130,7 +130,7 @@ class UpcyclingCallback(Provenance):
 def _with_tokenizer(
     report: Report, module: pl.LightningModule, checkpoint: DenseCheckpoint
 ) -> Report:
-    """Return the report, which is not of an exact start where texts get other tokens."""
+    """Return the report; step 0 is not exact if the tokenizer gives texts other tokens."""
     tokenizer = getattr(getattr(module, "tokenizer", None), "tokenizer", None)
     if tokenizer is None or not is_global_rank_zero():
         return report

@@ -1,4 +1,4 @@
-"""NeMo's data module, which trains on nothing that is not what it says."""
+"""NeMo's data module with checks of the datasets before training."""
 
 import sys
 from functools import wraps
@@ -33,16 +33,16 @@ def _paths_of(paths: Any) -> dict[str, list[DataPath]]:
 
 
 class MockDataModule(llm.MockDataModule):
-    """NeMo's random ids, none of which the model has no embedding for.
+    """NeMo's mock data, with a check that the model has embeddings for all ids.
 
     Args: those of NeMo's.
     """
 
     def setup(self, stage: str = "") -> None:
-        """Check that the ids are the model's, which all ranks see alike.
+        """Check that the model has embeddings for all ids; all ranks agree on the result.
 
         Raises:
-            UpcyclingError: They are not.
+            UpcyclingError: An id has no embedding.
         """
         rows = _rows_of(self)
         if rows is not None:
@@ -51,7 +51,7 @@ class MockDataModule(llm.MockDataModule):
 
 
 def _rows_of(module: Any) -> int | None:
-    """Return how many embeddings the model has, without what TP pads them with."""
+    """Return the number of embeddings of the model, without padding for TP."""
     trainer = getattr(module, "trainer", None)
     config = getattr(getattr(trainer, "lightning_module", None), "config", None)
     return getattr(config, "vocab_size", None)
@@ -60,15 +60,15 @@ def _rows_of(module: Any) -> int | None:
 class PreTrainingDataModule(llm.PreTrainingDataModule):
     """NeMo's data module for Megatron's datasets.
 
-    Before Megatron builds its indices, all ranks check together that each dataset is as long as
-    its index and its manifest say, was made with this tokenizer, and has no token that the model
-    has no embedding for. Indices are written beside the data; where that cannot be, into the run's
-    directory.
+    Before Megatron builds indices, all ranks together check each dataset: the length must match
+    index and manifest, the tokenizer must be the same, and the model must have an embedding for
+    every token. Indices are written beside the data, or into the run's directory if the data's
+    directory is not writable.
 
     Args: those of NeMo's. `paths` may begin with `~` and end with `.bin`.
 
     Raises:
-        UpcyclingError: `paths` are none, or a file is missing.
+        UpcyclingError: `paths` are malformed, or a file is missing.
     """
 
     # NeMo records a constructor's arguments by its signature, in every checkpoint's context.
@@ -85,7 +85,7 @@ class PreTrainingDataModule(llm.PreTrainingDataModule):
         """Check the datasets, on all ranks, and build Megatron's indices.
 
         Raises:
-            UpcyclingError: A dataset is not what it says; raised on every rank.
+            UpcyclingError: A dataset fails a check; raised on every rank.
         """
         ranks = Ranks()
         seen = ranks.gather(ranks.on_all(lambda: self._check(ranks.rank, ranks.size)))
@@ -123,7 +123,7 @@ class PreTrainingDataModule(llm.PreTrainingDataModule):
         """Return a directory for Megatron's indices; None for those beside the data.
 
         Raises:
-            UpcyclingError: None can be written to.
+            UpcyclingError: No directory is writable.
         """
         if self.index_mapping_dir is not None:
             check_writable(Path(self.index_mapping_dir))

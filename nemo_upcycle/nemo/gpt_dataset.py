@@ -1,4 +1,4 @@
-"""Megatron's GPT dataset, with indices that are of the data that are there."""
+"""Megatron's GPT dataset, with indices keyed to the content of the data."""
 
 import contextlib
 import copy
@@ -18,7 +18,7 @@ from nemo_upcycle.data.index import read_index
 from nemo_upcycle.errors import UpcyclingError
 
 CONTENT = "content"
-"""What says, among all that decides an index, what the dataset holds."""
+"""Key of the content among the fields that identify an index."""
 
 DESCRIPTION = "-description.txt"
 NO_TOKEN = -1
@@ -27,12 +27,12 @@ NO_TOKEN = -1
 class GPTDataset(MegatronGPTDataset):
     """Megatron's dataset.
 
-    Megatron knows an index of samples by the path of the data and goes on using the index when
-    other data are there; here the index is known by the data's content too. An index is written
-    whole or not at all, and those of other content are removed.
+    Megatron keys an index of samples to the path of the data, and reuses the index after the data
+    have changed. Here the key includes the content. An index is written completely or not at all,
+    and indices of other content are removed.
 
-    Megatron takes padding for token 0 and leaves it out of the loss, by the tokenizer's padding
-    token: where that is the eos token, the ends of all documents too. Here no token is padding.
+    Megatron replaces the tokenizer's padding token by token 0 and masks it in the loss. If padding
+    is the eos token, the ends of all documents are lost. Here no token is padding.
 
     Raises:
         UpcyclingError: The corpus is too small for the split; Megatron's own loops forever over a
@@ -61,7 +61,7 @@ class GPTDataset(MegatronGPTDataset):
         self._pad_token_id = NO_TOKEN
 
     def _build_document_sample_shuffle_indices(self) -> Any:
-        """Build the indices, or load those that were built of the same data."""
+        """Build the indices, or load indices that were built from the same data."""
         index = Path(f"{self.dataset_path}.idx")
         if self.config.mock or not index.is_file():  # data of an object store
             return super()._build_document_sample_shuffle_indices()
@@ -91,13 +91,13 @@ class GPTDataset(MegatronGPTDataset):
 
 
 def cache_directory(prefix: str) -> Path:
-    """Return where Megatron keeps the indices of a dataset."""
+    """Return Megatron's directory for the indices of a dataset."""
     return Path(prefix) / "cache" / f"{MegatronGPTDataset.__name__}_indices"
 
 
 @contextlib.contextmanager
 def _config(dataset: Any, **values: Any) -> Iterator[None]:
-    """Change a dataset's own config for a while; the others' is the same object."""
+    """Change a dataset's config temporarily; other datasets share the same object."""
     shared = dataset.config
     dataset.config = copy.copy(shared)
     vars(dataset.config).update(values)
@@ -108,7 +108,7 @@ def _config(dataset: Any, **values: Any) -> Iterator[None]:
 
 
 def _remove_others(place: Path, dataset_path: str, content: str) -> None:
-    """Remove indices of what a dataset held before, and of blends with that."""
+    """Remove indices of a dataset's former content, and of blends with that content."""
     for description in place.glob(f"*{DESCRIPTION}"):
         try:
             said = json.loads(description.read_text())

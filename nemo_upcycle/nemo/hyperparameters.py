@@ -1,7 +1,7 @@
-"""The learning rate and the optimizer's numbers after a resume: what the command says.
+"""Apply the command's learning rate and optimizer settings after a resume.
 
-NeMo and Megatron load them with the optimizer's state and the schedule's, and so go on with those
-of the first start, whatever a later one says.
+NeMo and Megatron load these settings with the states of optimizer and schedule, and so continue
+with the settings of the first start, whatever a later command says.
 """
 
 import copy
@@ -10,14 +10,14 @@ from typing import Any
 import lightning.pytorch as pl
 
 _PROGRESS = frozenset({"optimizer", "last_epoch"})
-"""What a schedule has that is no setting; so is what begins with an underscore."""
+"""Attributes of a schedule that are no settings; nor are names with a leading underscore."""
 
 _STATE = frozenset({"params", "step", "lr"})
-"""What a group of parameters has that is no setting."""
+"""Keys of a parameter group that are no settings."""
 
 
 class Hyperparameters:
-    """What the command says, taken before a checkpoint is loaded.
+    """The command's settings, recorded before a checkpoint is loaded.
 
     Args:
         trainer: The trainer, whose optimizers and schedules have just been made.
@@ -38,10 +38,10 @@ class Hyperparameters:
         ]
 
     def apply(self, trainer: pl.Trainer) -> None:
-        """Put them in place of those that were loaded, and the learning rate where they say.
+        """Replace the loaded settings, and set the learning rate accordingly.
 
         Args:
-            trainer: The trainer, at the step where it goes on.
+            trainer: The trainer, at the step where training continues.
         """
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
             for loaded, said in zip(optimizer.param_groups, groups, strict=True):

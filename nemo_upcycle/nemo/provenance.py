@@ -66,9 +66,9 @@ class Provenance(pl.Callback, Recorded):
         """Check, before the model is made, what the run starts from or resumes.
 
         Raises:
-            UpcyclingError: Another start of the run is at work, a number makes no sense, the
-                weights to begin with cannot be used, or a resume contradicts what the run was
-                begun with; raised on every rank.
+            UpcyclingError: Another start of the run is at work, a number is out of range, or the
+                initial weights cannot be used. Or a resume contradicts the run's beginning. Raised
+                on every rank.
         """
         if stage != "fit":
             return

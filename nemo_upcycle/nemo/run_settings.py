@@ -1,8 +1,8 @@
-"""What decides the result of a training, by the names that the command line has for it.
+"""Settings that determine the result of a training, by their names on the command line.
 
-A run keeps its settings in its checkpoints. When it resumes, those of the command are compared with
-them: a change is refused by name, or taken and said. Neither what spreads a model over ranks nor
-what makes it faster is a setting.
+A run records its settings in its checkpoints. On a resume they are compared with the command's: a
+change is either refused by name, or applied and reported. The parallel mapping and options that
+only affect speed are not settings.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The configs and the tokenizer of an exported MoE: what the dense model's files said, kept."""
+"""Configs and tokenizer of an exported MoE, taken from the dense model's files."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ _TOKENIZERS = {
     "qwen3": "Qwen2Tokenizer",
     "qwen3_moe": "Qwen2Tokenizer",
 }
-"""What transformers takes by the model type where a tokenizer's files name no class."""
+"""Tokenizer classes that transformers uses by model type if a tokenizer's files name none."""
 
 
 def write_configs(
@@ -35,15 +35,15 @@ def write_configs(
     """Write config.json, generation_config.json and the tokenizer.
 
     Args:
-        checkpoint: The MoE's; has the tokenizer.
-        model: What it is.
-        family: What it becomes.
-        dtype: Of the weights, by safetensors' name.
-        kept: What its run has recorded of the dense model; see `checkpoint.kept`.
-        directory: Where to.
+        checkpoint: The MoE's checkpoint, with the tokenizer.
+            model: The MoE.
+            family: The architecture of transformers.
+            dtype: dtype of the weights, by safetensors' name.
+            kept: The run's record of the dense model; see `checkpoint.kept`.
+            directory: Output directory.
 
     Returns:
-        What whoever exports should know: what had to be assumed, and what contradicts.
+        Notes for the user: assumptions and contradictions.
     """
     config, generation = config_of(model, family, dtype), None
     tokenizer = _copy_tokenizer(checkpoint, directory)
@@ -65,7 +65,7 @@ def write_configs(
 
 
 def config_of(model: MoEModel, family: MoEFamily, dtype: str) -> dict[str, Any]:
-    """Return the `config.json` of a trained MoE, in words that transformers 4 and 5 read."""
+    """Return the `config.json` of a trained MoE, readable by transformers 4 and 5."""
     arch = model.arch
     rope: dict[str, Any] | None = None
     if arch.rope_scaling is not None:
@@ -93,7 +93,7 @@ def config_of(model: MoEModel, family: MoEFamily, dtype: str) -> dict[str, Any]:
 
 
 def _of_dense(kept: Mapping[str, Any], model_type: str, directory: Path) -> dict[str, Any]:
-    """Return what the dense model's config.json said, or transformers took for it unsaid."""
+    """Return settings of the dense model's config.json, or transformers' defaults."""
     kind, said = str(kept.get("model_type")), kept["config"]
     now = default_tokens(model_type)
     unsaid = {name: value for name, value in default_tokens(kind).items() if value != now[name]}
@@ -107,7 +107,7 @@ def _of_dense(kept: Mapping[str, Any], model_type: str, directory: Path) -> dict
 
 
 def _copy_tokenizer(checkpoint: MegatronCheckpoint, directory: Path) -> Any:
-    """Copy the tokenizer's files as they are; return it, None where there is none that loads."""
+    """Copy the tokenizer's files unchanged; return the tokenizer, None if none can be loaded."""
     source = find_tokenizer(checkpoint.directory, checkpoint.context)
     if source is None:
         return None
@@ -116,9 +116,7 @@ def _copy_tokenizer(checkpoint: MegatronCheckpoint, directory: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (
-        Exception
-    ):  # files of another version make it raise anything; they are copied all the same
+    except Exception:  # files of another version can raise anything; the files are copied anyway
         return None
 
 
@@ -134,24 +132,24 @@ def _ids(tokenizer: Any) -> dict[str, int | None]:
 
 
 def _assumed(model: MoEModel, tokenizer: Any, kept: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield what no record says, and what was taken instead."""
+    """Yield settings that were not recorded, and the assumed values."""
     tokens = "no token ids are said" if tokenizer is None else "token ids are the tokenizer's"
     if kept is None:
         window = "" if model.arch.sliding_window else "there is no sliding window, "
         yield (
-            "the checkpoint does not record what the dense model's configs say (an older version "
-            "or another program has saved it): max_position_embeddings is the run's "
-            f"{model.arch.max_position_embeddings}, {window}{tokens}. Correct config.json where "
-            "the dense model says otherwise"
+            "the checkpoint has no record of the dense model's configs (it was saved by an older "
+            "version or another program): max_position_embeddings is the run's "
+            f"{model.arch.max_position_embeddings}, {window}{tokens}. Correct config.json if the "
+            "dense model's values differ"
         )
     elif "config" not in kept:
-        yield f"the dense checkpoint was Megatron's, which says no tokens: {tokens}"
+        yield f"the dense checkpoint was Megatron's, which stores no token ids: {tokens}"
 
 
 def _contradictions(
     tokenizer: Any, config: Mapping[str, Any], generation: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Yield where the tokenizer says other tokens than the configs, each once."""
+    """Yield contradictions between the tokens of the tokenizer and of the configs."""
     files = {"config.json": config, "generation_config.json": generation}
     for name, own in _ids(tokenizer).items():
         said = {

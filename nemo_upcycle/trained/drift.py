@@ -1,4 +1,4 @@
-"""How far the weights of an upcycled model are from the dense ones, read tensor by tensor."""
+"""Distance of an upcycled model's weights from the dense weights, read tensor by tensor."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from nemo_upcycle.progress import Progress
 from nemo_upcycle.trained.opened import Trained
 
 EXACT = 1e-6
-"""Relative distance up to which weights are the same but for rounding."""
+"""Relative distance up to which weights count as equal up to rounding."""
 
 
 @dataclass
@@ -24,10 +24,9 @@ class Drift:
     """Relative distances of weights, each a maximum over tensors.
 
     Attributes:
-        others: Of everything that is no expert and no router, to the dense weights.
-        experts: Of every expert's parts to the nearest multiple of the dense neurons.
-        scales: What the parts (gate, up, down, and those of the shared expert) are multiplied
-            with, as nearly as they are.
+        others: Distance of all weights except experts and routers to the dense weights.
+            experts: Distance of experts' parts to the nearest multiple of the dense neurons.
+            scales: Estimated factors of the parts (gate, up, down, and the shared expert's).
     """
 
     others: float = 0.0
@@ -36,12 +35,12 @@ class Drift:
 
     @property
     def untouched(self) -> bool:
-        """Whether the weights are those of upcycling by copies."""
+        """Whether the weights are exact copies of the dense weights."""
         return max(self.others, self.experts) <= EXACT
 
 
 def drift(dense: DenseCheckpoint, trained: Trained, progress: Progress | None = None) -> Drift:
-    """Compare an upcycled model's weights with those that it came from.
+    """Compare an upcycled model's weights with the dense weights.
 
     Args:
         dense: The dense checkpoint.
@@ -49,7 +48,7 @@ def drift(dense: DenseCheckpoint, trained: Trained, progress: Progress | None = 
         progress: Called with parameters compared and to compare.
 
     Raises:
-        UpcyclingError: The two are not of one shape.
+        UpcyclingError: The shapes of the two models differ.
     """
     family, arch = dense.family, dense.architecture
     _check_alike(arch, trained.model.arch)
@@ -100,7 +99,7 @@ def _neurons(model: MoEModel, dense: Architecture) -> Callable[[int], Span]:
 
 
 def _pairs(family: Family, model: MoEModel) -> Iterator[tuple[str, int | None, int | None, str]]:
-    """Yield each dense parameter with each that it became: pattern, layer, expert, name."""
+    """Yield each dense parameter with each derived parameter: pattern, layer, expert, name."""
     for pattern in family.parameters:
         if pattern == "output_layer.weight" and model.arch.share_embeddings_and_output_weights:
             continue

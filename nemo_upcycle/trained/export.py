@@ -1,8 +1,8 @@
 """Write a trained MoE as a Hugging Face directory, tensor by tensor, without building a model.
 
-The mapping is the upcycling's, read the other way: an operation says which rows of which tensors
-make up a parameter of Megatron's, and so where the parameter's rows go. At most one chunk of a
-tensor is in memory.
+Export applies the operations of upcycling backwards: an operation says which rows of which tensors
+make up a Megatron parameter, and so where the parameter's rows go. At most one chunk of a tensor is
+in memory.
 """
 
 import json
@@ -28,12 +28,12 @@ from nemo_upcycle.trained.configs import write_configs, write_json
 from nemo_upcycle.trained.opened import open_trained
 
 SHARD_BYTES = 5 * 10**9
-"""Bytes of an output file at most, as in transformers."""
+"""Maximum bytes per output file, as in transformers."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows `start` to `start + count` of a parameter of Megatron's."""
+    """Rows `start` to `start + count` of a Megatron parameter."""
 
     name: str
     start: int
@@ -45,9 +45,9 @@ class Output:
     """A tensor to write: parts of Megatron's parameters one after another, or zeros.
 
     Attributes:
-        info: Its shape and dtype.
-        parts: By the first row that each fills.
-        doubled: Whether it is twice what Megatron has.
+        info: Shape and dtype.
+        parts: Parts by the first row that each fills.
+        doubled: Whether the values are twice Megatron's.
     """
 
     info: TensorInfo
@@ -62,15 +62,15 @@ class Output:
 
 @dataclass(frozen=True)
 class Export:
-    """What is to be written, known before anything is.
+    """The plan of an export.
 
     Attributes:
-        checkpoint: The MoE's.
-        model: What it is.
-        family: What it becomes.
+        checkpoint: The MoE's checkpoint.
+        model: The MoE.
+        family: The architecture of transformers.
         outputs: The tensors, by name.
-        kept: What the dense model's configs say; see `checkpoint.kept`.
-        notes: What whoever exports should know.
+        kept: Settings of the dense model's configs; see `checkpoint.kept`.
+        notes: Notes for the user.
     """
 
     checkpoint: MegatronCheckpoint
@@ -87,26 +87,30 @@ class Export:
 
     @property
     def capacity_factor(self) -> float | None:
-        """The capacity factor where Megatron may drop tokens, as transformers never does."""
+        """The capacity factor if Megatron may drop tokens, which transformers never does."""
         factor = self.checkpoint.config.get("moe_expert_capacity_factor")
         can_drop = factor is not None and factor * self.model.topk < self.model.num_experts
         return factor if can_drop else None
 
 
 def plan_export(source: str | Path) -> Export:
-    """Say how a trained MoE becomes a Hugging Face model; nothing is read but headers.
+    """Plan the export of a trained MoE, reading only headers.
 
     Args:
         source: A NeMo 2 or Megatron-LM checkpoint of an upcycled model, saved under any mapping,
-            or the directory of the run, which stands for its last complete one.
+            or a run's directory, which means the last complete checkpoint.
 
     Raises:
-        UpcyclingError: It is not one, or no architecture of transformers computes it.
+        UpcyclingError: The source is no such checkpoint, or no architecture of transformers
+            computes the model.
     """
     trained = open_trained(source)
     checkpoint, model = trained.checkpoint, trained.model
     if not isinstance(checkpoint, MegatronCheckpoint):
-        raise UpcyclingError(f"{source} is a Hugging Face directory already.")
+        raise UpcyclingError(
+            f"{source} is a Hugging Face directory already; expected a NeMo 2 or Megatron-LM "
+            "checkpoint."
+        )
     if not any(model.is_moe):
         raise UpcyclingError(
             "The checkpoint is of a dense model; expected an upcycled one. NeMo exports it: "
@@ -154,12 +158,23 @@ def _outputs(
     dtype = checkpoint.tensors["decoder.final_layernorm.weight"].dtype
     for name, shape in family.zeros(model).items():
         outputs[name] = Output(TensorInfo(shape, dtype))
+    _check_all_there(outputs, family, model)
     _check_whole(outputs)
     yield from outputs.items()
 
 
+def _check_all_there(outputs: Mapping[str, Output], family: MoEFamily, model: MoEModel) -> None:
+    """Check that no tensor of the architecture is missing."""
+    missing = sorted(family.shapes(model).keys() - outputs.keys())
+    if missing:
+        raise UpcyclingError(
+            f"The checkpoint has nothing for {len(missing)} tensors of a {family.class_name}: "
+            f"{listing(missing)}. The checkpoint is incomplete, or its config is another model's."
+        )
+
+
 def _check_whole(outputs: Mapping[str, Output]) -> None:
-    """Check that every row of every tensor comes from one place."""
+    """Check that every row of every tensor has exactly one source."""
     wrong = []
     for name, output in outputs.items():
         position = 0
@@ -187,24 +202,24 @@ def export(
 
     Args:
         source: As for `plan_export`.
-        directory: Where to; must not exist. It appears once all is written.
-        progress: Called with bytes written and bytes to write.
-        shard_bytes: Bytes of a file at most.
+        directory: Output directory; must not exist, and appears only when complete.
+            progress: Called with bytes written and bytes to write.
+            shard_bytes: Maximum bytes per file.
 
     Returns:
-        What was written.
+        The plan that was executed.
 
     Raises:
-        UpcyclingError: There is nothing to export, no architecture fits, or `directory` exists or
-            cannot be written. Nothing is left then.
+        UpcyclingError: There is nothing to export, no architecture fits, or `directory` exists
+            or cannot be written. No files are left then.
     """
     plan = plan_export(source)
     directory = directory.expanduser()
     if directory.exists() or directory.is_symlink():
-        raise UpcyclingError(f"{directory} exists; expected a directory to make. Name another.")
+        raise UpcyclingError(f"{directory} exists; expected a new directory. Give another name.")
     try:
         with _made_whole(directory) as partial:
-            # What is small first: a mistake shows before the weights are written.
+            # Small files first: errors appear before the weights are written.
             dtype = plan.outputs["model.norm.weight"].info.dtype
             plan.notes.extend(
                 write_configs(plan.checkpoint, plan.model, plan.family, dtype, plan.kept, partial)
@@ -220,11 +235,11 @@ def export(
 
 @contextmanager
 def _made_whole(directory: Path) -> Iterator[Path]:
-    """Give a directory to write to, which gets its name at the end; after an error all is gone."""
+    """Yield a temporary directory that is renamed at the end, or removed after an error."""
     partial = directory.with_name(directory.name + ".partial")
     made = [parent for parent in partial.parents if not parent.exists()]
     try:
-        if partial.exists():  # a killed export has left it
+        if partial.exists():  # left by a killed export
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
         yield partial

@@ -1,7 +1,8 @@
-"""A trained model under Megatron's names, whatever format it is in: NeMo 2, Megatron, Hugging Face.
+"""A trained model in any format (NeMo 2, Megatron, Hugging Face) under Megatron's names.
 
-Where the rows of a parameter lie is said by the same operations as for upcycling. So a trained
-model is exported, imported and loaded under any mapping slice by slice, and no model is built.
+The operations of upcycling also describe where the rows of a trained parameter are stored. So a
+trained model is exported, imported and loaded under any mapping, slice by slice, without building a
+model.
 """
 
 from collections.abc import Mapping
@@ -37,14 +38,14 @@ from nemo_upcycle.plans.rank import Segment, segments
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model: an MoE, or a dense model of NeMo 2's or Megatron's.
+    """A trained model: an MoE, or a dense model of NeMo 2 or Megatron.
 
     Attributes:
-        checkpoint: Where its tensors are.
-        model: What it is.
-        family: That of its Hugging Face directory; None for Megatron's own names.
-        kept: What its run has recorded of the dense model's configs, see `checkpoint.kept`; None
-            where nothing is.
+        checkpoint: The checkpoint with the tensors.
+        model: Description of the model.
+        family: Architecture of the Hugging Face directory; None for Megatron's own names.
+        kept: The run's record of the dense model's configs, see `checkpoint.kept`; None if there
+            is none.
     """
 
     checkpoint: DenseCheckpoint
@@ -54,11 +55,11 @@ class Trained:
 
     @property
     def dtype(self) -> str:
-        """The dtype of its embeddings, by safetensors' name."""
+        """The dtype of the embeddings, by safetensors' name."""
         return self.checkpoint.tensors[self.segments(VOCABULARY[0])[0][0]].dtype
 
     def segments(self, parameter: str) -> list[Segment]:
-        """Return the tensors, with rows, that make up a parameter of Megatron's.
+        """Return the tensors, with rows, that make up a Megatron parameter.
 
         Raises:
             UpcyclingError: The checkpoint has nothing for it.
@@ -68,8 +69,8 @@ class Trained:
 
         def missing(tensor: str) -> UpcyclingError:
             return UpcyclingError(
-                f"{self.checkpoint.directory} has no {tensor}, which the model's {parameter} "
-                "is. It is incomplete, or its config is another model's."
+                f"{self.checkpoint.directory} has no {tensor}, expected for the model's "
+                f"{parameter}. The checkpoint is incomplete, or the config is another model's."
             )
 
         return segments(
@@ -86,25 +87,25 @@ class Trained:
         operation = self.family.parameters.get(pattern_of(name))
         if operation is None:
             raise UpcyclingError(
-                f"The model has {parameter}, which a {self.family.model_type} has nothing for."
+                f"The model has {parameter}, which does not exist in a {self.family.model_type}."
             )
         return operation
 
     @cached_property
     def unread(self) -> frozenset[str]:
-        """Tensors that must be 0 and are nothing of Megatron's."""
+        """Tensors that must be 0 and have no counterpart in Megatron."""
         return frozenset(self.family.zeros(self.model) if self.family else ())
 
 
 def open_trained(source: str | Path) -> Trained:
-    """Open a trained model by its headers.
+    """Open a trained model by headers.
 
     Args:
-        source: A NeMo 2 or Megatron-LM checkpoint saved under any mapping, dense or MoE, or the
-            directory of the run that saved it; or a Hugging Face directory of an MoE.
+        source: A NeMo 2 or Megatron-LM checkpoint saved under any mapping, dense or MoE; a run's
+            directory; or a Hugging Face directory of an MoE.
 
     Raises:
-        UpcyclingError: It cannot be read, or Megatron's model does not compute it.
+        UpcyclingError: The source cannot be read, or Megatron cannot compute the model.
     """
     directory = resolve_trained(source)
     if is_huggingface(directory):
@@ -127,9 +128,9 @@ def _unsaid(kept: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _with_context(arch: Architecture, kept: Mapping[str, Any]) -> Architecture:
-    """Return the numbers with the dense model's context.
+    """Return the architecture with the dense model's context length and window.
 
-    The run's config has the length of its sequences, and no window that is not shorter.
+    The run's config has the length of the training sequences, and a window only if shorter.
     """
     trained_at, window = arch.max_position_embeddings, kept.get("sliding_window")
     if arch.sliding_window is not None or (window is not None and trained_at > window):
@@ -142,7 +143,7 @@ def _with_context(arch: Architecture, kept: Mapping[str, Any]) -> Architecture:
 
 
 class _HuggingFaceMoE(HuggingFaceCheckpoint):
-    """A directory whose tensors are read as Megatron has them: some are twice that."""
+    """A directory whose tensors are read as Megatron's values; some are stored doubled."""
 
     def __init__(self, directory: Path, doubled: str | None) -> None:
         super().__init__(directory)
@@ -167,7 +168,7 @@ def _open_huggingface(directory: Path) -> Trained:
 
 
 def _check_shapes(opened: Trained) -> None:
-    """Check that tensors are as the config says: of a longer one, a part would be read."""
+    """Check that shapes match the config: a longer tensor would be read only in part."""
     assert opened.family is not None
     tensors = opened.checkpoint.tensors
     wrong = [
@@ -178,12 +179,12 @@ def _check_shapes(opened: Trained) -> None:
     if wrong:
         raise UpcyclingError(
             f"{opened.checkpoint.directory}: {len(wrong)} tensors of the wrong shape: "
-            f"{listing(wrong)}. Its config is another model's."
+            f"{listing(wrong)}. The config belongs to another model."
         )
 
 
 def _check_zeros(opened: Trained) -> None:
-    """Check that what Megatron has nothing for does nothing."""
+    """Check that tensors without a counterpart in Megatron are 0."""
     checkpoint, family = opened.checkpoint, opened.family
     assert family is not None
     for name, shape in family.zeros(opened.model).items():
@@ -197,5 +198,5 @@ def _check_zeros(opened: Trained) -> None:
         if any(buffer):
             raise UpcyclingError(
                 f"{name} of {checkpoint.directory} is not 0; Megatron's model has no gate of the "
-                "shared expert. Only a Qwen2-MoE as `nemo-upcycle export` writes it can be read."
+                "shared expert. Only a Qwen2-MoE written by `nemo-upcycle export` can be read."
             )

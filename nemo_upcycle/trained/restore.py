@@ -1,4 +1,4 @@
-"""What of a trained model fills each shard of a rank, under any mapping."""
+"""Plan which parts of a trained model fill a rank's shards, under any mapping."""
 
 from collections.abc import Iterable
 
@@ -8,14 +8,14 @@ from nemo_upcycle.trained.opened import Trained
 
 
 def plan_restore(shards: Iterable[Shard], trained: Trained) -> Plan:
-    """Say for each shard of a rank which blocks of which tensors fill it.
+    """Plan which blocks of which tensors fill each shard of a rank.
 
     Args:
-        shards: What the rank owns.
-        trained: The model.
+        shards: The shards that the rank owns.
+        trained: The trained model.
 
     Raises:
-        UpcyclingError: A shard has no source or does not fit it.
+        UpcyclingError: A shard has no source, or does not fit the source.
     """
     tensors = trained.checkpoint.tensors
     builder = PlanBuilder(tensors)
@@ -32,7 +32,7 @@ def _check_fits(shard: Shard, rows: int, columns: tuple[int, ...]) -> None:
     if shard.global_shape[1:] != columns or not fits:
         raise UpcyclingError(
             f"The model's {shard.name} is {list(shard.global_shape)}, the checkpoint's "
-            f"{[rows, *columns]}. Its config is another model's."
+            f"{[rows, *columns]}. The config belongs to another model."
         )
 
 
@@ -40,11 +40,11 @@ def check_all_restored(trained: Trained, used: Iterable[str]) -> None:
     """Check that the ranks together have used the whole checkpoint.
 
     Args:
-        trained: The model.
+        trained: The trained model.
         used: Names of the tensors that any rank has read.
 
     Raises:
-        UpcyclingError: Some tensor went nowhere.
+        UpcyclingError: A tensor was not used.
     """
     known = trained.unread | frozenset(used)
     left = [
@@ -57,5 +57,5 @@ def check_all_restored(trained: Trained, used: Iterable[str]) -> None:
     if left:
         raise UpcyclingError(
             f"The model has no place for {len(left)} tensors of {trained.checkpoint.directory}: "
-            f"{listing(left)}. Its config is another model's."
+            f"{listing(left)}. The config belongs to another model."
         )

@@ -129,7 +129,7 @@ DAMAGED: dict[str, tuple[str, Callable[[Weights], Weights], Config, str]] = {
     "an MoE with NaN": ("mixtral", with_nan(EXPERT), {}, f"Tensor {EXPERT} of DIRECTORY holds NaN"),
     "an MoE with more experts in its config": (
         *("mixtral", lambda weights: weights, {"num_local_experts": 8}),
-        "Its config is another model's",
+        "The config belongs to another model",
     ),
 }
 """By name: the family, what is done to its tensors and its config, and what is said."""

@@ -1,6 +1,7 @@
-"""Megatron-Core on CPU and gloo: its layers, and what is changed for it.
+"""Megatron-Core on CPU and gloo: layers, and patches of torch and Megatron-Core.
 
-Importing this changes nothing. `enable()` does, and `cpu_layer_spec` calls it.
+Importing this package changes nothing; `enable()` applies the patches, and `cpu_layer_spec` calls
+`enable()`.
 """
 
 from nemo_upcycle.engine.cpu.layers import MODEL_OVERRIDES, cpu_layer_spec

@@ -1,4 +1,4 @@
-"""Megatron-Core's layers from modules that run on CPU, under Transformer Engine's names."""
+"""Megatron-Core's layers built from modules that run on CPU, with Transformer Engine's names."""
 
 import copy
 from typing import Any
@@ -45,11 +45,11 @@ MODEL_OVERRIDES: dict[str, Any] = {
     # gloo may still be sending an output when the schedule frees its memory.
     "deallocate_pipeline_outputs": False,
 }
-"""Fields of a model config that the CPU cannot have."""
+"""Fields of a model config that must be off on CPU."""
 
 
 class Norm(torch.nn.Module):
-    """RMSNorm or LayerNorm, as the config says, that Megatron's sequence parallelism accepts."""
+    """RMSNorm or LayerNorm, by config, that works with Megatron's sequence parallelism."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
@@ -63,10 +63,10 @@ class Norm(torch.nn.Module):
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):
-    """Norm and column-parallel linear in one, as Transformer Engine has it.
+    """Fused norm and column-parallel linear, as in Transformer Engine.
 
-    Its parameter names are Transformer Engine's (`linear_qkv.layer_norm_weight`), so that
-    checkpoints move between CPU and GPU and NeMo's importers and exporters work.
+    Parameters have Transformer Engine's names (`linear_qkv.layer_norm_weight`), so that
+    checkpoints are portable between CPU and GPU, and NeMo's importers and exporters work.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class NormColumnParallelLinear(ColumnParallelLinear):
 def _norm_parameters(
     config: TransformerConfig, size: int
 ) -> tuple[torch.nn.Parameter, torch.nn.Parameter | None]:
-    """Return a norm's weight, and its bias if it is a LayerNorm, as they are at the start."""
+    """Return a norm's initial weight, and for LayerNorm the initial bias."""
     start = torch.zeros if config.layernorm_zero_centered_gamma else torch.ones
     weight = torch.nn.Parameter(start(size, dtype=config.params_dtype))
     bias = None
     if config.normalization == "LayerNorm":
         bias = torch.nn.Parameter(torch.zeros(size, dtype=config.params_dtype))
     for parameter in filter(lambda each: each is not None, (weight, bias)):
-        # Megatron all-reduces the gradients of parameters marked so over the TP group.
+        # Megatron all-reduces the gradients of parameters with this mark over the TP group.
         parameter.sequence_parallel = config.sequence_parallel
     return weight, bias
 
@@ -116,11 +116,11 @@ def _normalize(
 
 
 class CpuAttention(DotProductAttention):
-    """Megatron's attention with what it leaves to Transformer Engine.
+    """Megatron's attention with features that Megatron leaves to Transformer Engine.
 
-    Context parallelism: of this rank's queries to the keys and values of all CP ranks; a sequence
-    is cut into 2·CP chunks, of which rank i has the chunks i and 2·CP-1-i. And a sliding window,
-    also where the data bring a mask.
+    Context parallelism: this rank's queries attend to the keys and values of all CP ranks. A
+    sequence is cut into 2·CP chunks; rank i has the chunks i and 2·CP-1-i. The sliding window also
+    applies if the data bring a mask.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class CpuAttention(DotProductAttention):
     ) -> None:
         self.cp_group, self.window = pg_collection.cp, config.window_size
         config = copy.copy(config)
-        config.context_parallel_size = 1  # Megatron's attention refuses any other
-        config.window_size = None  # and adds no window to a mask
+        config.context_parallel_size = 1  # Megatron's attention refuses other sizes
+        config.window_size = None  # and does not add a window to a mask
         super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
 
     def forward(
@@ -140,7 +140,7 @@ class CpuAttention(DotProductAttention):
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend from [length/CP, rows, heads, size]; the mask is this rank's rows of it."""
+        """Attend from [length/CP, rows, heads, size]; the mask has this rank's rows."""
         queries, keys = self._positions(len(query))
         if attention_mask is None:
             attention_mask = keys > queries[:, None]
@@ -151,7 +151,7 @@ class CpuAttention(DotProductAttention):
         )
 
     def _gather(self, local: torch.Tensor) -> torch.Tensor:
-        """Put the whole sequence together; its gradient goes back to the ranks, summed."""
+        """Gather the whole sequence; gradients are summed and scattered back to the ranks."""
         if self.cp_group.size() == 1:
             return local
         gathered = gather_from_sequence_parallel_region(local, group=self.cp_group)

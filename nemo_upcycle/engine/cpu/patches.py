@@ -1,4 +1,4 @@
-"""What a process changes in torch and Megatron-Core to run on CPU and gloo, and why.
+"""Patches of torch and Megatron-Core for running on CPU and gloo, and the reasons.
 
 =============================================  =====================================================
 `torch.cuda` streams, events, RNG state, …     called all over Megatron and NeMo; no-ops, or the
@@ -11,15 +11,15 @@
                                                dispatcher with expert-TP has unequal ones. Built
                                                from broadcasts and reductions
 `moe_utils.te_general_gemm`                    a NameError without Transformer Engine; None
-`token_dispatcher.maybe_move_tensor_to_cpu`    leaves all-to-all splits as tensors when they are on
-                                               the CPU already, where lists are needed
+`token_dispatcher.maybe_move_tensor_to_cpu`    leaves all-to-all splits that are on the CPU already
+                                               as tensors, but lists are needed
 `tensor_parallel.random` RNG state             reads the CUDA generator behind torch's back
 `DistributedOptimizer` "step" state            written for Apex's and Transformer Engine's Adam;
                                                torch's AdamW keeps a `step` with each parameter, and
                                                has no state at all before the first step
-checkpoint writers' result queue               Megatron spawns its process, for CUDA's sake; that
-                                               imports NeMo again, 10 s in every run that saves.
-                                               Forked; and killed with its rank, which it outlives
+checkpoint writers' result queue               because of CUDA, Megatron spawns its process, which
+                                               imports NeMo again: over 10 s in every run that
+                                               saves. Here forked, and killed with the rank
 =============================================  =====================================================
 """
 
@@ -55,8 +55,8 @@ def enable() -> None:
     global _mode
     if torch.cuda.is_available():
         raise UpcyclingError(
-            "A recipe asked for CPU mode, but this machine has a CUDA device. Leave the recipe's "
-            "accelerator to it, or hide the device with CUDA_VISIBLE_DEVICES=''."
+            "CPU mode is set, but this machine has a CUDA device. Leave the recipe's accelerator "
+            "at 'auto', or hide the device with CUDA_VISIBLE_DEVICES=''."
         )
     if _mode is None:
         _patch_torch_cuda()
@@ -127,7 +127,7 @@ def _patch_torch_cuda() -> None:
 
 
 class CudaToCpu(TorchFunctionMode):
-    """Send to the CPU what Megatron and NeMo hard-code to CUDA."""
+    """Redirect hard-coded CUDA devices of Megatron and NeMo to the CPU."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -154,7 +154,7 @@ def _all_gather(
     rank = torch.distributed.get_rank(group)
     outputs[rank].copy_(tensor)
     for source, output in enumerate(outputs):
-        # gloo sends contiguous tensors only; pieces of one that is split by rows are.
+        # gloo sends only contiguous tensors; pieces of a tensor split by rows are contiguous.
         torch.distributed.broadcast(output, group=group, group_src=source)
 
 
@@ -185,7 +185,7 @@ def _patch_megatron() -> None:
 
     rng._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     rng._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    # The two generators are one here: Megatron would warn at every use.
+    # Both generators are the same here; Megatron would warn at every use.
     logging.getLogger(rng.__name__).addFilter(lambda record: "CPU RNG state" not in record.msg)
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
@@ -212,10 +212,10 @@ def _patch_checkpoint_queue() -> None:
 
 def _begin_queue_process(parent: int) -> None:
     """Keep the forked process alive as long as its parent, and no longer."""
-    # To collect what was inherited would end process groups, whose threads were not forked: abort.
+    # Collecting inherited objects would destroy process groups, whose threads were not forked.
     gc.freeze()
     gc.enable()
-    # The kernel kills it when its parent is killed; it would wait forever.
+    # The kernel kills this process when the parent is killed; otherwise it would wait forever.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # killed before the line above

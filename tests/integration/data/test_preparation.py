@@ -1,14 +1,7 @@
 """From documents to Megatron's dataset: the same whatever the format, the processes, the kills."""
 
 import gzip
-import hashlib
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +9,6 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.data import parts
-from nemo_upcycle.data.manifest import check_files, read_manifest
 from nemo_upcycle.data.preparation import Preparation, prepare
 from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.errors import UpcyclingError
@@ -31,6 +23,7 @@ from tests.corpora import (
     many,
     parquet,
     prepared,
+    tokenized,
     write,
     zstandard,
 )
@@ -243,188 +236,43 @@ def test_a_hub_name_is_a_tokenizer_as_elsewhere(
     assert "`hf download NAME`" in line
 
 
-# --- Going on ------------------------------------------------------------------------------------
+def test_a_nested_field_is_read(tmp_path: Path, tokenizer: Path) -> None:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    records = [
+        {"a": {"b": {"c": f"text {n}"}}, "a.d": f"other {n}", "m": {"k": n % 2}} for n in range(6)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.PARQUET")
+    found = []
+    for name in ("a.jsonl", "a.PARQUET"):
+        for key in ("a.b.c", "a.d"):
+            prefix = tmp_path / f"{name}-{key}"
+            selection = Selection(key, {"m.k": "1"})
+            manifest = prepare(Preparation((str(tmp_path / name),), tokenizer, prefix, selection))
+            assert (manifest.documents, manifest.left_out) == (3, 3)
+            found.append(documents_in(prefix))
+    assert found[:2] == found[2:]
 
 
-def test_progress_ends_at_the_size_and_the_tokens(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_directory_is_read_through_links_and_what_is_not_read_is_said(
+    tokenizer: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(parts, "BATCH_CHARACTERS", 30)
-    source = write(tmp_path / "a.jsonl", TEXTS * 3)
-    calls: list[tuple[int, int, int]] = []
-    preparation = Preparation((str(source),), tokenizer, tmp_path / "data")
-    manifest = prepare(preparation, 1, lambda *call: calls.append(call))
-    size = source.stat().st_size
-    assert len(calls) > 3
-    assert calls == sorted(set(calls))
-    assert calls[-1] == (size, size, manifest.tokens)
-
-
-def test_what_is_done_is_not_done_again(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write(tmp_path / "a.jsonl", TEXTS)
-    first = prepared(source, tokenizer, tmp_path / "data")
-    monkeypatch.setattr("nemo_upcycle.data.preparation.tokenize_part", None)
-    again = prepared(source, tokenizer, tmp_path / "data")
-    assert again == first == read_manifest(tmp_path / "data")
-
-
-def test_other_input_replaces(tokenizer: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", ["one text"])
-    prepared(source, tokenizer, tmp_path / "data")
-    write(source, ["two text"])  # as long
-    os.utime(source, ns=(1, 1))
-    prepared(source, tokenizer, tmp_path / "data")
-    assert documents_in(tmp_path / "data") == expected_documents(tokenizer, ["two text"])
-
-
-def test_complete_parts_are_kept_after_a_failure(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write(tmp_path / "a.jsonl", many(100))
-    made: list[int] = []
-    real = parts.tokenize_part
-
-    def fail_at_third(part: Any, files: Any, *rest: Any) -> Any:
-        if len(made) == 2:
-            raise UpcyclingError("no more")
-        made.append(files.number)
-        return real(part, files, *rest)
-
-    monkeypatch.setattr("nemo_upcycle.data.preparation.tokenize_part", fail_at_third)
-    with pytest.raises(UpcyclingError, match="no more"):
-        prepared(source, tokenizer, tmp_path / "data", part_bytes=5_000)
-    assert made == [0, 1]
-    assert not (tmp_path / "data.idx").exists()
-
-    def go_on(part: Any, files: Any, *rest: Any) -> Any:
-        made.append(files.number)
-        return real(part, files, *rest)
-
-    monkeypatch.setattr("nemo_upcycle.data.preparation.tokenize_part", go_on)
-    prepared(source, tokenizer, tmp_path / "data", part_bytes=5_000)
-    assert made == sorted(set(made))
-    assert documents_in(tmp_path / "data") == expected_documents(tokenizer, many(100))
-
-
-def leave_parts(tokenizer: Path, source: Path, prefix: Path) -> Path:
-    """Prepare, and put the parts back as a kill just before the end would leave them."""
-    import shutil
-
-    kept = prefix.with_name("kept")
-    real = shutil.rmtree
-    try:
-        shutil.rmtree = lambda path, **_: os.replace(path, kept)  # type: ignore[assignment]
-        prepared(source, tokenizer, prefix, part_bytes=5_000)
-    finally:
-        shutil.rmtree = real
-    for path in prefix.parent.glob(f"{prefix.name}.*"):
-        path.unlink()
-    work = prefix.with_name(f".{prefix.name}.parts")
-    os.replace(kept, work)
-    return work
-
-
-def test_a_damaged_part_is_noticed_and_made_anew(tokenizer: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", many(100))
-    work = leave_parts(tokenizer, source, tmp_path / "data")
-    damaged = work / "000001.bin"
-    damaged.write_bytes(b"\0" + damaged.read_bytes()[1:])
-    with pytest.raises(UpcyclingError, match=r"000001\.bin is not what was written"):
-        prepared(source, tokenizer, tmp_path / "data", part_bytes=5_000)
-    prepared(source, tokenizer, tmp_path / "data", part_bytes=5_000)
-    assert documents_in(tmp_path / "data") == expected_documents(tokenizer, many(100))
-
-
-def test_parts_of_another_job_are_left_alone(tokenizer: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", many(100))
-    work = leave_parts(tokenizer, source, tmp_path / "data")
-    before = contents(work)
-    with pytest.raises(UpcyclingError, match="holds parts of another job"):
-        prepared(source, tokenizer, tmp_path / "data", part_bytes=4_000)
-    assert contents(work) == before
-
-
-@pytest.mark.parametrize("said", [None, "", '{"format": 1, "sour'])
-def test_parts_of_nobody_knows_what_are_not_taken(
-    tokenizer: Path, tmp_path: Path, said: str | None
-) -> None:
-    """As a kill leaves them while they are removed, or before it is said what they are of."""
-    source = write(tmp_path / "a.jsonl", many(100))
-    work = leave_parts(tokenizer, source, tmp_path / "data")
-    (work / "job.json").unlink()
-    if said is not None:
-        (work / "job.json").write_text(said)
-    other = write(tmp_path / "b.jsonl", many(100, seed=1))
-    prepared(other, tokenizer, tmp_path / "data", part_bytes=5_000)
-    assert documents_in(tmp_path / "data") == expected_documents(tokenizer, many(100, seed=1))
-
-
-def test_two_at_once_are_refused(tokenizer: Path, tmp_path: Path) -> None:
-    import fcntl
-
-    source = write(tmp_path / "a.jsonl", many(100))
-    work = leave_parts(tokenizer, source, tmp_path / "data")
-    with (work / "job.json").open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(UpcyclingError, match="Another process is at work"):
-            prepared(source, tokenizer, tmp_path / "data", part_bytes=5_000)
-
-
-def test_checksums(tokenizer: Path, tmp_path: Path) -> None:
-    manifest = prepared(write(tmp_path / "a.jsonl", TEXTS), tokenizer, tmp_path / "data")
-    for name, each in manifest.files.items():
-        content = (tmp_path / name).read_bytes()
-        assert each == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert check_files(tmp_path / "data") == manifest
-    tokens = (tmp_path / "data.bin").read_bytes()
-    (tmp_path / "data.bin").write_bytes(b"\1" + tokens[1:])
-    with pytest.raises(UpcyclingError, match=r"data\.bin: its sha256 is not the manifest's"):
-        check_files(tmp_path / "data")
-    (tmp_path / "data.bin").write_bytes(tokens[1:])
-    with pytest.raises(UpcyclingError, match="no complete dataset"):
-        check_files(tmp_path / "data")
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from nemo_upcycle.data.preparation import Preparation, prepare
-source, tokenizer, prefix = sys.argv[1:]
-if __name__ == "__main__":
-    print("begun", flush=True)
-    prepare(Preparation((source,), Path(tokenizer), Path(prefix), part_bytes=40_000), workers=2)
-    print("done", flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_ten_moments_the_files_are_the_same(tokenizer: Path, tmp_path: Path) -> None:
-    """SIGKILL for it and its processes; each time the same command goes on."""
-    source = write(tmp_path / "a.jsonl", many(8_000))
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    calm, wild = (tmp_path / name / "data" for name in ("calm", "wild"))
-
-    def start(prefix: Path) -> subprocess.Popen[str]:
-        words = [sys.executable, str(script), str(source), str(tokenizer), str(prefix)]
-        return subprocess.Popen(words, start_new_session=True, stdout=subprocess.PIPE, text=True)
-
-    started = time.monotonic()
-    assert start(calm).communicate()[0].endswith("done\n")
-    whole = time.monotonic() - started
-    rng, kills = random.Random(7), 0
-    for _ in range(10):
-        process = start(wild)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(rng.uniform(0.05, 0.7) * whole)
-        if process.poll() is None:
-            kills += 1
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    assert start(wild).communicate()[0].endswith("done\n")
-    assert kills >= 5
-    assert contents(wild.parent) == contents(calm.parent)
-    assert len(list(wild.parent.iterdir())) == 3
+    corpus = tmp_path / "corpus"
+    (corpus / ".hidden").mkdir(parents=True)
+    (corpus / "directory.jsonl").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    line = '{"text": "a"}\n'
+    for name in ("corpus/a.jsonl", "elsewhere/b.jsonl", "corpus/.hidden/c.jsonl", "corpus/d.txt"):
+        (tmp_path / name).write_text(line)
+    (corpus / "empty.jsonl").write_text("\n")
+    (corpus / "link").symlink_to(tmp_path / "elsewhere")
+    (corpus / "up").symlink_to(corpus)
+    for _ in range(2):  # what the first has written there is not read by the second
+        result = tokenized(corpus, tokenizer, corpus, "--name", "web")
+        assert result.exit_code == 0
+        said = " ".join(result.output.split())
+        assert "web: 2 documents" in said
+        assert "passed over 1 .txt" in said
+        assert f"1 sources gave no document: {corpus}/empty.jsonl" in said

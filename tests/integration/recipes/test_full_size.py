@@ -64,7 +64,7 @@ def test_each_says_its_gpus_memory_and_step_time(name: str) -> None:
     text = factory(name).__doc__
     assert f"On {numbers.world_size} H100" in text
     assert f"{prediction.memory.total / 2**30:.0f} GiB per GPU" in text
-    assert f"{prediction.time.total:.2g} s a step" in text
+    assert f"{prediction.time.total:.2g} s per step" in text
     assert str(numbers.folding) in text
 
 
@@ -113,7 +113,7 @@ def test_performance_mode_hides_collectives() -> None:
 def test_performance_mode_needs_gpus() -> None:
     from nemo_upcycle_recipes import factory as of_all
 
-    with pytest.raises(UpcyclingError, match="performance_mode needs GPUs"):
+    with pytest.raises(UpcyclingError, match="performance_mode is set on CPU"):
         of_all.pretrain(
             LLAMA3_8B_E8T2,
             dir=None,

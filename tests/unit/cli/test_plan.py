@@ -12,15 +12,10 @@ from click.testing import Result
 from nemo_upcycle_recipes.numbers import RECIPES
 from typer.testing import CliRunner
 
-from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo
-from nemo_upcycle.checkpoint.described import dense_of_config
+from nemo_upcycle.checkpoint import DTYPE_BYTES
 from nemo_upcycle.cli import app
-from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.families.llama import LLAMA
-from nemo_upcycle.plans.job import distinct_bytes, plan_job
-from nemo_upcycle.plans.rank import BUFFERS, CHUNK_BYTES, Block
-from nemo_upcycle.plans.report import number, spans_of
-from nemo_upcycle.progress import size
+from nemo_upcycle.plans.rank import BUFFERS, CHUNK_BYTES
 from tests.tiny import CONFIG, into_hub_cache, write_dense, write_llama
 
 PAPER = RECIPES["llama3_8b_e8t2"]
@@ -153,16 +148,7 @@ def test_a_plan_takes_every_name_of_a_checkpoint(
         if name.name != "config.json":
             name.unlink()
     found = plan_json("--recipe", "llama_tiny_e8t2", "--dense", "some-org/some-model")["dense"]
-    assert "its config.json alone" in found["note"]
-
-
-def test_tune_takes_a_dense_checkpoint(dense: Path) -> None:
-    command = ["tune", "--recipe", "llama_tiny_e8t2", "--gpus", "2", "precision=bf16-mixed"]
-    runner = CliRunner(env={"COLUMNS": "200"})
-    own, other = (runner.invoke(app, [*command, *words]) for words in ((), ("--dense", str(dense))))
-    assert (own.exit_code, other.exit_code) == (0, 0), other.output
-    assert f"dense_checkpoint='{dense}'" in " ".join(other.stdout.split())
-    assert "dense_checkpoint" not in own.stdout
+    assert "config.json alone" in found["note"]
 
 
 def test_memory_besides_the_model() -> None:
@@ -185,29 +171,6 @@ def test_ranks_that_differ_have_rows_of_their_own() -> None:
         ["1–2", "256", "128", "12"],
         ["3", "128", "384", "3"],
     ]
-
-
-def test_a_node_reads_what_its_ranks_share_once() -> None:
-    dense = dense_of_config({**CONFIG, "model_type": "llama", "torch_dtype": "float32"}, "", "")
-    folding = ParallelFolding(expert_model_parallel_size=4)
-    together = plan_job(dense, UpcyclingConfig(), folding, 1, 4)
-    assert together.bytes_to_read == 4 * dense.bytes
-    assert together.bytes_of_nodes == (dense.bytes,)
-    apart = plan_job(dense, UpcyclingConfig(), folding, 4, 1)
-    assert apart.bytes_of_nodes == (dense.bytes,) * 4
-
-
-def test_overlapping_blocks_count_once() -> None:
-    tensors = {"a": TensorInfo((10, 10), "BF16"), "b": TensorInfo((7,), "F32")}
-    blocks = [
-        Block("a", (0, 6), (0, 10)),
-        Block("a", (4, 8), (5, 10)),
-        Block("a", (4, 8), (5, 10)),
-        Block("a", (9, 10), (0, 1)),
-        Block("b", (2, 5), None),
-        Block("b", (3, 7), None),
-    ]
-    assert distinct_bytes(blocks, tensors) == 2 * (60 + 10 + 1) + 4 * 5
 
 
 # --- One rank -----------------------------------------------------------------------------------
@@ -295,7 +258,7 @@ def test_padding_is_shown_as_zeros(tmp_path: Path) -> None:
         (["num_moe_experts=4"], "4 experts do not divide"),
         (["granularity=3"], "ffn_hidden_size=14336 does not divide by granularity=3"),
         (["initializer=dorp"], "There is no initializer 'dorp'"),
-        (["moe_layer_freq=[1]*3"], "says 3 layers"),
+        (["moe_layer_freq=[1]*3"], "has 3 layers"),
         (["--world-size", "0"], "The world size is 0"),
         (["--rank", "512"], "There is no rank 512; expected 0 to 511."),
         (["--rank", "512", "--json"], "There is no rank 512; expected 0 to 511."),
@@ -311,11 +274,6 @@ def test_mistakes_are_one_line(words: list[str], message: str) -> None:
     (line,) = result.stderr.splitlines()
     assert line.startswith("Error: ")
     assert message in line
-
-
-def test_tune_names_its_word_for_a_dense_checkpoint_too() -> None:
-    result = CliRunner().invoke(app, ["tune", "dense_checkpoint=/a"])
-    assert result.stderr.startswith("Error: 'dense_checkpoint=/a' is an argument of the factory")
 
 
 # --- The dense checkpoint -----------------------------------------------------------------------
@@ -349,43 +307,3 @@ def test_nothing_heavy_is_imported() -> None:
     )
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert output.stdout.strip() == "[]", output
-
-
-def test_numbers_are_short() -> None:
-    assert [number(n) for n in (999, 1500, 8.03e9, 47.491e9)] == ["999", "1.50K", "8.03B", "47.49B"]
-    assert [size(n) for n in (1023, 1024, 15 * 2**30, 2**50)] == [
-        "1023 B",
-        "1.00 KiB",
-        "15.0 GiB",
-        "1024 TiB",
-    ]
-    assert [spans_of(n) for n in ([3], [0, 1, 2, 5], range(0, 32, 4), [])] == [
-        "3",
-        "0–2, 5",
-        "0, 4 … 28",
-        "none",
-    ]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [["groups", "--world-size", "512", "--out"], ["tune", "--scaling"]],
-    ids=["groups", "tune"],
-)
-def test_a_picture_that_cannot_be_written_is_one_line_before_the_work(
-    tmp_path: Path, words: list[str]
-) -> None:
-    (tmp_path / "a.png").mkdir()
-    (tmp_path / "file").write_text("")
-    wrong = {
-        "a": "expected .png, .svg, .pdf",
-        "a.tiff": "expected .png, .svg, .pdf",
-        "a.png": "is a directory; expected a file to write",
-        "file/a.png": "cannot be written to",
-    }
-    for name, message in wrong.items():
-        result = CliRunner().invoke(app, [*words, str(tmp_path / name)])
-        assert result.exit_code == 1
-        said = " ".join(result.output.split())
-        assert said.startswith("Error: ")
-        assert message in said

@@ -17,13 +17,13 @@ def run(*words: str) -> Result:
 
 def test_the_command_shows_times_memory_and_why(tmp_path: Path) -> None:
     (tmp_path / "slow.yaml").write_text("base: h100\nname: slow network\nnetwork_bandwidth: 5\n")
-    result = run("--gpus", "64", "--hardware", str(tmp_path / "slow.yaml"))
+    result = run("--gpus", "16", "--hardware", str(tmp_path / "slow.yaml"))
     assert result.exit_code == 0, result.output
     assert all(len(line) <= 80 for line in result.output.splitlines())
     for words in (*list(COMPONENTS.values())[:3], "optimizer, this rank's part", "Why the first"):
         assert words in result.output
     assert "nothing was fitted to slow network" in " ".join(result.output.split())
-    assert 'nemo llm pretrain --factory "llama3_8b_e8t2(num_nodes=8' in result.output
+    assert 'nemo llm pretrain --factory "llama3_8b_e8t2(num_nodes=2' in result.output
     assert "…" not in result.output
 
 
@@ -46,7 +46,7 @@ def test_what_is_said_is_kept() -> None:
 
 def test_a_microbatch_that_is_said_is_kept_under_context_parallelism() -> None:
     """Otherwise it is left out: half of both makes the same pieces."""
-    words = ["--gpus", "64", "--json", "--top", "1", "context_parallel_size=2"]
+    words = ["--gpus", "16", "--json", "--top", "1", "context_parallel_size=2"]
     free, said = (run(*words, *more) for more in ([], ["data.micro_batch_size=4"]))
     assert json.loads(free.stdout)["best"][0]["micro_batch_size"] != 4
     assert json.loads(said.stdout)["best"][0]["micro_batch_size"] == 4
@@ -55,7 +55,7 @@ def test_a_microbatch_that_is_said_is_kept_under_context_parallelism() -> None:
 def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemo_upcycle.planner.scaling.GPUS", (8, 16, 32))
     picture = tmp_path / "new" / "scaling.png"
-    result = run("--gpus", "16", "--recipe", "llama32_3b_e8t2", "--scaling", str(picture))
+    result = run("--gpus", "8", "--recipe", "llama_tiny_e8t2", "--scaling", str(picture))
     assert result.exit_code == 0, result.output
     assert picture.stat().st_size > 50_000
     rows = [line.split()[0] for line in result.output.splitlines() if line.split()]
@@ -79,3 +79,17 @@ def test_errors_are_one_line(words: list[str], message: str) -> None:
     assert result.exit_code == 1
     (line,) = result.output.strip().splitlines()
     assert message in line
+
+
+def test_tune_takes_a_dense_checkpoint(dense: Path) -> None:
+    command = ["tune", "--recipe", "llama_tiny_e8t2", "--gpus", "2", "precision=bf16-mixed"]
+    runner = CliRunner(env={"COLUMNS": "200"})
+    own, other = (runner.invoke(app, [*command, *words]) for words in ((), ("--dense", str(dense))))
+    assert (own.exit_code, other.exit_code) == (0, 0), other.output
+    assert f"dense_checkpoint='{dense}'" in " ".join(other.stdout.split())
+    assert "dense_checkpoint" not in own.stdout
+
+
+def test_tune_names_its_word_for_a_dense_checkpoint_too() -> None:
+    result = CliRunner().invoke(app, ["tune", "dense_checkpoint=/a"])
+    assert result.stderr.startswith("Error: 'dense_checkpoint=/a' is an argument of the factory")

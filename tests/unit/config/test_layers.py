@@ -41,7 +41,7 @@ def test_megatron_has_the_same_pattern() -> None:
     ("freq", "message"),
     [
         (0, "expected 1 or more"),
-        ((1, 1), "says 2 layers"),
+        ((1, 1), "has 2 layers"),
         ((1, 1, 1, 1, 1, 2), "expected 0 or 1"),
         ("[0]*6", "leaves no MoE layer"),
         ("skip_first=6", "leaves no MoE layer"),
@@ -49,7 +49,7 @@ def test_megatron_has_the_same_pattern() -> None:
         ("every=0", "expected a number"),
         ("__import__('os')", "expected a number"),
         ("[1]*10**9", "expected a number"),
-        ("[1]*999999999", "says 10000 layers"),
+        ("[1]*999999999", "has 10000 layers"),
         ("", "expected a number"),
     ],
 )

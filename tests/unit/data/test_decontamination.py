@@ -79,6 +79,3 @@ def test_bad_items_are_one_error(tmp_path: Path, content: str | None, message: s
         path.write_text(content)
     with pytest.raises(UpcyclingError, match=message):
         read_items(path)
-
-
-# --- From an evaluation's task to the report -----------------------------------------------------

@@ -64,7 +64,7 @@ ANOTHER_ENDING = {
     "a.md": "with each file as one: python -c",
     "a.jsonl.bz2": "Unpack it, or pack JSON lines with gzip or zstd for `data tokenize`",
     "a.csv": "hf://DIRECTORY of `data tokenize` reads a directory of .csv files",
-    "a.foo": 'JSON lines are documents such as {"text": "…"}, one a line',
+    "a.foo": 'JSON lines are documents such as {"text": "…"}, one per line',
 }
 
 
@@ -114,10 +114,10 @@ def test_a_link_to_no_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"[\n", "jq -c '.[]' FILE writes one a line"),
-        (b"{\n", "jq -c . FILE writes one a line"),
+        (b"[\n", "jq -c '.[]' FILE writes one per line"),
+        (b"{\n", "jq -c . FILE writes one per line"),
         ('{"text": "a"}\n'.encode("utf-16"), "it is UTF-16: iconv"),
-        (b'[{"text": "a"}]\n', "jq -c '.[]' FILE writes one a line"),
+        (b'[{"text": "a"}]\n', "jq -c '.[]' FILE writes one per line"),
     ],
 )
 def test_json_that_is_no_lines_is_told_what_to_do(

@@ -9,12 +9,17 @@ from nemo_upcycle_recipes.numbers import LLAMA3_8B_DENSE
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
-from nemo_upcycle.planner.search import mappings_of, predict, search
+from nemo_upcycle.planner.search import Prediction, mappings_of, predict, search
 from nemo_upcycle.planner.workload import Mapping
 from tests.planning import H100, PAPER
 
 
-def test_the_search_finds_the_fastest_that_fits() -> None:
+@pytest.fixture(scope="module")
+def found() -> list[Prediction]:
+    return search(PAPER, 16, H100)
+
+
+def test_the_search_finds_the_fastest_that_fits(found: list[Prediction]) -> None:
     """Against all mappings, each with every recompute, one by one."""
     every = [
         predict(PAPER, one, H100)
@@ -22,7 +27,6 @@ def test_the_search_finds_the_fastest_that_fits() -> None:
         for one in mappings
     ]  # fmt: skip
     fitting = [one for one in every if one.fits]
-    found = search(PAPER, 16, H100)
     assert 0 < len(fitting) < len(every)
     assert all(one.fits for one in found)
     assert found[0].time.total == min(one.time.total for one in fitting)
@@ -49,7 +53,7 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
         predict(PAPER, Mapping(ParallelFolding(), 24), H100)
 
 
-def test_hardware_is_not_forgotten() -> None:
+def test_hardware_is_not_forgotten(found: list[Prediction]) -> None:
     """A memory twice as large lets mappings in that did not fit."""
     twice: Hardware = replace(H100, memory_gib=2 * H100.memory_gib)
-    assert len(search(PAPER, 16, twice)) > len(search(PAPER, 16, H100))
+    assert len(search(PAPER, 16, twice)) > len(found)
