@@ -63,3 +63,11 @@ def write_sentencepiece(directory: Path, kind: str = "unigram", **settings: Any)
     if settings:
         (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
+
+
+def change_config(directory: Path, **settings: Any) -> Path:
+    """Change `tokenizer_config.json`; what is None is taken out."""
+    path = directory / "tokenizer_config.json"
+    said = {**json.loads(path.read_text()), **settings}
+    path.write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
+    return directory

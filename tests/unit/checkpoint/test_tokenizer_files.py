@@ -16,17 +16,9 @@ from nemo_upcycle.checkpoint.tokenizer_files import (
 )
 from nemo_upcycle.data.encoder import load_encoder
 from nemo_upcycle.errors import UpcyclingError
-from tests.tokenizers import write_sentencepiece, write_tokenizer
+from tests.tokenizers import change_config, write_sentencepiece, write_tokenizer
 
 TEXT = "def see(the_end):\n    return 'a text in the vocabulary, 日本'"
-
-
-def change(directory: Path, **settings: Any) -> Path:
-    """Change `tokenizer_config.json`; what is None is taken out."""
-    path = directory / "tokenizer_config.json"
-    said = {**json.loads(path.read_text()), **settings}
-    path.write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
-    return directory
 
 
 def transformers4(directory: Path) -> Path:
@@ -37,15 +29,15 @@ def tokenizers_backend(directory: Path) -> Path:
     """As transformers 5 saves it."""
     said = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True}
     extra = {"extra_special_tokens": ["<tool_call>"], "added_tokens_decoder": None}
-    return change(transformers4(directory), **said, **extra)
+    return change_config(transformers4(directory), **said, **extra)
 
 
 def list_of_special_tokens(directory: Path) -> Path:
-    return change(transformers4(directory), extra_special_tokens=["<tool_call>"])
+    return change_config(transformers4(directory), extra_special_tokens=["<tool_call>"])
 
 
 def a_class_that_is_not_known(directory: Path) -> Path:
-    return change(transformers4(directory), tokenizer_class="TokenizerOfTomorrow")
+    return change_config(transformers4(directory), tokenizer_class="TokenizerOfTomorrow")
 
 
 def config_alone(directory: Path) -> Path:
@@ -141,7 +133,7 @@ def test_a_lone_tokenizer_ends_documents_with_the_one_end_that_it_has(tmp_path: 
 
 def own_code(directory: Path) -> Path:
     code = {"AutoTokenizer": ["own.OwnTokenizer", None]}
-    change(transformers4(directory), tokenizer_class="OwnTokenizer", auto_map=code)
+    change_config(transformers4(directory), tokenizer_class="OwnTokenizer", auto_map=code)
     (directory / "own.py").write_text("raise SystemExit('executed')")
     return directory
 
@@ -202,7 +194,7 @@ def test_what_cannot_be_loaded_is_one_line(
 def test_own_code_beside_a_class_that_is_known_is_left_alone(tmp_path: Path) -> None:
     """As transformers does, which takes its own class then."""
     code = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
-    directory = change(transformers4(tmp_path / "a"), auto_map=code)
+    directory = change_config(transformers4(tmp_path / "a"), auto_map=code)
     assert load_tokenizer(directory).eos_token_id == 2
 
 
@@ -229,16 +221,3 @@ def test_an_end_that_is_not_the_models_is_told(
     found = doubtful_end(load_tokenizer(directory), directory)
     assert (found is None) == (doubt is None)
     assert doubt is None or doubt in str(found)
-
-
-def test_the_end_of_a_turn_is_told_by_the_command(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    from nemo_upcycle.cli import app
-
-    chat = write_tokenizer(tmp_path / "chat", "BPE", added=("<|im_end|>",))
-    change(chat, eos_token="<|im_end|>")
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    words = ["data", "tokenize", str(tmp_path / "a.jsonl"), "--out", str(tmp_path)]
-    said = CliRunner().invoke(app, [*words, "--tokenizer", str(chat)]).output
-    assert said.count("the end of a turn in a chat") == 1

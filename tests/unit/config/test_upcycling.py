@@ -59,7 +59,7 @@ def test_bad_upcycling_is_refused(values: dict, message: str) -> None:
     ("values", "exact", "words"),
     [
         ({}, True, "sum to 1"),
-        ({"moe_router_pre_softmax": True}, False, "between 2/8 and 1"),
+        ({"moe_router_pre_softmax": True}, False, "a factor from 2/8 to 1"),
         ({"moe_expert_capacity_factor": 1.0}, False, "at 4 and above"),
         ({"moe_expert_capacity_factor": 4.0}, True, "sum to 1"),
         ({"num_moe_experts": None}, True, "every layer is the dense layer"),

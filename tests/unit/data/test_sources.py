@@ -154,7 +154,7 @@ def test_sources_of_one_name_are_not_written_over_each_other(
     words = ["data", "tokenize", *sources, "--tokenizer", str(tokenizer), "--out", str(tmp_path)]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 1
-    assert "2 sources are called ai2_arc; give a --name" in result.output
+    assert "2 sources are called ai2_arc; expected a name per dataset" in result.output
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_a_directory_that_exists_is_left_alone(tmp_path: Path, saved: Path) -> N
     (tmp_path / "hf").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("hf", "link"):
-        with pytest.raises(UpcyclingError, match="exists; expected a directory to make"):
+        with pytest.raises(UpcyclingError, match="exists; expected a new directory"):
             export(saved, tmp_path / name)
     assert not list((tmp_path / "hf").iterdir())
 
