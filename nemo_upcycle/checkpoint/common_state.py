@@ -41,15 +41,17 @@ def _place(weights: Path) -> tuple[Path, int, int] | None:
     if not path.is_file():
         return None
     try:
-        for key, info in unpickle(path.read_bytes(), path).state["storage_data"].items():
+        metadata = unpickle(path.read_bytes(), path)
+    except OSError as error:
+        raise UpcyclingError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        for key, info in metadata.state["storage_data"].items():
             if key.state["fqn"] == _PART:
                 place = info.state
                 name, start, length = (place[n] for n in ("relative_path", "offset", "length"))
                 if Path(name).name != name or not (int(start) >= 0 and int(length) >= 0):
                     raise ValueError(f"{_PART} is said to be in {name!r} at {start}")
                 return weights / name, int(start), int(length)
-    except OSError as error:
-        raise UpcyclingError(f"{path} cannot be read: {error.strerror}.") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UpcyclingError(f"{path} is damaged: {error!r}. Copy the checkpoint again.") from error
     return None
