@@ -12,13 +12,16 @@ VENV_MEGATRON ?= .venv-megatron
 BIN_MEGATRON := $(abspath $(VENV_MEGATRON))/bin
 INSTALLED_MEGATRON := $(VENV_MEGATRON)/.installed
 
-.PHONY: demo test test-megatron test-slurm test-all lint python312 clean
+.PHONY: demo test test-fast test-megatron test-slurm test-all lint python312 clean
 
 demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, with a picture.
 	PATH="$(BIN):$$PATH" examples/demo.sh
 
 test: $(INSTALLED)  ## All tests that belong to every change.
 	$(BIN)/python -m pytest -m "not slow"
+
+test-fast: $(INSTALLED)  ## What needs no NeMo, no Megatron-Core and no other process: under a minute.
+	$(BIN)/python -m pytest -m "not slow" tests/unit
 
 test-megatron: $(INSTALLED_MEGATRON)  ## The front for Megatron-LM and Bridge, on Megatron-Core 0.19 without NeMo.
 	$(BIN_MEGATRON)/python -m pytest -m "not slow" tests/megatron
