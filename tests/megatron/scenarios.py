@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -15,6 +16,7 @@ from megatron.core.utils import get_model_config
 from megatron.training.models.gpt import GPTModelBuilder
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.engine.health import MoEHealth
 from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
 from nemo_upcycle.megatron import gpt_model_config, upcycle
 from nemo_upcycle.plans.rank import Shard
@@ -144,6 +146,27 @@ def norm_of_step(
     models = build(dense, folding, UPCYCLING, hooks, wrap=True)
     make_experts_differ([model.module for model in models])
     return _step(models, ids)[1]
+
+
+def health(
+    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig, ids: torch.Tensor
+) -> dict[str, float]:
+    """Run forward and backward of a step, and return what `engine.health` measures of it."""
+    models = build(dense, folding, upcycling, [upcycle(str(dense), upcycling)], wrap=True)
+    chunks = [model.module for model in models]
+    rows = rows_here(ids)
+    data_parallel = parallel_state.get_data_parallel_world_size()
+    init_num_microbatches_calculator(0, None, len(ids), 1, data_parallel)
+    watcher = MoEHealth()
+    watcher.start_watching(chunks, get_model_config(chunks[0]), upcycling)
+    make_experts_differ(chunks)
+    train_step(models, rows)  # which is not to be counted
+    watcher.begin_interval()
+    train_step(models, rows)
+    found = watcher.measure().scalars()
+    watcher.check_finite()
+    watcher.stop_watching()
+    return found
 
 
 def without_global_groups(
