@@ -56,6 +56,11 @@ def upcycle(
 
     Source: online upcycling, arXiv 2412.09952 §3.
     """
+    if "://" in str(resume_from):
+        raise UpcyclingError(
+            f"resume_from is {resume_from}; expected a directory of a file system: whether there "
+            "is a checkpoint to resume could not be seen elsewhere."
+        )
     run = None if resume_from is None else Path(resume_from)
     return _Hook(dense_checkpoint, upcycling, run, vocab_size_divisible_by, read_once, timeout_s)
 

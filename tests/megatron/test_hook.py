@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.megatron import upcycle
 from tests.distributed.foldings import FOLDINGS
 from tests.distributed.pool import RankError, RankPool
 from tests.distributed.whole import differing, whole
@@ -60,6 +62,26 @@ def test_every_family_is_computed(
     given = {"dense": dense, "folding": folding, "upcycling": UPCYCLING, "ids": ROWS}
     found = ranks.run(scenarios.upcycled_logits, world_size, seq_length=64, **given)
     assert error(found, dense, ROWS) <= TOLERANCE
+
+
+CHOICES = {
+    "dense, as it is": UpcyclingConfig(num_moe_experts=None),
+    "some layers": UpcyclingConfig(moe_layer_freq=(0, 1, 1, 0)),
+    "shared expert": UpcyclingConfig(moe_shared_expert=True),
+    "granular": UpcyclingConfig(num_moe_experts=8, granularity=2, moe_router_topk=4),
+    "capacity": UpcyclingConfig(moe_expert_capacity_factor=8.0),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("sizes", [{}, {"pp": 2, "vpp": 2}])
+def test_every_choice_is_computed(
+    ranks: RankPool, grid_dense: Path, name: str, sizes: dict[str, int]
+) -> None:
+    given = {"dense": grid_dense, "upcycling": CHOICES[name], "ids": ROWS}
+    folding = ParallelFolding.of(**sizes)
+    found = ranks.run(scenarios.upcycled_logits, 2 if sizes else 1, folding=folding, **given)
+    assert error(found, grid_dense, ROWS) <= TOLERANCE
 
 
 @pytest.mark.parametrize("breakage", ["other_order", "first_stage_alone"])
@@ -166,3 +188,8 @@ def test_a_run_that_cannot_be_written_is_said(ranks: RankPool, dense: Path, tmp_
     (tmp_path / "file").write_text("")
     said = told(ranks, dense, {"resume_from": tmp_path / "file" / "run"}, world_size=2)
     assert "cannot be written to" in said
+
+
+def test_a_place_that_is_no_directory_is_refused(dense: Path) -> None:
+    with pytest.raises(UpcyclingError, match="expected a directory of a file system"):
+        upcycle(str(dense), resume_from="s3://bucket/run")
