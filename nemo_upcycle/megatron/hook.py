@@ -127,9 +127,9 @@ class _Hook:
         origin = Origin.of(self.dense_checkpoint, prepared.fingerprint, upcycling, kept)
         if resumed is not None:
             return _Start(origin, prepared, resumed, tuple(_check_origin(origin, resumed)))
+        _check_has_memory(chunks)
         prepared.check_model(with_rope_of(config, chunks, prepared.checkpoint.architecture))
         _check_experts(config, prepared)
-        _check_has_memory(chunks)
         return _Start(origin, prepared, resumed)
 
     def _fill(self, chunks: Chunks, start: _Start, ranks: Ranks) -> list[str]:
