@@ -28,7 +28,7 @@ of rounding, in fp32.
 
 ROW_TOKENS = 512
 WINDOWS = 1.5
-"""Ratio of row length to window length: the last third of a row cannot attend to the first tokens."""
+"""Ratio of row length to window: the last third of a row cannot attend to the first tokens."""
 
 _NUMBERS = (
     *("rotary_base", "rope_scaling", "seq_len_interpolation_factor", "rotary_percent"),

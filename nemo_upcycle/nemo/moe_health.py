@@ -1,7 +1,7 @@
-"""How the experts and routers of a run are: load, losses, entropy, and how far they have moved.
+"""Health of experts and routers during a run: load, losses, entropy and distances.
 
-Statistics are sums over tokens, added up over all ranks once an interval: they do not depend on how
-the model is spread. Legend: L layers, E experts, T tokens.
+Statistics are sums over tokens, reduced over all ranks once per interval, and do not depend on the
+parallel mapping. Legend of the shapes: L layers, E experts, T tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,18 +36,18 @@ LOSSES = {
     "global_load_balancing_loss": "none",
     "z_loss": "all",
 }
-"""Megatron's names, and over which ranks each is a mean; over the others it is a sum."""
+"""Megatron's names, with the ranks over which each loss is a mean; over other ranks it is a sum."""
 
 SAMPLED_ROWS = 64
-"""Rows of each expert's linear_fc1 that are compared: enough for a distance, and cheap."""
+"""Rows compared of each expert's linear_fc1: enough for a distance, and cheap."""
 
 
 @dataclass(frozen=True)
 class Health:
-    """What an interval shows; NaN where a layer is not an MoE.
+    """Measurements of an interval; NaN for a layer that is not an MoE.
 
     Attributes:
-        load: Share of the assignments that each expert was chosen for, [L, E].
+        load: Share of the assignments to each expert, [L, E].
         values: Metrics by name, [L].
     """
 
@@ -55,7 +55,7 @@ class Health:
     values: Mapping[str, torch.Tensor]
 
     def scalars(self) -> dict[str, float]:
-        """Return `moe/NAME` over all layers, and `moe/NAME_layer_N` of each MoE layer."""
+        """Return `moe/NAME` over all layers, and `moe/NAME_layer_N` per MoE layer."""
         named = {}
         for name, values in self.values.items():
             layers = [(n, float(v)) for n, v in enumerate(values) if not torch.isnan(v)]
@@ -69,20 +69,22 @@ class Health:
 class MoEHealthCallback(pl.Callback, Recorded):
     """Log the health of experts and routers, per layer and in total.
 
-    `moe/load_balancing_loss`, `moe/z_loss`: Megatron's, which NeMo does not log.
+    `moe/load_balancing_loss`, `moe/z_loss`: Megatron's losses, which NeMo does not log.
     `moe/expert_load_cv`: coefficient of variation of the experts' loads.
-    `moe/dead_experts`: experts without a token. `moe/dropped_tokens`: share of assignments dropped.
-    `moe/router_entropy`: of the softmax over all experts, in nats. `moe/router_confidence`: its
-    largest probability. `moe/expert_distance`: mean pairwise distance of a layer's experts,
-    relative to the dense feed-forward layer's weights. `moe/router_distance`: of the router from
-    where it began, relative to that.
+    `moe/dead_experts`: number of experts without a token.
+    `moe/dropped_tokens`: share of dropped assignments.
+    `moe/router_entropy`: entropy of the softmax over all experts, in nats.
+    `moe/router_confidence`: largest probability of that softmax.
+    `moe/expert_distance`: mean pairwise distance of a layer's experts, relative to the weights of
+    the dense feed-forward layer.
+    `moe/router_distance`: distance of the router from the initial router, relative to the latter.
 
-    A router that computes NaN ends the run with an error that names its layer.
+    A router that computes NaN ends the run with an error that names the layer.
 
     Args:
         every_n_steps: Steps between two measurements.
-        heat_map: Write `moe_load.png`, layers × experts over time, into the run's directory when
-            it ends.
+        heat_map: Write `moe_load.png` into the run's directory at the end of the run: load of
+            layers × experts over time.
     """
 
     def __init__(self, every_n_steps: int = 50, heat_map: bool = True) -> None:
@@ -96,7 +98,7 @@ class MoEHealthCallback(pl.Callback, Recorded):
     # --- Lightning's hooks -----------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch the routers."""
+        """Register hooks on the routers."""
         config = self._config = pl_module.config
         self._topk, self._experts = config.moe_router_topk, config.num_moe_experts
         chunks = [unwrap_model(c.module) for c in trainer.strategy.megatron_parallel]
@@ -113,14 +115,14 @@ class MoEHealthCallback(pl.Callback, Recorded):
         ]
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Begin to measure, if it is time."""
+        """Begin a measurement if one is due."""
         self._due = trainer.global_step % self.every_n_steps == 0
         if self._due:
             self._sums.zero_()
             clear_aux_losses_tracker()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Add up over the ranks and log."""
+        """Reduce over the ranks and log."""
         if not self._due:
             return
         self._due = False
@@ -140,14 +142,14 @@ class MoEHealthCallback(pl.Callback, Recorded):
             self.history.draw(Path(directory) / "moe_load.png")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Say what is behind Megatron's word of NaN in a gradient."""
+        """Name the diverged router behind Megatron's error about a NaN gradient."""
         if hasattr(self, "_not_finite"):
             self._check_finite()
 
     # --- Measuring -------------------------------------------------------------------------------
 
     def _watch(self, router: TopKRouter, inputs: Any, outputs: Any) -> None:
-        if not (router.training and torch.is_grad_enabled()):  # else recompute comes once more
+        if not (router.training and torch.is_grad_enabled()):  # recomputation calls the hook again
             return
         layer, probs = router.layer_number - 1, outputs[0].detach()
         self._not_finite[layer] |= ~torch.isfinite(probs.sum())
@@ -181,28 +183,29 @@ class MoEHealthCallback(pl.Callback, Recorded):
 
 
 def _sums(logits_TE: torch.Tensor, routing_map_TE: torch.Tensor, topk: int) -> torch.Tensor:
-    """Return what is added up over tokens, [2E + 3].
+    """Return the sums over tokens, [2E + 3].
 
-    Tokens that each expert got, and was chosen for; tokens, entropies, largest probabilities.
+    Per expert the tokens kept and the tokens assigned; then the number of tokens, the sum of
+    entropies and the sum of largest probabilities.
     """
     scores_TE = logits_TE.softmax(-1)
     entropy = -(scores_TE * logits_TE.log_softmax(-1)).sum()
     tokens = logits_TE.new_tensor(float(len(logits_TE)))
     chosen_TE = torch.zeros_like(logits_TE).scatter(1, logits_TE.topk(topk).indices, 1)
     rest = torch.stack((tokens, entropy, scores_TE.max(-1).values.sum()))
-    # Padding to capacity adds tokens that have not chosen the expert.
+    # Padding to capacity adds tokens that are not assigned to the expert.
     kept_TE = chosen_TE * routing_map_TE.view(chosen_TE.shape)
     return torch.cat((kept_TE.sum(0), chosen_TE.sum(0), rest))
 
 
 def _load(sums: torch.Tensor, experts: int) -> torch.Tensor:
-    """Return the share of the assignments that each expert was chosen for, [L, E]."""
+    """Return the share of the assignments to each expert, [L, E]."""
     chosen_LE = sums[:, experts : 2 * experts]
-    return chosen_LE / chosen_LE.sum(1, keepdim=True)  # 0 / 0 where there are no experts
+    return chosen_LE / chosen_LE.sum(1, keepdim=True)  # 0 / 0 in layers without experts
 
 
 def _of_sums(sums: torch.Tensor, experts: int, topk: int) -> dict[str, torch.Tensor]:
-    """Return the metrics of each layer."""
+    """Return the metrics per layer, [L]."""
     kept_LE, chosen_LE = sums[:, :experts], sums[:, experts : 2 * experts]
     tokens_L, entropy_L, confidence_L = sums[:, 2 * experts :].T
     tokens_L = torch.where(tokens_L > 0, tokens_L, torch.nan)
@@ -232,9 +235,9 @@ def _losses(layers: int, device: torch.device) -> torch.Tensor:
 
 
 class _Moved:
-    """How far experts are from each other and routers from their start; from sums over ranks.
+    """Distances between experts, and of routers from the initial routers, from sums over ranks.
 
-    Experts that are shards of the layer are compared with the copies of the same shard.
+    Experts that are shards of the dense layer are compared with the copies of the same shard.
     """
 
     def __init__(
@@ -249,9 +252,9 @@ class _Moved:
         rows = width * (2 if config.gated_linear_unit else 1)
         self._stride, self._hidden = max(1, rows // SAMPLED_ROWS), config.hidden_size
         device = owned[0].data.device
-        # A place for each sampled row of an expert, whatever ranks it is spread over.
+        # One position per sampled row of an expert, whatever the mapping.
         size = -(-rows // self._stride) * self._hidden
-        # While experts are near each other their distance is a small difference of large sums.
+        # For similar experts the distance is a small difference of large sums, hence fp64.
         zeros = partial(torch.zeros, device=device, dtype=torch.float64)
         self._sum_of_copies = zeros(config.num_layers, self._shards, size)
         self._squares = zeros(config.num_layers, 3)
@@ -281,9 +284,9 @@ class _Moved:
         self._squares[layer, 2] += before.double().square().sum()
 
     def distances(self) -> dict[str, torch.Tensor]:
-        """Return both distances of each layer; the sums are those of all ranks by now.
+        """Return both distances per layer; the sums must already be reduced over all ranks.
 
-        Σ over pairs |a - b|² = n·Σ|a|² - |Σ a|², of n copies.
+        For n copies: Σ over pairs |a - b|² = n·Σ|a|² - |Σ a|².
         """
         copies = self._copies
         squares_L, moved_L, began_L = self._squares.T
@@ -302,7 +305,7 @@ def _is_fc1(own: OwnedShard) -> bool:
 
 
 def _first_with_its_router() -> bool:
-    """Return whether this rank is the first of those that have the same routers."""
+    """Return whether this rank is the first of the ranks with the same routers."""
     return (
         parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -310,8 +313,8 @@ def _first_with_its_router() -> bool:
 
 
 def _router_at_start(trainer: pl.Trainer, config: Any) -> Callable[[int], torch.Tensor] | None:
-    """Return what gives a layer's router as upcycling draws it; None in a run without upcycling."""
-    # UpcyclingCallback, which is not of this room.
+    """Return a function that gives a layer's initial router; None in a run without upcycling."""
+    # Duck typing avoids an import of UpcyclingCallback.
     upcyclers = [c for c in trainer.callbacks if hasattr(c, "upcycling")]
     if not upcyclers:
         return None
