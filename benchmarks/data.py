@@ -83,7 +83,7 @@ def _builder(tokenizer: Path, prefix: Path) -> Any:
 
 
 def loop(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]:
-    """Tokenize and add line by line."""
+    """Tokenise and add line by line."""
     builder = _builder(tokenizer, prefix)
     _begin(tokenizer)
 
@@ -111,7 +111,7 @@ def pool(source: Path, tokenizer: Path, prefix: Path, size: int = CORES) -> Call
 
 
 def partitions(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]:
-    """Split the text, tokenize each piece in separate processes, and merge the results."""
+    """Split the text, tokenise each piece in separate processes, and merge the results."""
     builder = _builder(tokenizer, prefix)
     context = multiprocessing.get_context("spawn")
     pieces = [prefix.with_name(f"{prefix.name}_{number}") for number in range(CORES)]

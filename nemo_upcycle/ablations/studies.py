@@ -91,7 +91,7 @@ class Claim:
 
     Attributes:
         text: The claim in words.
-        source: The paper and its numbers.
+        source: The paper, with the paper's numbers.
         lower: Name of the arm with the lower loss.
         higher: Name of the arm with the higher loss.
         at: `end` or `start` of the training.

@@ -52,7 +52,7 @@ def train_all(jobs: "Sequence[Job]", workers: int, logs: Path) -> "Iterator[Job]
             f"{logs / 'server.log'}. The same command goes on."
         ) from None
     finally:
-        ours.close()  # makes the server end its trainings and itself
+        ours.close()  # the server then ends all trainings and exits
         server.join()
 
 

@@ -1,7 +1,7 @@
 """Read documents from JSON lines (plain, .gz, .zst), Parquet files and Hugging Face datasets.
 
 A file behind a URL is streamed, and nothing is stored. Sources are read in parts. A part is small
-enough to be read again, and its contents depend on neither machine nor time. Nothing is skipped
+enough to be read again, and has the same contents on every machine at any time. Nothing is skipped
 silently: a record that is not a document is returned with an error and a position.
 """
 

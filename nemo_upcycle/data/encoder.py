@@ -71,7 +71,7 @@ class Encoder:
 
         The hash covers the vocabulary and the tokens of `PROBES` and of the vocabulary's entries.
         Files are not hashed, because equivalent files can differ. Special tokens count only if
-        texts can produce them.
+        texts can produce special tokens.
         """
         vocabulary = self.tokenizer.get_vocab()
         known = sorted((n, token) for token, n in vocabulary.items() if not is_nowhere(token))

@@ -2,7 +2,7 @@
 
 The text "see </s> in the vocabulary" must not contain an end-of-document token. The option
 `encode_special_tokens` of `tokenizers` is not enough: Unigram and WordLevel models find `</s>` in
-the vocabulary. So special tokens get vocabulary names that occur in no text and keep their ids.
+the vocabulary. So special tokens keep the ids and get vocabulary names that occur in no text.
 """
 
 import json

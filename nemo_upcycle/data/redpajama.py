@@ -1,7 +1,7 @@
 """RedPajama-V2 (arXiv 2411.12372): find the files of a selection.
 
 The hub's repository has a loading script instead of data. The script is not run here; the files are
-read directly: `documents/SNAPSHOT/SHARD/LANGUAGE_BUCKET.json.gz`. They are listed in
+read directly: `documents/SNAPSHOT/SHARD/LANGUAGE_BUCKET.json.gz`. The names are listed in
 `listings/LANGUAGE-SNAPSHOT-PARTITION.txt`, one name without suffix per line. Buckets are CCNet's
 (arXiv 1911.00359): `head` is the third with the lowest perplexity under a model of Wikipedia.
 """

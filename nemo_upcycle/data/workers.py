@@ -1,4 +1,4 @@
-"""Worker processes that tokenize parts."""
+"""Worker processes that tokenise parts."""
 
 import multiprocessing
 import os
@@ -32,7 +32,7 @@ def tokenize_parts(
     advance: Advance,
     evaluations: Path | None = None,
 ) -> None:
-    """Tokenize parts in worker processes.
+    """Tokenise parts in worker processes.
 
     Args:
         tasks: Parts, each with the files to write.

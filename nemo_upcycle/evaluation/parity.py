@@ -98,8 +98,8 @@ def length_beyond(tokens: int, *models: Architecture) -> int:
     """Return the row length that reveals differences at distant tokens.
 
     Args:
-        tokens: Maximum row length beyond the context before a RoPE scaling. Sliding windows are
-            exceeded whatever their length.
+        tokens: Maximum row length beyond the context before a RoPE scaling. A sliding window is
+            exceeded whatever the length of the window.
         models: The models' architectures; a feature of only one model counts too.
 
     Returns:
@@ -269,7 +269,7 @@ def reasons(
 def other_numbers(moe: Architecture, dense: Architecture) -> Iterator[str]:
     """Yield the differing architecture fields that no weight reveals.
 
-    The text may not reveal them either: a window may be longer than the rows.
+    The text may not reveal these fields either: a window may be longer than the rows.
     """
     for name in _NUMBERS:
         here, there = getattr(moe, name), getattr(dense, name)

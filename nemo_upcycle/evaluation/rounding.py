@@ -49,11 +49,11 @@ _NEURONS = {
 def reorder(dense: torch.nn.Module, hidden_size: int) -> None:
     """Permute the hidden units and the neurons of a dense model in place.
 
-    Every rank permutes its shards alike: no mapping splits hidden units, and neurons stay on their
+    Every rank permutes its shards alike: no mapping splits hidden units, and neurons stay on one
     rank.
 
     Args:
-        dense: A model of transformers or Megatron; the permutation keeps its function.
+        dense: A model of transformers or Megatron; the permutation keeps the model's function.
         hidden_size: Number of hidden units.
     """
     parameters = dict(dense.named_parameters())

@@ -60,7 +60,7 @@ def _rows_of(module: Any) -> int | None:
 class PreTrainingDataModule(llm.PreTrainingDataModule):
     """NeMo's data module for Megatron's datasets.
 
-    Before Megatron builds indices, all ranks together check each dataset: the length must match
+    Before Megatron builds indices, all ranks together check each dataset. The length must match
     index and manifest, the tokenizer must be the same, and the model must have an embedding for
     every token. Indices are written beside the data, or into the run's directory if the data's
     directory is not writable.

@@ -1,7 +1,7 @@
 """Apply the command's learning rate and optimizer settings after a resume.
 
-NeMo and Megatron load these settings with the states of optimizer and schedule, and so continue
-with the settings of the first start, whatever a later command says.
+NeMo and Megatron load these settings with the states of optimizer and schedule. They continue with
+the settings of the first start, even if a later command gives other values.
 """
 
 import copy

@@ -232,7 +232,7 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
         arch: The dense model's architecture.
 
     Returns:
-        Keyword arguments for `UpcycledGPTConfig`. For a Llama they also fit NeMo's LlamaConfig, or
+        Keyword arguments for `UpcycledGPTConfig`. For a Llama also valid for NeMo's LlamaConfig, or
         Llama31Config with RoPE scaling. Values equal to a Llama's are omitted.
     """
     values = fields.architecture_fields(arch)

@@ -36,7 +36,7 @@ LOSSES = {
     "global_load_balancing_loss": "none",
     "z_loss": "all",
 }
-"""Megatron's names, with the ranks over which each loss is a mean; over other ranks it is a sum."""
+"""Megatron's names, with the ranks over which a loss is a mean; over other ranks, a sum."""
 
 SAMPLED_ROWS = 64
 """Rows compared of each expert's linear_fc1: enough for a distance, and cheap."""

@@ -1,4 +1,4 @@
-"""Settings that determine the result of a training, by their names on the command line.
+"""Settings that determine the result of a training, named as on the command line.
 
 A run records its settings in its checkpoints. On a resume they are compared with the command's: a
 change is either refused by name, or applied and reported. The parallel mapping and options that

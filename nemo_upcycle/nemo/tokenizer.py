@@ -47,7 +47,7 @@ def checkpoint_tokenizer(source: str, model: str | None = None) -> "AutoTokenize
 
 
 def _directory(model: str | None) -> Path | None:
-    """Return a checkpoint's directory; None if it is gone, because a resume does not need it."""
+    """Return a checkpoint's directory; None if missing, because a resume needs no dense model."""
     try:
         return None if model is None else resolve_directory(model)
     except UpcyclingError:
