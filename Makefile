@@ -5,13 +5,16 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slurm test-all lint clean
+.PHONY: demo test test-fast test-slurm test-all lint clean
 
 demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, with a picture.
 	PATH="$(BIN):$$PATH" examples/demo.sh
 
 test: $(INSTALLED)  ## All tests that belong to every change.
 	$(BIN)/python -m pytest -m "not slow"
+
+test-fast: $(INSTALLED)  ## What needs no NeMo, no Megatron-Core and no other process: under a minute.
+	$(BIN)/python -m pytest -m "not slow" tests/unit
 
 test-slurm: $(INSTALLED)  ## On a Slurm that the tests start; needs Slurm installed, and root.
 	$(BIN)/python -m pytest -rs tests/end_to_end/test_slurm.py
