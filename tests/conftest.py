@@ -1,5 +1,6 @@
 """Fixtures that all tests share."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from tests.distributed.pool import RankPool
 from tests.file_server import FileServer, serve
 from tests.redpajama import write_data_set
 from tests.tiny import write_llama
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what is imported by now, most of all objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

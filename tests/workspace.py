@@ -1,6 +1,10 @@
 """A directory laid out as the demo's, with little data and a tiny dense checkpoint."""
 
+import atexit
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from nemo_upcycle.data.preparation import Preparation, prepare
@@ -14,6 +18,18 @@ DOCUMENTS = 150
 
 def make_workspace(directory: Path) -> Path:
     """Write `data/`, `tokenizer/` and `dense_hf/` (with the tokenizer in it)."""
+    made = _first()
+    shutil.copytree(made, directory, dirs_exist_ok=True)
+    for manifest in directory.glob("data/*.manifest.json"):  # which says where its texts lie
+        manifest.write_text(manifest.read_text().replace(str(made), str(directory)))
+    return directory
+
+
+@cache
+def _first() -> Path:
+    """Return the workspace that all others of this process are copies of."""
+    directory = Path(tempfile.mkdtemp(prefix="workspace-")) / "first"
+    atexit.register(shutil.rmtree, directory.parent, ignore_errors=True)
     sources = {"documentation": "*.py", "sources": "*/*.py"}
     library = Path(json.__file__).parent.parent
     for name, pattern in sources.items():

@@ -151,7 +151,7 @@ def _check_no_other_source(trainer: pl.Trainer) -> None:
 
 
 def _check_not_own_output(dense: Path) -> None:
-    """NeMo moves away the files in a run's directory, and removes old checkpoints in it."""
+    """Check that the dense checkpoint is outside the run's directory, where NeMo moves files."""
     run = AppState().log_dir
     if run and Path(run).resolve() in (dense.resolve(), *dense.resolve().parents):
         raise UpcyclingError(

@@ -17,20 +17,22 @@ from nemo_upcycle.nemo.recorded import Recorded
 class MoEHealthCallback(pl.Callback, Recorded, MoEHealth):
     """Log the health of experts and routers, per layer and in total.
 
-    `moe/load_balancing_loss`, `moe/z_loss`: Megatron's, which NeMo does not log.
+    `moe/load_balancing_loss`, `moe/z_loss`: Megatron's losses, which NeMo does not log.
     `moe/expert_load_cv`: coefficient of variation of the experts' loads.
-    `moe/dead_experts`: experts without a token. `moe/dropped_tokens`: share of assignments dropped.
-    `moe/router_entropy`: of the softmax over all experts, in nats. `moe/router_confidence`: its
-    largest probability. `moe/expert_distance`: mean pairwise distance of a layer's experts,
-    relative to the dense feed-forward layer's weights. `moe/router_distance`: of the router from
-    where it began, relative to that.
+    `moe/dead_experts`: number of experts without a token.
+    `moe/dropped_tokens`: share of dropped assignments.
+    `moe/router_entropy`: entropy of the softmax over all experts, in nats.
+    `moe/router_confidence`: largest probability of that softmax.
+    `moe/expert_distance`: mean pairwise distance of a layer's experts, relative to the weights of
+    the dense feed-forward layer.
+    `moe/router_distance`: distance of the router from the initial router, relative to the latter.
 
-    A router that computes NaN ends the run with an error that names its layer.
+    A router that computes NaN ends the run with an error that names the layer.
 
     Args:
         every_n_steps: Steps between two measurements.
-        heat_map: Write `moe_load.png`, layers × experts over time, into the run's directory when
-            it ends.
+        heat_map: Write `moe_load.png` into the run's directory at the end of the run: load of
+            layers × experts over time.
     """
 
     def __init__(self, every_n_steps: int = 50, heat_map: bool = True) -> None:
@@ -43,7 +45,7 @@ class MoEHealthCallback(pl.Callback, Recorded, MoEHealth):
     # --- Lightning's hooks -----------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch the routers."""
+        """Register hooks on the routers."""
         config = pl_module.config
         chunks = [unwrap_model(c.module) for c in trainer.strategy.megatron_parallel]
         self.start_watching(chunks, config, _upcycling(trainer, config))

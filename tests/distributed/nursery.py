@@ -11,6 +11,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,9 +19,8 @@ from typing import Any
 
 import psutil
 
-from tests.distributed.pool import pretend_torchrun
-
-TIMEOUT_S = 240.0
+from tests import progress
+from tests.distributed.pool import forks, pretend_torchrun
 
 
 class Run:
@@ -31,9 +31,19 @@ class Run:
         self.pids = pids
         self.directory = directory
 
-    def wait(self, *ranks: int, timeout: float = TIMEOUT_S) -> list[int | None]:
-        """Return the ranks' exit codes, of all if none is named; None after the timeout."""
-        return self._nursery.ask("wait", list(ranks or range(len(self.pids))), timeout)
+    def wait(self, *ranks: int) -> list[int | None]:
+        """Return the ranks' exit codes, of all if none is named; None of one that hangs."""
+        which = list(ranks or range(len(self.pids)))
+
+        def ended(seconds: float) -> bool:
+            return None not in self._nursery.ask("wait", which, seconds)
+
+        progress.wait(ended, self.pids)
+        return self._nursery.ask("wait", which, 0.0)
+
+    def runs(self, rank: int, seconds: float = 0.1) -> bool:
+        """Return whether a rank still runs after some seconds."""
+        return self._nursery.ask("wait", [rank], seconds) == [None]
 
     def said(self, rank: int) -> str:
         """Return what a rank has printed."""
@@ -68,7 +78,7 @@ class Nursery:
     """A process that forks ranks; one run at a time."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forks()
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,))
         self._process.start()
@@ -92,7 +102,7 @@ class Nursery:
 
     def stop(self) -> None:
         """End all processes."""
-        for run in self._runs:
+        for run in self._runs[-1:]:
             run.kill()
         self._process.kill()
         self._process.join()
@@ -103,21 +113,19 @@ def _serve(connection: Connection) -> None:
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
-    import torch
-
     from nemo_upcycle.nemo import cpu
+    from tests import imported
 
-    torch.set_num_threads(1)  # threads of OpenMP would not survive the fork
+    assert imported
     cpu.enable()
-    from nemo_upcycle_recipes import llama_tiny
-
-    assert llama_tiny
     context = multiprocessing.get_context("fork")
     ranks: list[Any] = []
     with contextlib.suppress(EOFError):
         while True:
             match connection.recv():
                 case "start", function, kwargs, world_size, directory:
+                    for process in ranks:  # which have been killed, if they had not ended
+                        process.join()
                     ranks.clear()
                     leader = 0
                     for rank in range(world_size):
@@ -132,8 +140,17 @@ def _serve(connection: Connection) -> None:
 
 
 def _exit_code(process: Any, timeout: float) -> int | None:
-    process.join(timeout)
-    return process.exitcode
+    """Return a rank's exit code, or None after some seconds.
+
+    The rank stays a zombie, so that no other process gets the number of the ranks' group.
+    """
+    end = time.monotonic() + timeout
+    how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while (ended := os.waitid(os.P_PID, process.pid, how)) is None:
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.02)
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 def _rank(

@@ -6,6 +6,7 @@ Where NeMo is not installed they run Megatron-Core alone.
 world_size - 1 of a real gloo process group and returns what each one returned.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -14,13 +15,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from importlib.util import find_spec
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-HAS_NEMO = find_spec("nemo") is not None
-TIMEOUT_S = 240.0
+from tests import progress
+from tests.stacks import HAS_NEMO
 
 
 class RankError(AssertionError):
@@ -39,7 +40,7 @@ class RankPool:
         """Call `function(**kwargs)` on every rank; return the results in rank order.
 
         Raises:
-            RankError: A rank raised or did not answer in time.
+            RankError: A rank raised, died, or all of them hang.
         """
         self._start()
         with tempfile.TemporaryDirectory() as directory:
@@ -54,16 +55,17 @@ class RankPool:
     def _receive(self, rank: int) -> tuple[bool, Any]:
         connection = self._ranks[rank][1]
         try:
-            if connection.poll(TIMEOUT_S):
+            if progress.wait(connection.poll, [process.pid for process, _ in self._ranks]):
                 return pickle.loads(connection.recv_bytes())
-            problem = f"no answer in {TIMEOUT_S:.0f} s"
+            problem = "no answer, and no rank does anything"
         except EOFError:
             problem = "the process died"
         self.stop()
         raise RankError(f"rank {rank}: {problem}")
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # What comes before all else comes before the import that the others share.
+        context = multiprocessing.get_context("spawn") if self._prepare else forks()
         while len(self._ranks) < self.size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, self._prepare), daemon=False)
@@ -81,6 +83,13 @@ class RankPool:
         self._ranks.clear()
 
 
+def forks() -> BaseContext:
+    """Return the context whose processes are forks of one that has imported NeMo."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.imported"])
+    return context
+
+
 def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
     # NeMo says much as it is imported; what a test must know comes back through the pipe.
     sink = os.open(os.devnull, os.O_WRONLY)
@@ -88,14 +97,13 @@ def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
     os.dup2(sink, 2)
     if prepare is not None:
         prepare()
-    import torch
-
     if HAS_NEMO:
         from nemo_upcycle.nemo import cpu
     else:
         from nemo_upcycle.engine import cpu
+    from tests import imported
 
-    torch.set_num_threads(1)
+    assert imported
     cpu.enable()
     while True:
         try:
@@ -160,15 +168,18 @@ def _forget() -> None:
     from megatron.core import num_microbatches_calculator, parallel_state
 
     parallel_state.destroy_model_parallel()
+    for name, value in list(vars(parallel_state).items()):  # those that Megatron forgets to forget
+        if isinstance(value, torch.distributed.ProcessGroup):
+            setattr(parallel_state, name, None)
     num_microbatches_calculator.unset_num_microbatches_calculator()
     if HAS_NEMO:
         from nemo.utils import AppState
         from nemo.utils.metaclasses import Singleton
 
         Singleton._Singleton__instances.pop(AppState, None)  # type: ignore[attr-defined]
-    _free_models()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    _free_models()
 
 
 def _free_models() -> None:
@@ -177,16 +188,13 @@ def _free_models() -> None:
     DistributedDataParallel is kept by its hooks on its parameters' gradient accumulators, which
     Python cannot see: it is emptied. RotaryEmbedding is kept by the cache of its forward pass.
     """
-    import gc
-
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     RotaryEmbedding.forward.cache_clear()
     # NeMo's is a class of its own.
-    trained = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
-    for model in trained:
-        vars(model).clear()
-    if trained:
-        del model, trained
-        gc.collect()
+    for each in gc.get_objects():
+        if issubclass(type(each), DistributedDataParallel):
+            vars(each).clear()
+    del each
+    gc.collect()

@@ -33,11 +33,11 @@ def assemble(shards: Iterable[tuple[Any, torch.Tensor]]) -> Whole:
             slice(start, start + size)
             for start, size in zip(shard.offset, shard.shape, strict=True)
         )
-        seen = filled[shard.name][place]
-        if not torch.equal(parameters[shard.name][place][seen], values[seen]):
+        part, seen = parameters[shard.name][place], filled[shard.name][place]
+        if bool((seen & (part != values)).any()):
             problems.append(f"{shard.name} differs between ranks")
-        parameters[shard.name][place] = values
-        filled[shard.name][place] = True
+        part.copy_(values)
+        seen.fill_(True)
     problems += [f"{name} is not whole" for name, mask in filled.items() if not mask.all()]
     return Whole(parameters, problems)
 

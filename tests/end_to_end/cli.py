@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from tests import progress
 from tests.end_to_end.zygote import zygote
 
 BIN = Path(sys.executable).parent
-TIMEOUT_S = 300
 
 
 def command(*words: str) -> list[str]:
@@ -18,30 +18,33 @@ def command(*words: str) -> list[str]:
     return [str(BIN / words[0]), *words[1:]]
 
 
-def run(directory: Path, *words: str, cold: bool = False) -> str:
+def run(directory: Path, *words: str, forked: bool | None = None) -> str:
     """Run a command to its end and return what it printed.
 
-    NeMo-Run exits with 0 after a failed job, so look at what came of it. A `nemo` command that
-    starts no job comes from a process that has imported NeMo, unless it is to be cold.
+    NeMo-Run exits with 0 after a failed job, so look at what came of it.
+
+    Args:
+        directory: Where it runs.
+        words: The command.
+        forked: Whether the process is a fork of one that has imported NeMo: by default a `nemo`
+            command that starts no job is.
     """
-    if words[0] == "nemo" and "--yes" not in words and not cold:
-        return zygote().run(directory, words[1:])
+    if forked is None:
+        forked = words[0] == "nemo" and "--yes" not in words
+    if forked:
+        return zygote().run(directory, words)
     return run_script(directory, *command(*words))
 
 
-def run_script(directory: Path, *words: str, timeout: int = TIMEOUT_S) -> str:
+def run_script(directory: Path, *words: str) -> str:
     """Run any program to its end and return what it printed."""
-    result = subprocess.run(
-        words,
-        cwd=directory,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    return result.stdout
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(
+            words, cwd=directory, env=environment(), stdout=out, stderr=subprocess.STDOUT
+        )
+        progress.exit_code(process)
+        out.seek(0)
+        return out.read()
 
 
 def start_until(
@@ -53,11 +56,11 @@ def start_until(
         process = subprocess.Popen(
             command(*words), cwd=directory, env=environment(), stdout=out, stderr=subprocess.STDOUT
         )
-    deadline = time.monotonic() + TIMEOUT_S
-    while not done() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    progress.until(lambda: done() or process.poll() is not None, [process.pid])
     assert process.poll() is None, log.read_text()[-3000:]
+    if not done():
+        process.kill()
+        raise AssertionError(f"{words} does nothing: {log.read_text()[-3000:]}")
     return process
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_upcycle.ablations import studies
 from nemo_upcycle.ablations.results import Workspace, jobs_of
+from tests import progress
 from tests.end_to_end import cli
 from tests.workspace import make_workspace
 
@@ -46,8 +47,8 @@ def kill_after_a_result(directory: Path) -> None:
     started = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    _, left = psutil.wait_procs(started, timeout=cli.TIMEOUT_S)
-    assert not left
+    pids = [each.pid for each in started]
+    assert progress.until(lambda: not psutil.wait_procs(started, timeout=0)[1], pids)
 
 
 def held_out_loss(workspace: Path) -> float:

@@ -53,7 +53,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 
 
 def test_nemo_llm_help_lists_pretrain(tmp_path: Path) -> None:
-    output = cli.run(tmp_path, "nemo", "llm", "--help", cold=True)
+    output = cli.run(tmp_path, "nemo", "llm", "--help", forked=False)
     assert "Couldn't load entrypoint" not in output
     assert "pretrain" in output
 
@@ -146,7 +146,8 @@ def test_what_tune_says_can_be_run(tmp_path: Path, settings: list[str], words: l
 
 def test_bad_recipe_argument_is_refused_before_anything_starts(tmp_path: Path) -> None:
     factory = "llama_tiny_e8t2(num_moe_experts=6,expert_model_parallel_size=4)"
-    output = cli.run(tmp_path, "nemo", "llm", "pretrain", "--factory", factory, "--yes")
+    words = ("nemo", "llm", "pretrain", "--factory", factory, "--yes")
+    output = cli.run(tmp_path, *words, forked=True)
     assert "Error: 6 experts do not divide over expert_model_parallel_size=4" in output
     assert "Launching" not in output
     assert not list(tmp_path.iterdir())
@@ -177,7 +178,7 @@ def test_nemo_run_says_a_mistake_in_one_line(tmp_path: Path, words: list[str], s
     if "," in words[0]:
         factory, words = f"{factory}({words[0]})", []
     command = ["--factory", factory, *words, *recipe]
-    output = cli.run(tmp_path, "nemo", "llm", "pretrain", *command)
+    output = cli.run(tmp_path, "nemo", "llm", "pretrain", *command, forked=True)
     assert said in output
     after = output.split(said)[1].strip()
     assert "\n" not in after and "Fiddle" not in output and "Unexpected" not in output

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from nemo_upcycle.checkpoint.run_directory import is_complete
+from tests import progress
 from tests.end_to_end import cli
 from tests.workspace import make_workspace
 
@@ -52,13 +53,16 @@ def press(
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-    while when not in log.read_text(errors="replace"):
-        assert process.poll() is None, log.read_text()[-3000:]
+    progress.until(
+        lambda: when in log.read_text(errors="replace") or process.poll() is not None,
+        [process.pid],
+    )
+    assert process.poll() is None and when in log.read_text(), log.read_text()[-3000:]
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    return process.wait(timeout=120), log.read_text(errors="replace")
+    return progress.exit_code(process), log.read_text(errors="replace")
 
 
 @pytest.mark.slow
@@ -89,10 +93,9 @@ def test_what_ends_nemo_lets_the_ranks_save(
     make_workspace(tmp_path / "demo")
     found, log = press(tmp_path, 2, "iteration 2/", number)
     assert found == code, log[-3000:]
-    deadline = time.monotonic() + 60 if number == signal.SIGKILL else 0  # they go on for a while
-    while (left := processes_in(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
+    if number == signal.SIGKILL:  # the ranks go on for a while
+        progress.until(lambda: not processes_in(tmp_path), processes_in(tmp_path))
+    assert not processes_in(tmp_path)
     (saved,) = (tmp_path / "demo" / "e8t2" / "checkpoints").glob("*-last")
     assert is_complete(saved)
 
@@ -151,7 +154,7 @@ def test_ctrl_c_on_the_ranks_of_a_command(tmp_path: Path, seconds: int) -> None:
         assert process.poll() is None, log.read_text()
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert progress.exit_code(process) == 130
     assert log.read_text().strip() == "Error: interrupted."
     assert not processes_of(str(out))
     assert not (tmp_path / "out").exists()

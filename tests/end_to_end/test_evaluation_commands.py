@@ -264,6 +264,7 @@ def test_a_text_longer_than_a_row_is_named(workspace: Path) -> None:
         "2",
         "--limit",
         "3",
+        forked=True,
     )
     assert "Traceback" not in said
     line = said.strip().splitlines()[-1]
@@ -295,6 +296,7 @@ def test_results_are_there_before_the_dense_model_is_begun(workspace: Path) -> N
         workspace,
         *("nemo-upcycle", "evaluate", "dense_hf", *TASK, "--limit", "3"),
         *("--dense", "dense_nan", "--out", "kept"),
+        forked=True,
     )
     assert said.strip().splitlines()[-1].startswith("Error: Tensor model.norm.weight of dense_nan")
     results = json.loads((workspace / "kept" / "results.json").read_text())
@@ -304,7 +306,7 @@ def test_results_are_there_before_the_dense_model_is_begun(workspace: Path) -> N
 
 def test_models_of_other_context_lengths_are_given_rows_of_one(workspace: Path) -> None:
     words = ["nemo-upcycle", "evaluate", "dense_hf", *TASK, "--limit", "5"]
-    said = cli.run(workspace, *words, "--dense", "shorter", "--out", "cut")
+    said = cli.run(workspace, *words, "--dense", "shorter", "--out", "cut", forked=True)
     assert "Rows are cut at 128 tokens." in said
     results, dense = (
         json.loads((workspace / "cut" / f"{name}.json").read_text())
@@ -316,9 +318,8 @@ def test_models_of_other_context_lengths_are_given_rows_of_one(workspace: Path) 
 
 
 def test_what_is_made_ends_at_the_context_length(workspace: Path) -> None:
-    said = cli.run(
-        workspace, "nemo-upcycle", "generate", "shorter", "def main(", "--max-new-tokens", "200"
-    )
+    words = ("nemo-upcycle", "generate", "shorter", "def main(", "--max-new-tokens", "200")
+    said = cli.run(workspace, *words, forked=True)
     note, *made = said.strip().splitlines()
     found = re.fullmatch(
         r"--max-new-tokens is 200; generating (\d+), because the prompt has (\d+) tokens and "

@@ -3,12 +3,12 @@
 import os
 import re
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import progress
 from tests.distributed.nursery import Nursery, Run
 from tests.distributed.training import EP2, train
 from tests.workspace import make_workspace
@@ -103,7 +103,7 @@ def test_full_disk_is_one_error_and_the_same_command_goes_on(
 ) -> None:
     name = f"full-{size}"
     run = start(nursery, workspace, name, accident=("FullDisk", {"step": 3, "size": size}))
-    assert run.wait(timeout=120) == [0, 0]
+    assert run.wait() == [0, 0]
     errors = [run.result(rank) for rank in (0, 1)]
     for error in errors:
         assert error.startswith("UpcyclingError: The checkpoint ")
@@ -133,7 +133,7 @@ def test_a_rank_lost_while_upcycling_is_an_error_on_the_others(
     accident = "LoseRank", {"rank": rank, "signal": int(how), "when": when}
     timeout = {"trainer.callbacks.-1.timeout_s": 5.0}
     run = start(nursery, workspace, "lost", timeout, accident=accident)
-    assert run.wait(1 - rank, timeout=120) == [0]
+    assert run.wait(1 - rank) == [0]
     error = run.result(1 - rank)
     assert error.startswith("UpcyclingError: ")
     assert f"got no answer from rank {rank}, " in error
@@ -149,12 +149,10 @@ def test_after_a_rank_was_lost_the_same_command_works(nursery: Nursery, workspac
 def test_killed_ranks_leave_no_process(nursery: Nursery, workspace: Path) -> None:
     run = start(nursery, workspace, "orphans")
     while not complete(workspace, "orphans"):
-        assert run.wait(0, timeout=0.05) == [None]
+        assert run.runs(0)
     assert len(run.left_over()) > len(run.pids), "no process that writes checkpoints"
     for pid in run.pids:
         os.kill(pid, signal.SIGKILL)
     run.wait()
-    deadline = time.monotonic() + 20
-    while run.left_over() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not run.left_over()
+    left = [process.pid for process in run.left_over()]
+    assert progress.until(lambda: not run.left_over(), left)

@@ -48,7 +48,7 @@ def kill_once_saved(directory: Path, step: int) -> None:
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.kill()
-    psutil.wait_procs(family, timeout=30)
+    psutil.wait_procs(family)
 
 
 def losses(directory: Path) -> Curve:

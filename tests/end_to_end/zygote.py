@@ -1,11 +1,12 @@
-"""`nemo` commands from a process that has imported NeMo already: each is a fork of it.
+"""Commands from a process that has imported NeMo already: each is a fork of it.
 
 Importing NeMo takes 10 to 16 s, most of what a light command takes. What the command does from
-there on is the same; `cli.run(…, cold=True)` starts it as a user does.
+there on is the same; `cli.run` starts it as a user does unless the command is to be forked.
 """
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import sys
@@ -27,7 +28,7 @@ class Zygote:
         atexit.register(self._connection.close)  # at which the process ends
 
     def run(self, directory: Path, words: tuple[str, ...]) -> str:
-        """Run `nemo WORDS…` in a directory; return what it printed."""
+        """Run a command in a directory; return what it printed."""
         with tempfile.TemporaryDirectory() as scratch:
             output = Path(scratch) / "output"
             self._connection.send((directory, words, output))
@@ -56,6 +57,7 @@ def _serve(connection: Connection, environment: dict[str, str]) -> None:
     from nemo_upcycle.cli import nemo_run as plugin
 
     assert nemo_run.__main__ and plugin
+    gc.freeze()  # no garbage collection of a command looks at the imported
     context: Any = multiprocessing.get_context("fork")
     with contextlib.suppress(EOFError):
         while True:
@@ -71,7 +73,12 @@ def _command(directory: Path, words: tuple[str, ...], output: Path) -> None:
     os.dup2(file, 2)
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
     os.chdir(directory)
-    sys.argv = ["nemo", *words]
-    from nemo_run.cli.api import create_cli
+    sys.argv = list(words)
+    if words[0] == "nemo":
+        from nemo_run.cli.api import create_cli
 
-    create_cli()()
+        create_cli()()
+    else:
+        from nemo_upcycle.cli import main
+
+        main()

@@ -232,13 +232,13 @@ def _in_shell(directory: Path, line: str) -> str:
     script = directory / "line.sh"
     script.write_text(f"#!/usr/bin/env bash\nset -e\n{line}\n")
     script.chmod(0o755)
-    return cli.run_script(directory, str(script), timeout=300)
+    return cli.run_script(directory, str(script))
 
 
 @pytest.mark.slow
 def test_demo_runs_and_a_second_run_reuses_it(tmp_path: Path) -> None:
     demo = str(ROOT / "examples" / "demo.sh")
-    output = cli.run_script(tmp_path, demo, timeout=1800)
+    output = cli.run_script(tmp_path, demo)
     table = (tmp_path / "demo" / "comparison.md").read_text()
     assert (tmp_path / "demo" / "comparison.png").stat().st_size > 10_000
     assert "failed" not in output

@@ -1,0 +1,37 @@
+"""The ranks of the tests forget what a test has made: process groups above all.
+
+A process group has three threads that keep polling: kept, they slow down all that comes after.
+"""
+
+from itertools import cycle, islice
+from pathlib import Path
+
+from tests.distributed import scenarios
+from tests.distributed.foldings import FOLDINGS
+from tests.distributed.grid import Grid
+from tests.distributed.pool import RankPool
+from tests.distributed.training import train
+from tests.workspace import make_workspace
+
+
+def threads() -> int:
+    """Return how many threads of process groups this rank has."""
+    names = (path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+    return sum("gloo" in name for name in names)
+
+
+def test_mappings_leave_no_process_groups(ranks: RankPool, grid: Grid) -> None:
+    on_two = [mapping for mapping in FOLDINGS.values() if mapping.world_size == 2]
+    expected = ranks.run(threads, 2)
+    for mapping in islice(cycle(on_two), 20):
+        grid.call(scenarios.weights, mapping)
+        assert ranks.run(threads, 2) == expected
+
+
+def test_trainings_leave_no_process_groups(ranks: RankPool, tmp_path: Path) -> None:
+    workspace, counts = make_workspace(tmp_path), []
+    for number in range(2):
+        options = {"name": str(number), "max_steps": 1, "expert_model_parallel_size": 2}
+        ranks.run(train, 2, directory=workspace, options=options, overrides={"log.ckpt": None})
+        counts.append(ranks.run(threads, 2)[0])
+    assert counts[1] <= counts[0] + 10, counts  # a training's groups have more than 50
