@@ -50,7 +50,7 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine import load
 from nemo_upcycle.engine.load import LoadReport
 from nemo_upcycle.families import Architecture, family_of
-from nemo_upcycle.nemo.mfu import utilisation
+from nemo_upcycle.planner.flops import utilisation
 from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.memory import memory
 from nemo_upcycle.planner.step_time import StepTime, step_time

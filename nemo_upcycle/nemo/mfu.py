@@ -8,7 +8,7 @@ import torch
 
 from nemo_upcycle.families.fields import megatron_model
 from nemo_upcycle.nemo.recorded import Recorded
-from nemo_upcycle.planner.flops import Flops, flops
+from nemo_upcycle.planner.flops import Flops, flops, utilisation
 from nemo_upcycle.planner.hardware import device_peak_tflops
 
 
@@ -75,26 +75,3 @@ class MFUCallback(pl.Callback, Recorded):
     def on_save_checkpoint(self, *_: Any) -> None:
         """Discard the end time of the last step."""
         self._ended = None
-
-
-def utilisation(
-    counted: Flops, sequences: int, seconds: float, gpus: int, peak_tflops: float | None
-) -> dict[str, float]:
-    """Return the metrics of a step.
-
-    Args:
-        counted: Operations per sequence.
-        sequences: Global batch size.
-        seconds: Duration of the step.
-        gpus: GPUs of the job.
-        peak_tflops: Peak of a GPU in TFLOP/s; None omits utilisation.
-
-    Returns:
-        TFLOP/s per GPU, and fractions of the peak.
-    """
-    scale = sequences / (seconds * gpus) / 1e12
-    values = {"tflops_per_gpu": counted.training * scale}
-    if peak_tflops is not None:
-        values["mfu"] = counted.training * scale / peak_tflops
-        values["mfu_full_attention"] = counted.training_full_attention * scale / peak_tflops
-    return values

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
 from nemo.collections.llm.fn.activation import squared_relu
@@ -20,6 +19,7 @@ from nemo_upcycle.checkpoint.kept import FIELD, kept_of
 from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
 from nemo_upcycle.engine.loadable import open_loadable
+from nemo_upcycle.engine.model import leave_padding_out, mark_experts, two_stages_fields
 from nemo_upcycle.families import Architecture, fields
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.nemo import cpu
@@ -80,14 +80,13 @@ class UpcycledGPTConfig(LlamaConfig):
         """Build this rank's Megatron-Core model."""
         self._pad_vocabulary()
         self._limit_capacity()
-        if self.pipeline_model_parallel_size == 2 and self.virtual_pipeline_model_parallel_size:
-            # Next and previous stage are the same rank. Unless sends are separate, Megatron would
-            # confuse the messages of the two.
-            self.overlap_p2p_comm, self.batch_p2p_comm = True, False
+        stages = self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size
+        for name, value in two_stages_fields(*stages).items():
+            setattr(self, name, value)
         model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
-        _mark_experts(model)
+        mark_experts(model)
         if self.unpadded_vocab_size is not None and model.post_process:
-            _leave_padding_out(model, self.unpadded_vocab_size)
+            leave_padding_out(model, self.unpadded_vocab_size)
         if self.scale_factor is not None:
             model.rotary_pos_emb.inv_freq = apply_rope_scaling(
                 model.rotary_pos_emb.inv_freq,
@@ -115,42 +114,6 @@ class UpcycledGPTConfig(LlamaConfig):
             # Slightly less, because the product with the number of tokens is rounded up.
             most = self.num_moe_experts / self.moe_router_topk * (1 - 1e-12)
             self.moe_expert_capacity_factor = min(factor, most)
-
-
-def _mark_experts(model: MCoreGPTModel) -> None:
-    """Mark all experts' parameters for the expert-data-parallel reduction and the gradient norm.
-
-    Megatron marks experts for the reduction only if EP > 1. With EP 1 and ETP ≠ TP, attention and
-    experts still have different data-parallel groups. Unmarked experts would then train on part of
-    their gradients (NVIDIA/Megatron-LM#1628).
-
-    Megatron's gradient norm counts a parameter on every tensor-parallel rank if the parameter is
-    `tensor_model_parallel`, and on the first rank alone otherwise. Transformer Engine from 2.13 on
-    does not mark experts, so the experts of the other ranks would be omitted
-    (NVIDIA/Megatron-LM#5916).
-    """
-    for name, parameter in model.named_parameters():
-        if ".mlp.experts." in name:
-            parameter.allreduce = False
-            parameter.tensor_model_parallel = True
-
-
-def _leave_padding_out(model: MCoreGPTModel, vocab_size: int) -> None:
-    """Exclude the rows that pad the vocabulary from the softmax, and so from the loss.
-
-    Megatron counts padding rows as tokens with a logit of 0.
-    """
-    layer = model.output_layer
-    first = parallel_state.get_tensor_model_parallel_rank() * layer.output_size_per_partition
-    kept = min(max(vocab_size - first, 0), layer.output_size_per_partition)
-    if kept == layer.output_size_per_partition:
-        return
-
-    def mask(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> None:
-        logits = output[0]
-        logits[..., kept:] = torch.finfo(logits.dtype).min
-
-    layer.register_forward_hook(mask)
 
 
 class UpcycledGPTModel(GPTModel):

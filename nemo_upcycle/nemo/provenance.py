@@ -1,14 +1,10 @@
 """Origin and settings of a run, stored in the run's checkpoints and compared on a resume."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from megatron.core import dist_checkpointing
 from nemo.utils import AppState
 from nemo.utils.get_rank import is_global_rank_zero
@@ -17,7 +13,7 @@ from nemo_upcycle.checkpoint import MegatronCheckpoint
 from nemo_upcycle.checkpoint.fingerprint import weights_fingerprint
 from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.engine.provenance import RANDOM, RESTORED, Origin
-from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks, check_same
+from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks, check_same, said_on_every_rank
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.nemo import run_lock
 from nemo_upcycle.nemo.hyperparameters import Hyperparameters, is_function_of_step
@@ -176,20 +172,6 @@ def say(text: str) -> None:
     """Print text once for all ranks."""
     if is_global_rank_zero():
         print(text, flush=True)
-
-
-@contextmanager
-def said_on_every_rank(prefix: str) -> Iterator[None]:
-    """Print an error on a separate line on every rank.
-
-    The launcher may end the other ranks before they have printed tracebacks.
-    """
-    try:
-        yield
-    except UpcyclingError as error:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        print(f"{prefix} rank {rank}: {error}", file=sys.stderr, flush=True)
-        raise
 
 
 def _beyond_context(origin: Origin, seq_length: int | None) -> list[str]:
