@@ -30,18 +30,18 @@ LOSSES = {
     "global_load_balancing_loss": "none",
     "z_loss": "all",
 }
-"""Megatron's names, and over which ranks each is a mean; over the others it is a sum."""
+"""Megatron's names, with the ranks over which a loss is a mean; over other ranks, a sum."""
 
 SAMPLED_ROWS = 64
-"""Rows of each expert's linear_fc1 that are compared: enough for a distance, and cheap."""
+"""Rows compared of each expert's linear_fc1: enough for a distance, and cheap."""
 
 
 @dataclass(frozen=True)
 class Health:
-    """What an interval shows; NaN where a layer is not an MoE.
+    """Measurements of an interval; NaN for a layer that is not an MoE.
 
     Attributes:
-        load: Share of the assignments that each expert was chosen for, [L, E].
+        load: Share of the assignments to each expert, [L, E].
         values: Metrics by name, [L].
     """
 
@@ -49,7 +49,7 @@ class Health:
     values: Mapping[str, torch.Tensor]
 
     def scalars(self) -> dict[str, float]:
-        """Return `moe/NAME` over all layers, and `moe/NAME_layer_N` of each MoE layer."""
+        """Return `moe/NAME` over all layers, and `moe/NAME_layer_N` per MoE layer."""
         named = {}
         for name, values in self.values.items():
             layers = [(n, float(v)) for n, v in enumerate(values) if not torch.isnan(v)]
@@ -150,9 +150,10 @@ class MoEHealth:
 
 
 def _sums(logits_TE: torch.Tensor, routing_map_TE: torch.Tensor, topk: int) -> torch.Tensor:
-    """Return what is added up over tokens, [2E + 3].
+    """Return the sums over tokens, [2E + 3].
 
-    Tokens that each expert got, and was chosen for; tokens, entropies, largest probabilities.
+    Per expert the tokens kept and the tokens assigned; then the number of tokens, the sum of
+    entropies and the sum of largest probabilities.
     """
     scores_TE = logits_TE.softmax(-1)
     entropy = -(scores_TE * logits_TE.log_softmax(-1)).sum()
@@ -165,13 +166,13 @@ def _sums(logits_TE: torch.Tensor, routing_map_TE: torch.Tensor, topk: int) -> t
 
 
 def _load(sums: torch.Tensor, experts: int) -> torch.Tensor:
-    """Return the share of the assignments that each expert was chosen for, [L, E]."""
+    """Return the share of the assignments to each expert, [L, E]."""
     chosen_LE = sums[:, experts : 2 * experts]
     return chosen_LE / chosen_LE.sum(1, keepdim=True)  # 0 / 0 where there are no experts
 
 
 def _of_sums(sums: torch.Tensor, experts: int, topk: int) -> dict[str, torch.Tensor]:
-    """Return the metrics of each layer."""
+    """Return the metrics per layer, [L]."""
     kept_LE, chosen_LE = sums[:, :experts], sums[:, experts : 2 * experts]
     tokens_L, entropy_L, confidence_L = sums[:, 2 * experts :].T
     tokens_L = torch.where(tokens_L > 0, tokens_L, torch.nan)
@@ -201,9 +202,9 @@ def _losses(layers: int, device: torch.device) -> torch.Tensor:
 
 
 class _Moved:
-    """How far experts are from each other and routers from their start; from sums over ranks.
+    """Distances between experts, and of routers from the initial routers, from sums over ranks.
 
-    Experts that are shards of the layer are compared with the copies of the same shard.
+    Experts that are shards of the dense layer are compared with the copies of the same shard.
     """
 
     def __init__(
@@ -250,9 +251,9 @@ class _Moved:
         self._squares[layer, 2] += before.double().square().sum()
 
     def distances(self) -> dict[str, torch.Tensor]:
-        """Return both distances of each layer; the sums are those of all ranks by now.
+        """Return both distances per layer; the sums must already be reduced over all ranks.
 
-        Σ over pairs |a - b|² = n·Σ|a|² - |Σ a|², of n copies.
+        For n copies: Σ over pairs |a - b|² = n·Σ|a|² - |Σ a|².
         """
         copies = self._copies
         squares_L, moved_L, began_L = self._squares.T
@@ -271,7 +272,7 @@ def _is_fc1(own: OwnedShard) -> bool:
 
 
 def _first_with_its_router() -> bool:
-    """Return whether this rank is the first of those that have the same routers."""
+    """Return whether this rank is the first of the ranks with the same routers."""
     return (
         parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -45,7 +45,7 @@ class MoEHealthCallback(pl.Callback, Recorded, MoEHealth):
     # --- Lightning's hooks -----------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch the routers."""
+        """Register hooks on the routers."""
         config = pl_module.config
         chunks = [unwrap_model(c.module) for c in trainer.strategy.megatron_parallel]
         self.start_watching(chunks, config, _upcycling(trainer, config))
