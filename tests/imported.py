@@ -1,23 +1,21 @@
-"""NeMo and the recipes, or Megatron's training library, imported: the server does so once.
+"""What the tests' processes have in common, imported: a server imports it once and forks them.
 
-It forks the processes of tests.
-
-The import takes 10 s of processor time and makes a million objects. Garbage collection passes over
-them: a rank would spend a quarter of its time on looking at them again and again.
+That is NeMo and the recipes, or Megatron-Core alone where NeMo is not installed. The import takes
+10 s of processor time and makes a million objects. Garbage collection passes over them: a rank
+would spend a quarter of its time on looking at them again and again.
 """
 
 import gc
 
 import torch
 
-from tests.stacks import HAS_NEMO
+from tests.distributed.pool import HAS_NEMO
 
 if HAS_NEMO:
-    from nemo_upcycle_recipes import llama_tiny as heaviest
+    import nemo_upcycle_recipes.llama_tiny  # noqa: F401
 else:
-    from tests.megatron import scenarios as heaviest
+    import megatron.core  # noqa: F401
 
-assert heaviest
 torch.set_num_threads(1)  # threads of OpenMP would not survive a fork
 gc.collect()
 gc.freeze()

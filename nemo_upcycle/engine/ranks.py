@@ -145,9 +145,9 @@ def check_same(what: str, views: Sequence[str | None]) -> None:
 
 @contextmanager
 def said_on_every_rank(prefix: str) -> Iterator[None]:
-    """Print an error as a line of its own on every rank.
+    """Print an error on a separate line on every rank.
 
-    The launcher may end the other ranks before their tracebacks are out.
+    The launcher may end the other ranks before they have printed tracebacks.
     """
     try:
         yield

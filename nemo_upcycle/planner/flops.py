@@ -78,14 +78,14 @@ def _neurons(model: MoEModel) -> int:
 def utilisation(
     counted: Flops, sequences: int, seconds: float, gpus: int, peak_tflops: float | None
 ) -> dict[str, float]:
-    """Return what is logged of a step.
+    """Return the metrics of a step.
 
     Args:
-        counted: Operations of a sequence.
+        counted: Operations per sequence.
         sequences: Global batch size.
-        seconds: Of the step.
+        seconds: Duration of the step.
         gpus: GPUs of the job.
-        peak_tflops: Of a GPU; None leaves utilisation out.
+        peak_tflops: Peak of a GPU in TFLOP/s; None omits utilisation.
 
     Returns:
         TFLOP/s per GPU, and fractions of the peak.

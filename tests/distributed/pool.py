@@ -15,13 +15,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 from tests import progress
-from tests.stacks import HAS_NEMO
+
+HAS_NEMO = find_spec("nemo") is not None
 
 
 class RankError(AssertionError):
@@ -97,11 +99,12 @@ def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
     os.dup2(sink, 2)
     if prepare is not None:
         prepare()
+    from tests import imported
+
     if HAS_NEMO:
         from nemo_upcycle.nemo import cpu
     else:
         from nemo_upcycle.engine import cpu
-    from tests import imported
 
     assert imported
     cpu.enable()
