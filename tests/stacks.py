@@ -7,8 +7,12 @@ compare with the digests below: where one changes, its tests fail.
 import hashlib
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+HAS_NEMO = find_spec("nemo") is not None
+"""Whether this environment is NeMo's."""
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -160,7 +160,7 @@ def _sums(logits_TE: torch.Tensor, routing_map_TE: torch.Tensor, topk: int) -> t
     tokens = logits_TE.new_tensor(float(len(logits_TE)))
     chosen_TE = torch.zeros_like(logits_TE).scatter(1, logits_TE.topk(topk).indices, 1)
     rest = torch.stack((tokens, entropy, scores_TE.max(-1).values.sum()))
-    # Padding to capacity adds tokens that have not chosen the expert.
+    # Padding to capacity adds tokens that are not assigned to the expert.
     kept_TE = chosen_TE * routing_map_TE.view(chosen_TE.shape)
     return torch.cat((kept_TE.sum(0), chosen_TE.sum(0), rest))
 
@@ -168,7 +168,7 @@ def _sums(logits_TE: torch.Tensor, routing_map_TE: torch.Tensor, topk: int) -> t
 def _load(sums: torch.Tensor, experts: int) -> torch.Tensor:
     """Return the share of the assignments to each expert, [L, E]."""
     chosen_LE = sums[:, experts : 2 * experts]
-    return chosen_LE / chosen_LE.sum(1, keepdim=True)  # 0 / 0 where there are no experts
+    return chosen_LE / chosen_LE.sum(1, keepdim=True)  # 0 / 0 in layers without experts
 
 
 def _of_sums(sums: torch.Tensor, experts: int, topk: int) -> dict[str, torch.Tensor]:
@@ -219,9 +219,9 @@ class _Moved:
         rows = width * (2 if config.gated_linear_unit else 1)
         self._stride, self._hidden = max(1, rows // SAMPLED_ROWS), config.hidden_size
         device = owned[0].data.device
-        # A place for each sampled row of an expert, whatever ranks it is spread over.
+        # One position per sampled row of an expert, whatever the mapping.
         size = -(-rows // self._stride) * self._hidden
-        # While experts are near each other their distance is a small difference of large sums.
+        # For similar experts the distance is a small difference of large sums, hence fp64.
         zeros = partial(torch.zeros, device=device, dtype=torch.float64)
         self._sum_of_copies = zeros(config.num_layers, self._shards, size)
         self._squares = zeros(config.num_layers, 3)

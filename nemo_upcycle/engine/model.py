@@ -8,13 +8,13 @@ import torch
 def mark_experts(model: torch.nn.Module) -> None:
     """Mark all experts' parameters for the expert-data-parallel reduction and the gradient norm.
 
-    Megatron marks them for the reduction only for EP > 1. With EP 1 and ETP ≠ TP the data-parallel
-    groups of attention and experts differ all the same, and experts would train on part of their
-    gradients (NVIDIA/Megatron-LM#1628).
+    Megatron marks experts for the reduction only if EP > 1. With EP 1 and ETP ≠ TP, attention and
+    experts still have different data-parallel groups. Unmarked experts would then train on part of
+    their gradients (NVIDIA/Megatron-LM#1628).
 
     Megatron's gradient norm counts a parameter on every tensor-parallel rank if the parameter is
     `tensor_model_parallel`, and on the first rank alone otherwise. Transformer Engine from 2.13 on
-    does not mark experts, so that the experts of the other ranks would be left out
+    does not mark experts, so the experts of the other ranks would be omitted
     (NVIDIA/Megatron-LM#5916).
 
     Args:
@@ -27,9 +27,9 @@ def mark_experts(model: torch.nn.Module) -> None:
 
 
 def leave_padding_out(model: torch.nn.Module, vocab_size: int) -> None:
-    """Take the rows that pad the vocabulary out of the softmax, and so out of the loss.
+    """Exclude the rows that pad the vocabulary from the softmax, and so from the loss.
 
-    Megatron itself counts them as tokens with a logit of 0.
+    Megatron counts padding rows as tokens with a logit of 0.
 
     Args:
         model: A Megatron-Core GPT model with an output layer.

@@ -69,9 +69,9 @@ class MFUCallback(pl.Callback, Recorded):
             pl_module.log(name, value, batch_size=1)
 
     def on_validation_start(self, *_: Any) -> None:
-        """Discard the end time of the last step."""
+        """Forget when the last step ended."""
         self._ended = None
 
     def on_save_checkpoint(self, *_: Any) -> None:
-        """Discard the end time of the last step."""
+        """Forget when the last step ended."""
         self._ended = None

@@ -51,13 +51,13 @@ class MoEHealthCallback(pl.Callback, Recorded, MoEHealth):
         self.start_watching(chunks, config, _upcycling(trainer, config))
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Begin a measurement if one is due."""
+        """Begin to measure, if it is time."""
         self._due = trainer.global_step % self.every_n_steps == 0
         if self._due:
             self.begin_interval()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Reduce over the ranks and log."""
+        """Add up over the ranks and log."""
         if not self._due:
             return
         step = trainer.global_step
@@ -75,7 +75,7 @@ class MoEHealthCallback(pl.Callback, Recorded, MoEHealth):
             self.history.draw(Path(directory) / "moe_load.png")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Name the diverged router behind Megatron's error about a NaN gradient."""
+        """Say what is behind Megatron's word of NaN in a gradient."""
         if hasattr(self, "_not_finite"):
             self.check_finite()
 

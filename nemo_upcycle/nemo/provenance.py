@@ -169,7 +169,7 @@ class Provenance(pl.Callback, Recorded):
 
 
 def say(text: str) -> None:
-    """Print text once for all ranks."""
+    """Print a line, once for all ranks."""
     if is_global_rank_zero():
         print(text, flush=True)
 
