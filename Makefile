@@ -12,7 +12,7 @@ VENV_MEGATRON ?= .venv-megatron
 BIN_MEGATRON := $(abspath $(VENV_MEGATRON))/bin
 INSTALLED_MEGATRON := $(VENV_MEGATRON)/.installed
 
-.PHONY: demo test test-fast test-megatron test-slurm test-all lint python312 clean
+.PHONY: demo test test-fast test-megatron test-slurm test-all lint clean
 
 demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, with a picture.
 	PATH="$(BIN):$$PATH" examples/demo.sh
@@ -38,9 +38,6 @@ lint: $(INSTALLED)  ## Format, style, types, import contracts.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-python312:  ## Say which Python 3.12 `test-megatron` would take; nothing where there is none.
-	@echo $(strip $(PYTHON312))
-
 clean:  ## Remove the environment and the demo's files.
 	rm -rf $(VENV) $(VENV_MEGATRON) demo
 
@@ -53,7 +50,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(INSTALLED_MEGATRON): pyproject.toml constraints-megatron.txt
 	@test -n "$(strip $(PYTHON312))" || { echo "No python3.12 found, on PATH or in pyenv; Megatron-Core 0.19 needs Python 3.12. Install it, or set PYTHON312=/path/to/python3.12"; exit 1; }
-	@$(PYTHON312) -c 'import sys; v = sys.version_info; v >= (3, 12) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.12 or newer expected; set PYTHON312=python3.12, say")'
+	@$(PYTHON312) -c 'import sys; v = sys.version_info; v >= (3, 12) or sys.exit(f"Found Python {v[0]}.{v[1]}, expected 3.12 or newer; set, for example, PYTHON312=python3.12")'
 	$(PYTHON312) -m venv $(VENV_MEGATRON)
 	@echo "Installing Megatron-Core 0.19 and PyTorch (about 5 GB with CUDA's libraries, some minutes) …"
 	$(BIN_MEGATRON)/pip install --disable-pip-version-check --constraint constraints-megatron.txt --editable '.[megatron]' psutil pytest
