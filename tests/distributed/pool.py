@@ -132,13 +132,13 @@ def _call(
 ) -> Any:
     import torch
 
-    if not hasattr(function, "runs_nemo"):
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
-        )
-    else:
-        pretend_torchrun(rank, world_size, Path(store))
     try:
+        if not hasattr(function, "runs_nemo"):
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+            )
+        else:
+            pretend_torchrun(rank, world_size, Path(store))
         return function(**kwargs)
     finally:
         _forget()
@@ -182,6 +182,8 @@ def _forget() -> None:
         Singleton._Singleton__instances.pop(AppState, None)  # type: ignore[attr-defined]
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # Ranks of which one did not get as far would wait for groups of other names.
+    torch.distributed.distributed_c10d._world.group_count = 0
     _free_models()
 
 
