@@ -48,7 +48,7 @@ _tokenizer: Any = None
 
 
 def corpus(directory: Path, megabytes: int) -> Path:
-    """Write the standard library's text, as often as it takes, and a tokenizer."""
+    """Write a corpus of repeated text from the standard library, and train a tokenizer."""
     files = list(write_stdlib_sample(directory / "data").values())
     train_tokenizer(files, directory / "tokenizer", 8192)
     text = b"".join(file.read_bytes() for file in files)
@@ -69,7 +69,7 @@ def _encode(line: bytes) -> list[int]:
 
 
 def ours(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]:
-    """Prepare it as the command does."""
+    """Prepare the dataset like the command."""
     preparation = Preparation((str(source),), tokenizer, prefix)
     return lambda: prepare(preparation, CORES).tokens
 
@@ -83,7 +83,7 @@ def _builder(tokenizer: Path, prefix: Path) -> Any:
 
 
 def loop(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]:
-    """Add line after line."""
+    """Tokenise and add line by line."""
     builder = _builder(tokenizer, prefix)
     _begin(tokenizer)
 
@@ -95,10 +95,10 @@ def loop(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]:
 
 
 def pool(source: Path, tokenizer: Path, prefix: Path, size: int = CORES) -> Callable[[], int]:
-    """Give lines to a pool, and add what it sends back."""
+    """Send lines to a process pool, and add the returned tokens."""
     builder = _builder(tokenizer, prefix)
     processes = multiprocessing.get_context("spawn").Pool(size, _begin, (tokenizer,))
-    processes.map(abs, range(size))  # they have begun
+    processes.map(abs, range(size))  # all processes have started
 
     def work() -> int:
         with source.open("rb") as file:
@@ -111,7 +111,7 @@ def pool(source: Path, tokenizer: Path, prefix: Path, size: int = CORES) -> Call
 
 
 def partitions(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]:
-    """Cut the text, give each piece to a pool of its own, and put the results together."""
+    """Split the text, tokenise each piece in separate processes, and merge the results."""
     builder = _builder(tokenizer, prefix)
     context = multiprocessing.get_context("spawn")
     pieces = [prefix.with_name(f"{prefix.name}_{number}") for number in range(CORES)]
@@ -137,7 +137,7 @@ def partitions(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]
 
 
 def _cut(source: Path, pieces: list[Path]) -> None:
-    """Write lines into files, as many into each, as `--keep-sequential-samples` does."""
+    """Write equally many lines into each file, like `--keep-sequential-samples`."""
     with source.open("rb") as lines:
         each = -(-sum(1 for _ in lines) // len(pieces))
         lines.seek(0)
@@ -165,7 +165,7 @@ METHODS = {"ours": ours, "loop": loop, "pool": pool, "partitions": partitions}
 
 
 def timed(name: str, source: Path, tokenizer: Path, prefix: Path, answer: Any) -> None:
-    """Time a method; runs in a process of its own."""
+    """Time a method; runs in a separate process."""
     import megatron.core.datasets.indexed_dataset  # noqa: F401
     import transformers  # noqa: F401
 
@@ -175,7 +175,7 @@ def timed(name: str, source: Path, tokenizer: Path, prefix: Path, answer: Any) -
     started = time.perf_counter()
     tokens = work()
     seconds = time.perf_counter() - started
-    # All that it has started has ended, so this is of all of them.
+    # All child processes have ended, so the CPU time includes them.
     answer.put((seconds, sum(psutil.Process().cpu_times()[:4]) - before, tokens))
 
 

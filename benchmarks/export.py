@@ -5,16 +5,17 @@ itself has saved: a random Mixtral (8 experts, top-2, not grouped) in bf16.
 
 - ours: `nemo_upcycle.trained.export.export`;
 - NeMo: `llm.export_ckpt`, which is `nemo llm export`;
-- NeMo's exporter alone: `HFMixtralExporter`, which the former calls once it has loaded the model a
-  first time, to see whether ModelOpt has quantized it.
+- NeMo's exporter alone: `HFMixtralExporter`. `llm.export_ckpt` calls this exporter after loading
+  the model once more, to see whether ModelOpt has quantized the model.
 
-NeMo 2.7's exporter of Mixtral makes the Hugging Face model in fp32 and then refuses to fill it from
-bf16. Here it makes it in the checkpoint's dtype, as NeMo's exporter of Llama does; nothing else is
-patched but what `nemo_upcycle.nemo.cpu` needs to run NeMo without a GPU.
+NeMo 2.7's exporter of Mixtral makes the Hugging Face model in fp32 and then refuses to fill that
+model from bf16. Here the model is made in the checkpoint's dtype, as in NeMo's exporter of Llama.
+Otherwise only the patches of `nemo_upcycle.nemo.cpu` apply, which NeMo needs without a GPU.
 
-The checkpoint is in the page cache, and what was written before is on disk. Seconds and memory are
-the call's, after NeMo and transformers were imported; memory is what resident memory peaks at above
-what it was before. The whole process's, imports included, are beside them.
+Before each call the checkpoint is in the page cache, and earlier output is on disk. Seconds and
+memory are those of the call, after imports of NeMo and transformers. Memory is the increase from
+resident memory before the call to the peak. The figures of the whole process, including imports,
+are shown beside.
 
 Usage: python -m benchmarks.export [--layers 3] [--runs 3] [--dir DIR]
 """
@@ -42,7 +43,7 @@ GIB, MIB = 2**30, 2**20
 
 
 class Sample(NamedTuple):
-    """One export's figures: of the call, and of the whole process. Bytes."""
+    """Figures of an export: seconds of call and process, memory in bytes."""
 
     seconds: float
     peak_extra: int
@@ -51,7 +52,7 @@ class Sample(NamedTuple):
 
 
 def build(directory: Path, layers: int, hidden_size: int) -> None:
-    """Make a random Mixtral and save it, as NeMo's importer does after it has filled one."""
+    """Make a random Mixtral and save a checkpoint like NeMo's importer."""
     from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
     from nemo_upcycle.nemo import cpu
 
@@ -85,7 +86,7 @@ def build(directory: Path, layers: int, hidden_size: int) -> None:
 
 
 def _write_tokenizer(directory: Path) -> None:
-    """Write one of made-up words: NeMo's exporter cuts the vocabulary to the tokenizer's size."""
+    """Write a tokenizer of made-up words: NeMo's exporter truncates the vocabulary to its size."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -96,11 +97,11 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 def measure(method: str, checkpoint: Path, output: Path) -> Sample:
-    """Export once by a method."""
+    """Export once with a method."""
     export = _prepared(method, checkpoint, output)
     gc.collect()
     peak_of_imports, before = _status("VmHWM"), _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     started = time.perf_counter()
     export()
     seconds = time.perf_counter() - started
@@ -108,7 +109,7 @@ def measure(method: str, checkpoint: Path, output: Path) -> Sample:
 
 
 def _prepared(method: str, checkpoint: Path, output: Path) -> Callable[[], Any]:
-    """Import what a method needs, also what it would in the call; return that call."""
+    """Import everything that a method needs, including lazy imports; return the call."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     if method == "ours":
@@ -135,14 +136,14 @@ def _prepared(method: str, checkpoint: Path, output: Path) -> Callable[[], Any]:
 
 
 def _status(field: str) -> int:
-    """Return a size out of what Linux says of this process, in bytes."""
+    """Return a memory size of this process in bytes, from Linux's process status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 
 
 def same_tensors(one: Path, other: Path) -> bool:
-    """Return whether two directories hold tensors of the same names, shapes, dtypes and bits."""
+    """Return whether two directories contain the same tensors: names, shapes, dtypes and bits."""
     import torch
 
     ours, theirs = _tensors(one), _tensors(other)
@@ -154,7 +155,7 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 def _tensors(directory: Path) -> dict[str, Any]:
-    """Return the file that each tensor is in."""
+    """Return the open file of each tensor."""
     from safetensors import safe_open
 
     files = [safe_open(file, framework="pt") for file in directory.glob("*.safetensors")]
@@ -162,7 +163,7 @@ def _tensors(directory: Path) -> dict[str, Any]:
 
 
 def in_a_fresh_process(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-    """Return what the function returns, and the seconds from the process's start to its end."""
+    """Return the function's result, and the process's wall time in seconds."""
     started = time.perf_counter()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _be_silent) as process:
         result = process.submit(function, *args).result()
@@ -170,14 +171,14 @@ def in_a_fresh_process(function: Callable[..., Any], *args: Any) -> tuple[Any, f
 
 
 def _be_silent() -> None:
-    """Drop what NeMo prints; what goes wrong comes back as an exception."""
+    """Discard NeMo's output; errors are returned as exceptions."""
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
 
 
 def settle(checkpoint: Path) -> None:
-    """Bring the checkpoint into the page cache, and what was written before onto the disk."""
+    """Read the checkpoint into the page cache, and flush earlier output to disk."""
     os.sync()
     for path in checkpoint.glob("weights/*"):
         with path.open("rb") as file:
@@ -186,7 +187,7 @@ def settle(checkpoint: Path) -> None:
 
 
 def run(checkpoint: Path, scratch: Path, runs: int) -> tuple[dict[str, list[Sample]], bool]:
-    """Export by each method in turn; return the figures, and whether all wrote the same."""
+    """Export with each method in turn; return the figures, and whether all outputs are the same."""
     samples: dict[str, list[Sample]] = {method: [] for method in METHODS}
     ours, theirs = scratch / "ours", scratch / "theirs"
     same = True
@@ -202,7 +203,7 @@ def run(checkpoint: Path, scratch: Path, runs: int) -> tuple[dict[str, list[Samp
 
 
 def heading(checkpoint: Path, arguments: argparse.Namespace) -> str:
-    """Say what is measured with what, and begin the table."""
+    """Return the setup and the head of the table."""
     size = sum(file.stat().st_size for file in checkpoint.glob("weights/*"))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
@@ -217,7 +218,7 @@ def heading(checkpoint: Path, arguments: argparse.Namespace) -> str:
 
 
 def row(method: str, samples: list[Sample], ours: list[Sample]) -> str:
-    """Format one line of the table: medians over the runs, and ours divided by them."""
+    """Format a row of the table: medians over the runs, and their ratios to ours."""
     its, our = (Sample(*map(statistics.median, zip(*of, strict=True))) for of in (samples, ours))
     return (
         f"| {method} | {its.seconds:.2f} | {its.peak_extra / MIB:.0f} "

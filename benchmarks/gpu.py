@@ -50,7 +50,7 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine import load
 from nemo_upcycle.engine.load import LoadReport
 from nemo_upcycle.families import Architecture, family_of
-from nemo_upcycle.nemo.mfu import utilisation
+from nemo_upcycle.planner.flops import utilisation
 from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.memory import memory
 from nemo_upcycle.planner.step_time import StepTime, step_time
@@ -128,7 +128,7 @@ def filled(
 
 
 def layers(small: bool) -> Lines:
-    """Measure all cases beside the planner's prediction."""
+    """Measure all cases and compare with the planner's predictions."""
     chip = hardware(CHIP)
     yield "Bytes in GiB. `kept` is what a layer keeps for its backward pass; `peak` is what a step"
     yield "takes above parameters, gradients and optimizer. `×` is measured over planned."
@@ -190,7 +190,7 @@ KINDS = {
 
 
 def kernels(small: bool) -> Lines:
-    """Say what a step with capacity factor 1 spends its time on."""
+    """Break down the time of a step with capacity factor 1 by kind of kernel."""
     case, steps = Case(), 3
     training = Training(case, small)
     for _ in range(4):
@@ -231,7 +231,7 @@ def kernels(small: bool) -> Lines:
 
 
 def kind_of(kernel: str) -> str:
-    """Return what a kernel is for, by its name."""
+    """Return a kernel's purpose, inferred from the name."""
     for kind, pattern in KINDS.items():
         if re.search(pattern, kernel, re.IGNORECASE):
             return kind
@@ -313,7 +313,7 @@ def installed(package: str) -> str:
 
 
 def main() -> None:
-    """Write the results as Markdown, as they come."""
+    """Write the results as Markdown, part by part."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, help="a file to add to; standard output without it")

@@ -1,4 +1,4 @@
-"""Some layers of Llama 3 8B as E8T2 on one GPU: built, trained, weighed."""
+"""Some layers of Llama 3 8B as E8T2 on one GPU: build, train, measure memory."""
 
 import gc
 import statistics
@@ -34,13 +34,13 @@ E8T2 = UpcyclingConfig()
 GROUPED = {"moe_grouped_gemm": ON_GPU, "moe_permute_fusion": ON_GPU}
 SEQUENTIAL = {"moe_grouped_gemm": False, "moe_permute_fusion": False}
 EXPERTS = {"grouped": GROUPED, "sequential": SEQUENTIAL}
-"""How experts are computed. The recipes group them."""
+"""Implementations of the experts; the recipes use the grouped one."""
 
 # --- Models ----------------------------------------------------------------------------------
 
 
 def start(directory: str) -> None:
-    """Make a process group of one rank, and Megatron's groups."""
+    """Initialise a process group of one rank, and Megatron's process groups."""
     if not ON_GPU:
         cpu.enable()
     torch.distributed.init_process_group(
@@ -53,7 +53,7 @@ def start(directory: str) -> None:
 def build(
     arch: Architecture, upcycling: UpcyclingConfig, dtype: torch.dtype, **overrides: Any
 ) -> torch.nn.Module:
-    """Build the model as the recipes do."""
+    """Build the model with the settings of the recipes."""
     fields: dict[str, Any] = {
         **architecture_fields(arch),
         **moe_fields(arch, upcycling),
@@ -69,7 +69,7 @@ def build(
 
 
 def inputs(ids: torch.Tensor) -> dict[str, Any]:
-    """Return what a model takes; without a mask attention is causal."""
+    """Return the model's inputs; without a mask attention is causal."""
     positions = torch.arange(ids.shape[1])[None].expand_as(ids)
     return {"input_ids": ids.cuda(), "position_ids": positions.cuda(), "attention_mask": None}
 
@@ -80,7 +80,7 @@ def free() -> None:
 
 
 def allocated(peak: bool = False) -> int:
-    """Return the bytes that tensors take on the GPU."""
+    """Return the bytes allocated by tensors on the GPU."""
     if not ON_GPU:
         return 0
     return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
@@ -91,16 +91,16 @@ def allocated(peak: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """A way to train.
+    """A training configuration.
 
     Attributes:
         capacity: Capacity factor; None drops no token.
         recompute: A key of `config.RECOMPUTE`.
         experts: A key of `EXPERTS`.
-        fused: Whether products of weights' gradients add to the fp32 gradients themselves, as
-            with Apex in NVIDIA's image, or Megatron adds them afterwards.
-        layers: Layers of the model.
-        vocab: Its vocabulary; Llama 3's takes most of the time and memory of so few layers.
+        fused: Whether the matrix products accumulate weight gradients directly in fp32, as with
+            Apex in NVIDIA's image. Otherwise Megatron accumulates them afterwards.
+        layers: Number of layers of the model.
+        vocab: Vocabulary size; Llama 3's takes most of the time and memory of so few layers.
     """
 
     capacity: float | None = 1.0
@@ -132,7 +132,7 @@ class Case:
         return config
 
     def workload(self, small: bool) -> Workload:
-        """Return what the planner plans."""
+        """Return the planner's workload."""
         length = 128 if small else LLAMA3_8B_E8T2.schedule.seq_length
         arch = architecture(self.config(small))
         return Workload(arch, self.upcycling, length, global_batch_size=1)
@@ -161,11 +161,11 @@ CASES = [
 
 
 class Training:
-    """A model with Megatron's DDP and distributed optimizer, configured as the recipes do."""
+    """A model with Megatron's DDP and distributed optimizer, configured like the recipes."""
 
     def __init__(self, case: Case, small: bool) -> None:
         workload = case.workload(small)
-        # Megatron makes it as long as the first model is deep.
+        # Otherwise the tracker keeps the number of layers of the first model.
         get_moe_layer_wise_logging_tracker().clear()
         overrides = EXPERTS[case.experts] | RECOMPUTE[case.recompute]
         if not ON_GPU and case.recompute == "moe_act":
@@ -204,7 +204,7 @@ class Training:
         return float(losses["loss"])
 
     def close(self) -> None:
-        """Give the memory back: Megatron's hooks keep all in a circle that Python cannot see."""
+        """Release the memory; Megatron's hooks hold reference cycles invisible to Python."""
         for parameter in self.model.parameters():
             for tensor in (parameter, *vars(parameter).values()):
                 if torch.is_tensor(tensor):
@@ -220,14 +220,14 @@ def forward_step(data: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any
 
 
 def fuse_weight_gradients(model: torch.nn.Module) -> None:
-    """Let Transformer Engine's layers do it; NeMo asks for Apex first, which only others need."""
+    """Enable fused gradients in Transformer Engine's layers, which need no Apex."""
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
 
 
 class Watch:
-    """Bytes that each layer's forward pass leaves allocated, rows that the last's experts get."""
+    """A recorder of bytes kept per forward pass of a layer, and of the last layer's routed rows."""
 
     def __init__(self, layers: Any) -> None:
         self.kept: list[int] = []
@@ -245,8 +245,16 @@ class Watch:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a step; bytes of the state, of the last layer's activations, of the peak; and the
-    assignments that its experts were given.
+    """Results of a training.
+
+    Attributes:
+        seconds: Median time per step.
+        spread: Half the range of the times per step, in seconds.
+        state: Bytes allocated between steps.
+        routed: Rows given to the last layer's experts.
+        kept: Bytes of the last layer's activations.
+        peak: Bytes at the peak of a step beyond `state`.
+        losses: First and last loss, in nats per token.
     """
 
     seconds: float
@@ -259,7 +267,7 @@ class Measured:
 
 
 def measure(case: Case, small: bool, steps: int = 10, warm_up: int = 4) -> Measured:
-    """Train some steps."""
+    """Train some steps and measure time and memory."""
     training = Training(case, small)
     try:
         return _measure(training, case, steps, warm_up)
@@ -277,7 +285,7 @@ def _measure(training: Training, case: Case, steps: int, warm_up: int) -> Measur
     state, seconds = allocated(), []
     training.layers.kept.clear()
     training.step()
-    # A layer that is computed again is watched again; of those before, the last one counts.
+    # Recomputed layers are recorded twice; among the first records, the last one counts.
     kept, peak = training.layers.kept[case.layers - 1], allocated(peak=True)
     last = first
     for _ in range(steps):

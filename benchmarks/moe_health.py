@@ -37,17 +37,17 @@ DEFAULT_INTERVAL = MoEHealthCallback().every_n_steps
 
 
 class Turns(MoEHealthCallback):
-    """The callback, that does nothing in every third step and measures in every third.
+    """The callback in alternating modes: no work, the work of every step, or a measurement.
 
-    It times its own work too: on a CPU, where nothing runs behind its back, that is its cost,
-    where the steps differ by more from one to the next.
+    The callback's work is timed separately, because step times vary by more. On a CPU nothing runs
+    asynchronously, so this time is the whole cost.
     """
 
     mode = MODES[0]
     own: ClassVar[dict[str, list[float]]] = defaultdict(list)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *rest: Any) -> None:
-        """Take the next mode."""
+        """Switch to the next mode."""
         self.mode = MODES[trainer.global_step % len(MODES)]
         self._due = False
         self.seconds = 0.0
@@ -55,7 +55,7 @@ class Turns(MoEHealthCallback):
             self._timed(super().on_train_batch_start, trainer, *rest)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
-        """Measure, if it is time."""
+        """Run the callback's work and record the time."""
         self._timed(super().on_train_batch_end, trainer, *rest)
         if trainer.global_step > WARM_UP:
             Turns.own[self.mode].append(self.seconds)
@@ -71,7 +71,7 @@ class Turns(MoEHealthCallback):
 
 
 class Clock(pl.Callback, io.IOMixin):
-    """Times each step; the first of the callbacks at its start and the last at its end."""
+    """A timer for steps: the first of the callbacks at the start, the last at the end."""
 
     started = 0.0
     seconds: ClassVar[dict[str, list[float]]] = defaultdict(list)
@@ -80,19 +80,19 @@ class Clock(pl.Callback, io.IOMixin):
         self.at_start = at_start
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Start."""
+        """Start the timer."""
         if self.at_start:
             Clock.started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Stop."""
+        """Stop the timer."""
         if not self.at_start and trainer.global_step > WARM_UP:
             mode = MODES[(trainer.global_step - 1) % len(MODES)]
             Clock.seconds[mode].append(time.perf_counter() - Clock.started)
 
 
 def workspace(directory: Path) -> None:
-    """Write text, a tokenizer and Megatron's files, as the demo does."""
+    """Write text, a tokenizer and Megatron's files, like the demo."""
     corpora = write_stdlib_sample(directory / "data").values()
     train_tokenizer(list(corpora), directory / "tokenizer", 2048)
     for corpus in corpora:
@@ -100,7 +100,7 @@ def workspace(directory: Path) -> None:
 
 
 def measure(steps: int) -> None:
-    """Train, and fill `Clock.seconds`."""
+    """Train and fill `Clock.seconds`."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         workspace(directory)

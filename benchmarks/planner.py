@@ -1,9 +1,9 @@
-"""Fit the planner's efficiencies to published runs, and leave runs out in turn.
+"""Fit the planner's efficiencies to published runs, and cross-validate by leaving runs out.
 
     python -m benchmarks.planner > benchmarks/results/DATE-planner.md
 
-Each efficiency is held near what is known of the hardware, so that twelve runs can decide five
-numbers. Where a paper leaves a run's mapping open, the fastest that its words allow is compared.
+Each efficiency is held near the known value for the hardware, so that twelve runs can determine
+five numbers. If a paper leaves a run's mapping open, the fastest allowed mapping is compared.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ from nemo_upcycle.planner.step_time import step_time
 H100 = hardware("h100")
 
 PRIOR = {
-    # What is known, and the factor by which it may well be off.
-    "gemm": (0.75, 1.1),  # cuBLAS on H100 reaches 650 to 800 TFLOP/s on large products
+    # Known value, and plausible factor of error.
+    "gemm": (0.75, 1.1),  # cuBLAS on H100 reaches 650 to 800 TFLOP/s for large products
     "nvlink": (0.8, 1.2),  # NCCL's bus bandwidth: 350 to 400 GB/s of 450
     "network": (0.7, 1.15),
     "expert_load_cv": (0.15, 1.5),
@@ -31,22 +31,22 @@ PRIOR = {
 }
 BEFORE = Efficiency(**{name: middle for name, (middle, _) in PRIOR.items()})
 MEASURED_WITHIN = 1.03
-"""What a published figure is trusted to."""
+"""Assumed relative accuracy of published figures, as a factor."""
 
 CANDIDATES = 12
-"""Mappings of a run that stay in the race while the efficiencies change."""
+"""Mappings per run that remain candidates while the efficiencies change."""
 
 Row = tuple[Published, list[Prediction]]
 
 
 def candidates(run: Published) -> list[Prediction]:
-    """Return the fastest mappings that fit into memory and that a run's words allow."""
+    """Return the fastest mappings that fit into memory and that the paper allows for the run."""
     fsdp = "FSDP" in run.label
     return search(run.workload, run.world_size, H100, run.allowed, BEFORE, fsdp)[:CANDIDATES]
 
 
 def predicted_mfu(found: list[Prediction], efficiency: Efficiency) -> float:
-    """Return the fastest mapping's MFU, attention over the whole square."""
+    """Return the fastest mapping's MFU, with attention counted over the full square."""
     times = [step_time(one.workload, one.mapping, H100, efficiency) for one in found]
     time = min(times, key=lambda one: one.total)
     return replace(found[times.index(time)], time=time).mfu_full_attention

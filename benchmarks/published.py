@@ -1,4 +1,4 @@
-"""Published training speeds, to calibrate the planner on and to hold it against."""
+"""Published training speeds, for calibrating and validating the planner."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from nemo_upcycle.planner.search import Allowed, unfolded
 from nemo_upcycle.planner.workload import Mapping, Workload
 
 LLAMA3_8B = LLAMA3_8B_E8T2.architecture
-LLAMA3_70B = LLAMA31_70B_E8T2.architecture  # 3 and 3.1 differ in RoPE scaling alone
+LLAMA3_70B = LLAMA31_70B_E8T2.architecture  # 3 and 3.1 differ only in RoPE scaling
 MIXTRAL_22B = replace(
     LLAMA3_8B,
     num_layers=56,
@@ -22,17 +22,17 @@ MIXTRAL_22B = replace(
 
 @dataclass(frozen=True)
 class Published:
-    """A training speed that a paper states, on H100.
+    """A published training speed on H100.
 
     Attributes:
         source: arXiv id.
-        label: How the paper calls the run.
-        workload: What was trained.
+        label: The paper's name of the run.
+        workload: Model and training settings.
         world_size: Number of GPUs.
-        allowed: The mappings that the paper's words leave open; the fastest of them is compared,
-            as the papers tuned theirs.
-        mfu: Model-FLOPs utilisation, attention counted over the whole square; None: it did not
-            fit into memory.
+        allowed: Mappings that the paper leaves open; the fastest is compared, because the papers
+            tuned theirs.
+        mfu: Model-FLOPs utilisation, with attention counted over the full square; None if the run
+            did not fit into memory.
     """
 
     source: str
@@ -44,7 +44,7 @@ class Published:
 
 
 def _sizes(**said: int) -> Allowed:
-    """Allow the mappings whose folding has these sizes, by the papers' short names."""
+    """Allow the mappings with these sizes, given by the papers' abbreviations."""
 
     def allowed(mapping: Mapping) -> bool:
         return not mapping.fsdp and all(
@@ -60,7 +60,7 @@ def _e8t2(capacity_factor: float | None) -> UpcyclingConfig:
 
 
 def _llama3_8b(capacity_factor: float | None, tp: int, mfu: float) -> Published:
-    """Return a row of Table 2. Its batch is not stated: 512 sequences, as in our recipe."""
+    """Return a row of Table 2; the unstated batch size is assumed to be 512, as in our recipe."""
     called = "dropless" if capacity_factor is None else f"CF {capacity_factor:g}"
     return Published(
         "2412.09952",

@@ -1,4 +1,4 @@
-"""Measure what it costs to have and to start this package: size, imports, first answers.
+"""Measure the cost of installing and starting this package: size, imports, first answers.
 
 Usage: python benchmarks/startup.py [RUNS]
 """
@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def seconds(command: list[str]) -> float:
-    """Return the wall time of a command."""
+    """Return a command's wall time in seconds."""
     started = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - started

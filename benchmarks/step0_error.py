@@ -1,7 +1,7 @@
-"""Measure how far the upcycled model is from the dense one at step 0, for each choice.
+"""Measure the error of the upcycled model at step 0 for each choice of settings.
 
 Writes a table to standard output, which is `docs/step0.md`. Everything is computed in fp32 by the
-real Megatron model on one rank, from random dense models of two families: Llama (SwiGLU) and
+real Megatron model on one rank. The dense models are random, of two families: Llama (SwiGLU) and
 Nemotron (squared ReLU).
 
 - layer: |MoE(x) − FFN(x)| / |FFN(x)| of the second layer, over 2,048 random inputs
@@ -25,7 +25,7 @@ from tests.tiny import tokens, write_dense
 
 EXPANSION_RATE = 8
 SHAPES = ((1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8))
-"""Granularity and top-k; the last is arXiv 2410.07524's best, 64 experts."""
+"""Granularity and top-k; the last is the best in arXiv 2410.07524, 64 experts."""
 
 SCALINGS = ("exact", "paper", "none")
 FAMILIES = ("llama", "nemotron")
@@ -65,7 +65,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors; `layer` is that of the second layer."""
+    """Relative errors of the second layer and of the logits."""
 
     layer: float
     logits: float
@@ -90,7 +90,7 @@ def measure(dense: Path, upcycling: UpcyclingConfig) -> Errors:
 
 @torch.no_grad()
 def _feed_forward(model: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """Return the output of the second layer's feed-forward part, its norm included."""
+    """Return the output of the second layer's feed-forward part, including the norm."""
     layer = model.decoder.layers[1].eval()
     return layer.mlp(layer.pre_mlp_layernorm(inputs))[0]
 
@@ -100,7 +100,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def table() -> Iterator[tuple[str, ...]]:
-    """Yield granularity, top-k, order and scaling of each row of the main table."""
+    """Yield granularity, top-k, order and scaling per row of the main table."""
     yield from (
         (str(granularity), str(topk), order, scaling)
         for (granularity, topk), order, scaling in itertools.product(

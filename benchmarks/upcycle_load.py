@@ -4,15 +4,15 @@ All methods run in turn, on 1, 2 and 4 gloo ranks. The source is a generated che
 1B's shape in bf16, with fewer layers, because the other methods need several times the MoE's
 memory:
 
-- ours: `load.fill`, every rank reading what it needs, and with `read_once`;
+- ours: `load.fill`, with every rank reading what the rank needs, and with `read_once`;
 - Megatron: `upcycling_utils.upcycle_state_dict` and `load_state_dict`, with the dense model
-  already in memory (its loading is not counted);
-- offline: transformers loads the dense model, a Mixtral checkpoint is written, each rank loads its
-  part of that;
-- the floor: read the bytes that the rank needs once into one buffer, write its parameters once.
+  already in memory (loading the dense model is not counted);
+- offline: transformers loads the dense model and writes a Mixtral checkpoint, from which each rank
+  loads a part;
+- floor: read the required bytes once into one buffer, and write the rank's parameters once.
 
-All files are in the page cache, all parameters have been touched before. Memory is what the
-process's resident memory peaks at, above what it was with the model built.
+All files are in the page cache, and all parameters have been touched before. Memory is the peak of
+the process's resident memory minus the resident memory after building the model.
 
 Usage: python -m benchmarks.upcycle_load [--layers 4] [--runs 3] [--only ours] [--dir DIR]
 """
@@ -63,7 +63,7 @@ LLAMA32_1B = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One rank's figures. Bytes; `floor` is None where it was not measured."""
+    """Figures of a rank, in seconds and bytes; `floor` is None if not measured."""
 
     seconds: float
     floor: float | None
@@ -77,7 +77,7 @@ class Sample:
 
 
 def measure(method: str, dense: Path, runs: int, scratch: Path) -> list[Sample]:
-    """Build the model, fill it `runs` times by a method, and measure each time."""
+    """Build the model, fill it `runs` times with a method, and measure each time."""
     from nemo_upcycle.checkpoint import open_checkpoint
     from nemo_upcycle.engine.load import fill
     from nemo_upcycle.engine.owned_shards import owned_shards
@@ -85,7 +85,7 @@ def measure(method: str, dense: Path, runs: int, scratch: Path) -> list[Sample]:
     from nemo_upcycle.plans.rank import block_bytes, make_plan
 
     world_size = torch.distributed.get_world_size()
-    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)  # as torchrun does
+    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)  # set by torchrun
     chunks = _build(dense, FOLDINGS[world_size], UPCYCLING)
     size = sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters())
     with open_checkpoint(str(dense)) as checkpoint:
@@ -135,12 +135,12 @@ def _build(dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig) ->
     )
     with torch.no_grad():
         for parameter in (p for chunk in chunks for p in chunk.parameters()):
-            parameter.zero_()  # so that its memory is there
+            parameter.zero_()  # commits the memory
     return chunks
 
 
 def _floor(plan: Any, dense: Path, chunks: Any) -> float:
-    """Read the plan's bytes once, write the parameters once; return the seconds."""
+    """Read the plan's bytes once, and write the parameters once; return the seconds."""
     from nemo_upcycle.checkpoint import open_checkpoint
 
     buffer = torch.ones(8 * 2**20, dtype=torch.uint8)
@@ -184,7 +184,7 @@ def _megatron(chunks: Any, dense_model: Any) -> int:
 
 
 def _offline(chunks: Any, dense: Path, scratch: Path) -> int:
-    """Write a Mixtral checkpoint on rank 0; then each rank loads what it owns of it."""
+    """Write a Mixtral checkpoint on rank 0; then each rank loads its part."""
     from safetensors import safe_open
 
     from nemo_upcycle.engine.owned_shards import owned_shards
@@ -199,7 +199,7 @@ def _offline(chunks: Any, dense: Path, scratch: Path) -> int:
         for own in (own for chunk in chunks for own in owned_shards(chunk)):
             layer, _, rest = own.shard.name.removeprefix("decoder.layers.").partition(".mlp.")
             if ".experts." not in own.shard.name:
-                continue  # as small as in the dense model
+                continue  # no larger than in the dense model
             expert, fc = rest.split(".")[1:3]
             gate = own.shard.offset[0] == 0
             weight = {"linear_fc2": "w2", "linear_fc1": "w1" if gate else "w3"}[fc]
@@ -232,7 +232,7 @@ def _convert(dense: Path, scratch: Path) -> None:
 
 
 def _reset_peak() -> int:
-    """Forget the process's peak of resident memory; return what is resident now."""
+    """Reset the process's peak of resident memory; return the current resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
     return psutil.Process().memory_info().rss
 
@@ -268,7 +268,7 @@ def generate(directory: Path, layers: int) -> Path:
 
 
 def row(world_size: int, method: str, by_rank: list[list[Sample]]) -> str:
-    """Format one line of the table: medians over the runs of the slowest or largest rank."""
+    """Format a row of the table: medians over the runs of the slowest or largest rank."""
     runs = list(zip(*by_rank, strict=True))
     seconds = statistics.median(max(s.seconds for s in run) for run in runs)
     extra = max(s.peak_extra for run in runs for s in run)

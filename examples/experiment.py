@@ -40,11 +40,11 @@ def add_jobs(
     Args:
         experiment: The experiment.
         train: A recipe with a dense checkpoint.
-        executor: Where the training runs; the other jobs take one task of one of its nodes.
+        executor: Executor of the training; the other jobs use one task on one node.
         evaluation: Options of `nemo-upcycle evaluate`.
 
     Returns:
-        The table of scores that the last job writes.
+        Path of the table of scores that the last job writes.
     """
     callback = next(c for c in train.trainer.callbacks if c.__fn_or_cls__ is UpcyclingCallback)
     dense = resolve_directory(callback.dense_checkpoint).resolve()
@@ -68,7 +68,7 @@ def add_jobs(
         name="import",
     )
     second = experiment.add(train, executor=executor, name="train", dependencies=[first])
-    # Only a training that has come to its end has this checkpoint.
+    # Only a finished training has this checkpoint.
     last = f"{quoted(home)}/checkpoints/*-step={steps - 1}-*-last"
     there = f"test -e {quoted(exported)}/config.json"
     third = experiment.add(
@@ -90,7 +90,7 @@ def add_jobs(
 
 
 def alone(executor: run.Executor) -> run.Executor:
-    """Return the executor for a job of one task; a failure is not tried again."""
+    """Return the executor for a job with one task and no retries."""
     one = executor.clone()
     one.ntasks_per_node, one.launcher, one.retries = 1, None, 0
     if isinstance(one, run.SlurmExecutor):
@@ -99,23 +99,23 @@ def alone(executor: run.Executor) -> run.Executor:
 
 
 def quoted(path: Path) -> str:
-    """Return a path as Bash takes it."""
+    """Return a path quoted for Bash."""
     return shlex.quote(str(path))
 
 
 def script(line: str) -> run.Script:
-    """Return a job of one line of Bash."""
+    """Return a job that runs one line of Bash."""
     return run.Script(inline=f"set -euo pipefail\n{line}\n")
 
 
 def made(kind: Any, name: str, settings: list[str]) -> Any:
-    """Call a registered factory, as `nemo llm pretrain --factory "NAME(KEY=VALUE)"` does."""
+    """Call a registered factory, like `nemo llm pretrain --factory "NAME(KEY=VALUE)"`."""
     factory = run.cli.resolve_factory(kind, name)
     return fiddle.build(run.cli.parse_cli_args(factory, settings))()
 
 
 def main() -> None:
-    """Read the command line, run the experiment, show its scores."""
+    """Parse the command line, run the experiment and print the scores."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

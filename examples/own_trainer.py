@@ -1,11 +1,11 @@
-"""Upcycle in a NeMo script with a trainer of one's own: no recipe, no NeMo-Run.
+"""Upcycle in a NeMo script with a custom trainer, without a recipe and without NeMo-Run.
 
     python examples/own_trainer.py DENSE DATA RUNS                       # one process
     torchrun --nproc-per-node 2 examples/own_trainer.py DENSE DATA RUNS  # experts on two ranks
 
-DENSE is a Hugging Face directory with its tokenizer, DATA a prefix of Megatron's .bin and .idx (as
-`nemo-upcycle data tokenize` writes), RUNS the directory for checkpoints. The
-script runs on CPU over gloo where there is no GPU.
+DENSE is a Hugging Face directory with a tokenizer. DATA is the prefix of Megatron's .bin and .idx
+files, as written by `nemo-upcycle data tokenize`. RUNS is the directory for checkpoints. The script
+runs on CPU over gloo if there is no GPU.
 """
 
 import os
@@ -54,14 +54,14 @@ def trainer_of(dense: str, folding: ParallelFolding) -> nl.Trainer:
         strategy=strategy(
             **folding.strategy_arguments,
             ckpt_async_save=False,
-            ckpt_optim_fully_reshardable=True,  # so that a run can go on under another mapping
+            ckpt_optim_fully_reshardable=True,  # a run can be resumed under another mapping
         ),
         callbacks=[UpcyclingCallback(dense_checkpoint=dense)],
     )
 
 
 def main(dense: str, data: str, runs: str) -> None:
-    """Upcycle, and train ten steps."""
+    """Upcycle and train ten steps."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     llm.train(
         model=model_of(dense, UpcyclingConfig(num_moe_experts=4, moe_router_topk=2)),
@@ -79,11 +79,11 @@ def main(dense: str, data: str, runs: str) -> None:
             log_dir=runs,
             name="own",
             use_datetime_version=False,
-            # With the model's config beside the weights, which NeMo's default leaves out.
+            # Save the model's config beside the weights, unlike NeMo's default.
             ckpt=ModelCheckpoint(save_last=True, save_top_k=0, always_save_context=True),
         ),
     )
 
 
-if __name__ == "__main__":  # NeMo starts processes to save
+if __name__ == "__main__":  # NeMo starts processes for saving
     main(*sys.argv[1:])

@@ -3,8 +3,8 @@
     python examples/without_nemo.py DENSE                       # one process
     torchrun --nproc-per-node 2 examples/without_nemo.py DENSE  # experts on two ranks
 
-DENSE is a Hugging Face directory, or a model's name in the local hub cache. Runs on CPU over gloo
-where there is no GPU.
+DENSE is a Hugging Face directory, or a model's name in the local hub cache. The script runs on CPU
+over gloo if there is no GPU.
 """
 
 import os
@@ -32,7 +32,7 @@ TOLD_TO_GPT_MODEL = {"vocab_size", "rotary_base", "share_embeddings_and_output_w
 
 
 def start(folding: ParallelFolding) -> None:
-    """Start torch.distributed and Megatron's groups."""
+    """Initialise torch.distributed and Megatron's process groups."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
@@ -45,7 +45,7 @@ def start(folding: ParallelFolding) -> None:
 
 
 def build(dense: str, upcycling: UpcyclingConfig, folding: ParallelFolding) -> tuple:
-    """Return this rank's part of the model, with random weights, and what it was built from."""
+    """Return this rank's part of the model with random weights, and the config for `upcycle`."""
     arch = open_dense(dense).arch
     said = LLAMA | architecture_fields(arch) | moe_fields(arch, upcycling) | folding.parallel_sizes
     if not torch.cuda.is_available():
@@ -69,14 +69,14 @@ def build(dense: str, upcycling: UpcyclingConfig, folding: ParallelFolding) -> t
         rotary_base=int(arch.rotary_base),
         share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
     )
-    # TransformerConfig has no field for what GPTModel is told besides.
+    # GPTModel has arguments beyond the fields of TransformerConfig.
     besides = {"seq_length": arch.max_position_embeddings, "make_vocab_size_divisible_by": 1}
     described = SimpleNamespace(**(vars(config) | said | besides))
     return model.cuda() if torch.cuda.is_available() else model, described
 
 
 def main(dense: str) -> None:
-    """Upcycle and say what was done."""
+    """Upcycle and print a report."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     folding = ParallelFolding(expert_model_parallel_size=ranks)
     start(folding)

@@ -1,15 +1,21 @@
-"""NeMo and the recipes, imported: the server imports this module once and forks processes of tests.
+"""What the tests' processes have in common, imported: a server imports it once and forks them.
 
-The import takes 10 s of processor time and makes a million objects. Garbage collection passes over
-them: a rank would spend a quarter of its time on looking at them again and again.
+That is NeMo and the recipes, or Megatron-Core alone where NeMo is not installed. The import takes
+10 s of processor time and makes a million objects. Garbage collection passes over them: a rank
+would spend a quarter of its time on looking at them again and again.
 """
 
 import gc
 
 import torch
-from nemo_upcycle_recipes import llama_tiny
 
-assert llama_tiny
+from tests.distributed.pool import HAS_NEMO
+
+if HAS_NEMO:
+    import nemo_upcycle_recipes.llama_tiny  # noqa: F401
+else:
+    import megatron.core  # noqa: F401
+
 torch.set_num_threads(1)  # threads of OpenMP would not survive a fork
 gc.collect()
 gc.freeze()

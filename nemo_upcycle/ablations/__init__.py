@@ -1,1 +1,1 @@
-"""The papers' comparisons at a size that a laptop trains: `nemo-upcycle ablate`."""
+"""The papers' comparisons at a size that a laptop can train: `nemo-upcycle ablate`."""

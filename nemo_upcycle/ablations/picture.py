@@ -1,4 +1,4 @@
-"""A panel a study: how far each arm ends from the first."""
+"""A picture with one panel per study: differences of final losses from the first arm's."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +11,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = 2
-# Okabe and Ito's blue and vermillion, told apart with every colour vision.
+# Okabe and Ito's blue and vermillion, distinguishable with every form of colour vision.
 _BASELINE, _ARM = "#0072B2", "#D55E00"
 
 LINEAR = 0.02
-"""Nats; where an arm ends ten times as far off as this, the axis is logarithmic beyond it."""
+"""Half-width of the linear range of an axis, in nats per token.
+
+If an arm's difference is ten times larger, the axis is logarithmic beyond this range.
+"""
 
 
 def draw(report: Report, path: Path) -> None:
-    """Write the picture.
+    """Draw the picture and write a PNG file.
 
     Args:
-        report: What the trainings show.
-        path: A PNG file.
+        report: The results.
+        path: Path of the PNG file.
 
     Raises:
         UpcyclingError: matplotlib is not installed.
@@ -81,5 +84,5 @@ def _draw(axes: "Axes", one: StudyReport) -> None:
 
 
 def _spread(place: int, count: int) -> Sequence[float]:
-    """Return places a little below each other, so that no dot hides another."""
+    """Return slightly shifted vertical positions, so that no dot hides another."""
     return [place + 0.12 * (number - (count - 1) / 2) for number in range(count)]

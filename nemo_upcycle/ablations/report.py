@@ -1,4 +1,4 @@
-"""What the trainings show: a table a study, and whether each claim holds."""
+"""The report on the trainings: a table per study, and a verdict per claim."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,22 +10,22 @@ from nemo_upcycle.ablations.statistics import CONFIDENCE, Estimate, verdict
 from nemo_upcycle.ablations.studies import ARMS, Arm, Claim, Study, dense_run_flops
 
 Results = dict[str, dict[int, Result]]
-"""By arm and seed."""
+"""Results by arm and seed."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """An arm in a study.
+    """The results of an arm in a study.
 
     Attributes:
         arm: The arm.
-        start: Loss before the first step.
-        end: Loss after the last.
-        differences: Of the ends, to the study's first arm, a value a seed.
-        capped: Loss after the last step with the training's capacity factor.
-        dropped: Share of assignments that it drops.
-        tokens: Trained on.
-        flops: Of the training.
+        start: Loss before the first step, in nats per token.
+        end: Loss after the last step, in nats per token.
+        differences: Difference of `end` from the study's first arm, one value per seed.
+        capped: Loss after the last step with the training's capacity factor, in nats per token.
+        dropped: Share of the assignments that the capacity factor drops.
+        tokens: Number of training tokens.
+        flops: Number of training FLOPs.
     """
 
     arm: Arm
@@ -45,14 +45,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim, and the differences that speak for it where they are positive."""
+    """A claim and the measured difference, which is positive if the claim holds."""
 
     claim: Claim
     difference: Estimate
 
     @property
     def verdict(self) -> str:
-        """Whether it holds."""
+        """The verdict on the claim."""
         return verdict(self.difference)
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class StudyReport:
-    """What the trainings of a study show."""
+    """The results of a study."""
 
     study: Study
     rows: tuple[Row, ...]
@@ -72,16 +72,16 @@ class StudyReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What all trainings show.
+    """The results of all trainings.
 
     Attributes:
-        studies: One by one.
-        steps: The baseline's.
-        seeds: Of each arm.
-        tokens_per_step: Of every arm.
-        held_out_tokens: That losses are measured on.
-        dense_flops: Of the dense model's own training.
-        seconds: Of processors, of all trainings.
+        studies: Results per study.
+        steps: Number of steps of the baseline.
+        seeds: Number of seeds per arm.
+        tokens_per_step: Tokens per step, equal for all arms.
+        held_out_tokens: Number of tokens on which losses are measured.
+        dense_flops: FLOPs of the dense model's own training.
+        seconds: Processor seconds of all trainings.
     """
 
     studies: tuple[StudyReport, ...]
@@ -94,12 +94,12 @@ class Report:
 
 
 def report_of(studies: Sequence[Study], jobs: Sequence[Job], steps: int) -> Report:
-    """Put results together.
+    """Make the report from the results.
 
     Args:
-        studies: What is asked.
-        jobs: Trainings that are done, of all arms of the studies.
-        steps: The baseline's.
+        studies: The studies.
+        jobs: Finished trainings of all arms of the studies.
+        steps: Number of steps of the baseline.
     """
     results: Results = {}
     for job in jobs:
@@ -158,11 +158,11 @@ def _finding(claim: Claim, results: Results) -> Finding:
 
 
 def markdown(report: Report, picture: str) -> str:
-    """Return the report as a document.
+    """Return the report as a markdown document.
 
     Args:
-        report: It.
-        picture: The picture's file, beside the document.
+        report: The report.
+        picture: File name of the picture, in the document's directory.
     """
     return "\n".join([*_introduction(report, picture), *_summary(report), *_tables(report)])
 
@@ -216,7 +216,7 @@ def _tables(report: Report) -> Iterator[str]:
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return what a table shows of a row, by heading; of dropped tokens where there are any."""
+    """Return a table's columns by heading; columns on dropped tokens only if there are any."""
     columns: dict[str, Any] = {
         "loss at first": lambda row, first: str(row.start),
         "at the end": lambda row, first: str(row.end),
@@ -238,12 +238,12 @@ def _title(study: Study) -> str:
 
 
 def counted(count: int, word: str) -> str:
-    """Return a number of things, in words."""
+    """Return a count with a noun in singular or plural."""
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def to_json(report: Report, jobs: Sequence[Job]) -> str:
-    """Return all numbers: every seed's, and what is made of them."""
+    """Return all numbers as JSON: each seed's results and the report."""
     trainings = [
         {"arm": job.arm.name, "seed": job.seed, "steps": job.steps, "key": job.key}
         | vars(job.result())

@@ -1,4 +1,4 @@
-"""What a training came to, kept so that it is not done again."""
+"""Results of trainings, stored so that no training is repeated."""
 
 import hashlib
 import json
@@ -15,17 +15,17 @@ from nemo_upcycle.families import Architecture, architecture_of
 from nemo_upcycle.files import write_whole
 
 FORMAT = 1
-"""Counts up when what is measured changes: results from before are then not taken."""
+"""Version of the measurements; results of other versions are ignored."""
 
 CORPORA = ("documentation", "sources")
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """The demo's directory: data, and the dense model that is upcycled.
+    """The demo's directory: data, and the dense model to upcycle.
 
     Raises:
-        UpcyclingError: Something is not there.
+        UpcyclingError: A file is missing.
     """
 
     directory: Path
@@ -45,7 +45,7 @@ class Workspace:
 
     @property
     def data(self) -> Path:
-        """Where the corpora are."""
+        """Directory of the corpora."""
         return self.directory / "data"
 
     @property
@@ -62,7 +62,7 @@ class Workspace:
 
     @property
     def dense(self) -> Path:
-        """The dense checkpoint."""
+        """Directory of the dense checkpoint."""
         return self.directory / "dense_hf"
 
     @cached_property
@@ -73,22 +73,22 @@ class Workspace:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What tells the dense weights and the data from others, wherever they lie."""
+        """Fingerprints that identify the dense weights and the data, whatever their paths."""
         return {"dense": fingerprint(open_checkpoint(str(self.dense))), "data": self._files}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training to do: an arm and a seed.
+    """A training: an arm and a seed.
 
     Attributes:
-        arm: What is trained.
-        seed: Of the order of the data, of routers, initialisers and random weights.
+        arm: The arm.
+        seed: Seed for the order of the data, routers, initialisers and random weights.
         steps: Optimizer steps.
-        samples: Sequences that the data are shuffled for: with the same number, the same seed
-            gives the same sequences in the same order.
-        workspace: Where data and dense checkpoint are.
-        results: Where the result is kept.
+        samples: Number of sequences for which the data are shuffled: with equal numbers, equal
+            seeds give the same sequences in the same order.
+        workspace: The data and the dense checkpoint.
+        results: Directory of the results.
     """
 
     arm: Arm
@@ -100,17 +100,17 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """Name of the training's files."""
         return f"{self.arm.name}-{self.seed}"
 
     @property
     def path(self) -> Path:
-        """Its result's file."""
+        """Path of the result's file."""
         return self.results / f"{self.name}.json"
 
     @cached_property
     def made_of(self) -> dict[str, Any]:
-        """All that decides the result; not what the arm is called."""
+        """Everything that determines the result; the arm's name does not."""
         recipe = asdict(self.arm.recipe)
         return {
             "format": FORMAT,
@@ -124,11 +124,11 @@ class Job:
 
     @property
     def key(self) -> str:
-        """A hash of what decides the result."""
+        """A hash of everything that determines the result."""
         return hashlib.sha256(json.dumps(self.made_of, sort_keys=True).encode()).hexdigest()
 
     def result(self) -> "Result | None":
-        """Return what this very training came to, if it has been done."""
+        """Return the stored result of this training; None if missing or of other settings."""
         try:
             kept = json.loads(self.path.read_text())
             return Result(**kept["result"]) if kept["key"] == self.key else None
@@ -136,7 +136,7 @@ class Job:
             return None
 
     def keep(self, result: "Result") -> None:
-        """Write the result, whole or not at all."""
+        """Write the result atomically."""
         kept = {"arm": self.arm.name, "key": self.key, "result": asdict(result)}
         write_whole(self.path, json.dumps(kept | {"made_of": self.made_of}, indent=1) + "\n")
 
@@ -146,13 +146,13 @@ class Result:
     """Losses on held-out text, in nats per token.
 
     Attributes:
-        start: Before the first step, with no token dropped.
-        end: After the last, with no token dropped.
-        capped_start: Before the first, with the capacity factor of the training.
-        capped_end: After the last, with that.
+        start: Before the first step, without dropped tokens.
+        end: After the last step, without dropped tokens.
+        capped_start: Before the first step, with the training's capacity factor.
+        capped_end: After the last step, with the training's capacity factor.
         dropped: Share of the assignments that the capacity factor drops, after the last step.
-        held_out_tokens: Tokens that were asked for.
-        seconds: Of the training's processor.
+        held_out_tokens: Number of predicted tokens.
+        seconds: Processor seconds of the training.
     """
 
     start: float
@@ -170,14 +170,14 @@ def jobs_of(
     """Return all trainings, seed by seed.
 
     Args:
-        arms: What is trained.
-        seeds: Seeds of each, from 1.
-        steps: Of the baseline.
-        workspace: Where data and dense checkpoint are.
-        results: Where results are kept.
+        arms: The arms.
+        seeds: Number of seeds per arm; the first seed is 1.
+        steps: Number of steps of the baseline.
+        workspace: The data and the dense checkpoint.
+        results: Directory of the results.
     """
     arch = workspace.architecture
-    # Of all studies, so that it does not depend on which are asked for.
+    # Over all studies, so that the number does not depend on the selected studies.
     samples = most_sequences(steps, arch)
     return [
         Job(arm, seed, arm.steps(steps, arch), samples, workspace, results)

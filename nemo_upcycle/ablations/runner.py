@@ -1,4 +1,4 @@
-"""Do what has not been done, and say what all of it shows."""
+"""Run the missing trainings and report on all results."""
 
 import fcntl
 import os
@@ -28,27 +28,27 @@ def ablate(
 ) -> Report:
     """Train all arms of some studies and write `ablations.md`, `.json` and `.png`.
 
-    A training that is done is not done again, unless something of it is another now.
+    A finished training is repeated only if something that determines the result has changed.
 
     Args:
-        studies: What is asked.
-        seeds: Trainings of each arm.
-        steps: Of the baseline.
-        directory: The demo's.
-        out: Directory to write to; made when missing.
-        workers: Trainings at a time.
-        show: Told what is done, what there is in all, and a word about it.
+        studies: The studies.
+        seeds: Number of trainings per arm.
+        steps: Number of steps of the baseline.
+        directory: The demo's directory.
+        out: Output directory, created if missing.
+        workers: Number of parallel trainings.
+        show: Called with the FLOPs done, the FLOPs in total, and the training's name.
 
     Raises:
-        UpcyclingError: The demo's data or dense checkpoint are not there, a training fails,
-            another command writes to the directory, or matplotlib is not installed.
+        UpcyclingError: The demo's data or dense checkpoint are missing, a training fails, another
+            command writes to the directory, or matplotlib is not installed.
     """
     require_matplotlib()
     workspace = Workspace(directory.absolute())
     jobs = jobs_of(arms_of(studies), seeds, steps, workspace, out / "results")
     with _alone_in(out):
         todo = [job for job in jobs if job.result() is None]
-        # In FLOPs, so that the time that is left can be told.
+        # In FLOPs, so that the remaining time can be estimated.
         sizes = {
             job.name: job.steps * job.arm.flops_per_step(workspace.architecture) for job in jobs
         }
@@ -65,7 +65,7 @@ def ablate(
 
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """Keep other commands out of a directory; the lock ends with this process."""
+    """Lock a directory against other commands; the lock ends with this process."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
         try:
@@ -78,7 +78,7 @@ def _alone_in(out: Path) -> Iterator[None]:
 
 
 def _write(report: Report, numbers: str, out: Path) -> None:
-    """Write all three files, each whole or not at all."""
+    """Write all three files, each atomically."""
     with tempfile.TemporaryDirectory(dir=out, prefix=".ablations-") as temporary:
         new = Path(temporary)
         (new / "ablations.md").write_text(markdown(report, "ablations.png"), encoding="utf-8")

@@ -1,14 +1,14 @@
-"""Means over seeds, differences paired by seed, and what they say of a claim."""
+"""Means over seeds, differences paired by seed, and verdicts on claims."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
-"""Of the interval that must leave out 0 before a claim is said to hold, or not to."""
+"""Confidence level of the interval that must exclude 0 for a verdict."""
 
 NOTHING = 1e-4
-"""Nats per token: an interval this close to 0 is no difference."""
+"""Nats per token: an interval within this distance of 0 means no difference."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Estimate:
 
     Attributes:
         mean: The mean.
-        error: Its standard error; None of one value.
-        seeds: Values.
+        error: Standard error of the mean; None for a single value.
+        seeds: Number of values.
     """
 
     mean: float
@@ -37,7 +37,7 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Student's interval of the mean at `CONFIDENCE`; all numbers, of one value."""
+        """Student's confidence interval of the mean; unbounded for a single value."""
         if self.error is None:
             return -math.inf, math.inf
         reach = t_quantile(self.seeds - 1) * self.error
@@ -48,7 +48,7 @@ class Estimate:
 
     @property
     def signed(self) -> str:
-        """The mean with its sign, and the standard error."""
+        """The mean with a sign, and the standard error."""
         return f"{self.mean:+.4f}{self._error}"
 
     @property
@@ -57,10 +57,10 @@ class Estimate:
 
 
 def verdict(difference: Estimate) -> str:
-    """Return whether an arm that is claimed to be lower is.
+    """Return the verdict on the claim that one arm has a lower loss than another.
 
     Args:
-        difference: The other arm's loss less this arm's, seed by seed.
+        difference: Loss of the other arm minus loss of this arm, paired by seed.
     """
     low, high = difference.interval
     if -NOTHING < low <= high < NOTHING:
@@ -74,12 +74,12 @@ def verdict(difference: Estimate) -> str:
 
 
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """Return t such that Student's distribution has so much between -t and t.
+    """Return t such that Student's distribution has probability `confidence` between -t and t.
 
     Args:
-        freedom: Degrees of freedom, 1 or more.
+        freedom: Degrees of freedom, at least 1.
         confidence: Between 0 and 1.
     """
-    from scipy.stats import t  # 1 s
+    from scipy.stats import t  # the import takes 1 s
 
     return float(t.ppf((1 + confidence) / 2, freedom))

@@ -1,9 +1,9 @@
 """The comparisons, and the papers' claims, as plain data.
 
-The baseline is E8T2 with copies, a Mixtral-type router, dropless, and the learning rate reset to
-the dense run's peak. An arm is a training with stated differences from the baseline; arms shared by
-several studies are trained once. A claim says which of two arms ends, or starts, with the lower
-loss.
+The baseline is E8T2 with copies, a Mixtral-type router, no dropped tokens, and the learning rate
+reset to the dense run's peak. An arm is a training with stated differences from the baseline. Arms
+shared by several studies are trained once. A claim states which of two arms ends, or starts, with
+the lower loss.
 """
 
 import math
@@ -21,9 +21,12 @@ from nemo_upcycle.families.model import upcycled_model
 from nemo_upcycle.planner.flops import flops
 
 BATCH = {"global_batch_size": 8}
-"""Half of the demo's, for twice the updates at equal tokens. With this batch size the baseline
-learns more from 205k tokens (held-out loss 4.646, against 4.670 nats; one seed). With a quarter,
-over 102k tokens, the loss ends higher than it began (4.822, from 4.768)."""
+"""Half of the demo's batch size, for twice the updates at equal tokens.
+
+With this batch size the baseline learns more from 205k tokens (held-out loss 4.646, against 4.670
+nats; one seed). With a quarter, over 102k tokens, the loss ends higher than at the start (4.822,
+from 4.768).
+"""
 
 BUDGETS = ("tokens", "flops", "all_flops")
 STARTS = ("upcycled", "dense", "scratch")
@@ -34,14 +37,14 @@ class Arm:
     """A training.
 
     Attributes:
-        name: As claims and files name it.
-        label: As tables and pictures name it.
-        start: `upcycled`, `dense` (the dense model trained on), or `scratch` (the same MoE from
-            random weights).
+        name: Name in claims and files.
+        label: Name in tables and pictures.
+        start: `upcycled`, `dense` (the dense model trained further), or `scratch` (the same MoE
+            from random weights).
         numbers: Arguments of the recipe's factory.
-        schedule: Fields of `Schedule`, where they are not the recipe's.
-        budget: As many steps as the baseline (`tokens`); as many FLOPs (`flops`); as many as the
-            baseline and the dense run before it have together (`all_flops`).
+        schedule: Fields of `Schedule` that differ from the recipe's.
+        budget: As many steps as the baseline (`tokens`), as many FLOPs as the baseline (`flops`),
+            or as many FLOPs as the baseline and the preceding dense run together (`all_flops`).
     """
 
     name: str
@@ -53,45 +56,45 @@ class Arm:
 
     @property
     def recipe(self) -> Recipe:
-        """All its numbers.
+        """The arm's recipe.
 
         Raises:
-            UpcyclingError: They contradict each other.
+            UpcyclingError: The arguments contradict each other.
         """
         base = LLAMA_TINY if self.start == "dense" else LLAMA_TINY_E8T2
         recipe = with_arguments(base, BATCH | dict(self.numbers))
         return replace(recipe, schedule=replace(recipe.schedule, **self.schedule))
 
     def flops_per_step(self, arch: Architecture) -> float:
-        """Return the operations of a step, forward and backward, on a dense model's sizes."""
+        """Return the FLOPs per step, forward and backward, for a dense model's sizes."""
         return _flops_per_step(self.recipe, arch)
 
     def steps(self, steps: int, arch: Architecture) -> int:
-        """Return how many steps it has where the baseline has so many.
+        """Return the arm's number of steps.
 
         Args:
-            steps: The baseline's.
-            arch: The dense model's architecture. Its own training was the recipe `llama_tiny`'s.
+            steps: Number of steps of the baseline.
+            arch: Architecture of the dense model, which the recipe `llama_tiny` has trained.
         """
         if self.budget == "tokens":
             return steps
         total = steps * ARMS[BASELINE].flops_per_step(arch)
         if self.budget == "all_flops":
             total += dense_run_flops(arch)
-        # At most so many; what is a whole number but for rounding is that.
+        # Round down, but not a whole number with a rounding error.
         return math.floor(total / self.flops_per_step(arch) + 1e-6)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """That one arm has a lower loss than another.
+    """The claim that one arm has a lower loss than another.
 
     Attributes:
-        text: It, in words.
-        source: Who found it, and with what numbers.
-        lower: The arm that has.
-        higher: The other.
-        at: The `end` of the training, or its `start`.
+        text: The claim in words.
+        source: The paper, with the paper's numbers.
+        lower: Name of the arm with the lower loss.
+        higher: Name of the arm with the higher loss.
+        at: `end` or `start` of the training.
     """
 
     text: str
@@ -106,10 +109,10 @@ class Study:
     """Arms that are compared with the first of them.
 
     Attributes:
-        name: What `--study` takes.
-        question: What is asked.
-        arms: Names.
-        claims: What the papers answer.
+        name: Name for `--study`.
+        question: The study's question.
+        arms: Names of the arms.
+        claims: The papers' answers.
         note: How to read the table.
     """
 
@@ -173,7 +176,7 @@ ARMS = {
         ),
     )
 }
-"""By name; the baseline first."""
+"""Arms by name; the baseline is first."""
 
 BASELINE = next(iter(ARMS))
 
@@ -370,14 +373,14 @@ STUDIES = {
         ),
     )
 }
-"""By the name that `--study` takes."""
+"""Studies by name for `--study`."""
 
 
 def studies_named(names: list[str]) -> list[Study]:
-    """Return studies by name, all of them for no name.
+    """Return the studies with these names; all studies for no names.
 
     Raises:
-        UpcyclingError: There is none of that name.
+        UpcyclingError: There is no study with such a name.
     """
     for name in names:
         if name not in STUDIES:
@@ -388,18 +391,18 @@ def studies_named(names: list[str]) -> list[Study]:
 
 
 def arms_of(studies: list[Study]) -> list[Arm]:
-    """Return the arms of studies, each once, and the baseline."""
+    """Return the distinct arms of studies, and the baseline."""
     names = {BASELINE, *(name for study in studies for name in study.arms)}
     return [arm for name, arm in ARMS.items() if name in names]
 
 
 def dense_run_flops(arch: Architecture) -> float:
-    """Return the operations of the training that the dense model comes from: `llama_tiny`'s."""
+    """Return the FLOPs of the dense model's own training, with the recipe `llama_tiny`."""
     return LLAMA_TINY.schedule.max_steps * _flops_per_step(LLAMA_TINY, arch)
 
 
 def most_sequences(steps: int, arch: Architecture) -> int:
-    """Return the sequences that the longest arm of all studies sees."""
+    """Return the number of sequences in the longest arm of all studies."""
     return max(
         arm.steps(steps, arch) * arm.recipe.schedule.global_batch_size for arm in ARMS.values()
     )

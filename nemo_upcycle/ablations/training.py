@@ -1,6 +1,6 @@
-"""One training of the tiny recipe through NeMo, and its loss on held-out text.
+"""A training of the tiny recipe through NeMo, and the loss on held-out text.
 
-Legend of the shapes: R rows, L tokens of a row, V vocabulary.
+Legend of the shapes: R rows, L tokens per row, V vocabulary.
 """
 
 import os
@@ -26,20 +26,20 @@ from nemo_upcycle.ablations.studies import BATCH
 from nemo_upcycle.errors import UpcyclingError
 
 ROWS = 100
-"""Rows of each corpus that the loss is measured on: 51,200 tokens of two corpora."""
+"""Rows per corpus for the held-out loss; two corpora have 51,200 tokens in total."""
 
 ROWS_AT_ONCE = 20
 
 
 def train(job: Job, scratch: Path) -> None:
-    """Train, measure and keep the result, in a process that does nothing else.
+    """Train, measure and store the result, in a dedicated process.
 
     Args:
         job: The training.
-        scratch: A directory for what is not kept.
+        scratch: Directory for temporary files.
 
     Raises:
-        UpcyclingError: The training cannot be made.
+        UpcyclingError: The training cannot be set up, or ended early.
     """
     os.environ["PL_GLOBAL_SEED"] = str(job.seed)
     recipe = recipe_of(job, scratch)
@@ -59,7 +59,7 @@ def train(job: Job, scratch: Path) -> None:
 
 
 def recipe_of(job: Job, scratch: Path) -> run.Partial:
-    """Return the recipe of a training, as its factory makes it, with nothing kept."""
+    """Return the training's recipe from the recipe's factory, without checkpoints."""
     arm, directory = job.arm, job.workspace.directory
     numbers: dict[str, Any] = BATCH | dict(arm.numbers)
     if arm.start == "dense":
@@ -82,12 +82,12 @@ def recipe_of(job: Job, scratch: Path) -> run.Partial:
 
 
 class HeldOut:
-    """Text that is not trained on: the documents of a blend behind its training split.
+    """Held-out text: the documents of a blend after the training split.
 
     Args:
-        paths: Weights and Megatron prefixes, in turn.
-        split: Megatron's; what is not of its first part is held out.
-        seq_length: Tokens of a row.
+        paths: Alternating weights and Megatron prefixes.
+        split: Megatron's split; all but the first part is held out.
+        seq_length: Tokens per row.
 
     Raises:
         UpcyclingError: A corpus holds out less than a row.
@@ -101,13 +101,13 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, model: torch.nn.Module) -> float:
-        """Return the mean loss, each corpus with its weight in the blend; of language alone."""
+        """Return the mean language-model loss, with corpora weighted as in the blend."""
         parts = zip(self.weights, self.corpora, strict=True)
         return sum(weight * _loss(model, rows) for weight, rows in parts)
 
 
 def _rows(path: str, split: str, seq_length: int) -> torch.Tensor:
-    """Return rows of a corpus's held-out documents, [R, L + 1]; each begins where one ends."""
+    """Return rows of a corpus's held-out documents, [R, L + 1]; adjacent rows share a token."""
     corpus = IndexedDataset(path)
     parts = [float(part) for part in split.split(",")]
     count = len(corpus.sequence_lengths)
@@ -142,7 +142,7 @@ def _loss(model: torch.nn.Module, rows: torch.Tensor) -> float:
 
 @dataclass
 class _Assigned:
-    """Counts what routers assign, and what of it is kept."""
+    """A forward hook that counts the assignments of routers, before and after dropping."""
 
     wanted: int = 0
     kept: int = 0
@@ -153,7 +153,7 @@ class _Assigned:
 
 
 class _Watch(pl.Callback):
-    """Measures the loss on held-out text before the first step and after the last."""
+    """A callback that measures the held-out loss before the first step and after the last."""
 
     def __init__(self, held_out: HeldOut) -> None:
         self.held_out = held_out
@@ -166,14 +166,14 @@ class _Watch(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.steps = trainer.global_step
-        if os.getppid() != self._parent:  # it was killed, and nobody waits for this
+        if os.getppid() != self._parent:  # the parent was killed
             os._exit(1)
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._measure(trainer)
 
     def _measure(self, trainer: pl.Trainer) -> None:
-        """Measure without a capacity, and with the training's."""
+        """Measure without a capacity, and with the training's capacity factor."""
         (chunk,) = trainer.strategy.megatron_parallel
         model = unwrap_model(chunk.module)
         model.eval()
@@ -193,7 +193,7 @@ class _Watch(pl.Callback):
 
 @contextmanager
 def _dropless(model: torch.nn.Module) -> Iterator[list[TopKRouter]]:
-    """Let experts take all tokens for a while, as transformers does."""
+    """Disable the capacity factor temporarily, because transformers drops no tokens."""
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
     configs = {id(router.config): router.config for router in routers}.values()
     before = [config.moe_expert_capacity_factor for config in configs]

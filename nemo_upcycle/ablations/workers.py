@@ -1,4 +1,4 @@
-"""Trainings in processes: one process imports NeMo, once, and forks one for each training."""
+"""Trainings in processes: a server process imports NeMo once and forks one process per training."""
 
 import multiprocessing
 import os
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from nemo_upcycle.ablations.results import Job
 
 _ENDED = "[ablate] "
-"""Begins the line of a log that says why a training has failed."""
+"""Start of the log line that states why a training failed."""
 
 
 def train_all(jobs: "Sequence[Job]", workers: int, logs: Path) -> "Iterator[Job]":
-    """Do trainings, some at a time; yield each when its result is kept.
+    """Run trainings in parallel; yield each training when its result is stored.
 
     Args:
         jobs: The trainings.
-        workers: At a time, each on one core.
-        logs: Directory for what they print, kept of those that fail.
+        workers: Number of parallel trainings, each on one core.
+        logs: Directory of the logs; only logs of failed trainings are kept.
 
     Raises:
-        UpcyclingError: One fails. Those that run are ended, the results of others are kept.
+        UpcyclingError: A training fails. Running trainings are ended; stored results are kept.
     """
     logs.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    # One thread each: there are as many processes as cores, and threads would not survive a fork.
+    # One thread per process: the processes occupy all cores, and threads would not survive a fork.
     os.environ["OMP_NUM_THREADS"] = "1"
     server = context.Process(target=_serve, args=(theirs, list(jobs), workers, logs))
     server.start()
@@ -52,7 +52,7 @@ def train_all(jobs: "Sequence[Job]", workers: int, logs: Path) -> "Iterator[Job]
             f"{logs / 'server.log'}. The same command goes on."
         ) from None
     finally:
-        ours.close()  # at which the server ends what it has started, and itself
+        ours.close()  # the server then ends all trainings and exits
         server.join()
 
 
@@ -65,7 +65,7 @@ def _failure(job: "Job", code: int, logs: Path) -> str:
 
 
 def _serve(connection: Connection, jobs: "list[Job]", workers: int, logs: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asked ends this by closing the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process by closing the pipe
     _print_to(logs / "server.log")
     import torch
 
@@ -78,12 +78,12 @@ def _serve(connection: Connection, jobs: "list[Job]", workers: int, logs: Path) 
         try:
             _start_all(connection, jobs, workers, running, Path(scratch), logs)
         except (EOFError, OSError):
-            traceback.print_exc()  # as a rule nobody waits any more
+            traceback.print_exc()  # usually the parent has ended
         finally:
             for _, process in running.values():
                 process.kill()
                 process.join()
-    os._exit(0)  # what NeMo has imported takes seconds to end in order
+    os._exit(0)  # an orderly end of NeMo's imports takes seconds
 
 
 def _start_all(
@@ -94,7 +94,7 @@ def _start_all(
     scratch: Path,
     logs: Path,
 ) -> None:
-    """Fork a process for each job and tell how it ended, until all have or the pipe is closed."""
+    """Fork a process per job and report exit codes, until all have ended or the pipe is closed."""
     context = multiprocessing.get_context("fork")
     waiting = list(enumerate(jobs))
     while waiting or running:
@@ -105,7 +105,7 @@ def _start_all(
             running[process.sentinel] = number, process
         for ready in wait([connection, *running]):
             if ready is connection:
-                connection.recv()  # raises: nothing is ever sent, so it was closed
+                connection.recv()  # raises EOFError: nothing is ever sent, so the pipe was closed
             number, process = running.pop(ready)
             process.join()
             connection.send((number, process.exitcode))
@@ -129,7 +129,7 @@ def _train(connection: Connection, job: "Job", scratch: Path, logs: Path) -> Non
 
 
 def _print_to(path: Path) -> None:
-    """Send all that this process and those it starts print to a file."""
+    """Redirect all output of this process and its children to a file."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)

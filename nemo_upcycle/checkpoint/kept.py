@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, HuggingFaceCheckpoint, MegatronCheckpoint
+from nemo_upcycle.checkpoint.common_state import read_common_state
 from nemo_upcycle.checkpoint.huggingface import is_huggingface, resolve_directory
-from nemo_upcycle.checkpoint.torch_save import read_pickle
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import architecture_of
 from nemo_upcycle.families.family import Architecture
@@ -20,6 +20,13 @@ from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
 
 FIELD = "kept"
 """Key of the record in a callback's state in a checkpoint."""
+
+UPCYCLED_FROM = "upcycled_from.json"
+"""The file beside the checkpoints of a run of Megatron-LM's or Bridge's that has it."""
+
+MODEL_FIELDS = "model_fields"
+"""Key of Megatron's fields that Megatron-LM's and Bridge's configs do not say: the vocabulary
+without its padding, and RoPE scaling other than Megatron-Core's own."""
 
 CHAT_TEMPLATES = "additional_chat_templates"
 """Directory of named chat templates, beside transformers' `chat_template.jinja`."""
@@ -157,18 +164,33 @@ def dense_checkpoints_in(weights: Path) -> str | None:
 
 
 def _states(weights: Path) -> Iterator[dict[str, Any]]:
-    """Yield the plain data that callbacks have stored in a checkpoint."""
-    path = weights / "common.pt"
-    if not path.is_file() and (weights / ".metadata").is_file():
+    """Yield the plain data that is recorded in a checkpoint or beside it."""
+    common = read_common_state(weights)
+    if common is None and (weights / ".metadata").is_file():
         raise UpcyclingError(
-            f"{path} is missing, which NeMo and Megatron-LM write with every checkpoint: the copy "
-            "is incomplete. Copy the checkpoint again."
+            f"{weights / 'common.pt'} is missing, which NeMo and Megatron-LM write with every "
+            "checkpoint, or a common state in .metadata: the copy is incomplete. Copy the "
+            "checkpoint again."
         )
-    common = read_pickle(path) if path.is_file() else None
     callbacks = common.get("callbacks") if isinstance(common, dict) else None
-    for state in callbacks.values() if isinstance(callbacks, dict) else ():
+    states = list(callbacks.values()) if isinstance(callbacks, dict) else []
+    for state in (*states, _beside(weights)):
         if isinstance(state, dict):
             yield state
+
+
+def _beside(weights: Path) -> Any:
+    """Return what the run of Megatron-LM's or Bridge's that saved a checkpoint has recorded."""
+    path = weights.resolve().parent / UPCYCLED_FROM
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UpcyclingError(
+            f"{path} cannot be read as JSON: {error}. Restore it, or remove it to export without "
+            "the dense model's tokens."
+        ) from error
 
 
 def _plain(value: Any) -> dict[str, Any] | None:

@@ -15,12 +15,15 @@ from typing import Any
 from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, DenseCheckpoint, Piece, Span, TensorInfo
 from nemo_upcycle.checkpoint.foreign import no_checkpoint
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
-from nemo_upcycle.checkpoint.megatron_config import read_args, read_model_yaml
+from nemo_upcycle.checkpoint.megatron_config import read_args, read_model_yaml, read_run_config
 from nemo_upcycle.checkpoint.megatron_metadata import Chunk, StoredTensor, read_metadata
 from nemo_upcycle.checkpoint.torch_save import find_tensor
 from nemo_upcycle.errors import UpcyclingError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+RUN_CONFIG = "run_config.yaml"
+"""What Megatron-Bridge writes into the directory of a checkpoint."""
+
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -112,10 +115,12 @@ class MegatronCheckpoint(DenseCheckpoint):
             raise no_checkpoint(directory)
         self.directory = layout.weights
         _check_format(self.directory)
-        if layout.context is None:
-            config = read_args(self.directory / "common.pt")
-        else:
+        if layout.context is not None:
             config = read_model_yaml(layout.context / "model.yaml")
+        elif (self.directory / RUN_CONFIG).is_file():
+            config = read_run_config(self.directory / RUN_CONFIG)
+        else:
+            config = read_args(self.directory)
         self.context = layout.context
         self._stored = read_metadata(self.directory, experts)
         self.config = self._with_vocabulary(config)

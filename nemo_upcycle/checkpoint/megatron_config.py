@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from nemo_upcycle.checkpoint.torch_save import read_pickle
+from nemo_upcycle.checkpoint.common_state import read_common_state
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.megatron import MEGATRON_ROPE_SCALING
 
 # Megatron-LM's names that differ from Megatron-Core's configs.
 _ARGS = {
@@ -20,8 +21,6 @@ _ARGS = {
     "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
     "swiglu": "gated_linear_unit",
 }
-_ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
-"""Constants of Megatron-Core's RoPE scaling, besides the factor."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,20 +60,22 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def read_args(path: Path) -> dict[str, Any]:
-    """Read the model's config from the `args` in Megatron-LM's `common.pt`.
+def read_args(weights: Path) -> dict[str, Any]:
+    """Read the model's config from the `args` that Megatron-LM saves.
+
+    Args:
+        weights: Directory of `.metadata`.
 
     Raises:
-        UpcyclingError: The file is damaged or holds no args.
+        UpcyclingError: The checkpoint is damaged or holds no args.
     """
-    common = read_pickle(path) if path.is_file() else None
-    args = common.get("args") if isinstance(common, dict) else None
+    args = (read_common_state(weights) or {}).get("args")
     args = getattr(args, "state", args)
     if not isinstance(args, Mapping) or "num_layers" not in args:
         raise UpcyclingError(
-            f"{path.parent} does not describe the model: there is no NeMo 2 context/model.yaml "
-            f"beside it and no args in {path.name}. Give a complete NeMo 2 or Megatron-LM "
-            "checkpoint."
+            f"{weights} does not describe the model: there is no NeMo 2 context/model.yaml beside "
+            "it, no Megatron-Bridge run_config.yaml in it, and no args in common.pt or the "
+            "checkpoint's common state. Give a complete checkpoint."
         )
     fields = {_ARGS.get(str(name), str(name)): value for name, value in args.items()}
     # The user's value, before padding and often before special tokens.
@@ -85,7 +86,7 @@ def read_args(path: Path) -> dict[str, Any]:
         untied = fields["untie_embeddings_and_output_weights"]
         fields["share_embeddings_and_output_weights"] = not untied
     if fields.get("use_rope_scaling"):
-        fields |= {"scale_factor": fields.get("rope_scaling_factor", 8.0)} | _ROPE_SCALING
+        fields |= {"scale_factor": fields.get("rope_scaling_factor", 8.0)} | MEGATRON_ROPE_SCALING
     fields["activation_func"] = _activation(fields)
     return fields | {"model_type": "megatron"}
 
@@ -94,3 +95,28 @@ def _activation(args: Mapping[str, Any]) -> str:
     if args.get("gated_linear_unit"):
         return "silu"
     return "squared_relu" if args.get("squared_relu") else "gelu"
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """Read the model's config out of Megatron-Bridge's `run_config.yaml`.
+
+    Raises:
+        UpcyclingError: It is not one.
+    """
+    try:
+        model = yaml.load(path.read_text(), _Loader)["model"]
+        # Megatron's own GPTModelConfig has a TransformerConfig in it; Bridge's providers are one.
+        found = {**(model.get("transformer") or {}), **model}
+        fields = {str(name): _plain(value) for name, value in found.items()}
+    except Exception as error:  # text that is no YAML can make it raise anything
+        said = " ".join(str(error).split())
+        raise UpcyclingError(
+            f"{path} cannot be read as Megatron-Bridge's run_config.yaml "
+            f"({type(error).__name__}: {said}). It is damaged; copy the checkpoint again."
+        ) from error
+    fields.pop("transformer", None)
+    if fields.get("rope_scaling"):
+        fields |= {"scale_factor": fields.get("rope_scaling_factor", 8.0)} | MEGATRON_ROPE_SCALING
+    if fields.get("activation_func") is None:  # Megatron's own configs do not write functions
+        fields["activation_func"] = "silu" if fields.get("gated_linear_unit") else "squared_relu"
+    return fields | {"model_type": "megatron"}

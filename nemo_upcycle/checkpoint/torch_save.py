@@ -81,15 +81,23 @@ class _Window(io.RawIOBase):
         return count
 
 
-def read_pickle(path: Path) -> Any:
+def read_pickle(path: Path, start: int = 0, length: int | None = None) -> Any:
     """Return the contents of a file of `torch.save`; see `unpickle`. Tensors are not read.
+
+    Args:
+        path: The file, or one that has it as a part.
+        start: Byte offset of the part.
+        length: Bytes of the part; None takes the whole file.
 
     Raises:
         UpcyclingError: The file is damaged.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            data = archive.read(_entry(archive, "data.pkl"))
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size - start if length is None else length
+            window = io.BufferedReader(_Window(file.fileno(), start, size))
+            with zipfile.ZipFile(window) as archive:
+                data = archive.read(_entry(archive, "data.pkl"))
     except _DAMAGED as error:
         raise _damaged(path, error) from error
     return unpickle(data, path)

@@ -84,7 +84,7 @@ def _received(number: int, frame: FrameType | None) -> None:
         return
     ranks = [rank for launcher in running for rank in _children(launcher.pid)]
     if _told or not ranks or not all(_listens(rank) for rank in ranks):
-        # torchrun first: it would report the end of the ranks as a failure, at length.
+        # torchrun first, which would report the end of the ranks as a long failure.
         _kill([launcher.pid for launcher in running] + ranks)
         name = _TOLD_BY[signum]
         _write_line(

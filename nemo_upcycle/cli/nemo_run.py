@@ -68,14 +68,14 @@ def _one_line(error: Exception) -> str:
             return _one_line(error.__cause__)
         what = re.split(r": No matching type| exists for <| \(Argument: |\n", str(error))[0]
         what = re.sub(r"^Invalid argument: |^.*(?=Failed to parse)", "", what)
-        if "Positional argument" in what:  # for which it takes what follows a comma
+        if "Positional argument" in what:  # NeMo-Run splits values at commas
             what = (
                 f"{what}: {error.arg!r}. A factory's arguments are KEY=VALUE, cut at commas; "
                 "several values of one are separated by semicolons: dense_checkpoint='DIR1; DIR2'"
             )
         given = f"{error.arg}: " if re.fullmatch(r"[\w.]+=.*", error.arg) else ""
         return f"{given}{what}. --dryrun shows the names and values that there are."
-    # Fiddle adds its position in the configuration.
+    # Fiddle adds the position in the configuration.
     return str(getattr(error, "proxy_base_exception", error))
 
 

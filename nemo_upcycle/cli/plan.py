@@ -1,4 +1,4 @@
-"""`nemo-upcycle plan` and `groups`: what a job will do, before launch."""
+"""`nemo-upcycle plan` and `groups`: the work of a job, before launch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,1 +1,1 @@
-"""Makes training data: a sample corpus, a tokenizer and Megatron indexed datasets."""
+"""Training data: a sample corpus, a tokenizer and Megatron's indexed datasets."""

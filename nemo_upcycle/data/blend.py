@@ -1,4 +1,4 @@
-"""A blend of datasets as one YAML: where they come from, what of them, and their weights."""
+"""A blend of datasets, described by one YAML file: sources, selections and weights."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,11 +18,12 @@ class DatasetSettings:
     """A dataset of a blend; see `Selection`.
 
     Attributes:
-        weight: Its share within its group, relative to the others'.
-        sources: As `nemo-upcycle data tokenize` takes them; paths are relative to the YAML.
-        text_key: The field with the text.
-        template: A prompt format in Jinja, as lm-eval has them, over a record's fields.
-        where: Fields that must have these values.
+        weight: Share within the group, relative to the group's other datasets.
+        sources: Sources in the syntax of `nemo-upcycle data tokenize`; relative paths start at the
+            YAML file's directory.
+        text_key: Field with the text.
+        template: Prompt format as a Jinja template over a record's fields, as in lm-eval.
+        where: Fields with the values that a record must have.
     """
 
     weight: float = 1.0
@@ -42,11 +43,11 @@ class GroupSettings:
 
 @dataclass
 class BlendSettings:
-    """What the YAML says.
+    """The contents of the YAML file.
 
     Attributes:
-        directory: Where the prepared datasets are; relative to the YAML.
-        groups: By name.
+        directory: Directory of the prepared datasets, relative to the YAML file.
+        groups: Groups by name.
     """
 
     directory: str = "."
@@ -55,13 +56,13 @@ class BlendSettings:
 
 @dataclass(frozen=True)
 class BlendedDataset:
-    """A dataset with its weight in the whole blend.
+    """A dataset with a weight in the whole blend.
 
     Attributes:
-        name: Its name.
-        weight: Its share; all shares sum to 1.
-        sources: Where it comes from.
-        selection: What of a record is a document.
+        name: The dataset's name.
+        weight: Share of the blend; the shares of all datasets sum to 1.
+        sources: Sources of the documents.
+        selection: Which records are documents, and which part of a record is the text.
         prefix: Path of the prepared dataset, without `.bin` and `.idx`.
     """
 
@@ -77,21 +78,21 @@ class Blend:
     """A blend.
 
     Attributes:
-        datasets: In the YAML's order.
+        datasets: Datasets in the order of the YAML file.
     """
 
     datasets: tuple[BlendedDataset, ...]
 
     @property
     def data_paths(self) -> str:
-        """What Megatron's `--data-path` takes: weights and prefixes."""
+        """Weights and prefixes in the syntax of Megatron's `--data-path`."""
         return text_of(
             DataPath(str(each.prefix), float(f"{each.weight:.6g}")) for each in self.datasets
         )
 
 
 def shipped() -> list[str]:
-    """Return the names of the blends that the package has."""
+    """Return the names of the blends that ship with the package."""
     return settings.names_in(SHIPPED)
 
 
@@ -99,12 +100,12 @@ def read_blend(source: str, directory: Path | None = None) -> Blend:
     """Read a blend.
 
     Args:
-        source: One of `shipped()`, or a YAML file; with `base: llama3_moe` it says only what
-            differs.
-        directory: Where the prepared datasets are; None takes what the YAML says.
+        source: A name from `shipped()`, or a YAML file. A file with `base: llama3_moe` contains
+            only the differences from that blend.
+        directory: Directory of the prepared datasets; None means the directory in the YAML file.
 
     Raises:
-        UpcyclingError: There is none, or it says something wrong.
+        UpcyclingError: The blend does not exist, or the YAML file is invalid.
     """
     path = settings.find(source, SHIPPED, "blend")
     said = settings.read(BlendSettings, path, SHIPPED)

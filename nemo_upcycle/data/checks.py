@@ -1,4 +1,4 @@
-"""Whether datasets are what they say, and fit the model: asked before a training starts."""
+"""Checks before training: datasets match their manifests and fit the model."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,17 +20,18 @@ ANEW = "Make the dataset anew with `nemo-upcycle data tokenize`, or copy it agai
 
 
 class DataWarning(UserWarning):
-    """Data that can be trained on, and may not be what is meant."""
+    """Data that can be trained on but may not be the intended data."""
 
 
 class Dataset:
-    """A dataset as it is on the disk.
+    """A dataset on disk.
 
     Args:
-        path: Where it is.
+        path: Path of the dataset.
 
     Raises:
-        UpcyclingError: A file is missing, or is not as long as the others say, or has changed.
+        UpcyclingError: A file is missing, is shorter than the index requires, or differs from the
+            manifest.
     """
 
     def __init__(self, path: DataPath) -> None:
@@ -43,11 +44,11 @@ class Dataset:
 
     @property
     def known_largest_id(self) -> int | None:
-        """The largest token id, if it is known without reading all of them."""
+        """The largest token id if the manifest has it, else None."""
         return self.manifest.largest_id if self.manifest else None
 
     def largest_id(self, part: int, parts: int) -> int:
-        """Return the largest token id in one of so many parts of the dataset."""
+        """Return the largest token id in one of `parts` equal parts of the dataset."""
         known = self.known_largest_id
         return (
             largest_id(self.files[".bin"], self.index.dtype, part, parts)
@@ -56,7 +57,7 @@ class Dataset:
         )
 
     def documents(self, count: int, tokens: int) -> Iterator[list[int]]:
-        """Yield how some documents begin."""
+        """Yield the first `tokens` token ids of the first `count` documents."""
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         dataset = IndexedDataset(self.prefix)
@@ -83,7 +84,7 @@ class Dataset:
 
 
 def _said(manifest: Manifest | None) -> dict[str, dict[str, Any]]:
-    """Return what a manifest says of the files, by ending: both may have been renamed."""
+    """Return a manifest's file entries by suffix: dataset and manifest may have been renamed."""
     files = manifest.files.items() if manifest else ()
     return {s: said for s in SUFFIXES for name, said in files if name.endswith(s)}
 
@@ -92,7 +93,7 @@ def check_there(path: DataPath) -> None:
     """Check that both files of a dataset can be read.
 
     Raises:
-        UpcyclingError: One cannot.
+        UpcyclingError: A file cannot be read.
     """
     for suffix in SUFFIXES:
         file = path.file(suffix)
@@ -108,10 +109,15 @@ def check_there(path: DataPath) -> None:
 
 
 def check_vocabulary(prefix: str, largest: int, rows: int) -> None:
-    """Check that the model has an embedding for each token of a dataset.
+    """Check that the model has an embedding for every token id of a dataset.
+
+    Args:
+        prefix: Path of the dataset, for the error message.
+        largest: Largest token id in the dataset.
+        rows: Number of embeddings.
 
     Raises:
-        UpcyclingError: It has not.
+        UpcyclingError: The largest token id has no embedding.
     """
     if largest >= rows:
         raise UpcyclingError(
@@ -122,12 +128,16 @@ def check_vocabulary(prefix: str, largest: int, rows: int) -> None:
 
 
 def check_tokenizer_fits(tokenizer: Any, rows: int) -> None:
-    """Check that the model has embeddings for the tokens that begin and end a text.
+    """Check that the model has embeddings for the tokenizer's bos and eos tokens.
 
-    Tokens that no text has may lie beyond the embeddings.
+    Tokens that occur in no text may lie beyond the embeddings.
+
+    Args:
+        tokenizer: A NeMo tokenizer.
+        rows: Number of embeddings.
 
     Raises:
-        UpcyclingError: It has not.
+        UpcyclingError: The bos or eos token has no embedding.
     """
     for kind in ("bos", "eos"):
         number = getattr(tokenizer, f"{kind}_id", None)
@@ -141,10 +151,16 @@ def check_tokenizer_fits(tokenizer: Any, rows: int) -> None:
 
 
 def check_random_ids_fit(tokenizer: Any, rows: int) -> None:
-    """Check that the model has an embedding for each id of mock data, which are a tokenizer's.
+    """Check that the model has an embedding for every id of mock data.
+
+    Mock data are random ids from the tokenizer's vocabulary.
+
+    Args:
+        tokenizer: A NeMo tokenizer.
+        rows: Number of embeddings.
 
     Raises:
-        UpcyclingError: It has not.
+        UpcyclingError: The vocabulary is larger than the number of embeddings.
     """
     size = getattr(tokenizer, "vocab_size", None)
     if size is not None and size > rows:
@@ -156,10 +172,10 @@ def check_random_ids_fit(tokenizer: Any, rows: int) -> None:
 
 
 class TokenizerCheck:
-    """Compares a tokenizer with those that made datasets.
+    """Comparison of the training tokenizer with the tokenizers that made the datasets.
 
     Args:
-        tokenizer: The one that is trained with.
+        tokenizer: The training tokenizer.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -167,12 +183,12 @@ class TokenizerCheck:
         self._fingerprints: dict[bool, str] = {}
 
     def check(self, dataset: Dataset) -> None:
-        """Check that a dataset was made with the same tokenizer.
+        """Check that a dataset was made with the training tokenizer.
 
-        Where the dataset does not say, a doubt is a warning.
+        Without a tokenizer in the manifest, a mismatch of sampled documents is only a warning.
 
         Raises:
-            UpcyclingError: It says that it was made with another one.
+            UpcyclingError: The manifest names a different tokenizer.
         """
         said = dataset.manifest.tokenizer if dataset.manifest else None
         if said is None:
@@ -205,7 +221,7 @@ class TokenizerCheck:
         return encoder_of(self._tokenizer, parse_special=True)
 
     def _warn_of_another(self, dataset: Dataset, count: int = 8, tokens: int = 64) -> None:
-        """Warn where tokens are not those that the tokenizer gives the text which they spell."""
+        """Warn if decoding and re-encoding the first documents gives different tokens."""
         begins = [ids for ids in dataset.documents(count, 2 * tokens) if len(ids) >= 4]
         texts = [self._tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in begins]
         again = self._encoder.tokens(texts)
@@ -222,10 +238,14 @@ class TokenizerCheck:
 
 
 def check_on_login(paths: Sequence[DataPath], rows: int) -> None:
-    """Check, before ranks are started, what of the datasets can be seen from here.
+    """Check the datasets that are visible from the login node before ranks start.
+
+    Args:
+        paths: The datasets.
+        rows: Number of embeddings.
 
     Raises:
-        UpcyclingError: A dataset that is here is not what it says, or does not fit the model.
+        UpcyclingError: A visible dataset differs from its manifest or does not fit the model.
     """
     for path in paths:
         if path.is_local and path.file(".idx").is_file() and path.file(".bin").is_file():

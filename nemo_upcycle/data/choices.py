@@ -1,4 +1,4 @@
-"""Makes a multiple-choice task for lm-eval of held-out text: which line comes next?"""
+"""A multiple-choice task for lm-eval from held-out text: which line comes next?"""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from nemo_upcycle.files import check_writable, scratch_directory
 
 MIN_CONTEXT, MAX_CONTEXT = 100, 400
 MIN_LINE, MAX_LINE = 20, 120
-"""Characters of the context, and of a line without its indentation."""
+"""Length of a context and of a line without indentation, in characters."""
 
-# After a blank line something new begins, which nobody can guess. After white space at a line's
-# end nothing is asked, because lm-eval would move it from the context to the choices.
+# Lines after a blank line are unpredictable and excluded. Lines after trailing white space are
+# excluded because lm-eval would move that white space from the context to the choices.
 _NEXT_LINE = re.compile(r"(?<=\S)(\n[^\S\n]*)(\S.*)")
 
-# So many lines are looked at for the wrong choices of an item, however large the corpus is.
+# Number of lines sampled as candidates for wrong choices, whatever the size of the corpus.
 _POOL = 1000
 
 
 class _Place(NamedTuple):
-    """A line that may be asked for: what is before it, its line break and indentation, its text."""
+    """A candidate line: the context, the line break with indentation, and the line's text."""
 
     document: int
     context: str
@@ -38,7 +38,7 @@ class _Place(NamedTuple):
     text: str
 
     def unlike(self, other: _Place) -> tuple[bool, int]:
-        """Tells how far length and indentation differ: lines that look alike sort first."""
+        """Return a sort key that is smaller for lines more similar in length and indentation."""
         similar = len(self.text) <= 2 * len(other.text) <= 4 * len(self.text)
         return not similar, abs(len(self.start) - len(other.start))
 
@@ -54,30 +54,31 @@ def write_choices(
 ) -> int:
     """Write `<name>.jsonl` and `<name>.yaml`, a task for `lm_eval --include_path <out>`.
 
-    An item is `{"context": ..., "choices": [...], "label": ...}`: some whole lines of a document,
-    the line that really follows among lines of the file's other documents, and its index. Wrong
-    lines are as long as the right one within a factor of 2, and indented like it, where there are
-    such. Context and right choice together are the document's own text. The files give as many
-    items each, in turn, and so do their documents. The same arguments give the same items.
+    An item is `{"context": ..., "choices": [...], "label": ...}`. The context is some whole lines
+    of a document. The choices are the true next line and lines from other documents of the same
+    file; the label is the index of the true line. Where possible, wrong lines match the true line
+    in indentation and, within a factor of 2, in length. Context and right choice together are
+    verbatim text of the document. Items are spread evenly over files and over documents. The same
+    arguments give the same items.
 
-    The YAML names the JSONL by its absolute path, because lm-eval takes a relative one from the
-    directory where it is started. Where the directory is moved, write the task again.
+    The YAML names the JSONL by absolute path because lm-eval resolves relative paths against the
+    current directory. After moving the directory, write the task again.
 
     Args:
         files: JSONL files, each line an object with a string under "text".
-        out: Directory to write to; made when missing. An older task of this name is replaced.
+        out: Output directory, created if missing. An existing task of this name is replaced.
         name: The task's name in lm-eval.
         items: Number of items.
-        choices: Choices of an item, the right one included.
-        seed: Decides on the places, the wrong choices and the labels.
-        held_out: Share of each file's documents, from its end, that items are made of. At most
-            0.03 is none that Megatron trains on with its split 970,20,10.
+        choices: Choices per item, including the right one.
+        seed: Seed for the positions, the wrong choices and the labels.
+        held_out: Share of each file's documents, from the end of the file, that items are made
+            from. With Megatron's split 970,20,10, a share of at most 0.03 is never trained on.
 
     Returns:
         The number of items.
 
     Raises:
-        UpcyclingError: If an argument, a file or a line is bad, or a file has too few items.
+        UpcyclingError: An argument, a file or a line is invalid, or a file has too few items.
     """
     _check_arguments(files, name, items, choices, held_out)
     check_writable(out)
@@ -93,7 +94,7 @@ def write_choices(
 def _items(
     file: Path, wanted: int, choices: int, held_out: float, rng: random.Random
 ) -> list[dict[str, object]]:
-    """Make the items of one file."""
+    """Make the items from one file."""
     documents = _held_out_documents(file, held_out)
     places = [place for i, text in enumerate(documents) for place in _places(i, text)]
     items: list[dict[str, object]] = []
@@ -113,14 +114,14 @@ def _items(
 
 
 def _held_out_documents(file: Path, share: float) -> list[str]:
-    """Return the last documents, counted as Megatron does: it has none that are empty."""
+    """Return the last documents; empty documents do not count, as in Megatron."""
     total = sum(1 for text, _ in read_documents(file) if text)
     documents = (text for text, _ in read_documents(file) if text)
     return list(islice(documents, total - int(total * share), None))
 
 
 def _places(document: int, text: str) -> Iterator[_Place]:
-    """Yield the lines of a document that may be asked for."""
+    """Yield a document's candidate lines."""
     for match in _NEXT_LINE.finditer(text):
         place = _Place(document, _context(text, match.start()), match[1], match[2].rstrip())
         if len(place.context) >= MIN_CONTEXT and _is_informative(place.text):
@@ -128,48 +129,48 @@ def _places(document: int, text: str) -> Iterator[_Place]:
 
 
 def _context(text: str, end: int) -> str:
-    """Return the whole lines before this position, as many as fit."""
+    """Return the whole lines before a position, as many as fit into `MAX_CONTEXT`."""
     context = text[max(0, end - MAX_CONTEXT - 1) : end]
     if end > MAX_CONTEXT:
-        context = context.partition("\n")[2]  # its first line is cut
+        context = context.partition("\n")[2]  # drop the truncated first line
     return context.lstrip("\n")
 
 
 def _is_informative(line: str) -> bool:
-    """Tells whether a line is neither short nor long and mostly words: no rule, no table."""
+    """Return whether a line has a suitable length and is mostly letters (no rule, no table)."""
     return MIN_LINE <= len(line) <= MAX_LINE and 2 * sum(map(str.isalpha, line)) >= len(line)
 
 
 def _in_turn(places: Sequence[_Place], rng: random.Random) -> list[_Place]:
-    """Return the places in random order, but with one of each document before a second."""
+    """Return the places in random order, one per document before the second of any document."""
     turns: defaultdict[int, Iterator[int]] = defaultdict(count)
     mixed = rng.sample(places, len(places))
     return sorted(mixed, key=lambda place: next(turns[place.document]))
 
 
 def _wrong_choices(place: _Place, places: Sequence[_Place], rng: random.Random) -> list[str]:
-    """Return lines of other documents, all different, those most like the right one first."""
+    """Return distinct lines of other documents, the most similar to the right line first."""
     pool = rng.sample(places, min(len(places), _POOL))
     others = [other for other in pool if other.document != place.document]
     different = {place.text: ""}
-    for other in sorted(others, key=place.unlike):  # stable, so otherwise in random order
+    for other in sorted(others, key=place.unlike):  # stable, so ties stay in random order
         different.setdefault(other.text, other.start + other.text)
     return list(different.values())[1:]
 
 
 def _write_task(out: Path, name: str, items: Sequence[dict[str, object]]) -> None:
-    """Write the items and lm-eval's description of the task; each appears whole."""
+    """Write the items and lm-eval's description of the task; each file is written atomically."""
     import yaml
 
     mean = {"aggregation": "mean", "higher_is_better": True}
-    pattern = glob.escape(str(out.resolve() / f"{name}.jsonl"))  # datasets takes no mere path
+    pattern = glob.escape(str(out.resolve() / f"{name}.jsonl"))  # `datasets` expects a pattern
     task = {
         "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": pattern}},
         "test_split": "test",
         "output_type": "multiple_choice",
-        # The fields themselves: lm-eval makes a number of a template's text that is all digits.
+        # Field names, not templates: lm-eval converts an all-digit result to a number.
         "doc_to_text": "context",
         "doc_to_choice": "choices",
         "doc_to_target": "label",
@@ -189,8 +190,12 @@ def _write_task(out: Path, name: str, items: Sequence[dict[str, object]]) -> Non
 def _check_arguments(
     files: Sequence[Path], name: str, items: int, choices: int, held_out: float
 ) -> None:
-    """Refuse what cannot be meant."""
-    if not re.fullmatch(r"\w[\w.-]*", name):  # it becomes a file name
+    """Check the arguments.
+
+    Raises:
+        UpcyclingError: An argument is out of range.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", name):  # the name becomes a file name
         raise UpcyclingError(f"name is {name!r}, expected letters, digits, `_`, `.` and `-`")
     if not 1 <= len(files) <= items or choices < 2 or not 0 < held_out <= 1:
         raise UpcyclingError(

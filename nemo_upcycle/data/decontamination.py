@@ -1,7 +1,7 @@
-"""Find documents that share text with evaluation items: leakage decides what a score means.
+"""Find documents that share text with evaluation items, so that scores are not inflated.
 
-Two texts overlap if they share a run of words, case and punctuation apart. 13 words are GPT-3's
-upper bound (arXiv 2005.14165, appendix C), items that are shorter count whole, down to 8 words.
+Two texts overlap if they share a run of words, ignoring case and punctuation. Runs have 13 words,
+GPT-3's upper bound (arXiv 2005.14165, appendix C). Shorter items count whole, down to 8 words.
 """
 
 import re
@@ -23,9 +23,9 @@ class Item:
     """An evaluation item.
 
     Attributes:
-        task: The evaluation's name.
-        number: Its number there.
-        text: What must not be trained on.
+        task: Name of the evaluation task.
+        number: Index of the item in the task.
+        text: Text that must not be trained on.
     """
 
     task: str
@@ -35,7 +35,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What a document shares with an item."""
+    """The words that a document shares with an item."""
 
     task: str
     number: int
@@ -43,7 +43,7 @@ class Overlap:
 
 
 class EvaluationItems:
-    """Evaluation items, by their runs of words.
+    """Evaluation items, indexed by runs of words.
 
     Args:
         items: The items.
@@ -51,7 +51,7 @@ class EvaluationItems:
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.too_short = 0
-        # By length: runs of 13 words, and the whole of shorter items.
+        # By length in words: runs of 13 words, and shorter items as a whole.
         self._runs: dict[int, dict[tuple[str, ...], Item]] = {}
         for item in items:
             words = words_of(item.text)
@@ -62,11 +62,11 @@ class EvaluationItems:
             runs = self._runs.setdefault(length, {})
             for run in _runs(words, length):
                 runs.setdefault(run, item)
-        # Most documents have no run's first words: one look-up each instead of one for each length.
+        # Most documents match no first words of a run: one look-up instead of one per length.
         self._beginnings = {run[:FEWEST_WORDS] for runs in self._runs.values() for run in runs}
 
     def overlap(self, text: str) -> Overlap | None:
-        """Return what a text shares with the first item that it overlaps."""
+        """Return the words that a text shares with an item; None if there is no overlap."""
         words = words_of(text)
         for start, beginning in enumerate(_runs(words, FEWEST_WORDS)):
             if beginning in self._beginnings:
@@ -78,7 +78,7 @@ class EvaluationItems:
 
 
 def words_of(text: str) -> list[str]:
-    """Return a text's words, in lower case and without punctuation."""
+    """Return a text's words in lower case, without punctuation."""
     return _WORD.findall(text.lower())
 
 
@@ -87,10 +87,10 @@ def _runs(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
 
 
 def read_items(path: Path) -> EvaluationItems:
-    """Read items: JSON lines with `task`, `number` and `text`, as `data items` writes them.
+    """Read items: JSON lines with `task`, `number` and `text`, as written by `data items`.
 
     Raises:
-        UpcyclingError: The file is missing, or a line is no item.
+        UpcyclingError: The file is missing or empty, or a line is not an item.
     """
     if not path.is_file():
         raise UpcyclingError(f"no file {path}; `nemo-upcycle data items` writes one")

@@ -1,9 +1,8 @@
-"""Documents to read: JSON lines (plain, .gz, .zst), Parquet, Hugging Face data sets; in parts.
+"""Read documents from JSON lines (plain, .gz, .zst), Parquet files and Hugging Face datasets.
 
-A file may be behind a URL; what is read of it is then fetched, and nothing is kept.
-
-A part is small enough to be done again, and the same wherever and whenever it is read. Nothing is
-passed over silently: what is no document comes out as one with an error, and where it is.
+A file behind a URL is streamed, and nothing is stored. Sources are read in parts. A part is small
+enough to be read again, and has the same contents on every machine at any time. Nothing is skipped
+silently: a record that is not a document is returned with an error and a position.
 """
 
 import codecs
@@ -26,13 +25,13 @@ from nemo_upcycle.errors import UpcyclingError
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a source.
+    """A part of a source.
 
     Attributes:
-        source: A file, its URL, or `hf://NAME?config=…&split=…`.
-        start: First byte of a plain file, row group of a Parquet file, shard of a data set.
-        stop: Where it ends; a line belongs to the part that its first byte is in.
-        bytes: Its size, to show progress by.
+        source: A file, the URL of a file, or `hf://NAME?config=…&split=…`.
+        start: First byte of a plain file, row group of a Parquet file, or shard of a dataset.
+        stop: End (exclusive). A line belongs to the part that contains the line's first byte.
+        bytes: Size in bytes, for the progress display.
     """
 
     source: str
@@ -43,13 +42,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Document:
-    """What a line or a row holds.
+    """The contents of a line or row.
 
     Attributes:
-        text: The text, empty for an empty line; None where there is none.
-        error: Why there is none; None where it was left out as was asked for.
-        byte: The line's first in the (unpacked) file; None for a row.
-        done: Bytes of the part that were read by now.
+        text: The text, empty for an empty line; None for a record without text.
+        error: Why there is no text; None if there is text or the selection excludes the record.
+        byte: Offset of the line's first byte in the (uncompressed) file; None for a row.
+        done: Bytes of the part read so far.
     """
 
     text: str | None
@@ -59,14 +58,14 @@ class Document:
 
 
 def parts_of(source: str, part_bytes: int) -> list[Part]:
-    """Cut a source into parts.
+    """Split a source into parts.
 
     Args:
-        source: A file or a data set.
-        part_bytes: About how large they are; a compressed file is one whatever its size.
+        source: A file or a dataset.
+        part_bytes: Approximate size of a part. A compressed file is one part whatever its size.
 
     Raises:
-        UpcyclingError: It cannot be read.
+        UpcyclingError: The source cannot be read.
     """
     if source.startswith(HUB):
         return [Part(source, shard, shard + 1, 1) for shard in range(_data_set(source).num_shards)]
@@ -82,10 +81,10 @@ def parts_of(source: str, part_bytes: int) -> list[Part]:
 
 
 def read_part(part: Part, selection: Selection) -> Iterator[Document]:
-    """Yield what a part holds.
+    """Yield the documents of a part.
 
     Raises:
-        UpcyclingError: The file cannot be read to its end.
+        UpcyclingError: The source cannot be read to the end.
     """
     try:
         if part.source.startswith(HUB):
@@ -107,7 +106,7 @@ def _read_lines(part: Part, selection: Selection) -> Iterator[Document]:
         at = part.start
         if at and not compressed:
             file.seek(at - 1)
-            at += len(file.readline()) - 1  # the rest of a line that began before
+            at += len(file.readline()) - 1  # skip the rest of the previous part's last line
         number = 0
         while compressed or at < part.stop:
             try:
@@ -135,22 +134,22 @@ def _unpacked(file: BinaryIO, part: Part) -> tuple[BinaryIO, bool]:
 
 
 def parse_line(line: bytes) -> Any:
-    """Return the record of a line of JSON.
+    """Return the record on a line of JSON.
 
     Raises:
-        ValueError: It is none; says why.
+        ValueError: The line is not valid JSON in UTF-8; the message says why.
     """
     try:
-        # A byte order mark begins a file, or one of several that were put together.
+        # A byte order mark starts a file, and occurs inside files that were concatenated.
         return json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except RecursionError:
         raise ValueError("not a line of JSON that Python reads: too deeply nested") from None
-    except ValueError as error:  # bad JSON or bad UTF-8
+    except ValueError as error:  # invalid JSON or invalid UTF-8
         raise ValueError(f"not a line of JSON in UTF-8: {error}{_hint(line)}") from None
 
 
 def _hint(line: bytes) -> str:
-    """Say what to do with the first line of a JSON document over several lines, or of UTF-16."""
+    """Return a remedy for a JSON document that spans several lines, or for UTF-16."""
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return " (it is UTF-16: iconv -f UTF-16 -t UTF-8 FILE)"
     begun = {
@@ -162,7 +161,7 @@ def _hint(line: bytes) -> str:
 
 
 def is_blank(line: bytes) -> bool:
-    """Return whether a line has nothing in it."""
+    """Return whether a line is blank."""
     return not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
@@ -190,7 +189,7 @@ def _parquet(source: str) -> Any:
 
 
 def _row_groups(source: str, part_bytes: int) -> Iterator[Part]:
-    """Yield row groups, several together where they are small."""
+    """Yield parts of one or several row groups, so that small row groups share a part."""
     metadata = _parquet(source).metadata
     start = size = 0
     for group in range(metadata.num_row_groups):
@@ -224,9 +223,9 @@ def _read_parquet(part: Part, selection: Selection) -> Iterator[Document]:
 
 @cache
 def _data_set(source: str) -> Any:
-    """Open a data set to be streamed: `hf://NAME`, with `?config=…&split=…`.
+    """Open a dataset for streaming: `hf://NAME`, with `?config=…&split=…`.
 
-    `NAME` is the hub's or a directory's; the split is `train` unless it is said.
+    `NAME` is a name on the hub or a directory; the default split is `train`.
     """
     from datasets import load_dataset
 

@@ -1,4 +1,4 @@
-"""A tokenizer, small enough to be sent to processes."""
+"""A tokenizer that is small enough to be sent to worker processes."""
 
 import copy
 import hashlib
@@ -26,24 +26,24 @@ PROBES = (
     "👩🏽\u200d🚀 e\u0301 \u00a0\u2028\u200b\ufeff",
     "  two  spaces   three    four\n \n  \n\t\tTitle CASE lower_snake camelCase https://host/p?q=1#x",
 )
-"""Texts on which tokenizers that differ differ: digits, spaces, case, scripts, normal forms.
+"""Texts that tell tokenizers apart: digits, spaces, case, scripts, normal forms.
 
-Manifests have what comes of them: another text here would make all tokenizers others.
+Manifests contain fingerprints of these texts' tokens: any change invalidates all manifests.
 """
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Makes tokens of texts.
+    """An encoder from texts to tokens.
 
-    It is loaded once and sent to the processes, which then need not import transformers: that takes
-    each of them seconds.
+    The encoder is loaded once and sent to the worker processes. The workers therefore need not
+    import transformers, which takes seconds per process.
 
     Attributes:
-        tokenizer: Of `tokenizers`, or transformers' own where it has none of those.
-        eos: The token that ends a document.
-        dtype: The tokens' type in Megatron's files.
-        special: Finds what a text spells of special tokens; None where there are none.
+        tokenizer: A tokenizer of `tokenizers`, or a slow one of transformers.
+        eos: Id of the token that ends a document.
+        dtype: Type of the tokens in Megatron's files.
+        special: Pattern that matches special tokens spelled out in texts; None if there are none.
     """
 
     tokenizer: Any
@@ -52,30 +52,31 @@ class Encoder:
     special: re.Pattern[str] | None = None
 
     def tokens(self, texts: list[str]) -> Iterable[list[int]]:
-        """Return each text's tokens; none is put before or after them."""
+        """Return each text's tokens, without special tokens before or after them."""
         if hasattr(self.tokenizer, "encode_batch_fast"):
-            # What the call below comes to, without the masks and offsets that nobody asks for.
+            # Equivalent to the call below, without the unused masks and offsets.
             encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             return (each.ids for each in encoded)
-        # verbose: a document longer than the model's context is no reason for a warning here.
+        # verbose=False: a document longer than the model's context is not worth a warning here.
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def spelled(self, texts: Iterable[str]) -> int:
-        """Count the special tokens that texts spell out."""
+        """Count the special tokens spelled out in texts."""
         if self.special is None:
             return 0
         return sum(len(self.special.findall(text)) for text in texts)
 
     def fingerprint(self) -> str:
-        """Return what is equal for tokenizers that give all texts the same tokens.
+        """Return a hash that is equal for tokenizers that give all texts the same tokens.
 
-        Of the vocabulary and of what texts get, not of files: these say the same in many ways, and
-        more besides. Special tokens count where texts can get them.
+        The hash covers the vocabulary and the tokens of `PROBES` and of the vocabulary's entries.
+        Files are not hashed, because equivalent files can differ. Special tokens count only if
+        texts can produce special tokens.
         """
         vocabulary = self.tokenizer.get_vocab()
         known = sorted((n, token) for token, n in vocabulary.items() if not is_nowhere(token))
-        # What marks a word's begin is what the vocabularies of byte-level BPE, SentencePiece and
-        # WordPiece write for it.
+        # Byte-level BPE, SentencePiece and WordPiece mark the start of a word differently; a space
+        # stands for all marks.
         words = [re.sub("[Ġ▁]", " ", token.replace("Ċ", "\n")) for _, token in known]
         digest = hashlib.sha256(json.dumps(known).encode())
         for tokens in self.tokens([*PROBES, *filter(None, words)]):
@@ -84,14 +85,14 @@ class Encoder:
 
 
 def load_encoder(directory: Path, parse_special: bool = False) -> Encoder:
-    """Load a tokenizer from disk and make sure that it can end a document.
+    """Load a tokenizer from disk and check that the tokenizer can end a document.
 
     Args:
-        directory: The tokenizer's.
-        parse_special: Take what spells a special token for it, as transformers does.
+        directory: The tokenizer's directory.
+        parse_special: Encode the spelling of a special token as that token, as transformers does.
 
     Raises:
-        UpcyclingError: There is none, or it has no eos token.
+        UpcyclingError: There is no tokenizer, or the tokenizer has no eos token.
     """
     tokenizer = load_tokenizer(directory)
     if tokenizer.eos_token_id is None:
@@ -103,8 +104,8 @@ def load_encoder(directory: Path, parse_special: bool = False) -> Encoder:
 
 
 def encoder_of(tokenizer: "PreTrainedTokenizerBase", parse_special: bool = False) -> Encoder:
-    """Make an encoder of a tokenizer, which stays as it is."""
-    # The largest id and not the number of tokens: added tokens may leave gaps.
+    """Make an encoder from a tokenizer without changing the tokenizer."""
+    # The largest id instead of the number of tokens: added tokens may leave gaps.
     largest = max(tokenizer.get_vocab().values()) + 1
     eos: Any = tokenizer.eos_token_id
     special = special_tokens(tokenizer)
@@ -119,20 +120,20 @@ def encoder_of(tokenizer: "PreTrainedTokenizerBase", parse_special: bool = False
     return Encoder(
         tokenizer=fast if parse_special else plain(fast, special),
         eos=eos,
-        # Megatron's own choice.
+        # The same threshold as in Megatron.
         dtype="uint16" if largest < 65500 else "int32",
         special=pattern_of(special),
     )
 
 
 def other_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: str | Path) -> Path | None:
-    """Return the tokenizer beside a model's weights if it gives texts other tokens, else None.
+    """Return the tokenizer beside a model's weights if the two tokenizers differ, else None.
 
-    Also None where there is none that can be read: what is given counts then.
+    Also None if the model has no readable tokenizer: then `tokenizer` is taken at face value.
 
     Args:
-        tokenizer: What is to be used with the model.
-        model: Its checkpoint, or a run's directory.
+        tokenizer: The tokenizer to use with the model.
+        model: The model's checkpoint, or a run's directory.
     """
     try:
         own = tokenizer_directory(model)
@@ -145,6 +146,6 @@ def other_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: str | Path) -> 
 
 
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:
-    """Return a tokenizer's special tokens; other added ones are text."""
+    """Return a tokenizer's special tokens; other added tokens are text."""
     added = tokenizer.added_tokens_decoder.values()
     return frozenset(tokenizer.all_special_tokens) | {str(t) for t in added if t.special}

@@ -1,4 +1,4 @@
-"""Megatron's `.idx` file, read without Megatron: what the `.bin` beside it must hold."""
+"""Megatron's `.idx` file, read without Megatron, to find the required size of the `.bin` file."""
 
 import struct
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ from nemo_upcycle.data.manifest import sha256_of
 from nemo_upcycle.errors import UpcyclingError
 
 MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<QBQQ")  # version, dtype's code, sequences, documents
+HEADER = struct.Struct("<QBQQ")  # version, dtype code, sequences, documents
 HEADER_BYTES = len(MAGIC) + HEADER.size
 
 DTYPES = {
     1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16,
 }  # fmt: skip
-"""megatron.core.datasets.indexed_dataset.DType; those of token ids."""
+"""Integer types of `megatron.core.datasets.indexed_dataset.DType` by code."""
 
 CHUNK_BYTES = 2**24
 
 
 @dataclass(frozen=True)
 class Index:
-    """What an index says.
+    """The contents of an index.
 
     Attributes:
-        dtype: Of the token ids.
-        sequences: How many.
-        bin_bytes: What the `.bin` file has at least.
-        sha256: Of the file.
+        dtype: Type of the token ids.
+        sequences: Number of sequences.
+        bin_bytes: Minimum size of the `.bin` file in bytes.
+        sha256: Checksum of the index file.
     """
 
     dtype: np.dtype
@@ -40,10 +40,10 @@ class Index:
 
 
 def read_index(path: Path) -> Index:
-    """Read an index; once in a process, as long as the file is the same.
+    """Read an index; cached per process while the file's size and modification time are unchanged.
 
     Raises:
-        UpcyclingError: It is none, or cut off.
+        UpcyclingError: The file is not an index, or is truncated.
     """
     stat = path.stat()
     return _read(path, stat.st_size, stat.st_mtime_ns)
@@ -75,7 +75,7 @@ def _read(path: Path, size: int, _: int) -> Index:
 
 
 def largest_id(path: Path, dtype: np.dtype, part: int = 0, parts: int = 1) -> int:
-    """Return the largest token id in one of so many equal parts of a `.bin` file, -1 in none."""
+    """Return the largest token id in one of `parts` equal parts of a `.bin` file; -1 if empty."""
     total = path.stat().st_size // dtype.itemsize
     start, stop = total * part // parts, total * (part + 1) // parts
     largest = -1

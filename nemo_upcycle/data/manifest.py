@@ -1,4 +1,4 @@
-"""What went into a dataset and what came out, with checksums."""
+"""The manifest of a dataset: inputs, outputs and checksums."""
 
 import hashlib
 import json
@@ -14,25 +14,25 @@ COPY_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Manifest:
-    """What went in and what came out; `PREFIX.manifest.json`.
+    """Inputs and outputs of a dataset, stored as `PREFIX.manifest.json`.
 
     Attributes:
-        documents: Documents written.
-        tokens: Their tokens, an end-of-document token for each included.
-        empty: Documents without a token, left out.
-        left_out: Records that were not asked for.
-        malformed: Lines or rows that are no document; `PREFIX.malformed.jsonl` says where.
-        contaminated: Documents that share words with an evaluation, left out;
-            `PREFIX.contaminated.jsonl` says which and what.
-        dtype: Of the tokens.
-        job: What it was made from: sources with their sizes, tokenizer, selection.
-        sources: The numbers of each source.
-        files: Bytes and sha256 of the dataset's files.
-        tokenizer: `Encoder.fingerprint` under `fingerprint`, the id that ends documents under
-            `eos`, and whether special tokens that texts spell out were taken for them under
-            `parse_special`. None where an older version wrote this.
-        spelled: Special tokens that texts spelled out.
-        largest_id: The largest token id written; None where an older version wrote this.
+        documents: Number of documents written.
+        tokens: Number of tokens written, including one end-of-document token per document.
+        empty: Number of documents without a token, which are left out.
+        left_out: Number of records that the selection excludes.
+        malformed: Number of lines or rows that are not documents; see `PREFIX.malformed.jsonl`.
+        contaminated: Number of documents left out because they share words with an evaluation item;
+            see `PREFIX.contaminated.jsonl`.
+        dtype: Type of the tokens.
+        job: Inputs: sources with sizes, tokenizer, selection.
+        sources: The same counts per source.
+        files: Size in bytes and sha256 of each of the dataset's files.
+        tokenizer: `fingerprint` (see `Encoder.fingerprint`), `eos` (the id that ends documents) and
+            `parse_special` (whether spelled special tokens were encoded as such). None in manifests
+            of older versions.
+        spelled: Number of special tokens spelled out in texts.
+        largest_id: Largest token id written; None in manifests of older versions.
     """
 
     documents: int
@@ -51,10 +51,10 @@ class Manifest:
 
 
 def manifest_of(prefix: Path) -> Manifest | None:
-    """Return what a dataset's manifest says, whether or not its files are as it says.
+    """Return a dataset's manifest without comparing the files; None if there is no manifest.
 
     Raises:
-        UpcyclingError: It is no manifest.
+        UpcyclingError: The file is not a manifest.
     """
     path = manifest_path(prefix)
     if not path.is_file():
@@ -66,12 +66,12 @@ def manifest_of(prefix: Path) -> Manifest | None:
 
 
 def manifest_path(prefix: Path) -> Path:
-    """Return where a dataset's manifest is."""
+    """Return the path of a dataset's manifest."""
     return prefix.with_name(prefix.name + ".manifest.json")
 
 
 def read_manifest(prefix: Path) -> Manifest | None:
-    """Return a dataset's manifest, None where it is not complete."""
+    """Return a dataset's manifest; None if the dataset is incomplete."""
     manifest = manifest_of(prefix)
     if manifest is None:
         return None
@@ -84,10 +84,14 @@ def read_manifest(prefix: Path) -> Manifest | None:
 
 
 def check_files(prefix: Path, progress: Callable[[int, int], None] | None = None) -> Manifest:
-    """Compare a dataset's files with its manifest.
+    """Compare a dataset's files with the manifest's checksums.
+
+    Args:
+        prefix: Path of the dataset, without `.bin` and `.idx`.
+        progress: Called with the bytes read and the bytes in total.
 
     Raises:
-        UpcyclingError: There is no complete dataset, or a file is not what was written.
+        UpcyclingError: The dataset is incomplete, or a file differs from what was written.
     """
     manifest = read_manifest(prefix)
     if manifest is None:
@@ -113,7 +117,7 @@ def check_files(prefix: Path, progress: Callable[[int, int], None] | None = None
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] = lambda size: None) -> str:
-    """Return a file's checksum; `progress` is told the bytes of each piece."""
+    """Return a file's sha256; `progress` is called with the bytes of each chunk."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(COPY_BYTES):

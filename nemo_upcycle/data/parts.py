@@ -1,4 +1,4 @@
-"""Tokenise a part of a corpus: its tokens, its documents' lengths, and what was found in it."""
+"""Tokenise a part of a corpus: tokens, document lengths and a record of the outcome."""
 
 import hashlib
 import json
@@ -15,22 +15,22 @@ from nemo_upcycle.data.encoder import Encoder
 from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.files import write_whole
 
-# A batch keeps all cores of the tokenizer busy and still fits easily in memory.
+# A batch keeps all cores of the tokenizer busy and still fits easily into memory.
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 4_000_000
 
 Advance = Callable[[int, int], None]
-"""Told how many more bytes were read, and tokens written."""
+"""Called with the increments of bytes read and tokens written."""
 
 
 @dataclass(frozen=True)
 class Malformed:
-    """A line or row that is no document.
+    """A line or row that is not a document.
 
     Attributes:
-        line: Its number in the part, from 0.
-        byte: Its first in the file; None for a row.
-        error: Why it is none.
+        line: Index in the part, from 0.
+        byte: Offset of the line's first byte in the file; None for a row.
+        error: Why the line or row is not a document.
     """
 
     line: int
@@ -40,14 +40,14 @@ class Malformed:
 
 @dataclass(frozen=True)
 class Contaminated:
-    """A document that was left out as it shares words with an evaluation item.
+    """A document that was left out because it shares words with an evaluation item.
 
     Attributes:
-        line: Its number in the part, from 0.
-        byte: Its first in the file; None for a row.
-        task: The evaluation.
-        number: The item's number there.
-        words: What they share.
+        line: Index in the part, from 0.
+        byte: Offset of the line's first byte in the file; None for a row.
+        task: Name of the evaluation task.
+        number: Index of the item in the task.
+        words: The shared words.
     """
 
     line: int
@@ -59,19 +59,19 @@ class Contaminated:
 
 @dataclass(frozen=True)
 class PartRecord:
-    """What a part came to.
+    """The outcome of a part.
 
     Attributes:
         part: The part.
-        documents: Documents written.
-        tokens: Their tokens, an end-of-document token for each included.
-        empty: Documents without a token, left out as Megatron's own tool does.
-        left_out: Records that were not asked for.
-        malformed: What is no document.
-        contaminated: What is in an evaluation.
-        sha256: Of the tokens' bytes.
-        spelled: Special tokens that texts spelled out.
-        largest_id: The largest token id written.
+        documents: Number of documents written.
+        tokens: Number of tokens written, including one end-of-document token per document.
+        empty: Number of documents without a token, left out as in Megatron's own tool.
+        left_out: Number of records that the selection excludes.
+        malformed: Lines or rows that are not documents.
+        contaminated: Documents that share words with an evaluation item.
+        sha256: Checksum of the tokens' bytes.
+        spelled: Number of special tokens spelled out in texts.
+        largest_id: Largest token id written.
     """
 
     part: Part
@@ -87,40 +87,40 @@ class PartRecord:
 
     @property
     def lines(self) -> int:
-        """Lines or rows of the part."""
+        """Number of lines or rows in the part."""
         refused = len(self.malformed) + len(self.contaminated)
         return self.documents + self.empty + self.left_out + refused
 
 
 @dataclass(frozen=True)
 class PartFiles:
-    """Where a part is written. The record comes last: where it is, the part is complete."""
+    """The files of a part. The record is written last and marks the part as complete."""
 
     directory: Path
     number: int
 
     @property
     def tokens(self) -> Path:
-        """Tokens, one document after another."""
+        """File of the tokens, one document after another."""
         return self.directory / f"{self.number:06}.bin"
 
     @property
     def lengths(self) -> Path:
-        """Tokens of each document, int32."""
+        """File of the number of tokens per document, int32."""
         return self.directory / f"{self.number:06}.lengths"
 
     @property
     def record(self) -> Path:
-        """`PartRecord` as JSON."""
+        """File of the `PartRecord`, as JSON."""
         return self.directory / f"{self.number:06}.json"
 
     def is_complete(self, part: Part) -> bool:
-        """Return whether this is there, and of that part."""
+        """Return whether the files are complete and belong to the part."""
         record = self.read_record()
         return record is not None and record.part == part
 
     def read_record(self) -> PartRecord | None:
-        """Return the record, None where the part is not complete."""
+        """Return the record; None if the part is incomplete."""
         if not self.record.is_file():
             return None
         values = json.loads(self.record.read_text())
@@ -138,17 +138,25 @@ def tokenize_part(
     advance: Advance,
     evaluations: EvaluationItems | None = None,
 ) -> PartRecord:
-    """Tokenise a part and write its files; leave out what is in an evaluation.
+    """Tokenise a part and write the files, without documents that overlap an evaluation item.
 
-    Each document is its text's tokens, with none put around them, then the tokenizer's eos.
+    Each document is the tokens of the text, without added special tokens, followed by eos.
+
+    Args:
+        part: The part.
+        files: Files to write.
+        selection: Which records are documents, and which part of a record is the text.
+        encoder: Encoder from texts to tokens.
+        advance: Called with the increments of bytes read and tokens written.
+        evaluations: Evaluation items; None skips the overlap check.
 
     Raises:
-        UpcyclingError: The source cannot be read to its end.
+        UpcyclingError: The source cannot be read to the end.
     """
     lengths: list[int] = []
     sha256, empty, spelled, largest = hashlib.sha256(), 0, 0, 0
     outcome = _Found(evaluations)
-    # Of this process alone: another may still be at work on the same part, with the same result.
+    # Named after the process: another process may still write the same part, with the same result.
     new = files.tokens.with_suffix(f".{os.getpid()}.partial")
     try:
         with new.open("wb") as out:
@@ -187,7 +195,7 @@ def tokenize_part(
 
 
 class _Found:
-    """Passes texts on and keeps account of the rest."""
+    """A filter that passes texts on and records everything else."""
 
     def __init__(self, evaluations: EvaluationItems | None) -> None:
         self.evaluations = evaluations
@@ -209,7 +217,7 @@ class _Found:
 
 
 def _batches(texts: Iterable[tuple[str, int]]) -> Iterator[tuple[list[str], int]]:
-    """Group texts; beside each group the bytes read since the one before."""
+    """Group texts into batches; yield each batch with the bytes read since the previous batch."""
     batch: list[str] = []
     characters = end = before = 0
     for text, end in texts:

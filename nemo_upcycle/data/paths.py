@@ -1,4 +1,4 @@
-"""`data_paths`: prefixes of Megatron's datasets, with weights before each where blended."""
+"""`data_paths`: prefixes of Megatron's datasets, each preceded by a weight in a blend."""
 
 import math
 import shlex
@@ -26,8 +26,8 @@ class DataPath:
     """A dataset of a blend.
 
     Attributes:
-        prefix: Its path without `.bin` and `.idx`.
-        weight: Its share, relative to the others'; None where no weights are given.
+        prefix: Path of the dataset without `.bin` and `.idx`.
+        weight: Share relative to the other datasets; None if no weights are given.
     """
 
     prefix: str
@@ -35,23 +35,23 @@ class DataPath:
 
     @property
     def is_local(self) -> bool:
-        """Whether its files are on this machine's file systems, not in an object store."""
+        """Whether the files are on a local file system rather than in an object store."""
         return "://" not in self.prefix
 
     def file(self, suffix: str) -> Path:
-        """Return one of the dataset's files."""
+        """Return the path of the dataset's file with this suffix."""
         return Path(self.prefix + suffix)
 
 
 def check_dataset_name(name: str, what: str) -> None:
-    """Check that a dataset's files can have this name.
+    """Check that a name is valid for a dataset's files.
 
     Args:
         name: The name.
-        what: Who gives it, for the error.
+        what: Origin of the name, for the error message.
 
     Raises:
-        UpcyclingError: It is no file's, hides the files, or spaces around it would be lost.
+        UpcyclingError: The name is not a valid file name, hides the files, or has spaces around it.
     """
     problem = name_problem(name, MAX_NAME_BYTES)
     if problem is None and name.startswith("."):
@@ -66,16 +66,16 @@ def check_dataset_name(name: str, what: str) -> None:
 
 
 def parse(text: str) -> list[DataPath]:
-    """Parse `data_paths`: words with a shell's quotes.
+    """Parse `data_paths`: words with shell quoting.
 
     Args:
-        text: Prefixes, with weights before each where they are blended. A prefix may begin with
-            `~`, and end with `.bin` or `.idx`.
+        text: Prefixes, each preceded by a weight in a blend. A prefix may begin with `~` and end
+            with `.bin` or `.idx`.
 
     Raises:
-        UpcyclingError: It says something else; says what.
+        UpcyclingError: The text is not a list of prefixes or of weights and prefixes.
     """
-    if _is_dataset(text.strip()):  # a single one may have spaces without quotes
+    if _is_dataset(text.strip()):  # a single prefix may contain spaces without quotes
         return of_words([text.strip()])
     try:
         words = shlex.split(text)
@@ -85,10 +85,10 @@ def parse(text: str) -> list[DataPath]:
 
 
 def of_words(words: Sequence[str | Path | float]) -> list[DataPath]:
-    """Parse a list of prefixes, or of weights and prefixes in turn.
+    """Parse a list of prefixes, or of alternating weights and prefixes.
 
     Raises:
-        UpcyclingError: As `parse`.
+        UpcyclingError: The words are not such a list.
     """
     texts = [str(word).strip() for word in words]
     if not texts:
@@ -115,7 +115,7 @@ def of_words(words: Sequence[str | Path | float]) -> list[DataPath]:
 
 
 def words_of(paths: Iterable[DataPath]) -> list[str]:
-    """Return what NeMo and Megatron take: weights and prefixes in turn, or prefixes."""
+    """Return alternating weights and prefixes, or prefixes, as NeMo and Megatron expect."""
     words = []
     for path in paths:
         words += [path.prefix] if path.weight is None else [repr(path.weight), path.prefix]
@@ -123,7 +123,7 @@ def words_of(paths: Iterable[DataPath]) -> list[str]:
 
 
 def text_of(paths: Iterable[DataPath]) -> str:
-    """Return what `parse` takes."""
+    """Return the paths in the syntax of `parse`."""
     return shlex.join(words_of(paths))
 
 
@@ -147,12 +147,12 @@ def _is_dataset(prefix: str) -> bool:
     path = Path(prefix).expanduser()
     try:
         return bool(prefix) and path.with_name(path.name + SUFFIXES[1]).is_file()
-    except (OSError, ValueError):  # no file's name
+    except (OSError, ValueError):  # not a valid file name
         return False
 
 
 def _joined(words: list[str]) -> list[str]:
-    """Put together what is a dataset's prefix only together: it has spaces without quotes."""
+    """Join adjacent words that form a dataset's prefix together: a path with unquoted spaces."""
     joined = []
     while words:
         ends = range(len(words), 1, -1)

@@ -1,7 +1,8 @@
-"""Text is text, also where it spells a special token: "see </s> in the vocabulary" has no end.
+"""Encode text as text, even where the text spells a special token.
 
-`encode_special_tokens` of `tokenizers` is not enough: a Unigram or WordLevel model finds `</s>` in
-its vocabulary by itself. So the special tokens get names there that no text has; their ids stay.
+The text "see </s> in the vocabulary" must not contain an end-of-document token. The option
+`encode_special_tokens` of `tokenizers` is not enough: Unigram and WordLevel models find `</s>` in
+the vocabulary. So special tokens keep the ids and get vocabulary names that occur in no text.
 """
 
 import json
@@ -10,20 +11,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _NOWHERE = "\U0010fffe"
-"""Two of these, a noncharacter of Unicode, surround the name of a token that no text may have."""
+"""A Unicode noncharacter; two surround the vocabulary name of a token that no text may produce."""
 
 
 def is_nowhere(token: str) -> bool:
-    """Return whether a token of `plain`'s vocabulary is one that no text gets."""
+    """Return whether a token of a vocabulary made by `plain` can be produced by no text."""
     return token.startswith(_NOWHERE)
 
 
 def plain(tokenizer: Any, special: Iterable[str]) -> Any:
-    """Return a tokenizer that takes special tokens for the text that they are.
+    """Return a tokenizer that encodes the spelling of special tokens as ordinary text.
 
     Args:
-        tokenizer: Of `tokenizers`, or one of transformers' own, which is changed.
-        special: Its special tokens.
+        tokenizer: A tokenizer of `tokenizers`, or a slow one of transformers, changed in place.
+        special: The tokenizer's special tokens.
     """
     names = {token: f"{_NOWHERE}{token}{_NOWHERE}" for token in special}
     if not names:
@@ -36,7 +37,7 @@ def plain(tokenizer: Any, special: Iterable[str]) -> Any:
 
 def _renamed(described: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Rename tokens wherever a `tokenizer.json` names them."""
-    described["post_processor"] = None  # which adds special tokens, and is not asked to
+    described["post_processor"] = None  # only adds special tokens, which are not wanted
     for token in described["added_tokens"]:
         if token["content"] in names:
             token |= {"content": names[token["content"]], "normalized": False}
@@ -44,7 +45,7 @@ def _renamed(described: dict[str, Any], names: Mapping[str, str]) -> dict[str, A
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         model["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
-    else:  # a Unigram model's: tokens with scores, in the order of their ids
+    else:  # Unigram model: tokens with scores, ordered by id
         model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
@@ -56,7 +57,7 @@ def _renamed(described: dict[str, Any], names: Mapping[str, str]) -> dict[str, A
 
 
 def _without(tokenizer: Any, names: Mapping[str, str]) -> Any:
-    """Make one of transformers' slow tokenizers not look for special tokens."""
+    """Remove the special tokens from the text matching of a slow tokenizer of transformers."""
     added = tokenizer._added_tokens_decoder
     kept = {number: token for number, token in added.items() if str(token) not in names}
     tokenizer._added_tokens_decoder = kept
@@ -67,9 +68,9 @@ def _without(tokenizer: Any, names: Mapping[str, str]) -> Any:
 
 
 def pattern_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
-    """Return a pattern that finds any of some tokens, the longest at each place.
+    """Return a pattern that matches any of the tokens, the longest at each position.
 
-    What several begin with is written once: 256 alternatives would be tried at each character.
+    Common prefixes are merged: 256 separate alternatives would be tried at each character.
     """
     root: dict[str, Any] = {}
     for token in filter(None, tokens):

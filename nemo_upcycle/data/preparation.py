@@ -1,9 +1,8 @@
-"""From documents to Megatron's indexed dataset: in parallel, and again after a kill.
+"""Make Megatron's indexed dataset from documents, in parallel and resumable after a kill.
 
-The sources are cut into parts, which processes tokenise one by one into a directory beside the
-dataset; a part that is complete is never done again. Then the parts are put together in their
-order, so that the files are the same however often the work was interrupted, and by however many
-processes it was done.
+The sources are split into parts. Processes tokenise the parts into a directory beside the dataset,
+and a complete part is never tokenised again. The parts are then concatenated in order. The files
+therefore depend neither on the number of processes nor on interruptions.
 """
 
 import hashlib
@@ -40,29 +39,29 @@ from nemo_upcycle.files import check_writable, lock, output_directory
 
 FORMAT = 2
 REPORTS = ("malformed", "contaminated")
-"""What is located in a file of its own beside the dataset."""
+"""Kinds of refused records, listed in separate files beside the dataset."""
 
 PART_BYTES = 16 * 2**20
 SOURCES_AT_ONCE = 16
 
 Progress = Callable[[int, int, int], None]
-"""Told bytes read, bytes in all, and tokens written in this run."""
+"""Called with bytes read, bytes in total, and tokens written in this run."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is made of what.
+    """Inputs and output of a dataset.
 
     Attributes:
         sources: Files, directories, URLs, `redpajama-v2://…`, or `hf://NAME?config=…&split=…`.
-            Files are known by size and time, what is elsewhere by its name alone.
-        tokenizer: Its directory.
+            Files are identified by name, size and time, other sources by name alone.
+        tokenizer: The tokenizer's directory.
         prefix: Path of the dataset without `.bin` and `.idx`.
-        selection: What of a record is a document.
-        evaluations: File of evaluation items, whose documents are left out.
-        max_malformed: Share of the lines that may be malformed.
-        part_bytes: About how large parts are.
-        parse_special: Take what spells a special token for it; otherwise text is text.
+        selection: Which records are documents, and which part of a record is the text.
+        evaluations: File of evaluation items; documents that overlap an item are left out.
+        max_malformed: Maximum share of malformed lines.
+        part_bytes: Approximate size of a part.
+        parse_special: Encode the spelling of a special token as that token, instead of as text.
     """
 
     sources: tuple[str, ...]
@@ -75,7 +74,7 @@ class Preparation:
     parse_special: bool = False
 
     def file(self, suffix: str) -> Path:
-        """Return one of the dataset's files."""
+        """Return the path of the dataset's file with this suffix."""
         return self.prefix.with_name(self.prefix.name + suffix)
 
     @property
@@ -87,22 +86,23 @@ class Preparation:
 def prepare(
     preparation: Preparation, workers: int = 1, progress: Progress | None = None
 ) -> Manifest:
-    """Make a dataset, or go on making it.
+    """Make a dataset, or continue an interrupted preparation.
 
-    The `.idx` appears after the `.bin`, the manifest last: where it is, the dataset is complete.
+    The `.idx` file appears after the `.bin` file. The manifest appears last and marks the dataset
+    as complete.
 
     Args:
-        preparation: What is made of what.
-        workers: Processes; 1 works in this one, with the tokenizer's own threads.
-        progress: Told how far it is.
+        preparation: Inputs and output.
+        workers: Number of processes; 1 uses this process, with the tokenizer's own threads.
+        progress: Called with bytes read, bytes in total, and tokens written in this run.
 
     Returns:
-        What went in and what came out; at once where it is there already.
+        The manifest; immediately if the dataset is already complete.
 
     Raises:
         UpcyclingError: A source or the tokenizer is missing or unreadable, too many lines are
-            malformed, or there is no document. Or another process is at work, or parts of another
-            job are in the way. Only complete parts are left.
+            malformed, or there is no document. Also if another process works on the dataset, or
+            parts of another job are in the directory. Only complete parts are kept.
     """
     names = files_of(preparation.sources)
     encoder = load_encoder(preparation.tokenizer, preparation.parse_special)
@@ -118,7 +118,7 @@ def prepare(
             records = _records(preparation, parts, (encoder, evaluations), workers, progress)
             _check(preparation, records)
             manifest = _put_together(preparation, job, records, encoder)
-    except OSError as error:  # a disk that is full, or gone
+    except OSError as error:  # e.g. a full or lost disk
         raise UpcyclingError(
             f"{preparation.prefix} cannot be written: {error}. Parts that are complete are kept, "
             "and the same command goes on."
@@ -131,7 +131,7 @@ def prepare(
 
 
 def _job(preparation: Preparation, names: Sequence[str], encoder: Encoder) -> dict[str, Any]:
-    """Return what decides the dataset."""
+    """Return everything that determines the dataset's contents."""
     return {
         "format": FORMAT,
         "sources": [_identity(name) for name in names],
@@ -147,7 +147,7 @@ def _job(preparation: Preparation, names: Sequence[str], encoder: Encoder) -> di
 
 
 def _identity(source: str) -> dict[str, Any]:
-    """Return what says that a source is still the same."""
+    """Return the values that identify the current contents of a source."""
     if source.startswith(HUB) or is_url(source):
         return {"source": source}
     stat = Path(source).stat()
@@ -155,14 +155,14 @@ def _identity(source: str) -> dict[str, Any]:
 
 
 def _parts(names: Sequence[str], part_bytes: int) -> list[Part]:
-    """Cut the sources, many at a time: it is waiting for servers that takes long."""
+    """Split the sources into parts; threads overlap the waiting times for servers."""
     with ThreadPoolExecutor(SOURCES_AT_ONCE) as pool:
         return list(chain.from_iterable(pool.map(lambda name: parts_of(name, part_bytes), names)))
 
 
 @contextmanager
 def _work_directory(preparation: Preparation, job: dict[str, Any]) -> Iterator[None]:
-    """Hold the directory of the parts for this process; remove it if nothing is in it."""
+    """Lock the directory of the parts; after an error, remove unfinished files."""
     work = preparation.work
     work.mkdir(parents=True, exist_ok=True)
     with (work / "job.json").open("a+") as file:
@@ -186,7 +186,7 @@ def _work_directory(preparation: Preparation, job: dict[str, Any]) -> Iterator[N
 
 
 def _read_job(file: IO[str]) -> Any:
-    """Return what the parts are of; None where that was not written to its end."""
+    """Return the job that the parts belong to; None if the file is empty or truncated."""
     file.seek(0)
     try:
         return json.loads(file.read())
@@ -195,7 +195,7 @@ def _read_job(file: IO[str]) -> Any:
 
 
 def _begin(work: Path, file: IO[str], job: dict[str, Any]) -> None:
-    """Say what the parts will be of; those that are there are not known to be of it."""
+    """Record the job of the parts, and remove existing parts of unknown origin."""
     for path in work.iterdir():
         if path.name != "job.json":
             path.unlink()
@@ -227,7 +227,7 @@ def _records(
     workers: int,
     progress: Progress | None,
 ) -> list[PartRecord]:
-    """Return the records of all parts; those that are not there are made."""
+    """Return the records of all parts, tokenising the parts that are missing."""
     files = [PartFiles(preparation.work, number) for number in range(len(parts))]
     tasks = [task for task in zip(parts, files, strict=True) if not task[1].is_complete(task[0])]
     total = sum(part.bytes for part in parts)
@@ -274,7 +274,7 @@ def _check(preparation: Preparation, records: Sequence[PartRecord]) -> None:
 def _put_together(
     preparation: Preparation, job: dict[str, Any], records: Sequence[PartRecord], encoder: Encoder
 ) -> Manifest:
-    """Write the dataset's files, each complete or not at all, the manifest last."""
+    """Write the dataset's files atomically, the manifest last."""
     new = {suffix: preparation.work / f"new{suffix}" for suffix in (".bin", ".idx")}
     _write_dataset(preparation, records, encoder.dtype, new)
     for kind in REPORTS:
@@ -303,7 +303,7 @@ def _put_together(
         spelled=sum(record.spelled for record in records),
         largest_id=max(record.largest_id for record in records),
     )
-    # Never an index or a manifest beside tokens that are not its own, not even for a moment.
+    # At no moment may an index or manifest lie beside tokens of a different dataset.
     manifest_path(preparation.prefix).unlink(missing_ok=True)
     for suffix in (".idx", *(f".{kind}.jsonl" for kind in REPORTS)):
         preparation.file(suffix).unlink(missing_ok=True)
@@ -318,7 +318,7 @@ def _put_together(
 def _write_dataset(
     preparation: Preparation, records: Sequence[PartRecord], dtype: str, new: dict[str, Path]
 ) -> None:
-    """Put the parts together with Megatron's own builder."""
+    """Concatenate the parts with Megatron's own builder."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(new[".bin"]), dtype=getattr(np, dtype))
@@ -344,7 +344,7 @@ def _write_dataset(
 
 
 def _located(records: Sequence[PartRecord], kind: str) -> Iterator[dict[str, Any]]:
-    """Yield what is malformed or contaminated: file, line from 1, first byte of a line, why."""
+    """Yield a report per malformed or contaminated record: file, line from 1, byte, reason."""
     for source, group in groupby(records, key=lambda record: record.part.source):
         before = 1
         for record in group:

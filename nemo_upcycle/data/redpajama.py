@@ -1,7 +1,7 @@
 """RedPajama-V2 (arXiv 2411.12372): find the files of a selection.
 
-The hub's repository has a loading script instead of data. Such code is not run here; the files are
-read directly: `documents/SNAPSHOT/SHARD/LANGUAGE_BUCKET.json.gz`. They are listed in
+The hub's repository has a loading script instead of data. The script is not run here; the files are
+read directly: `documents/SNAPSHOT/SHARD/LANGUAGE_BUCKET.json.gz`. The names are listed in
 `listings/LANGUAGE-SNAPSHOT-PARTITION.txt`, one name without suffix per line. Buckets are CCNet's
 (arXiv 1911.00359): `head` is the third with the lowest perplexity under a model of Wikipedia.
 """
@@ -32,7 +32,7 @@ LOST = frozenset(
         "2017-04/4965/it_middle",
     }
 )
-"""What is listed and is nowhere; `urls/missing-documents.txt` in the hub's repository."""
+"""Files that are listed but missing; `urls/missing-documents.txt` in the hub's repository."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Excerpt:
     """A part of the data set.
 
     Attributes:
-        base: Where it is: a URL, or a directory with the same layout.
-        snapshots: Of Common Crawl, such as 2023-06.
-        language: One of `LANGUAGES`.
-        bucket: One of `PARTITIONS`.
-        shards: Their numbers, of 5,000; None: all that there are.
+        base: URL or local directory, both with the same layout.
+        snapshots: Common Crawl snapshots, such as 2023-06.
+        language: A member of `LANGUAGES`.
+        bucket: A key of `PARTITIONS`.
+        shards: Shard numbers, out of 5,000 shards; None selects all existing shards.
     """
 
     base: str
@@ -54,10 +54,10 @@ class Excerpt:
     shards: range | None = None
 
     def files(self) -> list[str]:
-        """Return its files, snapshot by snapshot.
+        """Return the paths or URLs of the files, snapshot by snapshot.
 
         Raises:
-            UpcyclingError: A snapshot or a shard is not there, or cannot be reached.
+            UpcyclingError: A snapshot or shard is missing or cannot be reached.
         """
         return [
             f"{self.base}/documents/{name}{ENDING}"
@@ -97,7 +97,7 @@ def excerpt(source: str) -> Excerpt:
     """Parse `redpajama-v2://[BASE]?snapshots=2023-06,…[&language=en][&bucket=head][&shards=0-99]`.
 
     Raises:
-        UpcyclingError: It says something else.
+        UpcyclingError: The source does not follow this syntax.
     """
     base, _, query = source.removeprefix(SCHEME).partition("?")
     options = dict(parse_qsl(query))

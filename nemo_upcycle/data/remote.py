@@ -1,4 +1,4 @@
-"""A file behind a URL, read like a local one: in any order, and on where a connection broke."""
+"""A file behind a URL, read like a local file, with seeking and reconnection."""
 
 import io
 import time
@@ -14,25 +14,25 @@ from nemo_upcycle.errors import UpcyclingError
 SCHEMES = ("http", "https")
 TIMEOUT_S = 60.0
 WAITS_S = (1.0, 4.0, 16.0, 60.0)
-"""How long to wait before each further try; what is read in between begins anew."""
+"""Waiting times before the retries, in seconds; a successful read resets the count."""
 
 BUFFER_BYTES = 2**20
 NOT_NOW = (408, 425, 429)
-"""Codes below 500 after which another try may succeed."""
+"""HTTP status codes below 500 after which a retry may succeed."""
 
 PARTIAL_CONTENT = 206
 
 
 def is_url(source: str) -> bool:
-    """Return whether a source is behind a URL."""
+    """Return whether a source is a URL."""
     return urlsplit(source).scheme in SCHEMES
 
 
 def size_of(url: str) -> int:
-    """Return a file's bytes.
+    """Return a file's size in bytes.
 
     Raises:
-        UpcyclingError: It is not there, cannot be reached, or its server does not say.
+        UpcyclingError: The file is missing, cannot be reached, or the server gives no length.
     """
     tries = _Tries(url)
     while True:
@@ -48,10 +48,10 @@ def size_of(url: str) -> int:
 
 
 def open_url(url: str) -> BinaryIO:
-    """Open a file; what is read of it is what lies there, or an error.
+    """Open a file; reading returns the file's contents or raises an error, never partial data.
 
     Raises:
-        UpcyclingError: As `size_of`; reading raises it too.
+        UpcyclingError: See `size_of`; also raised while reading.
     """
     return io.BufferedReader(_RemoteFile(url), BUFFER_BYTES)
 
@@ -60,7 +60,7 @@ def read_text(url: str) -> str:
     """Return a small file's text.
 
     Raises:
-        UpcyclingError: As `size_of`.
+        UpcyclingError: See `size_of`.
     """
     with open_url(url) as file:
         return file.read().decode("utf-8")
@@ -115,7 +115,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 class _Tries:
-    """Counts failures, waits after each, and raises after the last."""
+    """A counter of failures that waits after each failure and raises after the last."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -132,7 +132,7 @@ class _Tries:
 
 
 def _request(url: str, method: str = "GET", start: int = 0) -> HTTPResponse:
-    # Some servers refuse Python's own name; a file that is packed must come as it lies there.
+    # Some servers refuse Python's default user agent. Compressed files must arrive unchanged.
     headers = {"User-Agent": f"nemo-upcycle/{__version__}", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -140,7 +140,7 @@ def _request(url: str, method: str = "GET", start: int = 0) -> HTTPResponse:
 
 
 def _part(url: str, start: int, size: int) -> HTTPResponse:
-    """Return what a file has from a byte to its end."""
+    """Return a response with the file's bytes from `start` to the end."""
     response = _request(url, start=start)
     if start and response.status != PARTIAL_CONTENT:
         response.close()

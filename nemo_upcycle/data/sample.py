@@ -1,4 +1,4 @@
-"""Makes a small two-source text corpus from Python's own standard library.
+"""Make a small two-source text corpus from Python's own standard library.
 
 Every machine that runs this package has the text already, so a demonstration needs no download.
 The two sources differ clearly (English prose and program code) and share no docstring.
@@ -21,14 +21,14 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.files import check_writable, scratch_directory
 
 MIN_CHARACTERS = 200
-"""Shorter documents are left out: they are stubs, not text."""
+"""Minimum length of a document; shorter documents are stubs."""
 
-# Tests are not library text, pydoc_data is the documentation itself written as Python, and
-# encodings are generated character tables, nearly the same hundred times over.
+# Tests are not library text. `pydoc_data` is documentation written as Python, and `encodings`
+# holds a hundred nearly identical generated character tables.
 _EXCLUDED_DIRECTORIES = frozenset(
     {"test", "tests", "idle_test", "__pycache__", "pydoc_data", "encodings"}
 )
-# The build configuration holds paths and compiler flags of the machine that built Python.
+# The build configuration contains paths and compiler flags of the machine that built Python.
 _EXCLUDED_MODULE_PREFIXES = ("_sysconfigdata",)
 
 _DocstringOwner = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -37,7 +37,7 @@ _DOCSTRING_OWNERS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctio
 
 @dataclass(frozen=True)
 class _SourceModule:
-    """One parsed module: its dotted name, its text and its syntax tree."""
+    """A parsed module: dotted name, source text and syntax tree."""
 
     name: str
     source: str
@@ -47,18 +47,18 @@ class _SourceModule:
 def write_stdlib_sample(out: Path, *, stdlib: Path | None = None) -> dict[str, Path]:
     """Write `documentation.jsonl` and `sources.jsonl` from the standard library's files.
 
-    Each line is `{"text": ..., "id": ...}`, in the order of the ids. The same interpreter always
-    gives the same bytes.
+    Each line is `{"text": ..., "id": ...}`, ordered by id. The same interpreter always gives the
+    same bytes.
 
     Args:
-        out: Directory to write to; made when missing.
-        stdlib: Standard library directory; that of the running interpreter when None.
+        out: Output directory, created if missing.
+        stdlib: Standard library directory; None means that of the running interpreter.
 
     Returns:
         The two files, under the keys `documentation` and `sources`.
 
     Raises:
-        UpcyclingError: If there are no standard library sources (zipped or frozen Python).
+        UpcyclingError: There are no standard library sources (zipped or frozen Python).
     """
     check_writable(out)
     root = Path(sysconfig.get_path("stdlib")) if stdlib is None else stdlib
@@ -73,32 +73,32 @@ def write_stdlib_sample(out: Path, *, stdlib: Path | None = None) -> dict[str, P
 
 
 def remove_docstrings(source: str, tree: ast.Module | None = None) -> str:
-    r"""Returns the Python source without its docstrings; it stays valid and otherwise unchanged.
+    r"""Return Python source without docstrings, still valid and otherwise unchanged.
 
     Args:
         source: Python source with `\n` line ends.
-        tree: The syntax tree of exactly this source, when the caller has it already.
+        tree: Syntax tree of exactly this source; None parses the source.
 
     Raises:
-        SyntaxError: If no tree is given and the source does not parse.
+        SyntaxError: No tree is given and the source does not parse.
     """
     lines = source.split("\n")
     owners = [node for node in ast.walk(tree or ast.parse(source)) if _has_docstring(node)]
-    # From the end backwards, so that the positions still to come stay right.
+    # From the end backwards, so that the remaining positions stay valid.
     for owner in sorted(owners, key=lambda node: node.body[0].lineno, reverse=True):
         _remove_statement(lines, owner.body[0], only_statement=len(owner.body) == 1)
     return "\n".join(lines)
 
 
 def _remove_statement(lines: list[str], statement: ast.stmt, *, only_statement: bool) -> None:
-    """Removes one docstring statement from the lines, in place."""
+    """Remove one docstring statement from the lines, in place."""
     first, last = statement.lineno - 1, (statement.end_lineno or statement.lineno) - 1
     # The tree counts columns in UTF-8 bytes.
     before = lines[first].encode()[: statement.col_offset].decode()
     after = lines[last].encode()[statement.end_col_offset :].decode()
     alone = not before.strip() and (not after.strip() or after.lstrip().startswith("#"))
     if not alone or (only_statement and before):
-        # The place needs a statement: an empty body, or other code on the same line.
+        # A statement is needed: the body would be empty, or other code shares the line.
         lines[first : last + 1] = [f"{before}pass{after}"]
     elif after.strip():
         lines[first : last + 1] = [before + after.lstrip()]
@@ -107,27 +107,27 @@ def _remove_statement(lines: list[str], statement: ast.stmt, *, only_statement: 
 
 
 def _has_docstring(node: ast.AST) -> TypeGuard[_DocstringOwner]:
-    """Tells whether the node is a module, class or function that begins with a docstring."""
+    """Return whether the node is a module, class or function with a docstring."""
     return isinstance(node, _DOCSTRING_OWNERS) and ast.get_docstring(node, False) is not None
 
 
 def _parsed_modules(root: Path) -> Iterator[_SourceModule]:
-    """Yield the library's modules in the order of their names, without those that do not parse."""
+    """Yield the library's modules ordered by name, without modules that do not parse."""
     for name, path in sorted(_module_files(root)):
         try:
             with tokenize.open(path) as file:  # honours the coding line
                 source = file.read()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old escapes in other people's code
+                warnings.simplefilter("ignore")  # outdated escapes in third-party code
                 yield _SourceModule(name, source, ast.parse(source))
         except (SyntaxError, ValueError):  # ValueError: undecodable, or a null byte
             continue
 
 
 def _module_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """Yield (dotted module name, file) of every module to be used below the directory."""
+    """Yield (dotted module name, file) of every eligible module below the directory."""
     for directory, subdirectories, files in os.walk(root):
-        # What is no identifier is no package: site-packages, dist-packages, config-3.x-...
+        # Directories that are not identifiers are not packages: site-packages, config-3.x-...
         subdirectories[:] = [
             d for d in subdirectories if d.isidentifier() and d not in _EXCLUDED_DIRECTORIES
         ]
@@ -146,14 +146,14 @@ def _topic_documents() -> Iterator[tuple[str, str]]:
     """Yield (id, text) of the language reference topics that `help()` shows."""
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart; the docstrings are enough
+    except ImportError:  # some distributions package topics separately; docstrings are enough
         return
     for name in sorted(topics):
         yield f"topic:{name}", topics[name]
 
 
 def _docstring_documents(modules: Iterable[_SourceModule]) -> Iterator[tuple[str, str]]:
-    """Yield (id, text) of all docstrings, one document for each module."""
+    """Yield (id, text), one document per module with all its docstrings."""
     for module in modules:
         docstrings = _docstrings(module.tree, module.name)
         text = "\n\n".join(f"{name}\n\n{docstring}" for name, docstring in docstrings)
@@ -161,18 +161,18 @@ def _docstring_documents(modules: Iterable[_SourceModule]) -> Iterator[tuple[str
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """Yield (qualified name, cleaned docstring) of the node and all below it, in file order."""
+    """Yield (qualified name, cleaned docstring) of the node and all descendants, in file order."""
     if isinstance(node, _DOCSTRING_OWNERS) and (docstring := ast.get_docstring(node)):
         yield name, docstring
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _docstrings(child, f"{name}.{child.name}")
-        elif not isinstance(child, ast.expr):  # definitions also stand inside if and try
+        elif not isinstance(child, ast.expr):  # definitions may be nested in if and try
             yield from _docstrings(child, name)
 
 
 def _write_corpora(out: Path, corpora: dict[str, list[tuple[str, str]]]) -> dict[str, Path]:
-    """Write one JSONL file for each corpus; all of them appear at the end or none does."""
+    """Write one JSONL file per corpus; either all files appear or none."""
     with scratch_directory(out, "sample") as temporary:
         for name, documents in corpora.items():
             _write_jsonl(temporary / name, documents)
@@ -183,10 +183,10 @@ def _write_corpora(out: Path, corpora: dict[str, list[tuple[str, str]]]) -> dict
 
 
 def _write_jsonl(path: Path, documents: Iterable[tuple[str, str]]) -> None:
-    """Write the (id, text) documents that are long enough, one JSON object a line."""
+    """Write the (id, text) documents that are long enough, one JSON object per line."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for identifier, text in documents:
-            # Some docstrings show lone surrogates, which UTF-8 does not have.
+            # Some docstrings contain lone surrogates, which UTF-8 cannot encode.
             text = text.encode("utf-8", "backslashreplace").decode().strip()
             if len(text) >= MIN_CHARACTERS:
                 line = json.dumps({"text": text, "id": identifier}, ensure_ascii=False)
@@ -194,7 +194,7 @@ def _write_jsonl(path: Path, documents: Iterable[tuple[str, str]]) -> None:
 
 
 def _missing_sources_message(root: Path) -> str:
-    """Return what was found, what was expected and what to do."""
+    """Return an error message: what was found, what was expected and what to do."""
     problem = "a directory without usable .py files" if root.is_dir() else "no such directory"
     return (
         f"the sample corpus needs the Python sources of the standard library: found {problem} at "

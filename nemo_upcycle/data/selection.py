@@ -1,4 +1,4 @@
-"""What of a record is a document: a field or a prompt format, and which records at all."""
+"""Selection of documents: which records, and which field or prompt format gives the text."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from nemo_upcycle.errors import UpcyclingError, listing
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a record is a document.
+    """Which records are documents, and which part of a record is the text.
 
     Attributes:
-        text_key: The field with the text; `a.b` is the field b of an object under a.
-        where: Fields that must have these values, as text; other records are left out.
-        template: A prompt format in Jinja over the record's fields, instead of `text_key`.
+        text_key: Field with the text; `a.b` is the field b of an object under a.
+        where: Required field values, compared as text; other records are left out.
+        template: Prompt format as a Jinja template over the record's fields, instead of `text_key`.
     """
 
     text_key: str = "text"
@@ -23,14 +23,14 @@ class Selection:
     template: str | None = None
 
     def columns_of(self, names: Collection[str]) -> list[str] | None:
-        """Return which of a table's columns are read; None: all of them."""
+        """Return the columns to read from a table; None means all columns."""
         if self.template:
             return None
         keys = [self.text_key, *self.where]
         return list(dict.fromkeys(k if k in names else k.partition(".")[0] for k in keys))
 
     def of(self, record: Any) -> tuple[str | None, str | None]:
-        """Return a record's text, or why it has none; neither where it is left out."""
+        """Return (text, error) of a record; both are None for an excluded record."""
         if not isinstance(record, dict):
             hint = ": jq -c '.[]' FILE writes one per line" if isinstance(record, list) else ""
             return None, f"expected an object, found {type(record).__name__}{hint}"
@@ -67,7 +67,7 @@ _MISSING = object()
 
 
 def _field(record: dict[str, Any], key: str) -> Any:
-    """Return a field, or one of a nested object; `_MISSING` where there is none."""
+    """Return a field, possibly of a nested object; `_MISSING` if there is none."""
     if key in record:
         return record[key]
     outer, dot, inner = key.partition(".")
@@ -82,7 +82,7 @@ def _keys(record: dict[str, Any]) -> str:
 
 
 def _hint(value: Any) -> str:
-    """Say what to do with a field that is no string."""
+    """Return a remedy for a field that is not a string."""
     if isinstance(value, dict):
         return f" with {_keys(value)}: a nested one is OUTER.INNER to --text-key"
     if isinstance(value, bytes):
@@ -105,5 +105,5 @@ def _rendered(template: str, record: dict[str, Any]) -> tuple[str | None, str | 
     compiled = _compiled(template)
     try:
         return compiled.render(record), None
-    except Exception as error:  # a template may do anything to a record
+    except Exception as error:  # a template may raise anything
         return None, f"the template does not fit: {type(error).__name__}: {error}"

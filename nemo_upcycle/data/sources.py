@@ -1,4 +1,4 @@
-"""Where documents come from: files, directories, URLs, RedPajama-V2, the hub's data sets."""
+"""Sources of documents: files, directories, URLs, RedPajama-V2 and datasets of the hub."""
 
 import os
 from collections import Counter
@@ -15,7 +15,7 @@ COMPRESSED = (".gz", ".zst")
 PARQUET = ".parquet"
 HUB = "hf://"
 OURS = (".bin", ".idx", ".manifest.json", ".malformed.jsonl", ".contaminated.jsonl")
-"""What a dataset has: no documents, though some end like them."""
+"""Suffixes of a dataset's own files, which are not documents although some are JSON lines."""
 
 ONE_DOCUMENT_A_FILE = (
     'python -c "import json, sys; '
@@ -29,10 +29,10 @@ TABLES = (".csv", ".tsv", ".arrow")
 
 
 def files_of(sources: Iterable[str]) -> list[str]:
-    """Return the sources with directories and RedPajama-V2 replaced by their files, by name.
+    """Return the sources with directories and RedPajama-V2 replaced by sorted files.
 
     Raises:
-        UpcyclingError: One is not there, is of no kind that is known, or is given twice.
+        UpcyclingError: A source is missing, of unknown kind, or given twice.
     """
     files = [file for source in sources for file in _files_of(source)]
     if lost := [file for file in files if "://" not in file and not Path(file).is_file()]:
@@ -42,7 +42,7 @@ def files_of(sources: Iterable[str]) -> list[str]:
 
 
 def passed_over(source: str) -> str:
-    """Say what a directory holds that is not read, by endings; nothing of other sources."""
+    """Return a count per suffix of the unread files in a directory; otherwise an empty string."""
     path = Path(source).expanduser()
     files = [] if "://" in source or not path.is_dir() else list(_within(path))
     endings = Counter(_ending(file) for file in files if not _is_known(file) and not _is_ours(file))
@@ -72,7 +72,7 @@ def _files_of(source: str) -> list[str]:
 
 
 def _within(directory: Path) -> Iterator[Path]:
-    """Yield the files below a directory, through links too; what is hidden is passed over."""
+    """Yield the visible files below a directory, following links."""
 
     def fail(error: OSError) -> NoReturn:
         raise error
@@ -81,13 +81,17 @@ def _within(directory: Path) -> Iterator[Path]:
     for where, directories, files in os.walk(directory, onerror=fail, followlinks=True):
         real = os.path.realpath(where)
         directories[:] = [] if real in seen else [d for d in directories if not d.startswith(".")]
-        if real not in seen:  # a link may lead back up
+        if real not in seen:  # a link may lead to a parent directory
             yield from (Path(where, file) for file in files if not file.startswith("."))
         seen.add(real)
 
 
 def _check_given_once(files: list[str]) -> None:
-    """Check that no document would be trained on more often than others."""
+    """Check that no file is given twice, which would weight its documents twice.
+
+    Raises:
+        UpcyclingError: A file is given twice.
+    """
     first: dict[str, str] = {}
     for file in files:
         same = file if "://" in file else os.path.realpath(file)
@@ -100,10 +104,10 @@ def _check_given_once(files: list[str]) -> None:
 
 
 def check_is_lines(file: Path) -> None:
-    """Check that a file's ending is that of JSON lines, not packed.
+    """Check that a file's suffix is that of uncompressed JSON lines.
 
     Raises:
-        UpcyclingError: It is another.
+        UpcyclingError: The file has another suffix.
     """
     if kind_of(str(file)) not in LINES:
         raise UpcyclingError(
@@ -112,7 +116,7 @@ def check_is_lines(file: Path) -> None:
 
 
 def _expected(ending: str | None) -> str:
-    """Say which files are read, and what to do with those of another ending."""
+    """Return which files are expected, and a remedy for files with this suffix."""
     kinds = ", ".join([*LINES, *(f".jsonl{end}" for end in COMPRESSED), PARQUET])
     return f"expected one of {kinds}, or {HUB}NAME. {_advice(ending)}"
 
@@ -139,33 +143,33 @@ def _is_ours(path: PurePath) -> bool:
 
 
 def _ending(path: PurePath) -> str:
-    """Return a file's ending, unpacked, in small letters."""
+    """Return a file's suffix in lower case, without the suffix of a compression."""
     plain = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return plain.suffix.lower()
 
 
 def kind_of(source: str) -> str:
-    """Return a file's last ending in small letters."""
+    """Return a file's last suffix in lower case."""
     return path_of(source).suffix.lower()
 
 
 def path_of(source: str) -> PurePath:
-    """Return a file's path, also out of its URL; its endings say of what kind it is."""
+    """Return the path in a file name or URL; the suffixes give the file's kind."""
     return PurePath(urlsplit(source).path if remote.is_url(source) else source)
 
 
 def size_of(source: str) -> int:
-    """Return a file's bytes."""
+    """Return a file's size in bytes."""
     return remote.size_of(source) if remote.is_url(source) else Path(source).stat().st_size
 
 
 def open_file(source: str) -> BinaryIO:
-    """Open a file."""
+    """Open a file or URL for reading."""
     return remote.open_url(source) if remote.is_url(source) else Path(source).open("rb")
 
 
 def name_of(source: str) -> str:
-    """Return what a dataset of a source is called: a file without its kind, the last of others."""
+    """Return the default dataset name for a source: the last path component without suffixes."""
     if remote.is_url(source):
         source = urlsplit(source).path
     name = PurePath(source.partition("?")[0].replace("://", "/")).name.rstrip(":")
@@ -176,7 +180,7 @@ def name_of(source: str) -> str:
 
 
 def resolved(source: str, home: Path) -> str:
-    """Return a source that a file in `home` names: relative paths are relative to that."""
+    """Return a source with relative paths resolved against the directory `home`."""
     if source.startswith(HUB) or remote.is_url(source):
         return source
     if source.startswith(redpajama.SCHEME):

@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer on JSONL documents, and reads such documents."""
+"""Train a byte-level BPE tokenizer on JSONL documents, and read such documents."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ BOS_TOKEN = "<s>"
 EOS_TOKEN = "</s>"
 
 _SPECIAL_TOKENS = [BOS_TOKEN, EOS_TOKEN]
-# Byte-level BPE starts from all 256 bytes, so that it can spell any text.
+# Byte-level BPE starts from all 256 bytes, so that the vocabulary can spell any text.
 _MIN_VOCAB_SIZE = 256 + len(_SPECIAL_TOKENS)
 
 
 def train_tokenizer(files: Sequence[Path], out: Path, vocab_size: int = 4096) -> int:
-    """Train a byte-level BPE on the files' "text" and saves it as a Hugging Face directory.
+    """Train a byte-level BPE on the files' "text" and save a Hugging Face tokenizer directory.
 
-    The tokenizer loads with `transformers.AutoTokenizer.from_pretrained(out)`, adds no token of
-    its own and gives every text back unchanged. The same files give the same tokenizer.
+    The tokenizer loads with `transformers.AutoTokenizer.from_pretrained(out)`. It adds no special
+    tokens, and decoding gives every text back unchanged. The same files give the same tokenizer.
 
     Args:
         files: JSONL files, each line an object with a string under "text".
-        out: Directory to write; an older tokenizer there is replaced.
-        vocab_size: Vocabulary size in tokens, `<s>` (id 0) and `</s>` (id 1) included.
+        out: Output directory; an existing tokenizer is replaced.
+        vocab_size: Vocabulary size in tokens, including `<s>` (id 0) and `</s>` (id 1).
 
     Returns:
         The vocabulary size in tokens.
 
     Raises:
         UpcyclingError: The vocabulary is smaller than 256 bytes and two special tokens, or the
-            corpus is too small for it. Or a file is missing, a line is malformed, or `out` holds
-            something that is not a tokenizer.
+            corpus is too small for the vocabulary. Also if a file is missing, a line is malformed,
+            or `out` contains something other than a tokenizer.
     """
     if vocab_size < _MIN_VOCAB_SIZE:
         raise UpcyclingError(
@@ -63,22 +63,22 @@ def train_tokenizer(files: Sequence[Path], out: Path, vocab_size: int = 4096) ->
 
 
 def read_documents(jsonl: Path) -> Iterator[tuple[str, int]]:
-    """Yield (text, end of its line in bytes from the file's start) of every document.
+    """Yield (text, byte offset of the end of the line) for every document.
 
-    Blank lines are passed over.
+    Blank lines are skipped.
 
     Args:
         jsonl: UTF-8 file, each line an object with a string under "text".
 
     Raises:
-        UpcyclingError: If there is no such file, or a line is not such an object (the message
-            names file and line number).
+        UpcyclingError: The file is missing, or a line is not such an object; the message names
+            file and line number.
     """
     if not jsonl.is_file():
         raise UpcyclingError(f"no file {jsonl}; expected a JSONL file of documents")
     check_is_lines(jsonl)
     end = 0
-    with jsonl.open("rb") as file:  # binary, for byte positions and `\n` as the only line end
+    with jsonl.open("rb") as file:  # binary: byte offsets, and `\n` as the only line end
         for number, line in enumerate(file, start=1):
             end += len(line)
             if not is_blank(line):
@@ -86,7 +86,7 @@ def read_documents(jsonl: Path) -> Iterator[tuple[str, int]]:
 
 
 def _parse_document(line: bytes, where: str) -> str:
-    """Return the text of one JSONL line; errors begin with `where`."""
+    """Return the text of a JSONL line; error messages begin with `where`."""
     try:
         text, error = Selection().of(parse_line(line))
     except ValueError as failed:
@@ -115,27 +115,31 @@ def _train_bpe(files: Sequence[Path], vocab_size: int) -> Tokenizer:
 
 
 def _save(tokenizer: Tokenizer, out: Path) -> None:
-    """Write the Hugging Face directory; it appears whole or not at all."""
+    """Write the Hugging Face directory atomically."""
     import transformers
 
-    tokenizer_class: Any = transformers.PreTrainedTokenizerFast  # has no type annotations
+    tokenizer_class: Any = transformers.PreTrainedTokenizerFast  # the class has no type annotations
     fast = tokenizer_class(
         tokenizer_object=tokenizer,
         bos_token=BOS_TOKEN,
         eos_token=EOS_TOKEN,
-        clean_up_tokenization_spaces=False,  # would eat the space in "a , b"
+        clean_up_tokenization_spaces=False,  # would remove the space in "a , b"
         model_input_names=["input_ids", "attention_mask"],  # Llama refuses token_type_ids
     )
     with scratch_directory(out.parent, out.name) as temporary:
         new = temporary / "new"
         fast.save_pretrained(str(new))
-        if out.exists():  # a directory with files in it cannot be renamed over
+        if out.exists():  # a non-empty directory cannot be renamed over
             os.replace(out, temporary / "old")
         os.replace(new, out)
 
 
 def _check_replaceable(out: Path) -> None:
-    """Refuse to replace anything but an empty directory or an older tokenizer."""
+    """Check that `out` is missing, an empty directory or an existing tokenizer.
+
+    Raises:
+        UpcyclingError: `out` is something else, which must not be replaced.
+    """
     if not out.exists() or (out / "tokenizer.json").is_file():
         return
     if not out.is_dir() or any(out.iterdir()):

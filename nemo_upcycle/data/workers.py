@@ -1,4 +1,4 @@
-"""Processes that tokenise parts."""
+"""Worker processes that tokenise parts."""
 
 import multiprocessing
 import os
@@ -21,7 +21,7 @@ from nemo_upcycle.errors import UpcyclingError
 SECONDS_BETWEEN_LOOKS = 0.2
 
 _state: dict[str, Any] = {}
-"""What a worker has: what makes tokens, the queue that it tells its progress, who started it."""
+"""A worker's state: encoder, evaluation items, progress queue and the parent's process id."""
 
 
 def tokenize_parts(
@@ -32,19 +32,19 @@ def tokenize_parts(
     advance: Advance,
     evaluations: Path | None = None,
 ) -> None:
-    """Tokenise parts in processes.
+    """Tokenise parts in worker processes.
 
     Args:
-        tasks: Parts, and where they are written.
-        selection: What of a record is a document.
-        encoder: Makes tokens.
-        workers: Processes.
-        advance: Told of all that they do, in this process.
-        evaluations: Items whose documents are left out.
+        tasks: Parts, each with the files to write.
+        selection: Which records are documents, and which part of a record is the text.
+        encoder: Encoder from texts to tokens.
+        workers: Number of processes.
+        advance: Called in this process with the increments of all workers.
+        evaluations: File of evaluation items; documents that overlap an item are left out.
 
     Raises:
-        UpcyclingError: A source cannot be read to its end, and what other processes have begun is
-            brought to its end; or a process was killed.
+        UpcyclingError: A source cannot be read to the end, or a process was killed. After a read
+            error, parts that other processes have begun are completed.
     """
     context = multiprocessing.get_context("spawn")
     told, before = context.Queue(), multiprocessing.active_children()
@@ -75,7 +75,7 @@ def tokenize_parts(
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Start processes that do not hear of Ctrl-C, at which each would show a traceback."""
+    """Block Ctrl-C in new processes, which would each print a traceback."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -84,7 +84,7 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _begin(encoder: Encoder, evaluations: Path | None, told: Any, parent: int) -> None:
-    # There are as many processes as cores already.
+    # The worker processes already occupy all cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _state.update(
         encoder=encoder,
@@ -96,7 +96,7 @@ def _begin(encoder: Encoder, evaluations: Path | None, told: Any, parent: int) -
 
 def _work(part: Part, files: PartFiles, selection: Selection) -> None:
     def advance(more_bytes: int, more_tokens: int) -> None:
-        if os.getppid() != _state["parent"]:  # it was killed, and nobody waits for this
+        if os.getppid() != _state["parent"]:  # the parent was killed
             os._exit(1)
         _state["told"].put((more_bytes, more_tokens))
 

@@ -39,10 +39,19 @@ def owned_shards(module: torch.nn.Module) -> list[OwnedShard]:
     Raises:
         UpcyclingError: A parameter is not covered exactly once by views of itself.
     """
-    state: ShardedStateDict = module.sharded_state_dict()
+    state: ShardedStateDict = module.sharded_state_dict(metadata=_groups(module))
     owned = [own for tensor in _sharded_tensors(state.values()) for own in _owned(tensor)]
     _check_coverage(module, owned)
     return owned
+
+
+def _groups(module: torch.nn.Module) -> dict[str, Any] | None:
+    """Return the model's own process groups where it has been given some.
+
+    Newer versions of Megatron-Core would otherwise look into its global state.
+    """
+    group = getattr(getattr(module, "pg_collection", None), "dp_cp", None)
+    return None if group is None else {"dp_cp_group": group}
 
 
 class _View(torch.Tensor):

@@ -1,7 +1,9 @@
 """Communication between all ranks during upcycling, on a group that notices lost ranks."""
 
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -119,7 +121,7 @@ class Ranks:
             f"Rank {self.rank} got no answer from {who}, which has ended, was killed, or took more "
             f"than {self.timeout.total_seconds():g} s longer. Check the last output of that rank, "
             "and whether its machine ran out of memory; then start the same command again. If "
-            "ranks are only slow, raise UpcyclingCallback(timeout_s=...)."
+            "ranks are only slow, raise timeout_s."
         )
 
 
@@ -139,3 +141,17 @@ def check_same(what: str, views: Sequence[str | None]) -> None:
         raise UpcyclingError(
             f"Ranks see different {what} ({seen}); expected the same on all nodes."
         )
+
+
+@contextmanager
+def said_on_every_rank(prefix: str) -> Iterator[None]:
+    """Print an error on a separate line on every rank.
+
+    The launcher may end the other ranks before they have printed tracebacks.
+    """
+    try:
+        yield
+    except UpcyclingError as error:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        print(f"{prefix} rank {rank}: {error}", file=sys.stderr, flush=True)
+        raise

@@ -1,1 +1,1 @@
-"""Trained models measured: lm-eval on any number of ranks, parity with the dense model."""
+"""Evaluation of trained models: lm-eval on any number of ranks, parity with the dense model."""

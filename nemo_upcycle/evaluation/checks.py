@@ -1,4 +1,4 @@
-"""What is checked before any model is loaded: tokenizer, context length, vocabulary."""
+"""Checks before any model is loaded: tokenizer, context length, vocabulary."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
 from nemo_upcycle.trained.opened import open_trained
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Names of the dtypes that models run in."""
+"""Names of the supported inference dtypes."""
 
 
 @dataclass(frozen=True)
 class Described:
-    """A checkpoint, by its config alone.
+    """A checkpoint as described by its config alone.
 
     Attributes:
-        source: What the user calls it.
-        vocab_size: Tokens that it knows; None where its config does not say.
-        context_length: Tokens of a row that it takes; None where its config does not say.
-        arch: Its numbers, of a family that Megatron computes.
+        source: The checkpoint as named by the user.
+        vocab_size: Vocabulary size in tokens; None if the config has none.
+        context_length: Maximum number of tokens per row; None if the config has none.
+        arch: Architecture, for families that Megatron computes; else None.
     """
 
     source: str
@@ -42,19 +42,20 @@ class Described:
 
 
 def describe(source: str | Path) -> Described:
-    """Read what a checkpoint's config says of tokens, and check a dense one's headers.
+    """Read vocabulary size and context length from a config; check dense checkpoints' headers.
 
     Args:
-        source: NeMo 2's, Megatron-LM's or Hugging Face's, or a run's directory.
+        source: A checkpoint in NeMo 2's, Megatron-LM's or Hugging Face's format, or a run's
+            directory.
 
     Raises:
-        UpcyclingError: It cannot be read.
+        UpcyclingError: The checkpoint cannot be read.
     """
     directory = resolve_trained(source)
     arch = _architecture(directory)
     if arch is not None:
         return Described(str(source), arch.vocab_size, arch.max_position_embeddings, arch)
-    # The words of other families; composite models have their text model's apart.
+    # Keys of other families; composite models nest the text model's config.
     config = read_config(directory)
     config = config.get("text_config") or config
     lengths = (config.get(n) for n in ("n_positions", "max_position_embeddings", "n_ctx"))
@@ -77,18 +78,18 @@ def _architecture(directory: Path) -> Architecture | None:
 def row_length(
     models: Iterable[Described], wanted: int | None = None, earlier: int | None = None
 ) -> int | None:
-    """Return how many tokens of a row all models are given: the same, or they do not compare.
+    """Return the maximum number of tokens per row, equal for all models so that scores compare.
 
     Args:
         models: The models to compare.
-        wanted: What the user asks for.
-        earlier: What a model had that was evaluated earlier.
+        wanted: Number requested by the user, or None.
+        earlier: Number used in an earlier evaluation of one of the models, or None.
 
     Returns:
-        What is asked for, or the shortest context length; None where nothing says one.
+        The requested number, else the shortest context length; None if neither is known.
 
     Raises:
-        UpcyclingError: A model does not take as many as are asked for.
+        UpcyclingError: The requested number exceeds a model's context length.
     """
     known = [model for model in models if model.context_length is not None]
     shortest = min(known, key=lambda model: model.context_length or 0, default=None)
@@ -103,14 +104,14 @@ def row_length(
 
 
 def check_tokenizer(tokenizer: Any, model: Described) -> None:
-    """Check that a model knows every token of a tokenizer.
+    """Check that a model has an embedding for every token of a tokenizer.
 
     Args:
-        tokenizer: transformers'.
+        tokenizer: A tokenizer of transformers.
         model: The model.
 
     Raises:
-        UpcyclingError: It does not.
+        UpcyclingError: A token has no embedding.
     """
     if model.vocab_size is None:
         return
@@ -127,7 +128,7 @@ def check_tokenizer(tokenizer: Any, model: Described) -> None:
 
 
 def other_tokens(tokenizer: PreTrainedTokenizerBase, model: Described) -> str | None:
-    """Say that a tokenizer gives texts other tokens than the model's own; None if it does not."""
+    """Return a warning if a tokenizer differs from the model's own tokenizer, else None."""
     own = other_tokenizer(tokenizer, model.source)
     if own is None:
         return None
@@ -141,9 +142,9 @@ def open_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the first checkpoint that has one.
 
     Raises:
-        UpcyclingError: There is none, or it cannot be read.
+        UpcyclingError: No checkpoint has a tokenizer, or the tokenizer cannot be read.
     """
-    if find_directory(sources[0]) is None:  # checkpoints are there, so a user has named it
+    if find_directory(sources[0]) is None:  # not a checkpoint, so the user has named a tokenizer
         return load_tokenizer(named_tokenizer(sources[0]))
     directory = next(filter(None, map(tokenizer_directory, sources)), None)
     if directory is None:
@@ -158,7 +159,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that a tokenizer has a chat template.
 
     Raises:
-        UpcyclingError: It has not.
+        UpcyclingError: There is no chat template.
     """
     if not tokenizer.chat_template:
         raise UpcyclingError(
@@ -169,10 +170,10 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """Return the dtype that a user names, None for the checkpoint's.
+    """Return the dtype with this name; None means the checkpoint's dtype.
 
     Raises:
-        UpcyclingError: It is none of those that models run in.
+        UpcyclingError: The dtype is not supported.
     """
     if name not in (None, *DTYPES):
         raise UpcyclingError(f"dtype is {name!r}; expected one of: {', '.join(DTYPES)}.")

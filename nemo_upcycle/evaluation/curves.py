@@ -1,4 +1,4 @@
-"""Reads loss curves from NeMo runs and compares the dense run with its upcycled MoE."""
+"""Read loss curves from NeMo runs and compare a dense run with its upcycled MoE."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ VAL_LOSS = "val_loss"
 
 _FINAL_FRACTION = 0.1
 _SMOOTHING_FRACTION = 0.05
-# Okabe and Ito's blue and vermillion, told apart with every colour vision.
+# Okabe and Ito's blue and vermillion, distinguishable with every form of colour vision.
 _DENSE_COLOR, _MOE_COLOR = "#0072B2", "#D55E00"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The losses of one run, in nats per token, by step (counted from 0).
+    """The losses of a run, in nats per token, by step (counted from 0).
 
     Attributes:
-        name: What the run is called in tables and pictures.
+        name: Name of the run in tables and pictures.
         steps: Optimizer steps with a training loss, increasing.
-        loss: Training loss at each of the steps, before the step's update.
-        val_steps: Steps with a validation loss, increasing; empty when there was no validation.
-        val_loss: Validation loss at each of the val_steps.
+        loss: Training loss per step, before the step's update.
+        val_steps: Steps with a validation loss, increasing; empty without validation.
+        val_loss: Validation loss per step in `val_steps`.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Curve:
 
     @property
     def final_val_loss(self) -> float | None:
-        """Last validation loss, None when there was no validation."""
+        """Last validation loss; None without validation."""
         return self.val_loss[-1] if self.val_loss else None
 
 
@@ -63,10 +63,10 @@ class Comparison:
 
     Attributes:
         dense: Curve of the dense run.
-        moe: Curve of the MoE run; its first step is that of the dense run.
+        moe: Curve of the MoE run, starting at the same step as the dense run.
         tokens_per_step: Global batch size times sequence length, in tokens.
-        markdown: The table as a file.
-        picture: The curves as a PNG file.
+        markdown: Path of the table, a markdown file.
+        picture: Path of the picture, a PNG file.
     """
 
     dense: Curve
@@ -79,24 +79,24 @@ class Comparison:
     def first_step_difference(self) -> float:
         """Absolute difference of the losses at the first step, in nats per token.
 
-        TensorBoard keeps losses in single precision: of a loss near 4, no less than 2e-7 shows.
+        TensorBoard keeps losses in single precision: near 4, differences below 2e-7 are lost.
         """
         return abs(self.moe.loss[0] - self.dense.loss[0])
 
 
 def read_curve(run_dir: Path, metric: str = TRAIN_LOSS, *, name: str | None = None) -> Curve:
-    """Read a run's training and validation losses from its TensorBoard event files.
+    """Read a run's training and validation losses from TensorBoard event files.
 
-    All event files anywhere below the directory belong to the run. A resumed run has several:
-    where they hold the same step, the value written last counts.
+    All event files below the directory belong to the run. A resumed run has several files; where
+    files contain the same step, the value written last counts.
 
     Args:
         run_dir: Directory of the run.
         metric: Tag of the training loss.
-        name: Name of the curve; that of the directory when None.
+        name: Name of the curve; None means the name of the directory.
 
     Raises:
-        UpcyclingError: If there are no event files below the directory or none has the metric.
+        UpcyclingError: There are no event files below the directory, or none has the metric.
     """
     files = sorted(path for path in run_dir.rglob("*tfevents*") if path.is_file())
     if not files:
@@ -125,20 +125,20 @@ def compare_runs(
     names: tuple[str, str] = ("dense", "MoE"),
     title: str = "Continued training: dense and upcycled MoE",
 ) -> Comparison:
-    """Compare the runs and writes `comparison.md` and `comparison.png` to the directory.
+    """Compare two runs and write `comparison.md` and `comparison.png`.
 
     Args:
         dense: Directory of the dense run.
         moe: Directory of the MoE run, on the same data in the same order.
-        out: Directory to write to; made when missing.
+        out: Output directory, created if missing.
         tokens_per_step: Global batch size times sequence length, in tokens.
         metric: Tag of the training loss.
-        names: What the dense and the MoE run are called.
+        names: Names of the dense and the MoE run in table and picture.
         title: Title of the picture and the table.
 
     Raises:
-        UpcyclingError: If matplotlib is missing, a run has no such curve, the runs do not begin
-            at the same step, or tokens_per_step is not positive.
+        UpcyclingError: matplotlib is missing, a run has no such metric, the runs start at different
+            steps, or tokens_per_step is not positive.
     """
     require_matplotlib()
     if tokens_per_step < 1:
@@ -160,7 +160,7 @@ def compare_runs(
 
 
 def render(comparison: Comparison, title: str | None = None) -> Table:
-    """Return the comparison as a table for the terminal (`rich.print` shows it)."""
+    """Return the comparison as a table for the terminal, to be shown by `rich.print`."""
     from rich.table import Table
 
     header, *rows = _rows(comparison)
@@ -177,7 +177,7 @@ def plot(comparison: Comparison, title: str) -> Figure:
     """Return a figure with the losses of both runs over the tokens and the step-0 equality.
 
     Raises:
-        UpcyclingError: If matplotlib is missing.
+        UpcyclingError: matplotlib is missing.
     """
     require_matplotlib()
     from matplotlib.figure import Figure  # no pyplot: no window, no global state
@@ -203,8 +203,8 @@ def plot(comparison: Comparison, title: str) -> Figure:
 def smooth(values: Sequence[float], width: int) -> list[float]:
     """Return the centred moving average of up to `width` values.
 
-    At the start the window narrows and stays centred: the first value, the step-0 loss, stays
-    what it is. At the end it is cut off: one noisy last value must not bend the curve.
+    At the start the window narrows symmetrically, so the first value, the step-0 loss, is kept.
+    At the end the window is truncated, so that one noisy last value does not bend the curve.
     """
     half = width // 2
     smoothed = []
@@ -224,7 +224,7 @@ def _read_scalars(files: Sequence[Path]) -> dict[str, dict[int, float]]:
 
     latest: dict[str, dict[int, tuple[float, float]]] = {}
     for file in files:
-        # One file at a time and without its purge: merging is decided here.
+        # One file at a time and without purging: files are merged here.
         events = EventAccumulator(
             str(file), STORE_EVERYTHING_SIZE_GUIDANCE, purge_orphaned_data=False
         ).Reload()
@@ -239,13 +239,17 @@ def _read_scalars(files: Sequence[Path]) -> dict[str, dict[int, float]]:
 
 
 def _columns(series: dict[int, float]) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Return the steps in order and their values."""
+    """Return the sorted steps and their values."""
     steps = tuple(sorted(series))
     return steps, tuple(series[step] for step in steps)
 
 
 def _check_same_start(dense: Curve, moe: Curve, dense_dir: Path, moe_dir: Path) -> None:
-    """Refuse runs whose first losses are of different steps, that is of different data."""
+    """Check that both runs' first losses are from the same step and thus from the same data.
+
+    Raises:
+        UpcyclingError: The steps differ.
+    """
     if dense.steps[0] != moe.steps[0]:
         raise UpcyclingError(
             f"the first loss below {dense_dir} is of step {dense.steps[0]}, below {moe_dir} of "
@@ -255,9 +259,9 @@ def _check_same_start(dense: Curve, moe: Curve, dense_dir: Path, moe_dir: Path) 
 
 
 def _tokens(steps: Sequence[int], tokens_per_step: int) -> list[int]:
-    """Return how many tokens were seen with each step.
+    """Return the number of tokens seen up to and including each step.
 
-    From the step and not from NeMo's consumed_samples, which is logged late or not at all.
+    Computed from the step, because NeMo logs consumed_samples late or not at all.
     """
     return [(step + 1) * tokens_per_step for step in steps]
 
@@ -280,14 +284,14 @@ def _rows(comparison: Comparison) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _loss_row(quantity: str, dense: float | None, moe: float | None) -> tuple[str, str, str, str]:
-    """Return a table row of two losses; n/a stands for one that is not there."""
+    """Return a table row of two losses; a missing loss is shown as n/a."""
     cells = ["n/a" if loss is None else f"{loss:.4f}" for loss in (dense, moe)]
     difference = "n/a" if dense is None or moe is None else f"{moe - dense:+.4f}"
     return quantity, cells[0], cells[1], difference
 
 
 def _small(difference: float) -> str:
-    """Return a difference that may be tiny, or 0 when there is none at all."""
+    """Format a difference that may be tiny; 0 if there is none."""
     return f"{difference:.1e}" if difference else "0"
 
 
@@ -307,7 +311,7 @@ def _markdown(comparison: Comparison, title: str) -> str:
 
 
 def _plot_curve(axes: Axes, curve: Curve, tokens_per_step: int, color: str) -> None:
-    """Draw a run: training loss light and smoothed, validation loss dashed with dots."""
+    """Draw a run: training loss faint and smoothed, validation loss dashed with dots."""
     tokens = _tokens(curve.steps, tokens_per_step)
     width = max(1, round(len(curve.loss) * _SMOOTHING_FRACTION))
     axes.plot(tokens, curve.loss, color=color, alpha=0.25, linewidth=1)
@@ -332,14 +336,14 @@ def _plot_curve(axes: Axes, curve: Curve, tokens_per_step: int, color: str) -> N
 
 
 def _mark_first_step(axes: Axes, comparison: Comparison) -> None:
-    """Mark the first losses and writes them and their difference above the curves."""
+    """Mark the first losses and annotate both values and the difference above the curves."""
     dense, moe = comparison.dense, comparison.moe
     x = _tokens(dense.steps[:1], comparison.tokens_per_step)[0]
     # A ring around a dot: both stay visible where the losses are equal.
     axes.plot(x, dense.loss[0], "o", ms=12, mfc="none", mec=_DENSE_COLOR, mew=2, clip_on=False)
     axes.plot(x, moe.loss[0], "o", ms=5, color=_MOE_COLOR, clip_on=False)
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.35 * (high - low))  # room for this text and the legend
+    axes.set_ylim(low, high + 0.35 * (high - low))  # room for the annotation and the legend
     axes.annotate(
         f"at step {dense.steps[0]}\n"
         f"{dense.name} {dense.loss[0]:.6f}\n"

@@ -1,4 +1,4 @@
-"""Where a model stops, and how it goes on from a text."""
+"""Text generation: stop tokens and the continuation of a prompt."""
 
 import json
 from collections.abc import Mapping
@@ -28,22 +28,22 @@ _NUMBERS = (
     *("repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
 )
 _READ_BESIDE = ("rope_scaling", "head_dim", *_TOKENS, *GENERATION)
-"""Keys of a config that are read beside those with a default of the family's."""
+"""Config keys that are read in addition to the keys with a default of the family."""
 
 _RUNNING = (
     *("return_dict", "output_hidden_states", "output_attentions", "torchscript", "use_cache"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "gradient_checkpointing"),
 )
-"""Keys that change how a model runs and not what it computes: that is decided here."""
+"""Keys that change how a model runs but not the result; these are decided here."""
 
 
 def generation_config(directory: Path) -> GenerationConfig:
-    """Return how a checkpoint wants to generate: all its eos ids, foremost.
+    """Return a checkpoint's generation config, in particular all eos ids.
 
     Args:
-        directory: The checkpoint. Without `generation_config.json` its config counts, as in
-            transformers; of NeMo's, what the run has recorded of the dense model's.
+        directory: The checkpoint. Without `generation_config.json` the model's config counts, as in
+            transformers. For NeMo's checkpoints the recorded config of the dense model counts.
 
     Raises:
         UpcyclingError: A file cannot be read.
@@ -73,10 +73,10 @@ def generation_config(directory: Path) -> GenerationConfig:
 
 
 def _check(said: Mapping[str, Any], path: Path) -> None:
-    """Check the kind of what transformers takes as it is, and fails with as it generates.
+    """Check types that transformers accepts unchecked and that would fail during generation.
 
     Raises:
-        UpcyclingError: A value is of another.
+        UpcyclingError: A value has the wrong type.
     """
     for key in _TOKENS:
         check_token_ids(said.get(key), key, path)
@@ -87,12 +87,12 @@ def _check(said: Mapping[str, Any], path: Path) -> None:
 
 
 def transformers_config(directory: Path) -> PretrainedConfig:
-    """Return transformers' config of a Hugging Face directory.
+    """Return the transformers config of a Hugging Face directory.
 
-    transformers here is of version 4: the words of version 5 are put into its own.
+    The installed transformers is version 4: keys of version 5 are translated.
 
     Raises:
-        UpcyclingError: It cannot be read, or transformers 4 has no words for it.
+        UpcyclingError: The config cannot be read, or has no equivalent in transformers 4.
     """
     config = read_config(directory)
     kind = config.get("model_type")
@@ -110,7 +110,7 @@ def transformers_config(directory: Path) -> PretrainedConfig:
     config = {key: value for key, value in config.items() if key not in _RUNNING}
     try:
         return CONFIG_MAPPING[kind].from_dict(config)
-    except Exception as error:  # of the code of any of some hundred families
+    except Exception as error:  # raised by the code of any of some hundred families
         said = " ".join(str(error).split())
         raise UpcyclingError(
             f"transformers cannot read {directory / 'config.json'}: {type(error).__name__}: {said}"
@@ -118,10 +118,10 @@ def transformers_config(directory: Path) -> PretrainedConfig:
 
 
 def _of_another_family(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of a family that transformers alone computes, in its own words.
+    """Return the config of a family that only transformers computes, in version 4's keys.
 
     Raises:
-        UpcyclingError: The family's config in transformers 4 has no word for what it says of RoPE.
+        UpcyclingError: The family's config in transformers 4 has no key for a RoPE parameter.
     """
     rope = config.get("rope_parameters")
     if not rope:
@@ -143,15 +143,15 @@ def _of_another_family(config: dict[str, Any]) -> dict[str, Any]:
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: str, context_length: int | None
 ) -> list[int]:
-    """Return the tokens of a prompt.
+    """Return the token ids of a prompt.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         prompt: The text.
-        context_length: Tokens that the model takes; None where its config does not say.
+        context_length: Maximum number of tokens per row; None if unknown.
 
     Raises:
-        UpcyclingError: It has no token, or leaves no room for one more.
+        UpcyclingError: The prompt has no token, or leaves no room for a further token.
     """
     ids = tokenizer(prompt, verbose=False)["input_ids"]
     if not ids:
@@ -172,18 +172,18 @@ def go_on(
     temperature: float = 0.0,
     seed: int = 1234,
 ) -> str:
-    """Return a prompt with what the model makes of it; every rank must call it.
+    """Return a prompt with the model's continuation; every rank must call this.
 
-    It stops where the checkpoint says (`generation_config`), else at the tokenizer's eos token.
-    Nothing else of what the checkpoint says of generation counts: penalties, top-p.
+    Generation stops at the eos ids in `generation_config`, else at the tokenizer's eos token. Other
+    settings in the checkpoint's generation config, such as penalties and top-p, are ignored.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer.
-        ids: The prompt's tokens.
-        max_new_tokens: Tokens at most.
-        temperature: 0 takes the likeliest token each time.
-        seed: For a temperature above 0.
+        tokenizer: The model's tokenizer.
+        ids: The prompt's token ids.
+        max_new_tokens: Maximum number of generated tokens.
+        temperature: Sampling temperature; 0 takes the most likely token.
+        seed: Seed for a temperature above 0.
     """
     stops = model.generation_config.eos_token_id
     stops = tokenizer.eos_token_id if stops is None else stops
@@ -198,7 +198,7 @@ def go_on(
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=stops,
-            # One row is never padded; transformers warns without a token for it.
+            # A single row needs no padding, but transformers warns without a pad token.
             pad_token_id=stops[0] if isinstance(stops, list) else stops,
             **sampling,
         ),

@@ -1,4 +1,4 @@
-"""Run lm-eval on a checkpoint and keep what it says."""
+"""Run lm-eval on a checkpoint and write the results."""
 
 import json
 import sys
@@ -21,17 +21,17 @@ from nemo_upcycle.files import write_whole
 
 @dataclass(frozen=True)
 class Options:
-    """How tasks are run.
+    """Options of an evaluation.
 
     Attributes:
-        folding: How a model is spread over the ranks.
-        batch_size: Rows at a time, over all ranks.
-        limit: Questions of each task at most; None for all.
-        dtype: The model's; None takes the checkpoint's.
-        max_length: Tokens of a row at most; None takes the model's.
-        tokenizer: Directory of the tokenizer; None takes the checkpoint's.
+        folding: Parallel mapping of the model over the ranks.
+        batch_size: Rows per batch, over all ranks.
+        limit: Maximum number of questions per task; None for all.
+        dtype: The model's dtype; None means the checkpoint's.
+        max_length: Maximum number of tokens per row; None means the model's context length.
+        tokenizer: Directory of the tokenizer; None means the checkpoint's.
         log_samples: Whether to keep every question with its log-likelihoods.
-        apply_chat_template: Whether to ask in the tokenizer's chat template.
+        apply_chat_template: Whether to apply the tokenizer's chat template to questions.
     """
 
     folding: ParallelFolding = field(default_factory=ParallelFolding)
@@ -53,19 +53,19 @@ def evaluate(
     options: Options,
     keep: Keep = lambda request, results: None,
 ) -> Results:
-    """Evaluate a checkpoint; every rank must call it.
+    """Evaluate a checkpoint; every rank must call this.
 
     Args:
-        source: The checkpoint: NeMo 2, Megatron-LM or Hugging Face.
-        tasks: From `load_tasks`.
-        options: How.
-        keep: Called on rank 0 with what was run and its results, as soon as they are there.
+        source: A checkpoint in NeMo 2's, Megatron-LM's or Hugging Face's format.
+        tasks: Result of `load_tasks`.
+        options: Options.
+        keep: Called on rank 0 with each request and its results as soon as available.
 
     Returns:
-        lm-eval's results, on rank 0; empty elsewhere.
+        lm-eval's results on rank 0; empty elsewhere.
 
     Raises:
-        UpcyclingError: The checkpoint cannot be read, or not be spread so.
+        UpcyclingError: The checkpoint cannot be read, or does not fit the parallel mapping.
     """
     from lm_eval import simple_evaluate
 
@@ -108,10 +108,14 @@ def evaluate(
 
 
 def read_results(path: Path, wanted: Sequence[Request]) -> Results:
-    """Read lm-eval's results of an earlier run, where they are of the same tasks and examples.
+    """Read lm-eval's results of an earlier run, for requests with the same tasks and examples.
+
+    Args:
+        path: lm-eval's JSON file.
+        wanted: Requests of the current run.
 
     Raises:
-        UpcyclingError: The file holds none, or a task without a score.
+        UpcyclingError: The file has no results for the requests, or a task without a score.
     """
     try:
         saved = json.loads(path.read_text())
@@ -133,7 +137,7 @@ def read_results(path: Path, wanted: Sequence[Request]) -> Results:
             f"{path} has results of {', '.join(shots)}; expected the tasks that are run now, with "
             "as many examples."
         )
-    groups = saved.get("group_subtasks") or {}  # some groups have no score of their own
+    groups = saved.get("group_subtasks") or {}  # some groups have no score
     if without := [task for task in empty if task not in groups]:
         raise UpcyclingError(
             f"{path} has no score of {listing(without)}; expected lm-eval's JSON of a run that "
@@ -147,15 +151,15 @@ def _has_score(metrics: Mapping[str, Any]) -> bool:
 
 
 def check_options(path: Path, earlier: Results, options: Options) -> None:
-    """Check before the work that earlier results were asked for as those to come.
+    """Check, before evaluating, that earlier results were made with the same options.
 
     Args:
-        path: Their file.
-        earlier: From `read_results`.
-        options: How the tasks will be run.
+        path: File of the earlier results.
+        earlier: Result of `read_results`.
+        options: Options of the current run.
 
     Raises:
-        UpcyclingError: They were not.
+        UpcyclingError: The limit or the chat template option differs.
     """
     for results in earlier.values():
         limit = results.get("config", {}).get("limit")
@@ -167,10 +171,15 @@ def check_options(path: Path, earlier: Results, options: Options) -> None:
 
 
 def check_alike(path: Path, earlier: Results, results: Results) -> None:
-    """Check that earlier results are of the same questions, asked in the same tokens.
+    """Check that two runs used the same questions and the same tokenizer.
+
+    Args:
+        path: File of the earlier results.
+        earlier: Result of `read_results`.
+        results: Results of the current run.
 
     Raises:
-        UpcyclingError: They are not.
+        UpcyclingError: Questions, task versions, shots or tokenizer differ.
     """
     for request, now in results.items():
         before = earlier.get(request, {})
@@ -186,9 +195,9 @@ def check_alike(path: Path, earlier: Results, results: Results) -> None:
 
 
 def _is_templated(results: Mapping[str, Any]) -> bool | None:
-    """Return whether questions were asked in a chat template; None where results do not say."""
+    """Return whether a chat template was applied; None if the results do not record this."""
     said = results.get("config", {}).get("apply_chat_template")
-    if said is None and "chat_template" in results:  # of lm-eval's own command line
+    if said is None and "chat_template" in results:  # written by lm-eval's own command line
         return bool(results["chat_template"])
     return said
 
@@ -205,10 +214,10 @@ def _other(path: Path, what: str, before: Any, now: Any) -> UpcyclingError:
 
 
 class Written:
-    """What of an evaluation is on disk; nothing is lost where it cannot be written.
+    """The files written by an evaluation, with fallbacks so that no result is lost.
 
     Args:
-        out: Directory to write to; made where it is not.
+        out: Output directory, created if missing.
         several: Whether tasks are run with several numbers of examples.
     """
 
@@ -218,12 +227,12 @@ class Written:
         self._failures: list[str] = []
 
     def results(self, name: str, request: Request, results: Mapping[str, Any]) -> None:
-        """Write lm-eval's results of a model: `NAME.json`, or `NAME-5-shot.json` where runs differ.
+        """Write lm-eval's results of a model: `NAME.json`, or `NAME-5-shot.json` for several runs.
 
         Args:
-            name: What to call the model.
-            request: What was run.
-            found: lm-eval's results.
+            name: Name of the model.
+            request: The request.
+            results: lm-eval's results.
         """
         from lm_eval.utils import handle_non_serializable
 
@@ -233,7 +242,7 @@ class Written:
         self.text(file, said)
 
     def text(self, name: str, content: str) -> None:
-        """Write a file; elsewhere where that fails, and to the terminal where that fails too."""
+        """Write a file; if that fails, to a temporary directory, and as a last resort to stdout."""
         try:
             self._write(self._out, name, content)
         except OSError as error:
@@ -253,16 +262,16 @@ class Written:
         self.files.append(directory / name)
 
     def check(self) -> None:
-        """Say at the end what is elsewhere.
+        """Report failed writes at the end.
 
         Raises:
-            UpcyclingError: Something is.
+            UpcyclingError: A file could not be written to the output directory.
         """
         if self._failures:
             raise UpcyclingError("; ".join(self._failures) + ".")
 
 
 def end() -> None:
-    """Leave the process group, where there is one."""
+    """Destroy the process group, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The items of lm-eval's tasks, that training data must not have."""
+"""The items of lm-eval's tasks, which training data must not contain."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,19 +12,19 @@ from nemo_upcycle.files import write_whole
 
 
 def write_items(tasks: Sequence[str], out: Path, include_path: Path | None = None) -> int:
-    """Write what tasks ask, each item with its right answer.
+    """Write the questions of tasks, each with the right answer.
 
     Args:
         tasks: lm-eval's tasks, groups or tags.
-        out: File to write, JSON lines.
-        include_path: Directory of tasks of one's own.
+        out: Output file, JSON lines.
+        include_path: Directory with additional task files.
 
     Returns:
-        How many items.
+        The number of items.
 
     Raises:
-        UpcyclingError: lm-eval is not installed, a task is not known, or its data set is not here
-            and cannot be reached.
+        UpcyclingError: lm-eval is not installed, a task is unknown, or its data set is neither
+            cached nor reachable.
     """
     need_lm_eval()
     (request,) = requests(tasks, None, paper=False)
@@ -40,6 +40,6 @@ def _items_of(task: Any) -> Iterator[Item]:
         choices = task.doc_to_choice(document) if task.config.doc_to_choice is not None else None
         if choices and isinstance(answer, int) and 0 <= answer < len(choices):
             answer = choices[answer]
-        # Where the choices are whole sentences the question is asked by a number.
+        # If the choices are whole sentences, lm-eval's question is only an index.
         text = asked if isinstance(asked, str) else ""
         yield Item(task.config.task, number, f"{text} {answer}".strip())

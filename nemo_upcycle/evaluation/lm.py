@@ -1,7 +1,7 @@
 """The model for lm-eval: importing this module registers `nemo_upcycle`.
 
 `python -m nemo_upcycle.evaluation.lm run --model nemo_upcycle --model_args pretrained=DIR …` is
-lm-eval's own command line with it; `nemo-upcycle evaluate` says the same in fewer words.
+lm-eval's own command line with this model. `nemo-upcycle evaluate` is shorter and equivalent.
 """
 
 from typing import Any
@@ -19,18 +19,18 @@ from nemo_upcycle.evaluation.opening import open_model
 class NemoUpcycleLM(HFLM):
     """Any checkpoint on any number of ranks: lm-eval's own model class, over `open_model`.
 
-    Requests, their order and how they are truncated are lm-eval's. All ranks handle all requests;
-    what they share is each batch.
+    Requests, request order and truncation are lm-eval's. All ranks handle all requests and split
+    each batch.
 
     Args:
-        pretrained: The checkpoint: NeMo 2, Megatron-LM or Hugging Face.
+        pretrained: A checkpoint in NeMo 2's, Megatron-LM's or Hugging Face's format.
         tensor_model_parallel_size: TP.
         pipeline_model_parallel_size: PP.
         expert_model_parallel_size: EP.
         expert_tensor_parallel_size: Expert-TP.
-        dtype: `float32`, `bfloat16` or `float16`; None takes the checkpoint's.
-        tokenizer: Directory of the tokenizer; None takes the checkpoint's.
-        options: Others of lm-eval's: batch_size, max_length, add_bos_token, prefix_token_id, …
+        dtype: `float32`, `bfloat16` or `float16`; None means the checkpoint's.
+        tokenizer: Directory of the tokenizer; None means the checkpoint's.
+        options: Options of `HFLM`: batch_size, max_length, add_bos_token, prefix_token_id, …
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class NemoUpcycleLM(HFLM):
             etp=expert_tensor_parallel_size,
         )
         self.source = str(pretrained)
-        options.pop("device", None)  # each rank has its own
+        options.pop("device", None)  # each rank has its own device
         super().__init__(
             pretrained=open_model(pretrained, folding, None if dtype == "auto" else dtype),
             backend="causal",
@@ -62,10 +62,12 @@ class NemoUpcycleLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Any], *args: Any, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Check what lm-eval asserts: it cuts what stands before a text, never the text.
+        """Compute log-likelihoods; replace an assertion of lm-eval by an error message.
+
+        lm-eval truncates the context of a scored text, never the text itself.
 
         Raises:
-            UpcyclingError: A text is longer than a row.
+            UpcyclingError: A text to score is longer than a row.
         """
         longest = max((len(text) for _, _, text in requests), default=0)
         if longest > self.max_length:
@@ -76,7 +78,7 @@ class NemoUpcycleLM(HFLM):
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval notes of the model."""
+        """Return model information that lm-eval stores with the results."""
         return {
             "model_source": self.source,
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),

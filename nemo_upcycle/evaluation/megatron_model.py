@@ -1,9 +1,9 @@
-"""A Megatron model that transformers, and so lm-eval, can use: `forward` and `generate`.
+"""A Megatron model with the interface of transformers (`forward`, `generate`), for lm-eval.
 
-Every rank calls it with the same rows and gets the same logits. Data-parallel ranks share the rows
-out, pipeline stages and tensor-parallel ranks their part of the model.
+All ranks call the model with the same rows and get the same logits. Rows are split over
+data-parallel ranks; the model is split over pipeline stages and tensor-parallel ranks.
 
-Legend of the shapes: R rows, L tokens in a row, K positions kept of them, V vocabulary.
+Legend of the shapes: R rows, L tokens per row, K positions kept per row, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ from nemo_upcycle.families import Architecture
 
 
 class MegatronConfig(PretrainedConfig):
-    """What transformers asks of a model's config."""
+    """The config fields that transformers requires."""
 
     model_type = "megatron"
 
 
 class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
-    """A Megatron-Core model with transformers' face.
+    """A Megatron-Core model with the interface of transformers.
 
     Args:
         chunks: This rank's modules.
-        arch: The model's numbers.
+        arch: The model's architecture.
     """
 
     config_class = MegatronConfig
@@ -45,7 +45,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
                 num_key_value_heads=arch.num_query_groups,
                 head_dim=arch.kv_channels,
                 max_position_embeddings=arch.max_position_embeddings,
-                tie_word_embeddings=False,  # Megatron has tied them
+                tie_word_embeddings=False,  # Megatron has already tied the embeddings
             )
         )
         self.chunks = torch.nn.ModuleList(chunks)
@@ -53,7 +53,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
     ) -> dict[str, Any]:
-        """Return what `forward` takes for the next token: there is no cache of keys and values."""
+        """Return the arguments of `forward` for the next token; there is no key-value cache."""
         return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
 
     @torch.no_grad()
@@ -67,10 +67,9 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         """Compute logits in fp32.
 
         Args:
-            input_ids: [R, L], the same on all ranks; padded on the right, or on the left and then
-                with a mask.
-            attention_mask: [R, L], 0 where a row is padded on the left.
-            logits_to_keep: The last positions that are wanted, 0 for all.
+            input_ids: [R, L], equal on all ranks; padded on the right, or on the left with a mask.
+            attention_mask: [R, L], 0 at padding on the left.
+            logits_to_keep: Number of last positions with logits, 0 for all.
 
         Returns:
             Logits [R, K, V].
@@ -78,7 +77,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         rows, length = input_ids.shape
         kept = torch.arange(length, device=input_ids.device)[-logits_to_keep:].expand(rows, -1)
         if attention_mask is not None:
-            # Attention is causal, so padding on the right is not seen: shift each row to the left.
+            # Causal attention ignores padding on the right: shift each row to the left.
             padding = (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
             places = torch.arange(length, device=input_ids.device) + padding
             input_ids = input_ids.gather(1, places % length)
@@ -90,7 +89,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         size, rank = group.size(), group.rank()
         rows = len(ids_RL)
         ids_RL, kept_RK = _pad(ids_RL, 0, size), _pad(kept_RK, 0, size)
-        # Sequence parallelism splits a row over the tensor-parallel ranks.
+        # Sequence parallelism splits rows over the tensor-parallel ranks.
         ids_RL = _pad(ids_RL, 1, parallel_state.get_tensor_model_parallel_world_size())
         local = _forward(list(self.chunks), ids_RL.chunk(size)[rank])
         logits_RKV = self._on_all_stages(local, kept_RK.chunk(size)[rank])
@@ -101,7 +100,7 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.cat(gathered)[:rows]
 
     def _on_all_stages(self, outputs: list[torch.Tensor], kept_RK: torch.Tensor) -> torch.Tensor:
-        """Take the wanted logits from the last pipeline stage to all."""
+        """Broadcast the kept logits from the last pipeline stage to all stages."""
         vocab = self.config.vocab_size
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             index = kept_RK[..., None]
@@ -119,14 +118,14 @@ class MegatronForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _pad(values: torch.Tensor, axis: int, multiple: int) -> torch.Tensor:
-    """Append zeros so that the axis divides."""
+    """Append zeros so that the axis is divisible by `multiple`."""
     shape = list(values.shape)
     shape[axis] = -shape[axis] % multiple
     return torch.cat((values, values.new_zeros(shape)), axis) if shape[axis] else values
 
 
 def _forward(chunks: list[torch.nn.Module], ids_RL: torch.Tensor) -> list[torch.Tensor]:
-    """Run the pipeline; return logits [R, L, V/TP] a microbatch, nothing before the last stage."""
+    """Run the pipeline; return logits [R, L, V/TP] per microbatch, only on the last stage."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     microbatches = ids_RL.chunk(stages) if len(ids_RL) % stages == 0 else (ids_RL,)
     positions_L = torch.arange(ids_RL.shape[1], device=ids_RL.device)

@@ -1,4 +1,4 @@
-"""Open any checkpoint as a model that computes logits, on as many ranks as there are."""
+"""Open any checkpoint as a model that computes logits, on all started ranks."""
 
 import os
 from dataclasses import replace
@@ -34,22 +34,22 @@ def open_model(
     dtype: str | None = None,
     megatron: bool = False,
 ) -> PreTrainedModel:
-    """Load a model for inference; every rank must call it.
+    """Load a model for inference; every rank must call this.
 
     NeMo 2 and Megatron-LM checkpoints, dense or MoE, run in Megatron. A Hugging Face directory runs
-    in transformers on one rank, and in Megatron on several.
+    in transformers on one rank, and in Megatron on several ranks.
 
     Args:
         source: The checkpoint, saved under any mapping.
-        folding: How it is spread over the ranks that torchrun has started.
-        dtype: `float32`, `bfloat16` or `float16`; None takes the checkpoint's.
-        megatron: Run a Hugging Face directory in Megatron on one rank too.
+        folding: Parallel mapping over the ranks that torchrun has started.
+        dtype: `float32`, `bfloat16` or `float16`; None means the checkpoint's.
+        megatron: Run a Hugging Face directory in Megatron even on one rank.
 
     Returns:
-        A model with transformers' `forward` and `generate`; calls on all ranks go together.
+        A model with `forward` and `generate` as in transformers, to be called on all ranks.
 
     Raises:
-        UpcyclingError: It cannot be read, or not be spread so.
+        UpcyclingError: The checkpoint cannot be read, or does not fit the mapping.
     """
     folding, directory = folding or ParallelFolding(), resolve_trained(source)
     chosen = dtype_of(dtype)
@@ -75,7 +75,7 @@ def open_model(
 
 
 def _start(folding: ParallelFolding) -> None:
-    """Start torch.distributed and Megatron's groups, if they are not there."""
+    """Initialise torch.distributed and Megatron's process groups unless already initialised."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
@@ -98,13 +98,13 @@ def _start(folding: ParallelFolding) -> None:
 def _in_megatron(
     source: LoadableCheckpoint, folding: ParallelFolding, dtype: torch.dtype
 ) -> MegatronForCausalLM:
-    """Build this rank's part and fill it.
+    """Build and fill this rank's part of the model.
 
     Raises:
-        UpcyclingError: On all ranks, if any has failed.
+        UpcyclingError: Filling failed on any rank; raised on all ranks.
     """
     model = source.model
-    if not any(model.is_moe):  # beside an MoE whose mapping it shares
+    if not any(model.is_moe):  # a dense model evaluated with the mapping of an MoE
         folding = replace(folding, expert_model_parallel_size=1, expert_tensor_parallel_size=1)
     config = trained_config(
         model, dtype, **vars(folding), sequence_parallel=folding.sequence_parallel

@@ -1,4 +1,4 @@
-"""A dense model and the MoE that it became on the same text: equal, or how far apart and why."""
+"""Parity of a dense model and its upcycled MoE on the same text: distances and reasons."""
 
 import math
 from collections.abc import Iterator
@@ -21,40 +21,40 @@ from nemo_upcycle.trained.drift import EXACT, Drift
 MULTIPLE = 4
 """Allowed difference of the MoE, as a multiple of the effect of rounding on the dense model.
 
-The MoE sums weighted outputs of several experts instead of one output, and on one rank the two
-models use different attention programs. The measured effect is 0.6 to 1.4 times that of rounding,
-in fp32.
+The MoE sums weighted outputs of several experts instead of one output. On one rank, the two
+models also use different attention implementations. The measured effect is 0.6 to 1.4 times that
+of rounding, in fp32.
 """
 
 ROW_TOKENS = 512
 WINDOWS = 1.5
-"""How often a row is as long as the window: its last third does not see the first tokens."""
+"""Ratio of row length to window: the last third of a row cannot attend to the first tokens."""
 
 _NUMBERS = (
     *("rotary_base", "rope_scaling", "seq_len_interpolation_factor", "rotary_percent"),
     *("layernorm_epsilon", "sliding_window", "activation"),
     *("num_attention_heads", "num_query_groups", "kv_channels"),
 )
-"""What a model computes with and has no weight of."""
+"""Architecture fields that affect the result but have no weights."""
 
 KEPT_BYTES = 2**30
-"""Logits that are kept, to be compared with those of the reordered model."""
+"""Maximum size of the logits kept for comparison with the reordered model."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How two models agree on the same tokens.
+    """Agreement of two models on the same tokens.
 
     Attributes:
-        tokens: Tokens predicted.
-        dense_loss: Mean cross-entropy of the dense model, nats per token.
-        moe_loss: That of the MoE.
-        kl: Mean KL(dense‖MoE), nats per token.
-        top1: Share of tokens for which both predict the same.
-        difference: Largest difference of two logits.
-        relative: Largest distance of a token's logits, |MoE − dense| / |dense|.
-        rounding: What that is between the dense model and itself, added up in another order.
-        tolerance: What it may be in an exact model.
+        tokens: Number of predicted tokens.
+        dense_loss: Mean cross-entropy of the dense model, in nats per token.
+        moe_loss: Mean cross-entropy of the MoE, in nats per token.
+        kl: Mean KL(dense‖MoE), in nats per token.
+        top1: Share of tokens with the same most likely prediction.
+        difference: Largest absolute difference of two logits.
+        relative: Largest relative distance of a token's logits, |MoE − dense| / |dense|.
+        rounding: The same distance between the dense model and its reordered copy.
+        tolerance: Maximum of `relative` for an exact model.
     """
 
     tokens: int
@@ -69,12 +69,12 @@ class Parity:
 
     @property
     def exact(self) -> bool:
-        """Whether the two compute the same but for rounding."""
+        """Whether the two models agree up to rounding."""
         return self.relative <= self.tolerance
 
 
 def default_text() -> str:
-    """Return English text that every Python has: its documentation of the language."""
+    """Return English text from every Python installation: the language reference."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
@@ -84,7 +84,7 @@ def read_text(path: Path) -> str:
     """Read a text file, or the documents of a JSONL file.
 
     Raises:
-        UpcyclingError: There is none, or it is not UTF-8.
+        UpcyclingError: The file is missing or not UTF-8.
     """
     if path.suffix == ".jsonl":
         return "\n\n".join(text for text, _ in read_documents(path))
@@ -95,15 +95,15 @@ def read_text(path: Path) -> str:
 
 
 def length_beyond(tokens: int, *models: Architecture) -> int:
-    """Return how long a row is that shows what models do with distant tokens.
+    """Return the row length that reveals differences at distant tokens.
 
     Args:
-        models: The models' numbers: what only one of them has shows in no shorter row.
-        tokens: What is not too much for a row beyond the context before a RoPE scaling. A sliding
-            window has to be left behind, however long the window is.
+        tokens: Maximum row length beyond the context before a RoPE scaling. A sliding window is
+            exceeded whatever the length of the window.
+        models: The models' architectures; a feature of only one model counts too.
 
     Returns:
-        Tokens of a row; 0 where any length does.
+        Tokens per row; 0 if any length is sufficient.
     """
     scalings = [arch.rope_scaling or {} for arch in models]
     befores = [int(s.get("original_max_position_embeddings", 0) * WINDOWS) for s in scalings]
@@ -122,21 +122,20 @@ def rows_of(
 
     Args:
         text: The text.
-        tokenizer: The models'.
-        tokens: Tokens to predict, at most; but one row in any case.
-        max_length: Tokens of a row that the models take.
-        beyond: Tokens that a row should have; see `length_beyond`. A text that is shorter than
-            that is one row.
+        tokenizer: The models' tokenizer.
+        tokens: Maximum number of tokens to predict; at least one row is returned.
+        max_length: Maximum number of tokens per row.
+        beyond: Minimum row length; see `length_beyond`. A shorter text becomes one row.
 
     Returns:
-        Ids [rows, length + 1].
+        Token ids [rows, length + 1].
 
     Raises:
         UpcyclingError: The text is too short for a row.
     """
     length = min(max(beyond, min(ROW_TOKENS, tokens)), max_length)
     tokens = max(tokens, length)
-    # So much text is more than enough tokens: none is longer on average.
+    # Always enough text: no tokenizer averages more than 16 characters per token.
     ids = tokenizer(text[: 16 * (tokens + 1)], return_tensors="pt")["input_ids"][0]
     if ROW_TOKENS < len(ids) <= length:
         length = len(ids) - 1
@@ -157,17 +156,17 @@ def compare(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Parity:
-    """Run both models over the same tokens.
+    """Run both models on the same tokens.
 
     Args:
-        dense: The dense model; its hidden units come out in another order.
+        dense: The dense model; its hidden units are permuted in place.
         moe: The MoE.
-        ids: [rows, length + 1].
-        batch_size: Rows at a time.
-        progress: Called with rows done and to do.
+        ids: Token ids [rows, length + 1].
+        batch_size: Rows per batch.
+        progress: Called with the steps done and the steps in total.
 
     Raises:
-        UpcyclingError: The vocabularies differ.
+        UpcyclingError: The vocabulary sizes differ.
     """
     sums = torch.zeros(4, dtype=torch.float64)
     difference = relative = 0.0
@@ -212,16 +211,16 @@ def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _tolerance(rounding: float, eps: float) -> float:
-    """Return what rounding may do to the MoE.
+    """Return the maximum relative distance that rounding explains.
 
     At least 8 ulps: in half precision each expert's output is rounded once more, which reordering
-    does not show. At most half of the dtype's digits: beyond, nothing is to be seen.
+    does not reveal. At most half of the dtype's digits: a larger tolerance would detect nothing.
     """
     return min(max(8 * eps, MULTIPLE * rounding), max(8 * eps, eps**0.5))
 
 
 def _sums(one: torch.Tensor, other: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Add up losses, KL and agreement, some tokens at a time: they take much memory in fp64."""
+    """Sum losses, KL and agreement in chunks of tokens, because fp64 needs much memory."""
     sums = torch.zeros(4, dtype=torch.float64)
     parts = (x.flatten(0, 1).split(ROW_TOKENS) for x in (one, other, labels))
     for dense, moe, wanted in zip(*parts, strict=True):
@@ -240,13 +239,13 @@ def _sums(one: torch.Tensor, other: torch.Tensor, labels: torch.Tensor) -> torch
 def reasons(
     drift: Drift, model: MoEModel, dense: Architecture, dense_checkpoints: int
 ) -> Iterator[str]:
-    """Yield why an MoE does not compute what the dense model computes.
+    """Yield the reasons why an MoE differs from the dense model.
 
     Args:
-        found: How far its weights are from the dense ones.
+        drift: Distance of the MoE's weights from the dense weights.
         model: The MoE.
         dense: The dense model's architecture.
-        dense_checkpoints: How many dense models the MoE was made of.
+        dense_checkpoints: Number of dense models that the MoE was made from.
     """
     if dense_checkpoints > 1:
         yield (
@@ -268,9 +267,9 @@ def reasons(
 
 
 def other_numbers(moe: Architecture, dense: Architecture) -> Iterator[str]:
-    """Yield in which numbers that no weight shows the MoE is another model.
+    """Yield the differing architecture fields that no weight reveals.
 
-    Also where the text does not show them: a window may be longer than its rows.
+    The text may not reveal these fields either: a window may be longer than the rows.
     """
     for name in _NUMBERS:
         here, there = getattr(moe, name), getattr(dense, name)
@@ -281,10 +280,10 @@ def other_numbers(moe: Architecture, dense: Architecture) -> Iterator[str]:
 def _at_step_0(
     drift: Drift, model: MoEModel, dense: Architecture, dense_checkpoints: int
 ) -> Iterator[str]:
-    """Yield what upcycling itself says of the choices that show in the model."""
+    """Yield the reasons due to the upcycling settings, inferred from the weights' scales."""
     config = upcycling_of(model, dense.ffn_hidden_size)
     gated = dense.gated_linear_unit
-    # Squared ReLU has no gate, and all it scales shows in up and down.
+    # Squared ReLU has no gate; the scales of up and down suffice.
     shown = ("gate", "up", "down") if gated else ("up", "down")
     choices = [replace(config, weight_scaling=name) for name in ("exact", "paper", "none")]
 

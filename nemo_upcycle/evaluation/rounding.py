@@ -1,13 +1,13 @@
-"""How far rounding alone takes a model from itself: measured, by adding up in another order.
+"""The effect of rounding on a model, measured by changing the order of summation.
 
-The places of a model's hidden units and of its feed-forward neurons mean nothing: with all of them
-permuted alike, every product adds the same numbers up in another order. What comes out differs
-from what came out before by rounding alone, as much as the model's depth and weights make of it.
+The order of hidden units and of feed-forward neurons is arbitrary. After a consistent permutation,
+every product sums the same numbers in a different order. The output then differs by rounding alone,
+amplified by the model's depth and weights.
 """
 
 import torch
 
-# By the ending of a parameter's name, transformers' and Megatron's: the axis of hidden units.
+# Axis of the hidden units, by suffix of the parameter names of transformers and Megatron.
 _HIDDEN = {
     "embed_tokens.weight": 1,
     "lm_head.weight": 1,
@@ -35,7 +35,7 @@ _HIDDEN = {
     "final_layernorm.weight": 0,
     "final_layernorm.bias": 0,
 }
-# The axis of neurons.
+# Axis of the neurons.
 _NEURONS = {
     "gate_proj.weight": 0,
     "up_proj.weight": 0,
@@ -49,16 +49,16 @@ _NEURONS = {
 def reorder(dense: torch.nn.Module, hidden_size: int) -> None:
     """Permute the hidden units and the neurons of a dense model in place.
 
-    Every rank does the same to its shards: no mapping splits hidden units, and neurons stay on
-    their rank.
+    Every rank permutes its shards alike: no mapping splits hidden units, and neurons stay on one
+    rank.
 
     Args:
-        dense: A model of transformers' or Megatron's; it computes the same afterwards.
-        hidden_size: Its hidden units.
+        dense: A model of transformers or Megatron; the permutation keeps the model's function.
+        hidden_size: Number of hidden units.
     """
     parameters = dict(dense.named_parameters())
     units = _permutation(hidden_size)
-    # Gate and up in one, where there is a gate.
+    # Gate and up are one parameter if there is a gate.
     widths = [p.shape[1] for name, p in parameters.items() if name.endswith("linear_fc2.weight")]
     for name, parameter in parameters.items():
         if (axis := _axis(_HIDDEN, name)) is not None:

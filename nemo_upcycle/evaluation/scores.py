@@ -1,4 +1,4 @@
-"""Scores side by side: of an MoE, of the dense model, and the paper's."""
+"""Scores side by side: the MoE, the dense model and the paper."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from rich.table import Table
 from nemo_upcycle.evaluation.tasks import PAPER, PaperRow, Request
 
 Results = Mapping[Request, Mapping[str, Any]]
-"""lm-eval's results of a model, by what was run."""
+"""lm-eval's results of a model, by request."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Score:
     """A row of the table: a metric of a task.
 
     Attributes:
-        task: lm-eval's name, indented as in its own table.
+        task: lm-eval's name, indented as in lm-eval's own table.
         num_fewshot: Examples before each question.
         metric: lm-eval's name.
-        values: A value and its standard error per model; None if a model has none.
+        values: Value and standard error per model; None for a model without results.
     """
 
     task: str
@@ -30,10 +30,10 @@ class Score:
 
 
 def scores(models: Sequence[Results]) -> list[Score]:
-    """Return the scores of several models, the rows of the first: groups, and tasks in none.
+    """Return the scores of several models, one row per metric of a group or ungrouped task.
 
     Args:
-        models: Results of each model.
+        models: Results of each model; the first model's results determine the rows.
     """
     rows = []
     for request, results in models[0].items():
@@ -70,7 +70,7 @@ def _value(metrics: Mapping[str, Any], key: str) -> tuple[float, float | None] |
 
 
 def paper_score(results: Results, row: PaperRow) -> float | None:
-    """Return what a model has of a column of the paper's table, in %; None if it was not run."""
+    """Return a model's score for a column of the paper's table, in %; None if not evaluated."""
     for request, each in results.items():
         metrics = each.get("results", {}).get(row.task)
         if metrics and row.task in request.tasks and request.num_fewshot == row.num_fewshot:
@@ -81,11 +81,11 @@ def paper_score(results: Results, row: PaperRow) -> float | None:
 
 
 def row_lengths(names: Sequence[str], models: Sequence[Results]) -> str:
-    """Say at how many tokens rows were cut, and whether that was the same for all models.
+    """Describe the row length in tokens, and whether all models had the same.
 
     Args:
-        names: What to call each model.
-        models: Results of each.
+        names: Name of each model.
+        models: Results of each model.
     """
     lengths = [row_length(model) for model in models]
     if len(set(lengths)) == 1:
@@ -98,9 +98,9 @@ def row_lengths(names: Sequence[str], models: Sequence[Results]) -> str:
 
 
 def row_length(results: Results) -> int | None:
-    """Return how many tokens a row had, None where results do not say."""
+    """Return the maximum number of tokens per row; None if the results do not record this."""
     for each in results.values():
-        # The first is ours, the second lm-eval's own command line's.
+        # This package's key first, then that of lm-eval's own command line.
         length = each.get("config", {}).get("max_length") or each.get("max_length")
         if isinstance(length, int):
             return length
@@ -108,11 +108,11 @@ def row_length(results: Results) -> int | None:
 
 
 def markdown(names: Sequence[str], models: Sequence[Results], paper: bool) -> str:
-    """Write the table, and the paper's beside it.
+    """Return the table in markdown, optionally followed by the paper's table.
 
     Args:
-        names: What to call each model.
-        models: Results of each.
+        names: Name of each model.
+        models: Results of each model.
         paper: Whether to add the paper's table.
     """
     blocks = [_lines(_cells(names, models))]
@@ -122,7 +122,7 @@ def markdown(names: Sequence[str], models: Sequence[Results], paper: bool) -> st
 
 
 def render(names: Sequence[str], models: Sequence[Results], paper: bool) -> list[Table]:
-    """Return the same tables for a terminal."""
+    """Return the tables of `markdown` for a terminal."""
     tables = [("Scores", _cells(names, models))]
     if paper:
         tables.append(("Table 3 of arXiv 2412.09952, in %", _paper_cells(names, models)))
@@ -160,7 +160,7 @@ def _paper_cells(names: Sequence[str], models: Sequence[Results]) -> list[list[s
 
 
 def _percent(value: float | None) -> str:
-    # A mean of .885 is .89 in the paper.
+    # The paper rounds half up: a mean of .885 is .89.
     return "" if value is None else f"{value + 1e-9:.2f}"
 
 

@@ -1,4 +1,4 @@
-"""lm-eval's tasks, loaded before any model is, so that what is missing is said at once."""
+"""lm-eval's tasks, loaded before any model, so that missing tasks and data are reported early."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HUB_TIMEOUT_S = 5.0
 
 MAX_GEN_TOKS = 256
-"""Tokens that lm-eval lets a model make at most where a task does not say."""
+"""lm-eval's maximum number of generated tokens if a task sets none."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class PaperRow:
     """A column of Table 3 of arXiv 2412.09952.
 
     Attributes:
-        name: Its heading.
+        name: Heading of the column.
         task: lm-eval's task.
-        metric: The paper's choice: normalised where lm-eval has it.
-        num_fewshot: Examples before the question.
-        dense: Llama 3 8B's score, in %.
-        moe: E8T2's.
+        metric: The paper's metric: normalised where lm-eval offers that.
+        num_fewshot: Examples before each question.
+        dense: Score of Llama 3 8B, in %.
+        moe: Score of E8T2, in %.
     """
 
     name: str
@@ -45,7 +45,7 @@ class PaperRow:
 PAPER = (
     PaperRow("MMLU, 5-shot", "mmlu", "acc", 5, 65.20, 64.00),
     PaperRow("MMLU, 0-shot", "mmlu", "acc", 0, 62.10, 64.10),
-    # 44.01 is what lm-eval gives Llama 3 8B for mc2; mc1 is near 27.
+    # 44.01 is lm-eval's mc2 score of Llama 3 8B; mc1 is near 27.
     PaperRow("TruthfulQA", "truthfulqa_mc2", "acc", 0, 44.01, 44.22),
     PaperRow("PIQA", "piqa", "acc_norm", 0, 80.47, 78.62),
     PaperRow("SciQ", "sciq", "acc_norm", 0, 93.90, 97.00),
@@ -61,8 +61,8 @@ class Request:
     """Tasks that are run with the same number of examples.
 
     Attributes:
-        tasks: Names of lm-eval's, tasks, groups or tags.
-        num_fewshot: Examples before each question; None takes each task's own.
+        tasks: Names of lm-eval's tasks, groups or tags.
+        num_fewshot: Examples before each question; None means each task's default.
     """
 
     tasks: tuple[str, ...]
@@ -70,10 +70,10 @@ class Request:
 
 
 def requests(tasks: Sequence[str], num_fewshot: int | None, paper: bool) -> list[Request]:
-    """Return what to run: the tasks that are named, and those of the paper's table.
+    """Return the requests for the named tasks and for the paper's table.
 
     Raises:
-        UpcyclingError: Nothing is.
+        UpcyclingError: There is neither a task nor the paper's table.
     """
     requests = [Request(tuple(tasks), num_fewshot)] if tasks else []
     if paper:
@@ -89,10 +89,10 @@ def requests(tasks: Sequence[str], num_fewshot: int | None, paper: bool) -> list
 
 
 def need_lm_eval() -> None:
-    """Say at once that lm-eval is missing.
+    """Check early that lm-eval is installed.
 
     Raises:
-        UpcyclingError: It is.
+        UpcyclingError: lm-eval is not installed.
     """
     if find_spec("lm_eval") is None:
         raise UpcyclingError("lm-eval is not installed: pip install 'nemo-upcycle[eval]'.")
@@ -104,14 +104,14 @@ def load_tasks(
     """Load tasks with their data sets.
 
     Args:
-        wanted: What to run.
-        include_path: Directory of tasks of one's own.
+        wanted: The requests.
+        include_path: Directory with additional task files.
 
     Returns:
-        For each request lm-eval's task manager, which gives these tasks without loading again.
+        lm-eval's task manager per request, which returns these tasks without loading again.
 
     Raises:
-        UpcyclingError: A task is not known, or its data set is not here and cannot be reached.
+        UpcyclingError: A task is unknown, or its data set is neither cached nor reachable.
     """
     if include_path is not None and not include_path.is_dir():
         raise UpcyclingError(
@@ -133,16 +133,16 @@ def load_tasks(
         manager = loaded[request] = copy(index)
         try:
             tasks = index.load(list(request.tasks))
-        except (OSError, ValueError) as error:  # datasets' errors are of these
+        except (OSError, ValueError) as error:  # includes the errors of `datasets`
             raise _missing(index, request, error) from error
-        except Exception as error:  # of whatever a task's file asks for
+        except Exception as error:  # a task file may raise anything
             raise _faulty(", ".join(request.tasks), "cannot be loaded", error) from error
         manager.load = lambda _, tasks=tasks: tasks
     return loaded
 
 
 def _index(names: Sequence[str], include_path: Path | None) -> Any:
-    """Look up the tasks of a directory, and lm-eval's own thousands if one is not among them."""
+    """Index the tasks of a directory, plus lm-eval's own thousands only if needed."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
@@ -155,17 +155,17 @@ def _index(names: Sequence[str], include_path: Path | None) -> Any:
 def check_tasks(
     loaded: "Mapping[Request, TaskManager]", length: int | None = None
 ) -> Iterator[str]:
-    """Ask each task's first question, so that what is wrong is said before a model is loaded.
+    """Build each task's first question, so that errors are reported before a model is loaded.
 
     Args:
-        loaded: From `load_tasks`.
-        length: Tokens of a row; None where it is not known.
+        loaded: Result of `load_tasks`.
+        length: Tokens per row; None if unknown.
 
     Yields:
-        What lm-eval does otherwise than asked for.
+        Deviations of lm-eval from the request.
 
     Raises:
-        UpcyclingError: A task has no question, cannot ask one, or what it generates fills a row.
+        UpcyclingError: A task has no question, cannot build one, or generates a full row.
     """
     for request, manager in loaded.items():
         for name, task in manager.load(list(request.tasks))["tasks"].items():
@@ -179,12 +179,12 @@ def check_tasks(
 def _check_task(name: str, task: Any, shots: int | None) -> None:
     try:
         first = next(iter(task.eval_docs), None)
-        if first is not None and hasattr(task, "doc_to_prefix"):  # not of lm-eval's old kind
+        if first is not None and hasattr(task, "doc_to_prefix"):  # absent in old-style tasks
             context = task.fewshot_context(
                 first, num_fewshot=shots or 0, gen_prefix=task.doc_to_prefix(first)
             )
             task.construct_requests(doc=first, ctx=context, metadata=(name, 0, 1))
-    except Exception as error:  # of whatever a task's file asks for
+    except Exception as error:  # a task file may raise anything
         what = f"cannot be asked with {shots} examples" if shots else "cannot be asked"
         raise _faulty(name, what, error) from error
     if first is None:
@@ -209,7 +209,7 @@ def _faulty(name: str, what: str, error: Exception) -> UpcyclingError:
 
 
 def _unreadable(directory: Path) -> list[str]:
-    """Return what is wrong with a directory's YAML files, which lm-eval passes over."""
+    """Return the errors in a directory's YAML files, which lm-eval silently skips."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     problems = []
@@ -240,7 +240,7 @@ def _missing(manager: Any, request: Request, error: Exception) -> UpcyclingError
 
 
 def stay_offline_without_a_hub() -> None:
-    """Ask nothing of a hub that cannot be reached: it would be tried for 23 s, for each data set.
+    """Switch to offline mode if the hub is unreachable: each data set would be retried for 23 s.
 
     Must run before `datasets` is imported.
     """

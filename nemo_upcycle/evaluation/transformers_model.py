@@ -1,4 +1,4 @@
-"""A Hugging Face directory as a model of transformers, on one rank; no weight of it is random."""
+"""A Hugging Face directory as a model of transformers, on one rank, without random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,23 @@ from nemo_upcycle.trained.restore import check_all_restored, plan_restore
 
 
 def is_known(config: dict[str, Any]) -> bool:
-    """Return whether a `config.json` is of a family that Megatron computes, dense or MoE."""
+    """Return whether a `config.json` belongs to a family that Megatron computes, dense or MoE."""
     return config.get("model_type") in (*FAMILIES, *MOE_FAMILIES)
 
 
 def transformers_model(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """Load a Hugging Face directory into transformers.
 
-    A family that Megatron computes is read as it is for Megatron: its names, its config and what
-    is refused are the same on one rank as on several. Other families transformers reads itself.
+    Families that Megatron computes are read by this package: names, config and errors are the same
+    on one rank as on several. Other families are read by transformers.
 
     Args:
         directory: The checkpoint.
-        dtype: Of the parameters; None takes the checkpoint's.
+        dtype: The parameters' dtype; None means the checkpoint's.
 
     Raises:
-        UpcyclingError: A tensor is missing, left over, misshapen or not finite, or the config asks
-            for something that is not computed.
+        UpcyclingError: A tensor is missing, superfluous, misshapen or not finite, or the config has
+            an unsupported feature.
     """
     load = _known if is_known(read_config(directory)) else _other
     return load(directory, dtype)
@@ -59,10 +59,10 @@ def _known(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 
 
 def _check(checkpoint: HuggingFaceCheckpoint) -> None:
-    """Check the tensors as several ranks do, each its part.
+    """Check the tensors in the same way as on several ranks.
 
     Raises:
-        UpcyclingError: They are not those of the config.
+        UpcyclingError: The tensors do not match the config.
     """
     if checkpoint.config["model_type"] in FAMILIES:
         check_whole(checkpoint)
@@ -77,8 +77,8 @@ def _check(checkpoint: HuggingFaceCheckpoint) -> None:
 
 def _fill(model: PreTrainedModel, checkpoint: HuggingFaceCheckpoint) -> None:
     """Read every parameter of the model."""
-    model.tie_weights()  # which is left out with the initialisation
-    # A tied output layer is the embeddings, and not among them.
+    model.tie_weights()  # skipped together with the initialisation
+    # A tied output layer shares the embeddings' parameter and is not listed.
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     lost = [
         f"{name} {list(parameter.shape)}"
@@ -105,10 +105,10 @@ def _fill(model: PreTrainedModel, checkpoint: HuggingFaceCheckpoint) -> None:
 
 
 def _other(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Load a family that transformers alone computes.
+    """Load a family that only transformers computes.
 
     Raises:
-        UpcyclingError: transformers cannot, or would leave weights random or unread.
+        UpcyclingError: transformers fails, or would leave weights random or unread.
     """
     config = transformers_config(directory)
     try:
@@ -118,10 +118,10 @@ def _other(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             dtype=dtype or "auto",
             trust_remote_code=False,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are named below
+            ignore_mismatched_sizes=True,  # mismatches are reported below
             output_loading_info=True,
         )
-    except Exception as error:  # of the code of any of some hundred families
+    except Exception as error:  # raised by the code of any of some hundred families
         said = " ".join(str(error).split())
         raise UpcyclingError(
             f"transformers cannot load {directory}: {type(error).__name__}: {said}"
@@ -154,7 +154,7 @@ def _other(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 
 
 def _shape(directory: Path, name: str) -> list[int] | None:
-    """Return the shape that the files say; a model's name may have more in front of theirs."""
+    """Return a tensor's shape in the files; the model's name may have an additional prefix."""
     tensors = HuggingFaceCheckpoint(directory).tensors
     shapes = (info.shape for file_name, info in tensors.items() if name.endswith(file_name))
     return list(next(shapes, ())) or None

@@ -62,13 +62,16 @@ LLAMA_FIELDS: dict[str, Any] = {
 }
 """Megatron's fields of a Llama; also assumed for fields that are not recorded."""
 
-_ROPE_SCALING = {
+ROPE_SCALING_FIELDS = {
     "scale_factor": "factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
     "old_context_len": "original_max_position_embeddings",
 }
 """NeMo's names of Llama 3.1's RoPE scaling, and Hugging Face's."""
+
+MEGATRON_ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
+"""What Megatron-Core's own RoPE scaling is, beside its factor; NeMo's names."""
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -124,8 +127,10 @@ def moe_architecture(config: Mapping[str, Any]) -> Architecture:
         "num_moe_experts": None,
         "activation_func": "silu",
     }
+    dense = architecture(as_llama)
     return replace(
-        architecture(as_llama),
+        dense,
+        rotary_base=float(dense.rotary_base),  # Megatron-LM's arguments have an integer
         activation="swiglu" if gated else "squared_relu",
         normalization="RMSNorm" if norm == "RMSNorm" else "LayerNorm1p",
         add_qkv_bias=bool(config.get("add_qkv_bias")),
@@ -175,7 +180,7 @@ def _unsupported(name: str, found: object, expected: object) -> UpcyclingError:
 def _rope_scaling(config: Mapping[str, Any]) -> dict[str, float] | None:
     if config.get("scale_factor") is None:
         return None
-    return {ours: _number(config, field) for field, ours in _ROPE_SCALING.items()}
+    return {ours: _number(config, field) for field, ours in ROPE_SCALING_FIELDS.items()}
 
 
 def _count(

@@ -1,4 +1,4 @@
-"""NeMo's resume, for runs that were killed at any moment."""
+"""NeMo's resume, robust against runs that were killed at any moment."""
 
 import re
 from dataclasses import dataclass, field
@@ -36,11 +36,11 @@ class AutoResume(nl.AutoResume):
     _prefix: str = field(default="", init=False, repr=False)
 
     def setup(self, trainer: pl.Trainer, model: Any = None) -> None:
-        """Tell the trainer what to resume from.
+        """Set the checkpoint from which the trainer resumes.
 
         Raises:
             UpcyclingError: The run has no steps or has made all steps, or another start of the run
-                is at work. `Provenance`, if among the callbacks, tells all ranks of the latter.
+                is active. In the latter case `Provenance`, if used, raises on all ranks.
         """
         check_trainer(trainer)
         self._lock(next((c for c in trainer.callbacks if isinstance(c, Provenance)), None))
@@ -51,7 +51,7 @@ class AutoResume(nl.AutoResume):
             raise
 
     def _lock(self, provenance: Provenance | None) -> None:
-        """Lock the run's directory; if refused, the checks of all ranks learn of it."""
+        """Lock the run's directory; if already locked, let `Provenance` raise on all ranks."""
         if is_global_rank_zero():
             try:
                 run_lock.take(Path(AppState().log_dir), self.seconds_to_wait)
@@ -96,7 +96,7 @@ class AutoResume(nl.AutoResume):
         if latest is not None and not own:
             say(f"[resume] {latest} was saved under another name: this run goes on from it")
         if latest is None:
-            # What is not complete is none: NeMo's own message and choice for that.
+            # No complete checkpoint: NeMo decides, with NeMo's own message.
             say(f"[resume] no complete checkpoint in {directory}: starting anew")
             if not self.resume_ignore_no_checkpoint:
                 return super()._find_trainer_ckpt_path()

@@ -13,11 +13,11 @@ from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.config import Exactness, UpcyclingConfig
 from nemo_upcycle.data.encoder import other_tokenizer
 from nemo_upcycle.engine.provenance import Origin
-from nemo_upcycle.engine.ranks import TIMEOUT_S
+from nemo_upcycle.engine.ranks import TIMEOUT_S, said_on_every_rank
 from nemo_upcycle.engine.upcycling import Prepared, Report, fill_all, prepare
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.fields import upcycling_in
-from nemo_upcycle.nemo.provenance import Provenance, said_on_every_rank, say
+from nemo_upcycle.nemo.provenance import Provenance, say
 
 
 class UpcyclingCallback(Provenance):
@@ -151,7 +151,7 @@ def _check_no_other_source(trainer: pl.Trainer) -> None:
 
 
 def _check_not_own_output(dense: Path) -> None:
-    """NeMo moves away the files in a run's directory, and removes old checkpoints in it."""
+    """Check that the dense checkpoint is outside the run's directory, where NeMo moves files."""
     run = AppState().log_dir
     if run and Path(run).resolve() in (dense.resolve(), *dense.resolve().parents):
         raise UpcyclingError(

@@ -1,7 +1,7 @@
-"""Run the real NeMo and Lightning on CPU and gloo, over the engine's Megatron-Core.
+"""Run the real NeMo and Lightning on CPU and gloo, with the engine's Megatron-Core patches.
 
-Importing this changes nothing. A recipe asks for CPU by naming `CpuMegatronStrategy`, whose making
-changes its process.
+Importing this module changes nothing. A recipe selects CPU with `CpuMegatronStrategy`, whose
+constructor patches the process.
 """
 
 import os
@@ -23,7 +23,7 @@ class GlooAccelerator(CPUAccelerator, io.IOMixin):
 
     @staticmethod
     def auto_device_count() -> int:
-        """Return the ranks that torchrun started here, 1 without a launcher."""
+        """Return the number of ranks that torchrun started on this node; 1 without a launcher."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -37,27 +37,27 @@ class CpuMegatronStrategy(MegatronStrategy):
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is one rank in all, as in a notebook."""
+        """Whether there is only one rank, as in a notebook."""
         return self.cluster_environment.world_size() == 1
 
     def _configure_launcher(self) -> None:
-        # Lightning refuses to launch processes from a notebook; one rank has none to launch.
+        # Lightning refuses to launch processes from a notebook; a single rank launches none.
         if not self.is_alone:
             super()._configure_launcher()
 
     def setup_distributed(self) -> None:
         if self.is_alone:
-            # Without a port: it would stay open and in the environment, and a command that a
-            # notebook starts would find it in use.
+            # A store without a port. A port would stay open and in the environment; a command
+            # started from the notebook would then fail because the port is in use.
             self.store = torch.distributed.HashStore()
         super().setup_distributed()
-        # NeMo seeds Megatron's RNG tracker only where there is a GPU.
+        # NeMo seeds Megatron's RNG tracker only if there is a GPU.
         seed = int(os.environ.get("PL_GLOBAL_SEED", "1234"))
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def trainer(**strategy: Any) -> nl.Trainer:
-    """Make a trainer of one rank on CPU.
+    """Make a trainer with one rank on CPU.
 
     Args:
         strategy: Arguments of NeMo's Megatron strategy.
@@ -68,7 +68,7 @@ def trainer(**strategy: Any) -> nl.Trainer:
 
 
 def enable() -> None:
-    """Make this process run NeMo and Megatron on CPU. Calling it again does nothing.
+    """Patch this process to run NeMo and Megatron on CPU; idempotent.
 
     Raises:
         UpcyclingError: There is a CUDA device.

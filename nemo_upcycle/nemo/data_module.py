@@ -35,7 +35,7 @@ def _paths_of(paths: Any) -> dict[str, list[DataPath]]:
 class MockDataModule(llm.MockDataModule):
     """NeMo's mock data, with a check that the model has embeddings for all ids.
 
-    Args: those of NeMo's.
+    Takes the arguments of NeMo's class.
     """
 
     def setup(self, stage: str = "") -> None:
@@ -60,18 +60,18 @@ def _rows_of(module: Any) -> int | None:
 class PreTrainingDataModule(llm.PreTrainingDataModule):
     """NeMo's data module for Megatron's datasets.
 
-    Before Megatron builds indices, all ranks together check each dataset: the length must match
+    Before Megatron builds indices, all ranks together check each dataset. The length must match
     index and manifest, the tokenizer must be the same, and the model must have an embedding for
     every token. Indices are written beside the data, or into the run's directory if the data's
     directory is not writable.
 
-    Args: those of NeMo's. `paths` may begin with `~` and end with `.bin`.
+    Takes the arguments of NeMo's class. `paths` may begin with `~` and end with `.bin`.
 
     Raises:
         UpcyclingError: `paths` are malformed, or a file is missing.
     """
 
-    # NeMo records a constructor's arguments by its signature, in every checkpoint's context.
+    # NeMo records the arguments in every checkpoint's context, by the constructor's signature.
     @wraps(llm.PreTrainingDataModule.__init__)  # type: ignore[misc]
     def __init__(self, paths: Any, *args: Any, **kwargs: Any) -> None:
         by_split = _paths_of(paths)
@@ -95,7 +95,7 @@ class PreTrainingDataModule(llm.PreTrainingDataModule):
                 check_vocabulary(path.prefix, max(each[number] for each in seen), rows)
         error = None
         try:
-            # One rank decides where indices are: they must be in one place for all.
+            # One rank decides, because all ranks must use the same directory of indices.
             place = self._place_of_indices() if ranks.rank == 0 else None
         except UpcyclingError as failed:
             place, error = None, failed
@@ -104,7 +104,7 @@ class PreTrainingDataModule(llm.PreTrainingDataModule):
         super().setup(stage)
 
     def _check(self, rank: int, ranks: int) -> list[int]:
-        """Check this rank's view of the datasets; return the largest ids in its part of them."""
+        """Check the datasets; return the largest token id in this rank's part of each."""
         datasets = [Dataset(path) for path in self._data_paths]
         rows, tokenizer = _rows_of(self), self._transformers_tokenizer()
         if rows is not None:

@@ -63,7 +63,7 @@ class GPTDataset(MegatronGPTDataset):
     def _build_document_sample_shuffle_indices(self) -> Any:
         """Build the indices, or load indices that were built from the same data."""
         index = Path(f"{self.dataset_path}.idx")
-        if self.config.mock or not index.is_file():  # data of an object store
+        if self.config.mock or not index.is_file():  # mock data or an object store
             return super()._build_document_sample_shuffle_indices()
         self.unique_identifiers[CONTENT] = read_index(index).sha256
         self.unique_description = json.dumps(
@@ -82,7 +82,7 @@ class GPTDataset(MegatronGPTDataset):
         with tempfile.TemporaryDirectory(dir=place, prefix=".building-") as new:
             with _config(self, path_to_cache=new):
                 indices = super()._build_document_sample_shuffle_indices()
-            # The description last: where it is, the index is complete.
+            # The description comes last and marks the index as complete.
             for file in sorted(
                 Path(new).iterdir(), key=lambda file: file.name.endswith(DESCRIPTION)
             ):

@@ -1,7 +1,7 @@
 """Apply the command's learning rate and optimizer settings after a resume.
 
-NeMo and Megatron load these settings with the states of optimizer and schedule, and so continue
-with the settings of the first start, whatever a later command says.
+NeMo and Megatron load these settings with the states of optimizer and schedule. They continue with
+the settings of the first start, even if a later command gives other values.
 """
 
 import copy
@@ -10,10 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 _PROGRESS = frozenset({"optimizer", "last_epoch"})
-"""Attributes of a schedule that are no settings; nor are names with a leading underscore."""
+"""Attributes of a schedule that are not settings, besides underscored attributes."""
 
 _STATE = frozenset({"params", "step", "lr"})
-"""Keys of a parameter group that are no settings."""
+"""Keys of a parameter group that are not settings."""
 
 
 class Hyperparameters:
@@ -59,7 +59,7 @@ def is_function_of_step(scheduler: Any) -> bool:
 def _set_rates(scheduler: Any) -> None:
     if not is_function_of_step(scheduler):
         return
-    scheduler._get_lr_called_within_step = True  # or NeMo warns
+    scheduler._get_lr_called_within_step = True  # otherwise NeMo warns
     rates = scheduler.get_lr()
     scheduler._get_lr_called_within_step = False
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):

@@ -1,4 +1,4 @@
-"""Model-FLOPs utilisation, logged with every step."""
+"""Model-FLOPs utilisation, logged at every step."""
 
 import time
 from typing import Any
@@ -8,25 +8,27 @@ import torch
 
 from nemo_upcycle.families.fields import megatron_model
 from nemo_upcycle.nemo.recorded import Recorded
-from nemo_upcycle.planner.flops import Flops, flops
+from nemo_upcycle.planner.flops import Flops, flops, utilisation
 from nemo_upcycle.planner.hardware import device_peak_tflops
 
 
 def peak_tflops() -> float | None:
-    """Return this device's peak in bf16, None where it is not known."""
+    """Return this device's peak in bf16, in TFLOP/s; None if unknown."""
     return device_peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
 
 class MFUCallback(pl.Callback, Recorded):
     """Log TFLOP/s per GPU and model-FLOPs utilisation.
 
-    `tflops_per_gpu` and `mfu` count attention as causal; `mfu_full_attention` is arXiv 2412.09952's
-    convention, larger. NeMo's own callback takes Mixtral's vocabulary for every MoE.
+    `tflops_per_gpu` and `mfu` count attention as causal. `mfu_full_attention` follows the
+    convention of arXiv 2412.09952 and is larger. NeMo's own callback assumes Mixtral's vocabulary
+    for every MoE.
 
     Args:
-        peak_tflops: What a GPU can do in the precision of the training; None looks the device up.
-            Without a GPU that is known, utilisation is not logged.
-        warm_up_steps: Steps at the start that are not logged: they allocate and choose kernels.
+        peak_tflops: Peak of a GPU in the training's precision, in TFLOP/s; None looks up the
+            device. If the device is unknown, utilisation is not logged.
+        warm_up_steps: Initial steps that are not logged, because kernels are chosen and memory is
+            allocated.
     """
 
     def __init__(self, peak_tflops: float | None = None, warm_up_steps: int = 1) -> None:
@@ -36,7 +38,7 @@ class MFUCallback(pl.Callback, Recorded):
         self._ended: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the operations of a sequence."""
+        """Count the operations per sequence."""
         config = pl_module.config
         self._flops = flops(megatron_model(vars(config)), config.seq_length)
         self._peak = self.peak_tflops or peak_tflops()
@@ -46,9 +48,10 @@ class MFUCallback(pl.Callback, Recorded):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Log what the step that ends here has done, from the end of the one before it.
+        """Log the utilisation of the step that ends here, timed from the end of the previous step.
 
-        What comes after a validation or a checkpoint is not logged: they are no training.
+        The first step after a validation or a checkpoint is not logged: the time in between is not
+        training.
         """
         now, started = time.perf_counter(), self._ended
         self._ended = now
@@ -72,26 +75,3 @@ class MFUCallback(pl.Callback, Recorded):
     def on_save_checkpoint(self, *_: Any) -> None:
         """Forget when the last step ended."""
         self._ended = None
-
-
-def utilisation(
-    counted: Flops, sequences: int, seconds: float, gpus: int, peak_tflops: float | None
-) -> dict[str, float]:
-    """Return what is logged of a step.
-
-    Args:
-        counted: Operations of a sequence.
-        sequences: Global batch size.
-        seconds: Of the step.
-        gpus: GPUs of the job.
-        peak_tflops: Of a GPU; None leaves utilisation out.
-
-    Returns:
-        TFLOP/s per GPU, and fractions of the peak.
-    """
-    scale = sequences / (seconds * gpus) / 1e12
-    values = {"tflops_per_gpu": counted.training * scale}
-    if peak_tflops is not None:
-        values["mfu"] = counted.training * scale / peak_tflops
-        values["mfu_full_attention"] = counted.training_full_attention * scale / peak_tflops
-    return values

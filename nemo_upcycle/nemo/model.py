@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
 from nemo.collections.llm.fn.activation import squared_relu
@@ -20,6 +19,7 @@ from nemo_upcycle.checkpoint.kept import FIELD, kept_of
 from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
 from nemo_upcycle.engine.loadable import open_loadable
+from nemo_upcycle.engine.model import leave_padding_out, mark_experts, two_stages_fields
 from nemo_upcycle.families import Architecture, fields
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.nemo import cpu
@@ -29,8 +29,10 @@ from nemo_upcycle.trained.export import export
 
 
 def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
-    """Return the layers that Transformer Engine computes: NeMo's, or block by block where some
-    layers stay dense, which NeMo's are not made for.
+    """Return the layer spec for Transformer Engine.
+
+    If some layers stay dense, the spec is built block by block: NeMo's own has only one kind of
+    layer.
     """
     if config.moe_layer_freq == 1:
         return default_layer_spec(config, vp_stage=vp_stage)
@@ -39,24 +41,24 @@ def layer_spec(config: Any, vp_stage: int | None = None) -> Any:
 
 @dataclass
 class UpcycledGPTConfig(LlamaConfig):
-    """A dense model with experts: attention, RoPE scaling and vocabulary of the dense model.
+    """A dense model with experts: attention, RoPE scaling and vocabulary are the dense model's.
 
-    The fields are Megatron's and NeMo's, their defaults a Llama's; other families set what differs
-    (`architecture_fields`). `scale_factor`, `low_freq_factor`, `high_freq_factor` and
+    The fields are Megatron's and NeMo's, with the defaults of a Llama. Other families set different
+    values (`architecture_fields`). `scale_factor`, `low_freq_factor`, `high_freq_factor` and
     `old_context_len` are Llama 3.1's RoPE scaling, as in NeMo's Llama31Config; a `scale_factor` of
-    None means none.
+    None means no scaling.
 
-    With `num_moe_experts=None` this is the dense model itself.
+    With `num_moe_experts=None` this is the dense model.
     """
 
     num_moe_experts: int | None = 8
     moe_router_topk: int = 2
     moe_router_pre_softmax: bool = False
     moe_router_load_balancing_type: str = "aux_loss"
-    # arXiv 2410.07524 finds 1e-2 best; 2412.09952 does not state its own.
+    # Best value in arXiv 2410.07524; arXiv 2412.09952 does not state a value.
     moe_aux_loss_coeff: float = 1e-2
     moe_token_dispatcher_type: str = "alltoall"
-    # Routing decides by small differences; Megatron's default is the activations' dtype.
+    # Small differences decide the routing; Megatron's default is the activations' dtype.
     moe_router_dtype: str | None = "fp32"
     moe_expert_capacity_factor: float | None = None
     transformer_layer_spec: Callable[..., Any] = layer_spec
@@ -78,14 +80,13 @@ class UpcycledGPTConfig(LlamaConfig):
         """Build this rank's Megatron-Core model."""
         self._pad_vocabulary()
         self._limit_capacity()
-        if self.pipeline_model_parallel_size == 2 and self.virtual_pipeline_model_parallel_size:
-            # The next stage and the previous one are the same rank. Megatron would take what comes
-            # from one for what comes from the other, unless it sends to each by itself.
-            self.overlap_p2p_comm, self.batch_p2p_comm = True, False
+        stages = self.pipeline_model_parallel_size, self.virtual_pipeline_model_parallel_size
+        for name, value in two_stages_fields(*stages).items():
+            setattr(self, name, value)
         model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
-        _mark_experts(model)
+        mark_experts(model)
         if self.unpadded_vocab_size is not None and model.post_process:
-            _leave_padding_out(model, self.unpadded_vocab_size)
+            leave_padding_out(model, self.unpadded_vocab_size)
         if self.scale_factor is not None:
             model.rotary_pos_emb.inv_freq = apply_rope_scaling(
                 model.rotary_pos_emb.inv_freq,
@@ -97,67 +98,33 @@ class UpcycledGPTConfig(LlamaConfig):
         return model
 
     def _pad_vocabulary(self) -> None:
-        """NeMo takes a given vocabulary as it is; Megatron wants it to divide by TP."""
-        if self.unpadded_vocab_size is None:  # the first of the virtual stages
+        """Pad the vocabulary to a multiple of TP, as Megatron requires; NeMo does not."""
+        if self.unpadded_vocab_size is None:  # only once for all virtual stages
             self.unpadded_vocab_size = self.vocab_size
         if self.vocab_size is not None:
             self.vocab_size = padded_vocabulary(self.vocab_size, self.tensor_model_parallel_size)
 
     def _limit_capacity(self) -> None:
-        """Limit the capacity to the tokens that there are: Megatron fails above
-        (NVIDIA/Megatron-LM#2214), and from there on no token is dropped anyway.
+        """Limit the capacity factor to the value from which on no token is dropped.
+
+        Megatron fails with a capacity above the number of tokens (NVIDIA/Megatron-LM#2214).
         """
         factor = self.moe_expert_capacity_factor
         if self.num_moe_experts is not None and factor is not None:
-            # A little less: the product with the tokens is rounded up, and may be a bit above them.
+            # Slightly less, because the product with the number of tokens is rounded up.
             most = self.num_moe_experts / self.moe_router_topk * (1 - 1e-12)
             self.moe_expert_capacity_factor = min(factor, most)
-
-
-def _mark_experts(model: MCoreGPTModel) -> None:
-    """Mark all experts' parameters for the expert-data-parallel reduction and the gradient norm.
-
-    Megatron marks them for the reduction only for EP > 1. With EP 1 and ETP ≠ TP the data-parallel
-    groups of attention and experts differ all the same, and experts would train on part of their
-    gradients (NVIDIA/Megatron-LM#1628).
-
-    Megatron's gradient norm counts a parameter on every tensor-parallel rank if the parameter is
-    `tensor_model_parallel`, and on the first rank alone otherwise. Transformer Engine from 2.13 on
-    does not mark experts, so that the experts of the other ranks would be left out
-    (NVIDIA/Megatron-LM#5916).
-    """
-    for name, parameter in model.named_parameters():
-        if ".mlp.experts." in name:
-            parameter.allreduce = False
-            parameter.tensor_model_parallel = True
-
-
-def _leave_padding_out(model: MCoreGPTModel, vocab_size: int) -> None:
-    """Take the rows that pad the vocabulary out of the softmax, and so out of the loss.
-
-    Megatron itself counts them as tokens with a logit of 0.
-    """
-    layer = model.output_layer
-    first = parallel_state.get_tensor_model_parallel_rank() * layer.output_size_per_partition
-    kept = min(max(vocab_size - first, 0), layer.output_size_per_partition)
-    if kept == layer.output_size_per_partition:
-        return
-
-    def mask(_: torch.nn.Module, __: Any, output: tuple[torch.Tensor, Any]) -> None:
-        logits = output[0]
-        logits[..., kept:] = torch.finfo(logits.dtype).min
-
-    layer.register_forward_hook(mask)
 
 
 class UpcycledGPTModel(GPTModel):
     """A dense model with experts, trained by NeMo.
 
     Args:
-        config: What it is; None where its checkpoint says it, as for `llm.import_ckpt`.
+        config: The model's config; None if a checkpoint provides the config, as in
+            `llm.import_ckpt`.
         optim: NeMo's optimizer module.
         tokenizer: NeMo's tokenizer.
-        model_transform: As in NeMo's GPTModel.
+        model_transform: See NeMo's GPTModel.
     """
 
     def __init__(
@@ -172,7 +139,7 @@ class UpcycledGPTModel(GPTModel):
 
 @io.model_exporter(UpcycledGPTModel, "hf")
 class HuggingFaceExporter(io.ModelConnector):
-    """What `llm.export_ckpt(…, target="hf")` calls; see `nemo_upcycle.trained.export`."""
+    """The exporter behind `llm.export_ckpt(…, target="hf")`; see `nemo_upcycle.trained.export`."""
 
     def apply(self, output_path: Path) -> Path:
         """Write the checkpoint as a Hugging Face directory."""
@@ -183,13 +150,13 @@ class HuggingFaceExporter(io.ModelConnector):
 
 @io.model_importer(UpcycledGPTModel, "hf")
 class HuggingFaceImporter(io.ModelConnector):
-    """What `llm.import_ckpt(model, "hf://DIR")` calls: reads what is exported, and dense models.
+    """The importer behind `llm.import_ckpt(model, "hf://DIR")`, for exported MoEs and dense models.
 
-    Of the model that is given the class alone counts; what it is, its directory says.
+    Only the class of the given model is used; the config comes from the directory.
     """
 
     def init(self) -> UpcycledGPTModel:
-        """Make the model that the directory is of; it has no weights yet."""
+        """Make the model described by the directory, without weights."""
         source = open_loadable(str(self))
         config = trained_config(source.model, source.dtype)
         has_tokenizer = tokenizer_directory(str(self)) is not None
@@ -212,7 +179,7 @@ class HuggingFaceImporter(io.ModelConnector):
 
 
 class _Kept(pl.Callback):
-    """Puts into a checkpoint what the directory says beside the model."""
+    """A callback that adds the directory's metadata to a checkpoint."""
 
     def __init__(self, kept: dict[str, Any]) -> None:
         self._kept = kept
@@ -222,14 +189,14 @@ class _Kept(pl.Callback):
 
 
 def architecture_fields(arch: Architecture) -> dict[str, Any]:
-    """Return the fields of NeMo's configs that a dense model decides.
+    """Return the fields of NeMo's configs that the dense model determines.
 
     Args:
         arch: The dense model's architecture.
 
     Returns:
-        Keyword arguments for `UpcycledGPTConfig`; for a Llama also for NeMo's LlamaConfig
-        (Llama31Config where there is RoPE scaling). What is as in a Llama is left out.
+        Keyword arguments for `UpcycledGPTConfig`. For a Llama also valid for NeMo's LlamaConfig, or
+        Llama31Config with RoPE scaling. Values equal to a Llama's are omitted.
     """
     values = fields.architecture_fields(arch)
     if values.get("activation_func") == squared_relu.__name__:
@@ -238,12 +205,12 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
 
 
 def trained_config(model: MoEModel, dtype: torch.dtype, **others: Any) -> UpcycledGPTConfig:
-    """Return the config of a trained model, for this machine: a GPU if there is one.
+    """Return the config of a trained model for this machine: on a GPU if there is one, else on CPU.
 
     Args:
-        model: What it is. No token is dropped, as transformers drops none.
-        dtype: The parameters'.
-        others: Other fields, such as how it is spread.
+        model: The trained model. No token is dropped, as in transformers.
+        dtype: The parameters' dtype.
+        others: Other fields, such as the parallel mapping.
     """
     arch, length = model.arch, model.arch.max_position_embeddings
     on_cpu = MODEL_OVERRIDES | {"transformer_layer_spec": cpu_layer_spec}
@@ -266,6 +233,6 @@ def trained_config(model: MoEModel, dtype: torch.dtype, **others: Any) -> Upcycl
 
 
 def is_llama(arch: Architecture) -> bool:
-    """Return whether NeMo's own Llama computes the dense model."""
+    """Return whether NeMo's own Llama classes compute the dense model."""
     with_default = (each for each in fields_of(Architecture) if each.default is not MISSING)
     return all(getattr(arch, each.name) == each.default for each in with_default)

@@ -1,4 +1,4 @@
-"""NeMo's checkpoint callback without ways to lose steps, and with one error where saving fails."""
+"""NeMo's checkpoint callback with fixes against lost steps, and one error if saving fails."""
 
 import re
 import shutil
@@ -15,31 +15,31 @@ from nemo_upcycle.engine.ranks import Ranks
 from nemo_upcycle.errors import UpcyclingError
 
 SECONDS_TO_AGREE = 60.0
-"""How long ranks that could not save wait to hear why."""
+"""Maximum time that ranks wait for the cause of a failed save, in seconds."""
 
-# torch says nothing but "inline_container" where a write has fallen short.
+# torch reports a short write only as "inline_container".
 _NO_ROOM = re.compile("No space left|File too large|quota exceeded|inline_container|StreamWriter")
 _LOST = re.compile("Connection closed|reset by peer|Broken pipe|Timed out", re.IGNORECASE)
 
 
 class ModelCheckpoint(nl.ModelCheckpoint):
-    """NeMo's callback, which saves the last step however the run's intervals fall.
+    """NeMo's callback, with a checkpoint of the last step whatever the run's intervals.
 
-    NeMo saves at the end of training only if the last step is no multiple of
-    `val_check_interval`, taking it for granted that a validation has saved otherwise.
+    At the end of training NeMo saves only if the last step is not a multiple of
+    `val_check_interval`: NeMo assumes that a validation has already saved the step.
     """
 
     _began_at: int | None = None
-    """The step at which the last pass over the data began."""
+    """Step at which the current pass over the data began."""
 
     _empty = 0
-    """Passes without a step, one after another."""
+    """Number of consecutive passes without a step."""
 
     def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Remove what a killed run left unfinished, and check what is resumed.
+        """Remove unfinished checkpoints of a killed run, and check the resumed checkpoint.
 
         Raises:
-            UpcyclingError: The run was begun with another global batch size.
+            UpcyclingError: The run was started with another global batch size.
         """
         super().setup(trainer, *args, **kwargs)
         self._began_at, self._empty = None, 0
@@ -49,15 +49,15 @@ class ModelCheckpoint(nl.ModelCheckpoint):
     def on_train_epoch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
-        """Look at what the pass over the data that has just ended has done.
+        """Check the progress of the pass over the data that has just ended.
 
         Raises:
-            UpcyclingError: It has ended before the steps, and the next would bring the same samples
-                again, or none without end.
+            UpcyclingError: The data ended before the last step. The next pass would repeat samples,
+                or empty passes would repeat forever.
         """
         step, began_at = trainer.global_step, self._began_at
         self._began_at, self._empty = step, self._empty + 1 if began_at == step else 0
-        # Of NeMo's data one pass is made for all steps; of others one may be empty on a resume.
+        # NeMo's data make one pass for all steps; other data may have an empty pass on a resume.
         once = isinstance(trainer.datamodule, llm.PreTrainingDataModule)
         if self._empty > 1 or (once and began_at not in (None, step)):
             raise UpcyclingError(
@@ -75,7 +75,7 @@ class ModelCheckpoint(nl.ModelCheckpoint):
         try:
             super()._save_checkpoint(trainer, filepath)
         except CheckpointException as error:
-            # Raised on all ranks, but only the coordinator's has the writers' errors in it.
+            # All ranks raise, but only the coordinator's error contains the writers' errors.
             cause = _cause(error) if error.failures else None
             raise _unsaved(filepath, "; ".join(filter(None, _gather(cause)))) from error
         except (OSError, RuntimeError) as error:
@@ -83,16 +83,20 @@ class ModelCheckpoint(nl.ModelCheckpoint):
 
 
 def _check_batch_size(trainer: pl.Trainer) -> None:
-    """NeMo makes data for max_steps · global_batch_size samples, and goes on from the samples seen.
+    """Check that the samples seen match the steps and the global batch size.
 
-    With smaller batches they end before the steps do, and NeMo then looks for more without end.
+    NeMo makes data for max_steps · global_batch_size samples, and continues after the samples seen.
+    With a smaller batch the data would end before the last step, and NeMo would loop forever.
+
+    Raises:
+        UpcyclingError: The global batch size has changed.
     """
     common = dist_checkpointing.load_common_state_dict(str(trainer.ckpt_path))
     data = trainer.datamodule
     seen = common.get(type(data).__qualname__, {}).get("consumed_samples")
     steps, size = common["global_step"], getattr(data, "global_batch_size", None)
     if seen and size and seen != steps * size:
-        # Steps of several sizes, as of a ramp-up, cannot be gone on with.
+        # Resuming is impossible if the batch size varied, as in a ramp-up.
         again = f"Go on with {seen // steps}, or give" if seen % steps == 0 else "Give"
         raise UpcyclingError(
             f"The run has seen {seen} samples in {steps} steps; now global_batch_size={size} is "
@@ -125,5 +129,5 @@ def _gather(cause: str | None) -> list[str | None]:
 
 
 def _cause(error: CheckpointException) -> str:
-    """Return what the ranks' writers said, without tracebacks."""
+    """Return the writers' errors of all ranks, without tracebacks."""
     return "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())

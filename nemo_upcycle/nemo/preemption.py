@@ -1,4 +1,4 @@
-"""Save and stop when a scheduler takes the machine back, or a user leaves or presses Ctrl-C."""
+"""Save and stop when a scheduler preempts the job, a terminal closes, or a user presses Ctrl-C."""
 
 import os
 import signal
@@ -15,21 +15,25 @@ from nemo.utils.get_rank import is_global_rank_zero
 from nemo_upcycle.files import leave_terminal
 
 NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-"""SIGHUP, of a terminal that is closed, is taken for the second."""
+"""Names of the handled signals; SIGHUP, sent when a terminal closes, is handled as SIGTERM."""
 
 SECONDS_OF_ONE_KEY = 1.0
-"""A terminal tells all ranks and torchrun, and torchrun then tells the ranks again."""
+"""Time within which repeated signals count as one key press, in seconds.
+
+A terminal signals all ranks and torchrun, and torchrun then signals the ranks again.
+"""
 
 
 class PreemptionCallback(pl.Callback, io.IOMixin):
-    """On SIGTERM, SIGHUP or Ctrl-C save at the end of the step and exit; the same command goes on.
+    """On SIGTERM, SIGHUP or Ctrl-C, save at the end of the step and exit; the run can be resumed.
 
-    The exit code is 143, or 130 at Ctrl-C. A second Ctrl-C ends at once, and so does one before
-    training has begun, when there is nothing to save.
+    The exit code is 143, or 130 after Ctrl-C. A second Ctrl-C ends the run immediately. So does a
+    Ctrl-C before training has begun, when there is nothing to save.
 
-    Slurm sends SIGTERM before it preempts or at `--signal=TERM@SECONDS` before a time limit, to any
-    of the ranks. NeMo's own callback looks at the first rank alone, needs CUDA, and ends with 0: a
-    job that waits for this one would go on with half a model. Lightning ends at Ctrl-C where it is.
+    Slurm sends SIGTERM to any of the ranks: before preemption, or before a time limit with
+    `--signal=TERM@SECONDS`. NeMo's own callback checks only the first rank, needs CUDA, and exits
+    with 0, so that a dependent job would continue with an incomplete model. Lightning stops at
+    Ctrl-C without saving.
     """
 
     def __init__(self) -> None:
@@ -38,18 +42,18 @@ class PreemptionCallback(pl.Callback, io.IOMixin):
         self._previous: dict[int, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen for Ctrl-C; at SIGTERM the process ends as yet."""
+        """Handle Ctrl-C; SIGTERM still has the default action."""
         self._received, self._training = 0, False
         self._listen(signal.SIGINT)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen."""
+        """Handle SIGTERM and SIGHUP."""
         self._training = True
         self._listen(signal.SIGTERM)
         self._listen(signal.SIGHUP)
 
     def _listen(self, number: int) -> None:
-        # A shell has background jobs ignore Ctrl-C, nohup SIGHUP.
+        # A shell makes background jobs ignore Ctrl-C; nohup makes them ignore SIGHUP.
         if signal.getsignal(number) is not signal.SIG_IGN:
             self._previous.setdefault(number, signal.signal(number, self._receive))
 
@@ -70,10 +74,10 @@ class PreemptionCallback(pl.Callback, io.IOMixin):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Save and stop on all ranks if one of them was told to.
+        """Save and stop on all ranks if any rank has received a signal.
 
         Raises:
-            SystemExit: It was.
+            SystemExit: A rank has received a signal.
         """
         told = torch.tensor(self._received, dtype=torch.int32, device=pl_module.device)
         torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
@@ -89,15 +93,15 @@ class PreemptionCallback(pl.Callback, io.IOMixin):
         raise SystemExit(128 + number)
 
     def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Stop listening."""
+        """Restore the signal handlers."""
         self._restore(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Stop listening."""
+        """Restore the signal handlers."""
         self._restore(trainer)
 
     def _restore(self, trainer: pl.Trainer) -> None:
-        # Lightning puts back, later, what it found as training began: this callback's.
+        # Lightning later restores the handlers found at the start of training: this callback's.
         handlers = trainer._signal_connector._original_handlers
         while self._previous:
             number, handler = self._previous.popitem()
@@ -107,7 +111,7 @@ class PreemptionCallback(pl.Callback, io.IOMixin):
 
 
 def _write(line: str) -> None:
-    """Print once for all ranks: in the middle of another line's printing, as a signal comes."""
+    """Print once for all ranks, from a signal handler and thus without buffered output."""
     if is_global_rank_zero():
         os.write(1, f"\n{line}\n".encode())
 

@@ -1,14 +1,10 @@
-"""What a run began from and is trained with: kept in its checkpoints, compared on a resume."""
+"""Origin and settings of a run, stored in the run's checkpoints and compared on a resume."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from megatron.core import dist_checkpointing
 from nemo.utils import AppState
 from nemo.utils.get_rank import is_global_rank_zero
@@ -17,7 +13,7 @@ from nemo_upcycle.checkpoint import MegatronCheckpoint
 from nemo_upcycle.checkpoint.fingerprint import weights_fingerprint
 from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.engine.provenance import RANDOM, RESTORED, Origin
-from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks, check_same
+from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks, check_same, said_on_every_rank
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.nemo import run_lock
 from nemo_upcycle.nemo.hyperparameters import Hyperparameters, is_function_of_step
@@ -27,15 +23,16 @@ from nemo_upcycle.nemo.run_settings import compare, settings_of
 
 
 class Provenance(pl.Callback, Recorded):
-    """Keep in a run's checkpoints what it began from and is trained with.
+    """Store a run's origin and settings in the run's checkpoints.
 
-    A resume that says otherwise is refused, or takes what the command says and says so. On its own
-    this callback is for runs from random weights; `UpcyclingCallback` is one that has a checkpoint.
+    A resume with other settings is either refused, or applies the new settings and reports the
+    change. This class is for runs from random weights; `UpcyclingCallback` is a subclass with a
+    dense checkpoint.
 
     Args:
         model_of: Checkpoint whose config the model has, and whose tokens and context length an
-            export keeps; None where there is none.
-        timeout_s: Seconds that a rank waits for the slowest before it takes it for lost.
+            export keeps; None if there is none.
+        timeout_s: Seconds that a rank waits for the slowest before assuming that it is lost.
     """
 
     prefix = "[run]"
@@ -56,23 +53,23 @@ class Provenance(pl.Callback, Recorded):
 
     @property
     def state_key(self) -> str:
-        """Where a checkpoint has it: the first of these callbacks gave the name."""
+        """Key of the state in a checkpoint, fixed for compatibility across these callbacks."""
         return "UpcyclingCallback"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the run began from and is trained with, for its checkpoints."""
+        """Return the run's origin and settings, for the run's checkpoints."""
         return asdict(self._origin) if self._origin else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: `setup` has read it, before the model was made."""
+        """Do nothing: `setup` has read the state before the model was made."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check, before the model is made, what the run starts from or resumes.
+        """Check origin and settings before the model is made.
 
         Raises:
-            UpcyclingError: Another start of the run is at work, a number is out of range, or the
-                initial weights cannot be used. Or a resume contradicts the run's beginning. Raised
-                on every rank.
+            UpcyclingError: Another start of the run is active, a number is out of range, or the
+                initial weights cannot be used. Also if a resume contradicts the run's first start.
+                Raised on every rank.
         """
         if stage != "fit":
             return
@@ -88,10 +85,10 @@ class Provenance(pl.Callback, Recorded):
             say(line)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember what the command says, which loading a checkpoint overwrites.
+        """Record the command's settings, which loading a checkpoint overwrites.
 
         Raises:
-            UpcyclingError: The learning rate's schedule cannot be changed half-way.
+            UpcyclingError: The learning-rate schedule does not support a change during a run.
         """
         if not trainer.ckpt_path:
             return
@@ -105,27 +102,27 @@ class Provenance(pl.Callback, Recorded):
                 )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take what the command says."""
+        """Apply the command's settings."""
         if self._hyperparameters is not None:
             self._hyperparameters.apply(trainer)
             self._hyperparameters = None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let others have the run's directory."""
+        """Unlock the run's directory."""
         _release()
 
     def on_exception(self, *_: Any) -> None:
-        """Let others have the run's directory."""
+        """Unlock the run's directory."""
         _release()
 
     def begin(self, trainer: pl.Trainer, config: Any) -> Origin:
-        """Return what the command says that the run begins from.
+        """Return the run's origin according to the command.
 
         Args:
             trainer: The trainer.
             config: The model's config.
         """
-        # What else the model is, the settings say.
+        # The settings contain the other fields of the model.
         model = {
             name: getattr(config, name, None) for name in ("num_moe_experts", "moe_router_topk")
         }
@@ -153,7 +150,7 @@ class Provenance(pl.Callback, Recorded):
         if saved is not None:
             saved.check(now, str(trainer.ckpt_path))
             self._changes = compare(saved.settings, settings, str(trainer.ckpt_path))
-            # An older version has not recorded what is kept.
+            # Older versions did not record `kept`.
             self._origin = replace(saved, settings=settings, kept=saved.kept or now.kept)
         if saved is None or not saved.settings:
             self._changes = [
@@ -162,9 +159,9 @@ class Provenance(pl.Callback, Recorded):
             ]
 
     def _saved_origin(self, weights: str | Path) -> Origin | None:
-        """Read what a checkpoint of the run says, if it says anything.
+        """Return the origin stored in a checkpoint of the run, if any.
 
-        Before the model is made: one of another shape could not be loaded.
+        Read before the model is made, because a model of another shape could not be loaded.
         """
         common = dist_checkpointing.load_common_state_dict(str(weights))
         saved = common.get("callbacks", {}).get(self.state_key)
@@ -177,22 +174,8 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-@contextmanager
-def said_on_every_rank(prefix: str) -> Iterator[None]:
-    """Print an error as a line of its own on every rank.
-
-    The launcher may end the other ranks before their tracebacks are out.
-    """
-    try:
-        yield
-    except UpcyclingError as error:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        print(f"{prefix} rank {rank}: {error}", file=sys.stderr, flush=True)
-        raise
-
-
 def _beyond_context(origin: Origin, seq_length: int | None) -> list[str]:
-    """Say where sequences are longer than what the weights have seen: it may be meant."""
+    """Return a remark if sequences exceed the weights' context length, which may be intended."""
     context = (origin.kept or {}).get("max_position_embeddings")
     if origin.weights == RANDOM or not context or not seq_length or seq_length <= context:
         return []
@@ -203,9 +186,9 @@ def _beyond_context(origin: Origin, seq_length: int | None) -> list[str]:
 
 
 def _fingerprint(restored: str) -> str | None:
-    """Return what tells restored weights from others; None where they cannot be read.
+    """Return a fingerprint of restored weights; None if the weights cannot be read.
 
-    A resume does not need them, and NeMo says what is wrong with them at the first start.
+    A resume does not need the weights. At the first start, NeMo reports what is wrong with them.
     """
     try:
         return weights_fingerprint(MegatronCheckpoint(restored, experts=True))

@@ -1,4 +1,4 @@
-"""A run's directory is written by one start of the run at a time."""
+"""A lock that lets only one start of a run at a time write the run's directory."""
 
 import json
 import os
@@ -14,26 +14,26 @@ from nemo_upcycle.files import lock
 
 FILE = ".lock"
 SECONDS_TO_WAIT = 10.0
-"""How long a start waits for the one before: the kernel may still be clearing away a killed one."""
+"""Waiting time for the previous start, in seconds; the kernel may still be ending a killed one."""
 
 _held: dict[Path, IO[Any]] = {}
 
 
 def take(directory: Path, seconds_to_wait: float = SECONDS_TO_WAIT) -> None:
-    """Take a run's directory for this process, until it ends, however it does, or `release`.
+    """Lock a run's directory for this process, until `release` or the end of the process.
 
-    Processes that it forks do not have it, and so do not keep it when they outlive it.
+    Forked processes do not hold the lock, and so cannot keep it after this process ends.
 
     Args:
-        directory: The run's directory, which is there.
-        seconds_to_wait: How long to wait for another start to end.
+        directory: The run's directory, which must exist.
+        seconds_to_wait: Maximum waiting time for another start to end.
 
     Raises:
-        UpcyclingError: Another start of the run has it.
+        UpcyclingError: Another start of the run holds the lock.
     """
     if directory in _held:
         return
-    # NeMo moves a run's files away as a new start of it begins: this one must stay.
+    # NeMo moves a run's files away at a new start; the lock file must stay.
     state = AppState()
     moved = getattr(state, "files_to_move", None) or []
     state.files_to_move = [path for path in moved if Path(path).name != FILE]
@@ -53,12 +53,12 @@ def take(directory: Path, seconds_to_wait: float = SECONDS_TO_WAIT) -> None:
     json.dump(_holder(), file)
     file.flush()
     _held[directory] = file
-    # What a forked process has inherited is closed there; the lock stays with its parent.
+    # A forked child closes the inherited file; the lock stays with the parent.
     os.register_at_fork(after_in_child=file.close)
 
 
 def release(directory: Path) -> None:
-    """Let other processes have a run's directory."""
+    """Unlock a run's directory."""
     if (file := _held.pop(directory, None)) is not None:
         file.close()
 

@@ -1,20 +1,20 @@
-"""The name of a run: a directory, and what its checkpoints are called."""
+"""The name of a run: a directory, and the prefix of the run's checkpoints."""
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.files import name_problem
 
 MAX_BYTES = 120
-"""Of a part of a name: a checkpoint's has some 100 more, and a file system's end at 255."""
+"""Maximum length per part of a name; checkpoints add about 100 bytes, file systems allow 255."""
 
 
 def check_name(name: str) -> None:
-    """Check that a run's directory can have this name.
+    """Check that a name is valid for a run's directory.
 
-    A name may have parts, as in `group/run1`, spaces, and characters of any language.
+    A name may have several parts, as in `group/run1`, spaces, and characters of any language.
 
     Raises:
-        UpcyclingError: It is empty or too long, leads out of the directory of the runs, or has
-            characters that no file or no log line can have.
+        UpcyclingError: The name is empty or too long, leads out of the directory of the runs, or
+            has characters that are not allowed in file names or log lines.
     """
     problem = _problem(name)
     if problem is not None:
@@ -25,7 +25,7 @@ def check_name(name: str) -> None:
 
 
 def checkpoint_prefix(name: str) -> str:
-    """Return how a run's checkpoints begin: Lightning fills in what stands in braces."""
+    """Return the prefix of a run's checkpoints; Lightning substitutes expressions in braces."""
     return name.rpartition("/")[2]
 
 

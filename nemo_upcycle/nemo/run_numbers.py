@@ -1,4 +1,4 @@
-"""Numbers of a training that make no sense, found before anything is made of them."""
+"""Early checks for training numbers that are out of range or contradictory."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -29,40 +29,40 @@ _NOT_HONOURED: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.init_consumed_samples": ((None, 0), "resume.resume_if_exists"),
     "data.init_global_step": ((None, 0), "resume.resume_if_exists"),
 }
-"""What NeMo takes and does not do: the values that change nothing, and the field that works.
+"""Fields that NeMo accepts and ignores: the values without effect, and the field to use instead.
 
-With its accumulation, limits and epochs Lightning begins the data anew, which NeMo makes for one
-pass of max_steps · global_batch_size samples; NeMo saves no batch sizes of a ramp-up.
+With Lightning's accumulation, limits and epochs, the data would start again. NeMo's data make only
+one pass of max_steps · global_batch_size samples. NeMo does not save the batch sizes of a ramp-up.
 """
 
 
 def check_max_steps(max_steps: int) -> None:
-    """Check how long a run is to be.
+    """Check the number of steps.
 
     Raises:
-        UpcyclingError: Not even a step. Data and learning rate are made for a number of steps, so
-            there is no run without end.
+        UpcyclingError: The number is below 1. Data and learning rate are made for a number of
+            steps, so there is no endless run.
     """
     if max_steps < 1:
         raise UpcyclingError(f"max_steps is {max_steps}; expected 1 or more: a run has an end.")
 
 
 def check_trainer(trainer: pl.Trainer) -> None:
-    """Check how long a run is, and how often it validates: the data are made by these numbers.
+    """Check the trainer's numbers of steps and validations, from which the data are made.
 
     Raises:
-        UpcyclingError: A number is out of range, or of a field that NeMo does not honour.
+        UpcyclingError: A number is out of range, or belongs to a field that NeMo ignores.
     """
     check_max_steps(trainer.max_steps)
     for name, (idle, instead) in _NOT_HONOURED.items():
         value = _value(trainer, name)
-        # To Lightning 1.0 is all batches, 1 is one.
+        # For Lightning, 1.0 means all batches and 1 means one batch.
         if not any(type(value) is type(each) and value == each for each in idle):
             raise UpcyclingError(
                 f"{name} is {value}, which NeMo does not honour; expected {idle[0]}. Set {instead} "
                 "instead."
             )
-    interval = trainer.val_check_interval  # steps, or a share of an epoch
+    interval = trainer.val_check_interval  # steps, or a fraction of an epoch
     if interval is not None and not interval > 0:
         raise UpcyclingError(
             f"trainer.val_check_interval is {interval}; expected 1 step or more. To leave "
@@ -78,10 +78,10 @@ def check_numbers(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
         module: NeMo's model, with its optimizer.
 
     Returns:
-        What is allowed and may not be meant, a line each.
+        Remarks, one line each, on allowed values that may be unintended.
 
     Raises:
-        UpcyclingError: A number is out of range, or contradicts another.
+        UpcyclingError: A number is out of range, or contradicts another number.
     """
     check_trainer(trainer)
     holders = {"data": getattr(trainer, "datamodule", None)}
@@ -100,10 +100,10 @@ def check_numbers(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
 
 
 def _value(trainer: pl.Trainer, name: str) -> Any:
-    """Return a field of the trainer or its data; where there is none, what changes nothing."""
+    """Return a field of the trainer or its data; a value without effect if the field is missing."""
     owner, _, field = name.partition(".")
     data = getattr(trainer, "datamodule", None)
-    # NeMo's data modules hand some of their fields on, and forget them.
+    # NeMo's data modules pass some fields on without keeping them.
     places = (trainer,) if owner == "trainer" else (getattr(data, "data_sampler", None), data)
     values = (getattr(place, field) for place in places if hasattr(place, field))
     return next(values, _NOT_HONOURED[name][0][0])

@@ -1,4 +1,4 @@
-"""Settings that determine the result of a training, by their names on the command line.
+"""Settings that determine the result of a training, named as on the command line.
 
 A run records its settings in its checkpoints. On a resume they are compared with the command's: a
 change is either refused by name, or applied and reported. The parallel mapping and options that
@@ -35,7 +35,7 @@ _ARCHITECTURE = (
     *("share_embeddings_and_output_weights", "softmax_scale", "softmax_type", "vocab_size"),
     *("window_attn_skip_freq", "window_size"),
 )
-"""Fields of the model's config that say which function its weights compute."""
+"""Fields of the model's config that determine the function computed by the weights."""
 
 _REFUSED = frozenset(
     {"data.seq_length", "data.tokenizer"}
@@ -43,7 +43,8 @@ _REFUSED = frozenset(
     | {f"model.config.{name}" for name in _ARCHITECTURE}
 )
 
-# How the model is spread, computed and begun. What is in no list is a setting that may change.
+# Fields for parallel mapping, kernels and initialisation. Fields in no list are settings that may
+# change.
 _NO_SETTING = re.compile(
     "parallel|comm|p2p|overlap|recompute|offload|cuda_graph|fusion|fused|pipeline|microbatch|wgrad|"
     "timers|_func$|grouped_gemm|rng|transformer_engine|^use_|_te_|_spec$|init|deepep|logg|"
@@ -64,14 +65,14 @@ _SAMPLE_BYTES = 2**16
 
 
 def settings_of(trainer: pl.Trainer, module: pl.LightningModule) -> Settings:
-    """Return what decides the result of a training.
+    """Return the settings that determine the result of a training.
 
     Args:
         trainer: The trainer, with its data.
         module: NeMo's model, with its config and optimizer.
 
     Returns:
-        By name, plain values: what a checkpoint can keep.
+        Plain values by name, which a checkpoint can store.
     """
     settings: Settings = {"trainer.max_steps": trainer.max_steps}
     settings |= _of_plugins(trainer) | _of_optimizer(getattr(module, "optim", None))
@@ -80,20 +81,20 @@ def settings_of(trainer: pl.Trainer, module: pl.LightningModule) -> Settings:
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any], run: str) -> list[str]:
-    """Compare the settings of a run with those of the command that resumes it.
+    """Compare the settings of a run with those of the command that resumes the run.
 
     Args:
-        before: What its checkpoint says.
-        now: What the command says.
-        run: Where the run is, for the message.
+        before: Settings in the run's checkpoint.
+        now: Settings of the command.
+        run: Path of the run, for the error message.
 
     Returns:
-        What changes, a line each.
+        The changes, one line each.
 
     Raises:
-        UpcyclingError: Something changes that a run cannot change.
+        UpcyclingError: A setting has changed that is fixed for a run.
     """
-    # A setting that another version has added is in one of them alone.
+    # Settings added by another version exist on only one side.
     names = sorted(before.keys() & now.keys())
     changed = [name for name in names if _compared(before[name]) != _compared(now[name])]
     if refused := [name for name in changed if name in _REFUSED]:
@@ -148,7 +149,7 @@ def _of_data(data: Any) -> Settings:
 
 
 def _of_tokenizer(tokenizer: Any) -> str | None:
-    """Return what tells a tokenizer from others: what training knows of one is ids."""
+    """Return a fingerprint of a tokenizer's vocabulary: training sees only ids."""
     vocabulary = getattr(tokenizer, "vocab", None)
     if vocabulary is None:
         return None
@@ -179,7 +180,7 @@ def _plain(value: Any) -> Any:
 
 
 def _content(prefix: str) -> str | None:
-    """Return what tells a dataset's files from others: their sizes, first and last bytes.
+    """Return a fingerprint of a dataset's files: sizes, first and last bytes.
 
     Paths do not count: a directory may move between two starts.
     """
@@ -197,7 +198,7 @@ def _content(prefix: str) -> str | None:
 
 
 def _compared(value: Any) -> Any:
-    """Return what must be equal: of a dataset's [weight, prefix, content] not where it is."""
+    """Return the part of a value to compare: of a dataset's [weight, prefix, content] no prefix."""
     if isinstance(value, list | tuple):
         is_dataset = len(value) == 3 and isinstance(value[1], str) and value[2] is not None
         kept = (value[0], value[2]) if is_dataset else value

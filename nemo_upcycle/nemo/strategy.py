@@ -1,4 +1,4 @@
-"""NeMo's Megatron strategy without one of its faults, and with its mapping checked."""
+"""NeMo's Megatron strategy without the fault in the timers, and with a check of the mapping."""
 
 import os
 import re
@@ -20,11 +20,11 @@ from nemo_upcycle.errors import UpcyclingError
 class MegatronStrategy(nl.MegatronStrategy):
     """NeMo's strategy without Megatron's timers.
 
-    NeMo's ProgressPrinter prints them on rank 0 alone, but collecting them is an all-gather over
-    all ranks: the next collective of the whole world, such as a checkpoint's, then never ends.
+    NeMo's ProgressPrinter prints the timers on rank 0 alone, but collecting them is an all-gather
+    over all ranks. The next collective of all ranks, such as a checkpoint's, would hang.
     """
 
-    # NeMo records a constructor's arguments by its signature, in every checkpoint's context.
+    # NeMo records the arguments in every checkpoint's context, by the constructor's signature.
     @wraps(nl.MegatronStrategy.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -33,10 +33,10 @@ class MegatronStrategy(nl.MegatronStrategy):
             self.folding().validate(int(os.environ["WORLD_SIZE"]))
 
     def connect(self, model: pl.LightningModule) -> None:
-        """Take the model, if the mapping fits it.
+        """Connect the model after checking the mapping.
 
         Raises:
-            UpcyclingError: The model has experts, and TP comes without sequence parallelism.
+            UpcyclingError: The model has experts, and TP is used without sequence parallelism.
         """
         has_experts = getattr(model.config, "num_moe_experts", None) is not None
         if has_experts and self.tensor_model_parallel_size > 1 and not self.sequence_parallel:
@@ -51,8 +51,8 @@ class MegatronStrategy(nl.MegatronStrategy):
         """Load a checkpoint.
 
         Raises:
-            UpcyclingError: It cannot be loaded into the model; instead of a page of each rank's
-                tracebacks.
+            UpcyclingError: The checkpoint does not load into the model. The error replaces a page
+                of tracebacks per rank.
         """
         try:
             return super().load_checkpoint(checkpoint_path, selective_restore)
@@ -65,23 +65,23 @@ class MegatronStrategy(nl.MegatronStrategy):
             ) from error
 
     def folding(self) -> ParallelFolding:
-        """Return the mapping that the strategy's arguments say.
+        """Return the mapping in the strategy's arguments.
 
         Raises:
-            UpcyclingError: They contradict each other.
+            UpcyclingError: The arguments contradict each other.
         """
         names = [field.name for field in fields(ParallelFolding)]
         values = {name: getattr(self, name) for name in names}
-        if values["expert_tensor_parallel_size"] is None:  # Megatron takes TP then
+        if values["expert_tensor_parallel_size"] is None:  # Megatron's default is TP
             values["expert_tensor_parallel_size"] = self.tensor_model_parallel_size
         return ParallelFolding(**values)
 
 
 def _check_whole(weights: Path) -> None:
-    """Check a checkpoint that could not be loaded.
+    """Check the files of a checkpoint that could not be loaded.
 
     Raises:
-        UpcyclingError: A file of it is not whole.
+        UpcyclingError: A file is incomplete.
     """
     try:
         check_files(weights)
@@ -93,7 +93,7 @@ def _check_whole(weights: Path) -> None:
 
 
 def _cause(error: Exception) -> str:
-    """Return the last thing that the first rank said, of torch's page of tracebacks."""
+    """Return the first rank's error line from torch's page of tracebacks."""
     lines = [
         line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)
     ]

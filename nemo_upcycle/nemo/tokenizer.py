@@ -18,17 +18,17 @@ def checkpoint_tokenizer(source: str, model: str | None = None) -> "AutoTokenize
     """Load the tokenizer of a dense checkpoint, never from the network.
 
     Args:
-        source: A directory of Hugging Face's or NeMo 2's, or a hub name that is in the local cache.
-        model: The dense checkpoint that it is to train on, where that is another.
+        source: A directory of Hugging Face or NeMo 2, or a hub name in the local cache.
+        model: The dense checkpoint to train, if different from `source`.
 
     Returns:
         NeMo's tokenizer.
 
     Raises:
-        UpcyclingError: There is no such directory, or no tokenizer in it.
+        UpcyclingError: The directory is missing or has no tokenizer.
     """
     if model is None:
-        resolve_directory(source)  # what is not there is the dense checkpoint
+        resolve_directory(source)  # an error here names the dense checkpoint
     directory = named_tokenizer(source)
     from nemo.collections.common.tokenizers import AutoTokenizer
     from nemo.utils.get_rank import is_global_rank_zero
@@ -47,7 +47,7 @@ def checkpoint_tokenizer(source: str, model: str | None = None) -> "AutoTokenize
 
 
 def _directory(model: str | None) -> Path | None:
-    """Return a checkpoint's directory; None where it is gone, for a resume does not need it."""
+    """Return a checkpoint's directory; None if missing, because a resume needs no dense model."""
     try:
         return None if model is None else resolve_directory(model)
     except UpcyclingError:

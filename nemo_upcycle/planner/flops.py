@@ -73,3 +73,26 @@ def _neurons(model: MoEModel) -> int:
     dense = model.arch.ffn_hidden_size
     moe = model.topk * model.expert_width + (dense if model.has_shared_expert else 0)
     return sum(moe if is_moe else dense for is_moe in model.is_moe)
+
+
+def utilisation(
+    counted: Flops, sequences: int, seconds: float, gpus: int, peak_tflops: float | None
+) -> dict[str, float]:
+    """Return the metrics of a step.
+
+    Args:
+        counted: Operations per sequence.
+        sequences: Global batch size.
+        seconds: Duration of the step.
+        gpus: GPUs of the job.
+        peak_tflops: Peak of a GPU in TFLOP/s; None omits utilisation.
+
+    Returns:
+        TFLOP/s per GPU, and fractions of the peak.
+    """
+    scale = sequences / (seconds * gpus) / 1e12
+    values = {"tflops_per_gpu": counted.training * scale}
+    if peak_tflops is not None:
+        values["mfu"] = counted.training * scale / peak_tflops
+        values["mfu_full_attention"] = counted.training_full_attention * scale / peak_tflops
+    return values

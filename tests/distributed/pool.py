@@ -1,5 +1,7 @@
 """Processes that stay alive between tests: importing NeMo takes each of them 10 s.
 
+Where NeMo is not installed they run Megatron-Core alone.
+
 `RankPool.run(function, world_size, **kwargs)` calls `function(**kwargs)` on ranks 0 to
 world_size - 1 of a real gloo process group and returns what each one returned.
 """
@@ -13,12 +15,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 from tests import progress
+
+HAS_NEMO = find_spec("nemo") is not None
 
 
 class RankError(AssertionError):
@@ -94,8 +99,12 @@ def _serve(connection: Connection, prepare: Callable[[], None] | None) -> None:
     os.dup2(sink, 2)
     if prepare is not None:
         prepare()
-    from nemo_upcycle.nemo import cpu
     from tests import imported
+
+    if HAS_NEMO:
+        from nemo_upcycle.nemo import cpu
+    else:
+        from nemo_upcycle.engine import cpu
 
     assert imported
     cpu.enable()
@@ -174,15 +183,17 @@ def _forget() -> None:
     """Undo what Megatron and NeMo keep in the process."""
     import torch
     from megatron.core import num_microbatches_calculator, parallel_state
-    from nemo.utils import AppState
-    from nemo.utils.metaclasses import Singleton
 
     parallel_state.destroy_model_parallel()
     for name, value in list(vars(parallel_state).items()):  # those that Megatron forgets to forget
         if isinstance(value, torch.distributed.ProcessGroup):
             setattr(parallel_state, name, None)
     num_microbatches_calculator.unset_num_microbatches_calculator()
-    Singleton._Singleton__instances.pop(AppState, None)  # type: ignore[attr-defined]
+    if HAS_NEMO:
+        from nemo.utils import AppState
+        from nemo.utils.metaclasses import Singleton
+
+        Singleton._Singleton__instances.pop(AppState, None)  # type: ignore[attr-defined]
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     # Ranks of which one did not get as far would wait for groups of other names.

@@ -9,9 +9,10 @@ import pytest
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed import scenarios
 from tests.distributed.foldings import FOLDINGS, spread
-from tests.distributed.grid import Grid, differing, whole
+from tests.distributed.grid import Grid
 from tests.distributed.pool import RankPool
 from tests.distributed.step0 import FOLDED, TOLERANCE, difference
+from tests.distributed.whole import differing, whole
 from tests.tiny import write_dense
 
 G4 = {"num_moe_experts": 32, "granularity": 4, "moe_router_topk": 8}

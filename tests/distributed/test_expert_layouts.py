@@ -10,8 +10,8 @@ import torch
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.trained.export import export
 from tests.distributed import scenarios, te_layout
-from tests.distributed.grid import differing, whole
 from tests.distributed.pool import RankPool
+from tests.distributed.whole import differing, whole
 
 UPCYCLING = UpcyclingConfig()
 FOLDINGS = {

@@ -19,11 +19,11 @@ from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.trained.export import export, plan_export
 from tests.distributed import scenarios
-from tests.distributed.grid import whole
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.step0 import FOLDED, IDS, TOLERANCE, error
 from tests.distributed.trained import KINDS, trained
 from tests.distributed.training import train
+from tests.distributed.whole import whole
 from tests.tiny import write_dense
 from tests.workspace import make_workspace
 

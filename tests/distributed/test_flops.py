@@ -87,7 +87,7 @@ def test_utilisation_of_the_papers_speed() -> None:
     """462.8 TFLOP/s per GPU in its convention are 46.8% of an H100 (arXiv 2412.09952, Table 2)."""
     from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
 
-    from nemo_upcycle.nemo.mfu import utilisation
+    from nemo_upcycle.planner.flops import utilisation
     from nemo_upcycle.planner.hardware import device_peak_tflops
 
     counted = flops(upcycled_model(LLAMA3_8B_E8T2.architecture, LLAMA3_8B_E8T2.upcycling), 8192)

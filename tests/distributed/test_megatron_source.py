@@ -16,11 +16,11 @@ from nemo_upcycle.families import architecture_of
 from nemo_upcycle.families.llama import LLAMA
 from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer
 from tests.distributed.foldings import Spread, spread
-from tests.distributed.grid import differing, whole
 from tests.distributed.megatron_dense import save_dense, upcycled_from
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.trained import import_ckpt
 from tests.distributed.training import train
+from tests.distributed.whole import differing, whole
 from tests.workspace import make_workspace
 
 SAVED = {

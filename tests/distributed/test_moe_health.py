@@ -63,13 +63,13 @@ def health(
     run = fiddle.build(recipe)
     callback = MoEHealthCallback(every_n_steps=1)
     seen = []
-    measure = callback._measure
+    measure = callback.measure
 
     def keep() -> Any:
         seen.append(measure())
         return seen[-1]
 
-    callback._measure = keep  # type: ignore[method-assign]
+    callback.measure = keep  # type: ignore[method-assign]
     run.keywords["trainer"].callbacks += [Damage(), callback]
     try:
         run()

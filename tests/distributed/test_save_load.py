@@ -4,7 +4,8 @@ import pytest
 
 from tests.distributed import scenarios
 from tests.distributed.foldings import FOLDINGS, ONE_RANK, WITH_EVERY_CHANGE
-from tests.distributed.grid import Grid, differing, whole
+from tests.distributed.grid import Grid
+from tests.distributed.whole import differing, whole
 
 SLOW = pytest.mark.slow
 PAIRS = [

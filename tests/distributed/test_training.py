@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_upcycle.data.preparation import Preparation, prepare
-from tests.distributed.grid import whole
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.training import EP2, FOLDED, WITHOUT_LEARNING, train
+from tests.distributed.whole import whole
 from tests.third_party import install_flip
 from tests.tiny import write_llama
 from tests.workspace import VOCAB_SIZE, make_workspace

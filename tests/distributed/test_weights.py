@@ -10,8 +10,9 @@ import torch
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed import scenarios
 from tests.distributed.foldings import NAMES
-from tests.distributed.grid import INITIALIZERS, WAYS, Grid, differing, whole
+from tests.distributed.grid import INITIALIZERS, WAYS, Grid
 from tests.distributed.pool import RankPool
+from tests.distributed.whole import differing, whole
 from tests.tiny import write_llama
 
 

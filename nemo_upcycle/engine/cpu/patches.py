@@ -207,7 +207,10 @@ def _patch_checkpoint_queue() -> None:
             gc.enable()
         return manager.Queue()
 
-    filesystem_async._get_write_results_queue = forked_queue
+    # Newer versions of Megatron-Core have no underscore, and an argument.
+    for name in ("_get_write_results_queue", "get_write_results_queue"):
+        if hasattr(filesystem_async, name):
+            setattr(filesystem_async, name, lambda *_: forked_queue())
 
 
 def _begin_queue_process(parent: int) -> None:

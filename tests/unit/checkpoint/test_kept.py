@@ -1,6 +1,7 @@
 """What a dense model's configs say and training does not change is found, and recorded as data."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import Metadata
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.checkpoint.kept import (
@@ -96,7 +98,8 @@ def test_templates_beside_the_tokenizers(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_its_common_file_is_damaged(tmp_path: Path) -> None:
     """It has the record; without it an export would take what an older version leaves out."""
-    (tmp_path / ".metadata").touch()
+    metadata = Metadata(state_dict_metadata={}, storage_data={})  # and no common state in it
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     for read in (kept_in, dense_checkpoints_in):
         with pytest.raises(UpcyclingError, match=r"common\.pt is missing"):
             read(tmp_path)

@@ -1,0 +1,287 @@
+"""How the experts and routers of a model are: load, losses, entropy, and how far they have moved.
+
+Statistics are sums over tokens, added up over all ranks once an interval: they do not depend on how
+the model is spread. Any training loop can call them. Legend: L layers, E experts, T tokens.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.moe.moe_utils import (
+    clear_aux_losses_tracker,
+    get_moe_layer_wise_logging_tracker,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+
+from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.names import expert_of, layer_of
+from nemo_upcycle.initializers import initialize_router
+
+LOSSES = {
+    "load_balancing_loss": "dp",
+    "seq_load_balancing_loss": "dp",
+    "global_load_balancing_loss": "none",
+    "z_loss": "all",
+}
+"""Megatron's names, with the ranks over which a loss is a mean; over other ranks, a sum."""
+
+SAMPLED_ROWS = 64
+"""Rows compared of each expert's linear_fc1: enough for a distance, and cheap."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """Measurements of an interval; NaN for a layer that is not an MoE.
+
+    Attributes:
+        load: Share of the assignments to each expert, [L, E].
+        values: Metrics by name, [L].
+    """
+
+    load: torch.Tensor
+    values: Mapping[str, torch.Tensor]
+
+    def scalars(self) -> dict[str, float]:
+        """Return `moe/NAME` over all layers, and `moe/NAME_layer_N` per MoE layer."""
+        named = {}
+        for name, values in self.values.items():
+            layers = [(n, float(v)) for n, v in enumerate(values) if not torch.isnan(v)]
+            if layers:
+                total = sum(value for _, value in layers)
+                named[f"moe/{name}"] = total if name == "dead_experts" else total / len(layers)
+            named |= {f"moe/{name}_layer_{n}": value for n, value in layers}
+        return named
+
+
+class MoEHealth:
+    """Watches the routers of a rank's model; all ranks measure at the same steps.
+
+    `load_balancing_loss`, `z_loss`: Megatron's. `expert_load_cv`: coefficient of variation of the
+    experts' loads. `dead_experts`: experts without a token. `dropped_tokens`: share of assignments
+    dropped. `router_entropy`: of the softmax over all experts, in nats. `router_confidence`: its
+    largest probability. `expert_distance`: mean pairwise distance of a layer's experts, relative
+    to the dense feed-forward layer's weights. `router_distance`: of the router from where it
+    began, relative to that.
+    """
+
+    _due = False
+
+    def start_watching(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        config: Any,
+        upcycling: UpcyclingConfig | None = None,
+    ) -> None:
+        """Hook into the routers.
+
+        Args:
+            chunks: The rank's Megatron-Core GPT models, unwrapped.
+            config: Their config, Megatron's or NeMo's.
+            upcycling: What the run was upcycled with, which says where routers began; None in a
+                run without upcycling.
+        """
+        self._config = config
+        self._topk, self._experts = config.moe_router_topk, config.num_moe_experts
+        self._owned = [own for chunk in chunks for own in owned_shards(chunk)]
+        device = self._owned[0].data.device
+        self._sums = torch.zeros(config.num_layers, 2 * self._experts + 3, device=device)
+        self._not_finite = torch.zeros(config.num_layers, dtype=torch.bool, device=device)
+        self._first_router = None if upcycling is None else _router_at_start(upcycling, config)
+        self._hooks = [
+            module.register_forward_hook(self._watch)
+            for chunk in chunks
+            for module in chunk.modules()
+            if isinstance(module, TopKRouter)
+        ]
+
+    def begin_interval(self) -> None:
+        """Add up what the forward passes from here on show, until `measure`."""
+        self._due = True
+        self._sums.zero_()
+        clear_aux_losses_tracker()
+
+    def stop_watching(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _watch(self, router: TopKRouter, inputs: Any, outputs: Any) -> None:
+        if not (router.training and torch.is_grad_enabled()):  # else recompute comes once more
+            return
+        layer, probs = router.layer_number - 1, outputs[0].detach()
+        self._not_finite[layer] |= ~torch.isfinite(probs.sum())
+        if self._due:
+            with torch.no_grad():
+                logits = router.gating(inputs[0].detach()).view(-1, self._experts).float()
+                self._sums[layer] += _sums(logits, outputs[1], self._topk)
+
+    def measure(self) -> Health:
+        """Add up over the ranks; every rank calls this, after a backward pass."""
+        self._due = False
+        sums, losses = self._sums.clone(), _losses(len(self._sums), self._sums.device)
+        moved = _Moved(self._owned, self._first_router, self._config)
+        for values in (sums, losses, *moved.sums):
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(values)
+        measures = _of_sums(sums, self._experts, self._topk)
+        is_moe = ~torch.isnan(measures["expert_load_cv"])
+        for name, values in zip(LOSSES, losses, strict=True):
+            if values.any():
+                measures[name] = torch.where(is_moe, values, torch.nan)
+        measures |= moved.distances()
+        return Health(_load(sums, self._experts).cpu(), {n: v.cpu() for n, v in measures.items()})
+
+    def check_finite(self) -> None:
+        """Raise `UpcyclingError` if a router has computed NaN or Inf; names its layer."""
+        layers = self._not_finite.nonzero().flatten().tolist()
+        if layers:
+            raise UpcyclingError(
+                f"The router of layer {layers[0]} computes NaN or Inf: the run has diverged. Go on "
+                "from a checkpoint before it, with a smaller learning rate or "
+                "moe_z_loss_coeff=1e-3."
+            )
+
+
+def _sums(logits_TE: torch.Tensor, routing_map_TE: torch.Tensor, topk: int) -> torch.Tensor:
+    """Return the sums over tokens, [2E + 3].
+
+    Per expert the tokens kept and the tokens assigned; then the number of tokens, the sum of
+    entropies and the sum of largest probabilities.
+    """
+    scores_TE = logits_TE.softmax(-1)
+    entropy = -(scores_TE * logits_TE.log_softmax(-1)).sum()
+    tokens = logits_TE.new_tensor(float(len(logits_TE)))
+    chosen_TE = torch.zeros_like(logits_TE).scatter(1, logits_TE.topk(topk).indices, 1)
+    rest = torch.stack((tokens, entropy, scores_TE.max(-1).values.sum()))
+    # Padding to capacity adds tokens that are not assigned to the expert.
+    kept_TE = chosen_TE * routing_map_TE.view(chosen_TE.shape)
+    return torch.cat((kept_TE.sum(0), chosen_TE.sum(0), rest))
+
+
+def _load(sums: torch.Tensor, experts: int) -> torch.Tensor:
+    """Return the share of the assignments to each expert, [L, E]."""
+    chosen_LE = sums[:, experts : 2 * experts]
+    return chosen_LE / chosen_LE.sum(1, keepdim=True)  # 0 / 0 in layers without experts
+
+
+def _of_sums(sums: torch.Tensor, experts: int, topk: int) -> dict[str, torch.Tensor]:
+    """Return the metrics per layer, [L]."""
+    kept_LE, chosen_LE = sums[:, :experts], sums[:, experts : 2 * experts]
+    tokens_L, entropy_L, confidence_L = sums[:, 2 * experts :].T
+    tokens_L = torch.where(tokens_L > 0, tokens_L, torch.nan)
+    none = torch.isnan(tokens_L)
+    dead = (chosen_LE == 0).sum(1).float()
+    return {
+        "expert_load_cv": _load(sums, experts).std(1, correction=0) * experts,
+        "dead_experts": torch.where(none, torch.nan, dead),
+        "dropped_tokens": 1 - kept_LE.sum(1) / (tokens_L * topk),
+        "router_entropy": entropy_L / tokens_L,
+        "router_confidence": confidence_L / tokens_L,
+    }
+
+
+def _losses(layers: int, device: torch.device) -> torch.Tensor:
+    """Return this rank's part of Megatron's auxiliary losses, [len(LOSSES), L]."""
+    tracker = get_moe_layer_wise_logging_tracker()
+    data = parallel_state.get_data_parallel_world_size()
+    ranks = parallel_state.get_tensor_and_context_parallel_world_size() * data
+    over = {"dp": data, "all": ranks, "none": 1}
+    losses = torch.zeros(len(LOSSES), layers, device=device)
+    for index, (name, kind) in enumerate(LOSSES.items()):
+        if name in tracker:
+            values = tracker[name]["values"][:layers].float()
+            losses[index] = values / (get_num_microbatches() * over[kind])
+    return losses
+
+
+class _Moved:
+    """Distances between experts, and of routers from the initial routers, from sums over ranks.
+
+    Experts that are shards of the dense layer are compared with the copies of the same shard.
+    """
+
+    def __init__(
+        self,
+        owned: list[OwnedShard],
+        first_router: Callable[[int], torch.Tensor] | None,
+        config: Any,
+    ) -> None:
+        width = config.moe_ffn_hidden_size or config.ffn_hidden_size
+        self._shards = config.ffn_hidden_size // width
+        self._copies = config.num_moe_experts // self._shards
+        rows = width * (2 if config.gated_linear_unit else 1)
+        self._stride, self._hidden = max(1, rows // SAMPLED_ROWS), config.hidden_size
+        device = owned[0].data.device
+        # One position per sampled row of an expert, whatever the mapping.
+        size = -(-rows // self._stride) * self._hidden
+        # For similar experts the distance is a small difference of large sums, hence fp64.
+        zeros = partial(torch.zeros, device=device, dtype=torch.float64)
+        self._sum_of_copies = zeros(config.num_layers, self._shards, size)
+        self._squares = zeros(config.num_layers, 3)
+        if parallel_state.get_expert_data_parallel_rank() == 0:
+            for own in filter(_is_fc1, owned):
+                self._add_expert(own)
+        if first_router is not None and _first_with_its_router():
+            for own in owned:
+                if own.shard.name.endswith(".mlp.router.weight"):
+                    self._add_router(own, first_router)
+        self.sums = (self._sum_of_copies, self._squares)
+
+    def _add_expert(self, own: OwnedShard) -> None:
+        layer, expert = layer_of(own.shard.name) or 0, expert_of(own.shard.name) or 0
+        first = own.shard.offset[0]
+        start = -first % self._stride
+        values = own.data.detach()[start :: self._stride].double().flatten()
+        place = (first + start) // self._stride * self._hidden
+        copies = self._sum_of_copies[layer, expert % self._shards]
+        copies[place : place + len(values)] += values
+        self._squares[layer, 0] += values.square().sum()
+
+    def _add_router(self, own: OwnedShard, first_router: Callable[[int], torch.Tensor]) -> None:
+        layer = layer_of(own.shard.name) or 0
+        before = first_router(layer).to(own.data)
+        self._squares[layer, 1] += (own.data.detach() - before).double().square().sum()
+        self._squares[layer, 2] += before.double().square().sum()
+
+    def distances(self) -> dict[str, torch.Tensor]:
+        """Return both distances per layer; the sums must already be reduced over all ranks.
+
+        For n copies: Σ over pairs |a - b|² = n·Σ|a|² - |Σ a|².
+        """
+        copies = self._copies
+        squares_L, moved_L, began_L = self._squares.T
+        pairs_L = copies * squares_L - self._sum_of_copies.square().sum((1, 2))
+        mean_L = 2 * pairs_L.clamp(min=0) / max(1, copies * (copies - 1))
+        squares_L = torch.where(squares_L > 0, squares_L, torch.nan)
+        measures = {"expert_distance": (mean_L / (squares_L / copies)).sqrt()}
+        if began_L.any():
+            began_L = torch.where(began_L > 0, began_L, torch.nan)
+            measures["router_distance"] = (moved_L / began_L).sqrt()
+        return measures
+
+
+def _is_fc1(own: OwnedShard) -> bool:
+    return expert_of(own.shard.name) is not None and "linear_fc1.weight" in own.shard.name
+
+
+def _first_with_its_router() -> bool:
+    """Return whether this rank is the first of the ranks with the same routers."""
+    return (
+        parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+
+
+def _router_at_start(upcycling: UpcyclingConfig, config: Any) -> Callable[[int], torch.Tensor]:
+    """Return what gives a layer's router as upcycling draws it."""
+    rows = (0, config.num_moe_experts)
+    return lambda layer: torch.from_numpy(
+        initialize_router(upcycling, layer, rows, config.hidden_size)
+    )

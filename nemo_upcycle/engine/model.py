@@ -1,0 +1,86 @@
+"""What Megatron-Core's GPT models need beyond their config, to train as the dense model asks."""
+
+from collections.abc import Mapping
+
+import torch
+
+
+def mark_experts(model: torch.nn.Module) -> None:
+    """Mark all experts' parameters for the expert-data-parallel reduction and the gradient norm.
+
+    Megatron marks experts for the reduction only if EP > 1. With EP 1 and ETP ≠ TP, attention and
+    experts still have different data-parallel groups. Unmarked experts would then train on part of
+    their gradients (NVIDIA/Megatron-LM#1628).
+
+    Megatron's gradient norm counts a parameter on every tensor-parallel rank if the parameter is
+    `tensor_model_parallel`, and on the first rank alone otherwise. Transformer Engine from 2.13 on
+    does not mark experts, so the experts of the other ranks would be omitted
+    (NVIDIA/Megatron-LM#5916).
+
+    Args:
+        model: A Megatron-Core GPT model, not yet wrapped.
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
+            parameter.tensor_model_parallel = True
+
+
+def leave_padding_out(model: torch.nn.Module, vocab_size: int) -> None:
+    """Exclude the rows that pad the vocabulary from the softmax, and so from the loss.
+
+    Megatron counts padding rows as tokens with a logit of 0.
+
+    Args:
+        model: A Megatron-Core GPT model with an output layer.
+        vocab_size: Rows without padding.
+    """
+    layer = model.output_layer
+    first = layer.tp_group.rank() * layer.output_size_per_partition
+    kept = min(max(vocab_size - first, 0), layer.output_size_per_partition)
+    if kept == layer.output_size_per_partition:
+        return
+
+    def mask(_: torch.nn.Module, __: object, output: tuple[torch.Tensor, object]) -> None:
+        logits = output[0]
+        logits[..., kept:] = torch.finfo(logits.dtype).min
+
+    layer.register_forward_hook(mask)
+
+
+def rope_frequencies(
+    model: torch.nn.Module, head_size: int, base: float, scaling: Mapping[str, float] | None
+) -> torch.Tensor:
+    """Return the inverse frequencies that a dense model's RoPE has, as Megatron computes them.
+
+    Args:
+        model: A Megatron-Core GPT model, whose arithmetic and device are taken.
+        head_size: Dimensions of a head that are rotated.
+        base: RoPE's base.
+        scaling: Llama 3.1's scaling, see `Architecture.rope_scaling`; None for none.
+
+    Returns:
+        Frequencies [head_size / 2].
+    """
+    rope = model.rotary_pos_emb
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=rope.inv_freq.device)
+    frequencies = 1.0 / (base ** (exponents / head_size))
+    if scaling is None:
+        return frequencies
+    numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return rope._apply_scaling(frequencies, **{name: scaling[name] for name in numbers})
+
+
+def two_stages_fields(stages: int, virtual_stages: int | None) -> dict[str, bool]:
+    """Return the fields that two pipeline stages with virtual stages need; none for others.
+
+    The next stage and the previous one are the same rank then. Megatron would take what comes from
+    one for what comes from the other, unless it sends to each by itself.
+
+    Args:
+        stages: Pipeline-parallel ranks.
+        virtual_stages: Virtual stages per rank; None without.
+    """
+    if stages != 2 or not virtual_stages:
+        return {}
+    return {"overlap_p2p_comm": True, "batch_p2p_comm": False}

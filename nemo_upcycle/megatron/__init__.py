@@ -1,0 +1,10 @@
+"""The front for Megatron-LM and Megatron-Bridge: a hook that upcycles, and a config for its model.
+
+Knows neither NeMo nor Lightning. `upcycle` needs Megatron-Core alone; `gpt_model_config` needs the
+`megatron.training` that Megatron-Core brings from 0.18 on.
+"""
+
+from nemo_upcycle.megatron.hook import upcycle
+from nemo_upcycle.megatron.model import gpt_model_config
+
+__all__ = ["gpt_model_config", "upcycle"]

@@ -1,0 +1,197 @@
+"""The hook that fills a model from a dense checkpoint before it is wrapped and trained."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from nemo_upcycle.checkpoint.kept import MODEL_FIELDS
+from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.engine.model import mark_experts
+from nemo_upcycle.engine.provenance import Origin
+from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks, check_same, said_on_every_rank
+from nemo_upcycle.engine.upcycling import Prepared, fill_all, prepare
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.fields import moe_fields, upcycling_in
+from nemo_upcycle.megatron.model import Chunks, described, fields_beside_config, with_rope_of
+from nemo_upcycle.megatron.run import checkpoint_to_resume, read_origin, write_origin
+
+PREFIX = "[upcycle]"
+
+
+def upcycle(
+    dense_checkpoint: str,
+    upcycling: UpcyclingConfig | None = None,
+    *,
+    resume_from: str | Path | None = None,
+    vocab_size_divisible_by: int = 128,
+    read_once: bool = False,
+    timeout_s: float = TIMEOUT_S,
+) -> Callable[[Chunks], Chunks]:
+    """Return a hook for `pre_wrap_hooks` that upcycles a dense checkpoint on a fresh start.
+
+    Megatron calls it at every start, with the models of all virtual pipeline stages, before
+    Float16Module and DistributedDataParallel, and before a checkpoint is loaded. Every rank reads
+    only the slices that fill its own shards; no rank holds the dense model. Where there is a
+    checkpoint to resume, the hook fills nothing and checks that the run goes on as it began.
+
+    Args:
+        dense_checkpoint: Directory of Hugging Face's, NeMo 2's or Megatron-LM's, or the name of a
+            model in the local Hugging Face cache. Several, separated by semicolons, give experts
+            from each in turn, and everything else their average (Branch-Train-MiX).
+        upcycling: What the feed-forward layers become; None copies them into the experts that the
+            model's config has.
+        resume_from: The directory that the run saves to and loads from (`--load`, Bridge's
+            `checkpoint.load`). What the run began from is kept in it. None upcycles at every
+            start.
+        vocab_size_divisible_by: What the model's vocabulary is padded to per tensor-parallel rank,
+            at most.
+        read_once: Read each slice once per job and broadcast it to all ranks that hold it, for
+            file systems that are slower than the network between nodes.
+        timeout_s: Seconds that a rank waits for the slowest before it takes it for lost.
+
+    Returns:
+        The hook. It raises `UpcyclingError` on every rank where the checkpoint cannot be used, the
+        model is another, a resume contradicts the beginning, or a rank has failed.
+
+    Source: online upcycling, arXiv 2412.09952 §3.
+    """
+    if "://" in str(resume_from):
+        raise UpcyclingError(
+            f"resume_from is {resume_from}; expected a directory of a file system: whether there "
+            "is a checkpoint to resume could not be seen elsewhere."
+        )
+    run = None if resume_from is None else Path(resume_from)
+    return _Hook(dense_checkpoint, upcycling, run, vocab_size_divisible_by, read_once, timeout_s)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a rank knows before any weight is read.
+
+    Attributes:
+        origin: What the command says that the run begins from.
+        prepared: The dense checkpoint; None where a resume does without it.
+        resumed: The checkpoint that is resumed; None on a fresh start.
+        remarks: What the user should know.
+    """
+
+    origin: Origin
+    prepared: Prepared | None
+    resumed: Path | None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Hook:
+    dense_checkpoint: str
+    upcycling: UpcyclingConfig | None
+    run: Path | None
+    vocab_size_divisible_by: int
+    read_once: bool
+    timeout_s: float
+
+    def __call__(self, chunks: Chunks) -> Chunks:
+        for chunk in chunks:
+            mark_experts(chunk)
+        with said_on_every_rank(PREFIX):
+            ranks = Ranks(self.timeout_s)
+            start = ranks.on_all(lambda: self._begin(chunks))
+            views = ranks.gather((str(start.resumed), start.origin.fingerprint))
+            check_same("checkpoints to resume from", [resumed for resumed, _ in views])
+            check_same("dense checkpoints", [found for _, found in views])
+            lines = [*start.remarks]
+            if start.resumed is None:
+                lines += self._fill(chunks, start, ranks)
+            else:
+                lines.append(f"resuming from {start.resumed}: not upcycling again")
+        if ranks.rank == 0:
+            print("\n".join(f"{PREFIX} {line}" for line in lines), flush=True)
+        return chunks
+
+    def _begin(self, chunks: Chunks) -> _Start:
+        """Check what can be checked before weights are read."""
+        config = described(chunks, self.vocab_size_divisible_by)
+        upcycling = self.upcycling or upcycling_in(config, router_init_std=config.init_method_std)
+        resumed = None if self.run is None else checkpoint_to_resume(self.run)
+        try:
+            prepared = prepare(self.dense_checkpoint, upcycling)
+        except UpcyclingError as error:
+            if resumed is None:
+                raise
+            origin = Origin.of(self.dense_checkpoint, None, upcycling)
+            remark = f"the resume does not need the dense checkpoint: {error}"
+            return _Start(origin, None, resumed, (remark, *_check_origin(origin, resumed)))
+        unsaid = fields_beside_config(prepared.checkpoint.architecture)
+        kept = {**(prepared.kept or {}), MODEL_FIELDS: unsaid}
+        origin = Origin.of(self.dense_checkpoint, prepared.fingerprint, upcycling, kept)
+        if resumed is not None:
+            return _Start(origin, prepared, resumed, tuple(_check_origin(origin, resumed)))
+        _check_has_memory(chunks)
+        prepared.check_model(with_rope_of(config, chunks, prepared.checkpoint.architecture))
+        _check_experts(config, prepared)
+        return _Start(origin, prepared, resumed)
+
+    def _fill(self, chunks: Chunks, start: _Start, ranks: Ranks) -> list[str]:
+        """Fill the model on all ranks, and record what it began from; return the report."""
+        assert start.prepared is not None
+        config = described(chunks, self.vocab_size_divisible_by)
+        report = fill_all(start.prepared, chunks, config, ranks, self.read_once)
+
+        def record() -> None:
+            if ranks.rank == 0 and self.run is not None:
+                write_origin(start.origin, self.run)
+
+        ranks.on_all(record)
+        return str(report).splitlines()
+
+
+def _check_origin(now: Origin, resumed: Path) -> list[str]:
+    """Check that a resume goes on as the run began; return remarks."""
+    saved = read_origin(resumed)
+    if saved is None:
+        return [
+            f"{resumed} does not say what the run was begun with: another program has saved it. "
+            "It is taken as it is"
+        ]
+    saved.check(now, str(resumed))
+    return []
+
+
+def _check_experts(config: SimpleNamespace, prepared: Prepared) -> None:
+    """Check that the model has the experts that are asked for.
+
+    Raises:
+        UpcyclingError: It has others; says every field in which it does.
+    """
+    asked = moe_fields(prepared.checkpoint.architecture, prepared.upcycling)
+    if asked["num_moe_experts"] is not None and config.num_moe_experts is not None:
+        # A width of None is the dense layer's.
+        config = SimpleNamespace(**vars(config))
+        config.moe_ffn_hidden_size = config.moe_ffn_hidden_size or config.ffn_hidden_size
+        config.moe_layer_freq = _every_layer(config.moe_layer_freq)
+        asked["moe_layer_freq"] = _every_layer(asked["moe_layer_freq"])
+    wrong = [
+        f"{name} is {getattr(config, name)!r}, asked for {value!r}"
+        for name, value in asked.items()
+        if getattr(config, name) != value
+    ]
+    if wrong:
+        raise UpcyclingError(
+            f"The model has other experts than UpcyclingConfig says: {'; '.join(wrong)}. Make the "
+            "config with nemo_upcycle.megatron.gpt_model_config and the same UpcyclingConfig, or "
+            "give none, which takes what the model has."
+        )
+
+
+def _every_layer(frequency: int | list[int]) -> int | list[int]:
+    return 1 if frequency != 1 and isinstance(frequency, list) and all(frequency) else frequency
+
+
+def _check_has_memory(chunks: Chunks) -> None:
+    """What is written to a parameter without memory is lost, and nobody would notice."""
+    if any(parameter.is_meta for chunk in chunks for parameter in chunk.parameters()):
+        raise UpcyclingError(
+            "The model's parameters have no memory yet (init_model_with_meta_device=True), so that "
+            "weights written to them would be lost. Set init_model_with_meta_device=False."
+        )

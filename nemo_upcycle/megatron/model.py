@@ -1,0 +1,241 @@
+"""The model of a dense checkpoint in the configs of Megatron's own training loop, and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import fields as fields_of
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from nemo_upcycle.checkpoint.branches import open_branches
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
+from nemo_upcycle.engine.model import (
+    leave_padding_out,
+    mark_experts,
+    rope_frequencies,
+    two_stages_fields,
+)
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families import Architecture
+from nemo_upcycle.families.fields import architecture_fields, moe_fields, window_fields
+from nemo_upcycle.families.megatron import LLAMA_FIELDS, MEGATRON_ROPE_SCALING, ROPE_SCALING_FIELDS
+from nemo_upcycle.plans.layout import padded_vocabulary
+
+Chunks = list[torch.nn.Module]
+"""A rank's model, one module per virtual pipeline stage."""
+
+
+def gpt_model_config(
+    dense_checkpoint: str,
+    upcycling: UpcyclingConfig | None = None,
+    folding: ParallelFolding | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    seq_length: int | None = None,
+    config_class: type | None = None,
+    **others: Any,
+) -> Any:
+    """Return the config of the model that a dense checkpoint becomes, for `GPTModelBuilder`.
+
+    All numbers come from the checkpoint: attention, RoPE and its scaling, window, norms, biases,
+    tied embeddings, vocabulary. The layers are Megatron's own, with Transformer Engine; without a
+    GPU they are made of modules that run on CPU.
+
+    Args:
+        dense_checkpoint: Directory of Hugging Face's, NeMo 2's or Megatron-LM's, or the name of a
+            model in the local Hugging Face cache; several, separated by semicolons.
+        upcycling: What its feed-forward layers become; None takes `UpcyclingConfig()`.
+        folding: How it is spread; None takes one rank.
+        dtype: Of the parameters.
+        seq_length: Tokens of a sequence; None takes the dense model's context.
+        config_class: Bridge's `BridgeGPTModelConfig`; None takes Megatron's `GPTModelConfig`.
+        others: Further fields of `GPTModelConfig` or of the `TransformerConfig` in it, such as
+            `recompute_granularity`; they win over what is said above.
+
+    Returns:
+        A `megatron.training.models.gpt.GPTModelConfig`, or a `config_class`. Its `pre_wrap_hooks`
+        have what fields cannot say; append to them, do not replace them.
+
+    Raises:
+        UpcyclingError: The checkpoint cannot be read, a field is unknown, or Megatron-Core is
+            older than 0.18.
+    """
+    gpt, transformer = _config_classes()
+    arch = open_branches(dense_checkpoint).architecture
+    folding = folding or ParallelFolding()
+    length = seq_length or arch.max_position_embeddings
+    values = {
+        **_of_architecture(arch, length),
+        **moe_fields(arch, upcycling or UpcyclingConfig()),
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "moe_router_dtype": "fp32",  # routing decides by small differences
+        "seq_length": length,
+        # Bridge pads no vocabulary that the config has.
+        "vocab_size": padded_vocabulary(arch.vocab_size, folding.tensor_model_parallel_size),
+        **folding.strategy_arguments,
+        **two_stages_fields(
+            folding.pipeline_model_parallel_size, folding.virtual_pipeline_model_parallel_size
+        ),
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "pre_wrap_hooks": [FinishModel(arch)],
+        **_of_machine(),
+        **others,
+    }
+    of_gpt = {field.name for field in fields_of(gpt)}
+    of_transformer = {field.name for field in fields_of(transformer)}
+    if unknown := sorted(values.keys() - of_gpt - of_transformer):
+        raise UpcyclingError(
+            f"Neither GPTModelConfig nor TransformerConfig has {', '.join(unknown)}. "
+            "Give fields of theirs."
+        )
+    inner = transformer(**{name: values[name] for name in values.keys() & of_transformer})
+    outer = {name: values[name] for name in values.keys() & of_gpt}
+    return (config_class or gpt)(transformer=inner, **outer)
+
+
+def _config_classes() -> tuple[type, type]:
+    try:
+        from megatron.training.models.gpt import GPTModelConfig, TransformerConfig
+    except ImportError as error:
+        raise UpcyclingError(
+            f"megatron.training cannot be imported ({error}); expected Megatron-Core 0.18 or "
+            "newer: pip install 'nemo-upcycle[megatron]', on Python 3.12 or newer."
+        ) from error
+    return GPTModelConfig, TransformerConfig
+
+
+def _of_architecture(arch: Architecture, seq_length: int) -> dict[str, Any]:
+    """Return what the dense model decides, in Megatron's fields alone."""
+    found = LLAMA_FIELDS | architecture_fields(arch) | window_fields(arch, seq_length)
+    found["activation_func"] = _activation(found.get("activation_func", "silu"))
+    scaling = {name: found.pop(name) for name in ROPE_SCALING_FIELDS if name in found}
+    if _is_megatrons(scaling):
+        found |= {"rope_scaling": True, "rope_scaling_factor": scaling["scale_factor"]}
+    return found
+
+
+def _activation(name: str) -> Any:
+    from megatron.core.activations import squared_relu
+
+    return {"silu": torch.nn.functional.silu, "squared_relu": squared_relu}[name]
+
+
+def _is_megatrons(scaling: Mapping[str, float]) -> bool:
+    """Say whether Megatron's field for RoPE scaling, which has a factor alone, can say it."""
+    own = MEGATRON_ROPE_SCALING
+    return bool(scaling) and all(scaling[name] == value for name, value in own.items())
+
+
+def _of_machine() -> dict[str, Any]:
+    if torch.cuda.is_available():
+        return {"moe_grouped_gemm": True, "moe_permute_fusion": True}
+    return {
+        **MODEL_OVERRIDES,
+        "transformer_impl": "local",
+        "transformer_layer_spec": _cpu_layers,
+    }
+
+
+def _cpu_layers(config: Any, vp_stage: int | None = None) -> Any:
+    return cpu_layer_spec(config.transformer, vp_stage)
+
+
+@dataclass(frozen=True)
+class FinishModel:
+    """Gives a rank's model what no field of its config can; runs at every start, as a hook.
+
+    Attributes:
+        arch: The dense model's numbers.
+    """
+
+    arch: Architecture
+
+    def __call__(self, chunks: Chunks) -> Chunks:
+        for chunk in chunks:
+            mark_experts(chunk)
+            chunk.rotary_pos_emb.inv_freq = _frequencies(chunk, self.arch)
+            if chunk.post_process:
+                leave_padding_out(chunk, self.arch.vocab_size)
+        return chunks
+
+
+def _frequencies(chunk: torch.nn.Module, arch: Architecture) -> torch.Tensor:
+    rotated = arch.kv_channels
+    if arch.rotary_percent < 1.0:
+        rotated = int(rotated * arch.rotary_percent)
+    return rope_frequencies(chunk, rotated, arch.rotary_base, arch.rope_scaling)
+
+
+def described(chunks: Sequence[torch.nn.Module], vocab_size_divisible_by: int) -> SimpleNamespace:
+    """Return what a rank's model is, in the fields of Megatron's and NeMo's configs.
+
+    A `TransformerConfig` alone knows no vocabulary and no positions; its model does.
+
+    Args:
+        chunks: The rank's Megatron-Core GPT models.
+        vocab_size_divisible_by: What the vocabulary is padded to, on one tensor-parallel rank.
+    """
+    model = chunks[0]
+    found = {
+        **vars(model.config),
+        "vocab_size": model.vocab_size,
+        "seq_length": model.max_sequence_length,
+        "make_vocab_size_divisible_by": vocab_size_divisible_by,
+        "share_embeddings_and_output_weights": model.share_embeddings_and_output_weights,
+        "position_embedding_type": model.position_embedding_type,
+    }
+    rope = getattr(model, "rotary_pos_emb", None)
+    if rope is not None:
+        found |= {
+            "rotary_percent": model.rotary_percent,
+            "rotary_base": model.rotary_base,
+            "seq_len_interpolation_factor": rope.seq_len_interpolation_factor,
+        }
+    return SimpleNamespace(**found)
+
+
+def with_rope_of(
+    config: SimpleNamespace, chunks: Sequence[torch.nn.Module], arch: Architecture
+) -> SimpleNamespace:
+    """Return a description that has a dense model's RoPE scaling, where the model computes it.
+
+    Megatron's models do not say which scaling they have; their frequencies do.
+
+    Args:
+        config: What `described` returns.
+        chunks: The rank's models.
+        arch: The dense model's numbers.
+
+    Raises:
+        UpcyclingError: The model rotates by other frequencies.
+    """
+    rope = getattr(chunks[0], "rotary_pos_emb", None)
+    if rope is None or config.rotary_base != arch.rotary_base:
+        return config  # which the comparison of fields says
+    expected = _frequencies(chunks[0], arch)
+    if rope.inv_freq.shape == expected.shape and not torch.allclose(
+        rope.inv_freq, expected, rtol=1e-5, atol=0.0
+    ):
+        raise UpcyclingError(
+            f"The model's RoPE is scaled otherwise than the dense checkpoint's, which says "
+            f"{dict(arch.rope_scaling) if arch.rope_scaling else 'no scaling'}; its weights would "
+            "compute something else. Make the config with nemo_upcycle.megatron.gpt_model_config; "
+            "Megatron-LM's --use-rope-scaling knows Llama 3.1's numbers alone."
+        )
+    return SimpleNamespace(**{**vars(config), **_rope_scaling(arch)})
+
+
+def fields_beside_config(arch: Architecture) -> dict[str, Any]:
+    """Return what a dense model decides and no config of Megatron-LM's or Bridge's records."""
+    return {"vocab_size": arch.vocab_size, **_rope_scaling(arch)}
+
+
+def _rope_scaling(arch: Architecture) -> dict[str, Any]:
+    found = architecture_fields(arch)
+    return {name: found[name] for name in ROPE_SCALING_FIELDS if name in found}

@@ -1,0 +1,352 @@
+"""What the ranks of a test do with Megatron's own training library; no NeMo."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+from megatron.training.models.gpt import GPTModelBuilder
+
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.engine.health import MoEHealth
+from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
+from nemo_upcycle.megatron import gpt_model_config, upcycle
+from nemo_upcycle.plans.rank import Shard
+from tests.megatron import broken
+
+Chunks = list[torch.nn.Module]
+Shards = list[tuple[Shard, torch.Tensor]]
+Logits = tuple[torch.Tensor, torch.Tensor]
+
+UPCYCLING = UpcyclingConfig(moe_aux_loss_coeff=0.0)
+"""The auxiliary loss depends on how a batch is split, so gradients would."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A dense checkpoint, or several, and what is other than usual of the upcycling."""
+
+    source: str
+    initializer: str = "copy"
+    read_once: bool = False
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one rank shows of upcycling and a step of training.
+
+    Attributes:
+        weights: What it owns after upcycling, by way of upcycling.
+        logits: At step 0, with their positions; None but on the last pipeline stage.
+        loss: Its part of the mean loss of its data-parallel rank's rows; 0 but on the last stage.
+        gradients: Of what it owns, as its optimizer has them.
+        grad_norm: All gradients' norm, as the optimizer clips by it.
+    """
+
+    weights: dict[str, Shards]
+    logits: Logits | None
+    loss: float
+    gradients: Shards
+    grad_norm: float
+
+
+def build(
+    dense: Path | str,
+    folding: ParallelFolding,
+    upcycling: UpcyclingConfig,
+    hooks: Iterable[Any] = (),
+    wrap: bool = False,
+    ddp: dict[str, Any] | None = None,
+    **others: Any,
+) -> Chunks:
+    """Initialise Megatron's groups and build this rank's model as Megatron's training does."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**folding.parallel_sizes)
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    config = gpt_model_config(str(dense), upcycling, folding, **{"dtype": torch.float32, **others})
+    config.pre_wrap_hooks.extend(hooks)
+    config.finalize()
+    return GPTModelBuilder(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True, **(ddp or {})),
+        wrap_with_ddp=wrap,
+    )
+
+
+def prove(
+    dense: Path, folding: ParallelFolding, ways: dict[str, Way], ids: torch.Tensor
+) -> Evidence:
+    """Upcycle in several ways and run one step, with one model; the step is of the last way."""
+    *others, last = ways
+    weights: dict[str, Shards] = {}
+
+    def in_other_ways(built: Chunks) -> Chunks:
+        for name in others:
+            _fill_with_nan(built)
+            weights[name] = shards(_hook(ways[name])(built))
+        _fill_with_nan(built)
+        return built
+
+    hooks = (in_other_ways, _hook(ways[last]))
+    models = build(dense, folding, UPCYCLING, hooks, wrap=True)
+    chunks = [model.module for model in models]
+    weights[last] = shards(chunks)
+    step0 = logits(chunks, ids[:, :-1])
+    make_experts_differ(chunks)
+    loss, grad_norm = _step(models, ids)
+    return Evidence(weights, step0, loss, _gradients(models), grad_norm)
+
+
+def upcycled_logits(
+    dense: Path,
+    folding: ParallelFolding,
+    upcycling: UpcyclingConfig,
+    ids: torch.Tensor,
+    breakage: str | None = None,
+    **others: Any,
+) -> Logits | None:
+    """Upcycle and return the logits; `breakage` breaks the hook."""
+    hook = upcycle(str(dense), upcycling)
+    if breakage is not None:
+        hook = getattr(broken, breakage)(hook)
+    return logits(build(dense, folding, upcycling, [hook], **others), ids)
+
+
+def norm_of_step(
+    dense: Path,
+    folding: ParallelFolding,
+    ids: torch.Tensor,
+    unmark_before: bool = False,
+    unmark_after: bool = False,
+) -> float:
+    """Run a step and return the norm that the optimizer clips by.
+
+    Args:
+        dense: The dense checkpoint.
+        folding: The mapping.
+        ids: The global batch, with the last labels.
+        unmark_before: Take the marks of experts off before the hook, as Transformer Engine from
+            2.13 on leaves them.
+        unmark_after: And after it, as if the hook did not set them.
+    """
+    hooks = [upcycle(str(dense), UPCYCLING)]
+    if unmark_before:
+        hooks.insert(0, broken.unmark_experts)
+    if unmark_after:
+        hooks.append(broken.unmark_experts)
+    models = build(dense, folding, UPCYCLING, hooks, wrap=True)
+    make_experts_differ([model.module for model in models])
+    return _step(models, ids)[1]
+
+
+def health(
+    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig, ids: torch.Tensor
+) -> dict[str, float]:
+    """Run forward and backward of a step, and return what `engine.health` measures of it."""
+    models = build(dense, folding, upcycling, [upcycle(str(dense), upcycling)], wrap=True)
+    chunks = [model.module for model in models]
+    rows = rows_here(ids)
+    data_parallel = parallel_state.get_data_parallel_world_size()
+    init_num_microbatches_calculator(0, None, len(ids), 1, data_parallel)
+    watcher = MoEHealth()
+    watcher.start_watching(chunks, get_model_config(chunks[0]), upcycling)
+    make_experts_differ(chunks)
+    train_step(models, rows)  # which is not to be counted
+    watcher.begin_interval()
+    train_step(models, rows)
+    found = watcher.measure().scalars()
+    watcher.check_finite()
+    watcher.stop_watching()
+    return found
+
+
+def without_global_groups(
+    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig
+) -> Shards:
+    """Upcycle where the builder's process groups are all that there is."""
+
+    def forget(chunks: Chunks) -> Chunks:
+        parallel_state.destroy_model_parallel()
+        return chunks
+
+    filled: Shards = []
+
+    def show(chunks: Chunks) -> Chunks:
+        filled.extend(shards(chunks))
+        return chunks
+
+    build(dense, folding, upcycling, [forget, upcycle(str(dense), upcycling), show])
+    return filled
+
+
+def weights(
+    dense: str, folding: ParallelFolding, upcycling: UpcyclingConfig, **others: Any
+) -> Shards:
+    """Upcycle and return what this rank owns."""
+    return shards(build(dense, folding, upcycling, [upcycle(dense, upcycling)], **others))
+
+
+def error_of(
+    dense: Path,
+    folding: ParallelFolding,
+    upcycling: UpcyclingConfig,
+    arguments: dict[str, Any],
+    model_of: Path | None = None,
+    asked: UpcyclingConfig | None = None,
+    **others: Any,
+) -> str:
+    """Build a model with a hook that has to fail; return what this rank is told."""
+    from nemo_upcycle.errors import UpcyclingError
+
+    try:
+        hook = upcycle(str(dense), asked or upcycling, **arguments)
+        build(model_of or dense, folding, upcycling, [hook], **others)
+    except UpcyclingError as error:
+        return str(error)
+    return "no error"
+
+
+def _hook(way: Way) -> Any:
+    upcycling = replace(UPCYCLING, initializer=way.initializer)
+    return upcycle(way.source, upcycling, read_once=way.read_once)
+
+
+def saved(
+    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig, directory: Path
+) -> None:
+    """Upcycle and save Megatron's distributed checkpoint of the weights alone."""
+    chunks = build(dense, folding, upcycling, [upcycle(str(dense), upcycling)])
+    directory.mkdir(parents=True, exist_ok=True)
+    dist_checkpointing.save(sharded_state(chunks), str(directory))
+
+
+def sharded_state(chunks: Chunks) -> dict[str, Any]:
+    """Return a rank's weights as Megatron-LM names them in its checkpoints."""
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    return {name: chunk.sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
+
+
+def shards(chunks: Chunks) -> Shards:
+    """Return what this rank owns, copied."""
+    return [(own.shard, own.data.clone()) for own in _owned(chunks)]
+
+
+def _owned(chunks: Chunks) -> list[OwnedShard]:
+    return [own for chunk in chunks for own in owned_shards(chunk)]
+
+
+@torch.no_grad()
+def _fill_with_nan(chunks: Chunks) -> None:
+    """Leave no value that what comes next could forget to write."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.fill_(float("nan"))
+
+
+@torch.no_grad()
+def make_experts_differ(chunks: Chunks) -> None:
+    """Scale each expert by its number: while experts are equal, the router's gradient is 0."""
+    for own in _owned(chunks):
+        if ".experts." in own.shard.name:
+            own.data.mul_(1 + 0.05 * int(own.shard.name.split(".experts.")[1].split(".")[0]))
+
+
+@torch.no_grad()
+def _gradients(models: Chunks) -> Shards:
+    """Put each parameter's reduced gradient in its place and read it out by shard."""
+    for model in models:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.main_grad)
+    return shards([model.module for model in models])
+
+
+def _on_this_cp_rank(row: torch.Tensor) -> torch.Tensor:
+    """Return the chunks of a sequence [length] that this context-parallel rank has."""
+    group = parallel_state.get_context_parallel_group()
+    chunks = row.chunk(2 * group.size())
+    return (
+        row if group.size() == 1 else torch.cat((chunks[group.rank()], chunks[-1 - group.rank()]))
+    )
+
+
+def forward_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
+    """Run a microbatch of one row [length + 1]; the loss is a mean over its tokens."""
+    row = next(data)
+    inputs, labels = _on_this_cp_rank(row[:-1])[None], _on_this_cp_rank(row[1:])[None]
+    positions = _on_this_cp_rank(torch.arange(len(row) - 1))[None]
+    losses = model(inputs, positions, None, labels=labels)
+
+    def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = losses.float().sum() / (len(row) - 1)  # this rank's part of it
+        return mean, mean.detach().clone()
+
+    return losses, loss
+
+
+def train_step(models: Chunks, rows: torch.Tensor) -> float:
+    """Run forward and backward of this rank's rows; return its part of their mean loss."""
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(rows) for _ in models],
+        model=models,
+        num_microbatches=len(rows),
+        seq_length=rows.shape[1] - 1,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    return sum(map(float, losses)) / len(rows)
+
+
+def rows_here(ids: torch.Tensor) -> torch.Tensor:
+    """Return this data-parallel rank's rows of a global batch."""
+    group = parallel_state.get_data_parallel_group()
+    return ids.chunk(group.size())[group.rank()]
+
+
+def _step(models: Chunks, ids: torch.Tensor) -> tuple[float, float]:
+    """Run one step on this rank's part of the batch; gradients are left reduced."""
+    get_model_config(models[0]).finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(OptimizerConfig(lr=0.0), models)
+    for model in models:
+        model.zero_grad_buffer()
+    loss = train_step(models, rows_here(ids))
+    optimizer.prepare_grads()
+    return loss, float(optimizer.get_grad_norm())
+
+
+def logits(chunks: Chunks, ids: torch.Tensor) -> Logits | None:
+    """Return the logits of [rows, length] inputs on the last pipeline stage, None elsewhere."""
+    positions = _on_this_cp_rank(torch.arange(ids.shape[1]))
+
+    def forward(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
+        row = next(data)
+        output = model(_on_this_cp_rank(row)[None], positions[None], None)
+        return output, lambda output, non_loss_data: output
+
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter(ids) for _ in chunks],
+            model=chunks,
+            num_microbatches=len(ids),
+            seq_length=ids.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    for chunk in chunks:
+        chunk.train()
+    if not outputs:
+        return None
+    return positions, tensor_parallel.gather_from_tensor_model_parallel_region(torch.cat(outputs))
