@@ -195,7 +195,7 @@ def test_experts_are_expansion_rate_times_granularity(values: dict, experts: int
         ({"granularity": 5, "moe_router_topk": 5}, "ffn_hidden_size=256 does not divide"),
         ({"granularity": 4, "num_moe_experts": 10}, "a granularity that divides"),
         ({"granularity": 2, "num_moe_experts": 8, "expansion_rate": 8}, "make 16 experts"),
-        ({"moe_layer_freq": "[1]*3"}, "says 3 layers"),
+        ({"moe_layer_freq": "[1]*3"}, "has 3 layers"),
         ({"granularity": 128, "expert_tensor_parallel_size": 4}, "ffn_hidden_size / 128=2"),
         ({"moe_router_topk": 1}, "would not learn"),
         ({"granularity": -1}, "granularity is -1; expected 1 or more"),
