@@ -17,7 +17,7 @@ from nemo import lightning as nl
 from nemo.collections import llm
 
 from nemo_upcycle import ParallelFolding, UpcyclingConfig, open_dense
-from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
+from nemo_upcycle.engine.cpu import MODEL_OVERRIDES
 from nemo_upcycle.families.fields import moe_fields
 from nemo_upcycle.nemo import cpu
 from nemo_upcycle.nemo.callback import UpcyclingCallback
@@ -36,7 +36,7 @@ def model_of(dense: str, upcycling: UpcyclingConfig) -> UpcycledGPTModel:
     arch = open_dense(dense).arch
     fields = architecture_fields(arch) | moe_fields(arch, upcycling) | {"seq_length": SEQ_LENGTH}
     if not ON_GPU:
-        fields |= MODEL_OVERRIDES | {"transformer_layer_spec": cpu_layer_spec}
+        fields |= MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
     return UpcycledGPTModel(UpcycledGPTConfig(**fields), tokenizer=checkpoint_tokenizer(dense))
 
 

@@ -29,6 +29,7 @@ from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.fields import moe_fields, window_fields
 from nemo_upcycle.nemo.auto_resume import AutoResume
 from nemo_upcycle.nemo.callback import UpcyclingCallback
+from nemo_upcycle.nemo.cpu import cpu_layer_spec
 from nemo_upcycle.nemo.mfu import MFUCallback
 from nemo_upcycle.nemo.model import (
     UpcycledGPTConfig,
@@ -191,7 +192,7 @@ def pretrain(
             "'none', 'moe' or 'full'."
         )
     if cpu_only:
-        overrides |= cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
+        overrides |= cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu_layer_spec}
     elif upcycling.num_moe_experts is not None:
         overrides |= {"moe_grouped_gemm": True, "moe_permute_fusion": True}
     prefixes = [path.prefix for path in paths or ()]

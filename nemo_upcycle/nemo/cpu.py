@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from nemo import lightning as nl
 from nemo.lightning import io
 
-from nemo_upcycle.engine.cpu import patches
+from nemo_upcycle.engine.cpu import layers, patches
 from nemo_upcycle.nemo.strategy import MegatronStrategy
 
 
@@ -77,3 +78,13 @@ def enable() -> None:
     import nemo.lightning.io.pl as nemo_io
 
     nemo_io._fix_tensors_device = lambda checkpoint: checkpoint  # asserts CUDA on a resume
+
+
+def cpu_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Build the layers of one pipeline stage for a CPU; see `engine.cpu.cpu_layer_spec`.
+
+    NeMo's own importers and exporters make a model without `CpuMegatronStrategy`. Of this package
+    they call only the layer spec, which therefore prepares NeMo too.
+    """
+    enable()
+    return layers.cpu_layer_spec(config, vp_stage)

@@ -17,7 +17,7 @@ from nemo.lightning import io, teardown
 
 from nemo_upcycle.checkpoint.kept import FIELD, kept_of
 from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
-from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
+from nemo_upcycle.engine.cpu import MODEL_OVERRIDES
 from nemo_upcycle.engine.loadable import open_loadable
 from nemo_upcycle.engine.model import leave_padding_out, mark_experts, two_stages_fields
 from nemo_upcycle.families import Architecture, fields
@@ -213,7 +213,7 @@ def trained_config(model: MoEModel, dtype: torch.dtype, **others: Any) -> Upcycl
         others: Other fields, such as the parallel mapping.
     """
     arch, length = model.arch, model.arch.max_position_embeddings
-    on_cpu = MODEL_OVERRIDES | {"transformer_layer_spec": cpu_layer_spec}
+    on_cpu = MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
     of_model = (
         architecture_fields(arch)
         | fields.window_fields(arch)

@@ -79,3 +79,20 @@ def test_importing_on_a_real_cuda_machine() -> None:
     assert "UNCHANGED" in run(
         script + "import nemo_upcycle.cli.nemo_run\nassert state() == before\nprint('UNCHANGED')"
     )
+
+
+def test_a_recipes_layers_prepare_nemo_for_its_own_exporters() -> None:
+    """They make a model without the strategy that prepares NeMo elsewhere."""
+    script = """
+import fiddle, torch, nemo.lightning.io.pl as nemo_io
+from megatron.core import parallel_state
+from nemo_upcycle_recipes.llama_tiny import dense_recipe
+alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+torch.distributed.init_process_group("gloo", **alone)
+parallel_state.initialize_model_parallel()
+config = fiddle.build(dense_recipe(accelerator="cpu").model.config)
+config.transformer_layer_spec(config)
+assert nemo_io._fix_tensors_device({}) == {}  # NeMo's own asserts that there is a GPU
+print("PREPARED")
+"""
+    assert "PREPARED" in run(script)
