@@ -21,7 +21,7 @@ test: $(INSTALLED)  ## All tests that belong to every change.
 	$(BIN)/python -m pytest -m "not slow"
 
 test-fast: $(INSTALLED)  ## What needs no NeMo, no Megatron-Core and no other process: under a minute.
-	$(BIN)/python -m pytest -m "not slow" tests/unit
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow" tests/unit
 
 test-megatron: $(INSTALLED_MEGATRON)  ## The front for Megatron-LM and Bridge, on Megatron-Core 0.19 without NeMo.
 	$(BIN_MEGATRON)/python -m pytest -m "not slow" tests/megatron
