@@ -72,3 +72,16 @@ def data_set(tmp_path: Path) -> Path:
 def blend(tmp_path: Path) -> Path:
     """A blend's YAML, beside its documents."""
     return write_blend(tmp_path)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with datasets, some of which have spaces."""
+    for name in ("web", "my data/web", "my data/two words", "0.5", "ends.bin"):
+        for suffix in (".bin", ".idx"):
+            path = tmp_path / f"{name}{suffix}"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -86,9 +86,14 @@ def read_args(weights: Path) -> dict[str, Any]:
         untied = fields["untie_embeddings_and_output_weights"]
         fields["share_embeddings_and_output_weights"] = not untied
     if fields.get("use_rope_scaling"):
-        fields |= {"scale_factor": fields.get("rope_scaling_factor", 8.0)} | MEGATRON_ROPE_SCALING
+        fields |= _rope_scaling(fields)
     fields["activation_func"] = _activation(fields)
     return fields | {"model_type": "megatron"}
+
+
+def _rope_scaling(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Megatron-Core's own RoPE scaling, of which a config records the factor alone."""
+    return {"scale_factor": fields.get("rope_scaling_factor", 8.0)} | MEGATRON_ROPE_SCALING
 
 
 def _activation(args: Mapping[str, Any]) -> str:
@@ -116,7 +121,7 @@ def read_run_config(path: Path) -> dict[str, Any]:
         ) from error
     fields.pop("transformer", None)
     if fields.get("rope_scaling"):
-        fields |= {"scale_factor": fields.get("rope_scaling_factor", 8.0)} | MEGATRON_ROPE_SCALING
+        fields |= _rope_scaling(fields)
     if fields.get("activation_func") is None:  # Megatron's own configs do not write functions
         fields["activation_func"] = "silu" if fields.get("gated_linear_unit") else "squared_relu"
     return fields | {"model_type": "megatron"}

@@ -24,20 +24,20 @@ from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine import cpu, load
-from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
 from nemo_upcycle.families import Architecture, architecture_of
 from nemo_upcycle.families.fields import moe_fields, window_fields
 from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields
-from nemo_upcycle.plans.rank import Shard
-
-Chunks = list[torch.nn.Module]
-"""A rank's model, one module a virtual stage."""
-
-Shards = list[tuple[Shard, torch.Tensor]]
-"""What a rank owns of the parameters: each shard's place, and its values."""
-
-Logits = tuple[torch.Tensor, torch.Tensor]
-"""Positions in the sequence [length/CP], and their logits [rows, length/CP, vocabulary]."""
+from tests.distributed.models import (
+    Chunks,
+    Logits,
+    Shards,
+    fill_with_nan,
+    gathered_logits,
+    gradients,
+    make_experts_differ,
+    owned,
+    shards,
+)
 
 
 @dataclass(frozen=True)
@@ -142,15 +142,15 @@ def prove(
     chunks = build(dense, folding, upcycling)
     weights = {}
     for name, way in ways.items():
-        _fill_with_nan(chunks)
+        fill_with_nan(chunks)
         chosen = replace(upcycling, **way.upcycling)
         load.fill(chunks, open_branches(way.source), chosen, read_once=way.read_once)
         weights[name] = shards(chunks)
     _save(chunks, save_to)
     step0 = logits(chunks, ids[:, :-1])
-    _make_experts_differ(chunks)
+    make_experts_differ(chunks)
     loss, grad_norm = _step(chunks, ids)
-    return Evidence(weights, step0, loss, _gradients(chunks), grad_norm)
+    return Evidence(weights, step0, loss, gradients(chunks), grad_norm)
 
 
 def upcycled_step(
@@ -158,7 +158,7 @@ def upcycled_step(
 ) -> tuple[torch.Tensor, float]:
     """Upcycle, make the experts differ and run one step; see `_step`."""
     chunks = upcycled(dense, folding, upcycling)
-    _make_experts_differ(chunks)
+    make_experts_differ(chunks)
     return _step(chunks, ids)
 
 
@@ -198,7 +198,7 @@ def trained_and_saved(
     """Upcycle, change all weights as training would, save as NeMo 2 does; return the logits."""
     chunks = upcycled(dense, folding, upcycling)
     with torch.no_grad():
-        for own in _owned(chunks):
+        for own in owned(chunks):
             wave = torch.arange(own.data.numel()).view(own.data.shape) + sum(own.shard.offset)
             own.data.mul_(1 + 0.1 * torch.sin(wave + len(own.shard.name)))
             if "router" in own.shard.name:  # whose rows are equal in virtual groups
@@ -235,7 +235,7 @@ def loaded(
 ) -> Shards:
     """Build the model, load what another mapping saved, and return what this rank owns."""
     chunks = build(dense, folding, upcycling)
-    _fill_with_nan(chunks)
+    fill_with_nan(chunks)
     state = dist_checkpointing.load(_sharded_state(chunks), saved)
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{index}"])
@@ -248,26 +248,9 @@ def random_experts(
     """Build without upcycling and return the experts' random weights by global name."""
     return {
         own.shard.name + str(own.shard.offset): own.data.clone()
-        for own in _owned(build(dense, folding, upcycling))
+        for own in owned(build(dense, folding, upcycling))
         if ".experts." in own.shard.name
     }
-
-
-def shards(chunks: Chunks) -> Shards:
-    """Return what this rank owns, copied."""
-    return [(own.shard, own.data.clone()) for own in _owned(chunks)]
-
-
-def _owned(chunks: Chunks) -> list[OwnedShard]:
-    return [own for chunk in chunks for own in owned_shards(chunk)]
-
-
-@torch.no_grad()
-def _fill_with_nan(chunks: Chunks) -> None:
-    """Leave no value that what comes next could forget to write."""
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            parameter.fill_(float("nan"))
 
 
 def _save(chunks: Chunks, directory: Path) -> None:
@@ -298,31 +281,16 @@ def _microbatches(inputs: torch.Tensor, labels: torch.Tensor) -> Sequence[dict[s
 def logits(chunks: Chunks, ids: torch.Tensor) -> Logits | None:
     """Return the logits of [rows, length] inputs on the last pipeline stage, None elsewhere."""
 
-    def forward_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
-        batch = gpt_data_step(data)
+    def forward(data: Any, model: Any) -> torch.Tensor:
         # Without a mask, attention is causal.
-        output = gpt_forward_step(model, {**batch, "labels": None, "attention_mask": None})
-        return output, lambda output, non_loss_data: output
-
-    for chunk in chunks:
-        chunk.eval()
-    with torch.no_grad():
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(_microbatches(ids, ids)) for _ in chunks],
-            model=chunks,
-            num_microbatches=len(ids),
-            seq_length=ids.shape[1],
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
+        return gpt_forward_step(
+            model, {**gpt_data_step(data), "labels": None, "attention_mask": None}
         )
-    for chunk in chunks:
-        chunk.train()
-    if not outputs:
+
+    gathered = gathered_logits(chunks, forward, _microbatches(ids, ids), ids.shape[1])
+    if gathered is None:
         return None
     positions = get_batch_on_this_cp_rank({"positions": torch.arange(ids.shape[1])[None]})
-    gathered = tensor_parallel.gather_from_tensor_model_parallel_region(torch.cat(outputs))
     return positions["positions"][0], gathered
 
 
@@ -362,25 +330,8 @@ def _language_model_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
 
 
 @torch.no_grad()
-def _make_experts_differ(chunks: Chunks) -> None:
-    """Scale each expert by its number: while experts are equal, the router's gradient is 0."""
-    for own in _owned(chunks):
-        if ".experts." in own.shard.name:
-            own.data.mul_(1 + 0.05 * int(own.shard.name.split(".experts.")[1].split(".")[0]))
-
-
-@torch.no_grad()
-def _gradients(chunks: Chunks) -> Shards:
-    """Put each parameter's reduced gradient in its place and read it out by shard."""
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            parameter.copy_(parameter.main_grad)
-    return shards(chunks)
-
-
-@torch.no_grad()
 def _damage(chunks: Chunks, damage: str) -> None:
-    for own in _owned(chunks):
+    for own in owned(chunks):
         fc1 = own.shard.name.endswith("linear_fc1.weight")
         if damage == "zero expert 1" and ".experts.1." in own.shard.name:
             own.data.zero_()

@@ -17,14 +17,18 @@ from megatron.training.models.gpt import GPTModelBuilder
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine.health import MoEHealth
-from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
 from nemo_upcycle.megatron import gpt_model_config, upcycle
-from nemo_upcycle.plans.rank import Shard
+from tests.distributed.models import (
+    Chunks,
+    Logits,
+    Shards,
+    fill_with_nan,
+    gathered_logits,
+    gradients,
+    make_experts_differ,
+    shards,
+)
 from tests.megatron import broken
-
-Chunks = list[torch.nn.Module]
-Shards = list[tuple[Shard, torch.Tensor]]
-Logits = tuple[torch.Tensor, torch.Tensor]
 
 UPCYCLING = UpcyclingConfig(moe_aux_loss_coeff=0.0)
 """The auxiliary loss depends on how a batch is split, so gradients would."""
@@ -91,9 +95,9 @@ def prove(
 
     def in_other_ways(built: Chunks) -> Chunks:
         for name in others:
-            _fill_with_nan(built)
+            fill_with_nan(built)
             weights[name] = shards(_hook(ways[name])(built))
-        _fill_with_nan(built)
+        fill_with_nan(built)
         return built
 
     hooks = (in_other_ways, _hook(ways[last]))
@@ -103,7 +107,7 @@ def prove(
     step0 = logits(chunks, ids[:, :-1])
     make_experts_differ(chunks)
     loss, grad_norm = _step(models, ids)
-    return Evidence(weights, step0, loss, _gradients(models), grad_norm)
+    return Evidence(weights, step0, loss, gradients([model.module for model in models]), grad_norm)
 
 
 def upcycled_logits(
@@ -235,40 +239,6 @@ def sharded_state(chunks: Chunks) -> dict[str, Any]:
     return {name: chunk.sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
 
 
-def shards(chunks: Chunks) -> Shards:
-    """Return what this rank owns, copied."""
-    return [(own.shard, own.data.clone()) for own in _owned(chunks)]
-
-
-def _owned(chunks: Chunks) -> list[OwnedShard]:
-    return [own for chunk in chunks for own in owned_shards(chunk)]
-
-
-@torch.no_grad()
-def _fill_with_nan(chunks: Chunks) -> None:
-    """Leave no value that what comes next could forget to write."""
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            parameter.fill_(float("nan"))
-
-
-@torch.no_grad()
-def make_experts_differ(chunks: Chunks) -> None:
-    """Scale each expert by its number: while experts are equal, the router's gradient is 0."""
-    for own in _owned(chunks):
-        if ".experts." in own.shard.name:
-            own.data.mul_(1 + 0.05 * int(own.shard.name.split(".experts.")[1].split(".")[0]))
-
-
-@torch.no_grad()
-def _gradients(models: Chunks) -> Shards:
-    """Put each parameter's reduced gradient in its place and read it out by shard."""
-    for model in models:
-        for parameter in model.parameters():
-            parameter.copy_(parameter.main_grad)
-    return shards([model.module for model in models])
-
-
 def _on_this_cp_rank(row: torch.Tensor) -> torch.Tensor:
     """Return the chunks of a sequence [length] that this context-parallel rank has."""
     group = parallel_state.get_context_parallel_group()
@@ -327,26 +297,8 @@ def logits(chunks: Chunks, ids: torch.Tensor) -> Logits | None:
     """Return the logits of [rows, length] inputs on the last pipeline stage, None elsewhere."""
     positions = _on_this_cp_rank(torch.arange(ids.shape[1]))
 
-    def forward(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
-        row = next(data)
-        output = model(_on_this_cp_rank(row)[None], positions[None], None)
-        return output, lambda output, non_loss_data: output
+    def forward(data: Any, model: Any) -> torch.Tensor:
+        return model(_on_this_cp_rank(next(data))[None], positions[None], None)
 
-    for chunk in chunks:
-        chunk.eval()
-    with torch.no_grad():
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=[iter(ids) for _ in chunks],
-            model=chunks,
-            num_microbatches=len(ids),
-            seq_length=ids.shape[1],
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-    for chunk in chunks:
-        chunk.train()
-    if not outputs:
-        return None
-    return positions, tensor_parallel.gather_from_tensor_model_parallel_region(torch.cat(outputs))
+    gathered = gathered_logits(chunks, forward, list(ids), ids.shape[1])
+    return None if gathered is None else (positions, gathered)

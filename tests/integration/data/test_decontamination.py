@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from nemo_upcycle.cli import app
 from nemo_upcycle.data.decontamination import (
-    Item,
     words_of,
 )
 from nemo_upcycle.data.manifest import read_manifest
@@ -19,23 +18,7 @@ from tests.corpora import (
     many,
     write,
 )
-
-LONG = (
-    "A router that sends every token to one expert leaves the others without a gradient, and so "
-    "they stay copies of the dense layer."
-)
-
-
-SHORT = "Which layer is copied into all eight experts"
-
-
-TINY = "What is two plus two?"
-
-
-ITEMS = [Item("mmlu", 3, LONG), Item("piqa", 0, SHORT), Item("gsm8k", 1, TINY)]
-
-
-PADDING = "Something else entirely, of which no evaluation has ever asked. " * 5
+from tests.evaluation_items import ITEMS, LONG, PADDING, SHORT
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -63,7 +63,7 @@ def test_groups_are_megatrons(name: str) -> None:
     assert all(sorted(sum(g.ranks, ())) == list(range(world_size)) for g in found.values())
 
 
-LLAMA_8B, PAPER = LLAMA3_8B_E8T2.architecture, LLAMA3_8B_E8T2.folding
+PAPER = LLAMA3_8B_E8T2.folding
 
 
 WIDE = ParallelFolding(

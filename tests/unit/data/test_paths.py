@@ -7,18 +7,7 @@ import pytest
 from nemo_upcycle.data.paths import parse, text_of, words_of
 from nemo_upcycle.errors import UpcyclingError
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with datasets, some of which have spaces."""
-    for name in ("web", "my data/web", "my data/two words", "0.5", "ends.bin"):
-        for suffix in (".bin", ".idx"):
-            path = tmp_path / f"{name}{suffix}"
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(b"")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.mark.parametrize(

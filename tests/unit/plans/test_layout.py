@@ -23,14 +23,6 @@ MOE = UpcyclingConfig(num_moe_experts=8)
 DENSE = UpcyclingConfig(num_moe_experts=None)
 LLAMA_8B, PAPER = LLAMA3_8B_E8T2.architecture, LLAMA3_8B_E8T2.folding
 
-WIDE = ParallelFolding(
-    tensor_model_parallel_size=4,
-    context_parallel_size=2,
-    pipeline_model_parallel_size=4,
-    expert_model_parallel_size=8,
-    expert_tensor_parallel_size=2,
-)
-
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
