@@ -5,10 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.checkpoint import MegatronCheckpoint
 from nemo_upcycle.checkpoint.dtypes import DTYPE_NAMES
 from nemo_upcycle.checkpoint.kept import CHAT_TEMPLATES, CONFIG, default_tokens
-from nemo_upcycle.checkpoint.tokenizer_files import copy_tokenizer, find_tokenizer
+from nemo_upcycle.checkpoint.tokenizer_files import copy_tokenizer
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe import MoEFamily
 
@@ -25,28 +24,28 @@ _TOKENIZERS = {
 
 
 def write_configs(
-    checkpoint: MegatronCheckpoint,
     model: MoEModel,
     family: MoEFamily,
     dtype: str,
     kept: Mapping[str, Any] | None,
+    tokenizer_files: Path | None,
     directory: Path,
 ) -> list[str]:
     """Write config.json, generation_config.json and the tokenizer.
 
     Args:
-        checkpoint: The MoE's checkpoint, with the tokenizer.
-            model: The MoE.
-            family: The architecture of transformers.
-            dtype: dtype of the weights, by safetensors' name.
-            kept: The run's record of the dense model; see `checkpoint.kept`.
-            directory: Output directory.
+        model: The MoE.
+        family: The architecture of transformers.
+        dtype: dtype of the weights, by safetensors' name.
+        kept: The record of the dense model's configs; see `checkpoint.kept`.
+        tokenizer_files: Directory of the tokenizer; None if there is none.
+        directory: Output directory.
 
     Returns:
         Notes for the user: assumptions and contradictions.
     """
     config, generation = config_of(model, family, dtype), None
-    tokenizer = _copy_tokenizer(checkpoint, directory)
+    tokenizer = _copy_tokenizer(tokenizer_files, directory)
     if kept is not None and "config" in kept:
         config |= _of_dense(kept, family.model_type, directory)
         generation = kept.get("generation_config")
@@ -106,9 +105,8 @@ def _of_dense(kept: Mapping[str, Any], model_type: str, directory: Path) -> dict
     return {name: config[name] for name in CONFIG if name in config}
 
 
-def _copy_tokenizer(checkpoint: MegatronCheckpoint, directory: Path) -> Any:
+def _copy_tokenizer(source: Path | None, directory: Path) -> Any:
     """Copy the tokenizer's files unchanged; return the tokenizer, None if none can be loaded."""
-    source = find_tokenizer(checkpoint.directory, checkpoint.context)
     if source is None:
         return None
     copy_tokenizer(source, directory)
