@@ -47,19 +47,34 @@ def with_arguments(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         UpcyclingError: A value is out of range or contradicts another, or there is no such
             initialiser.
     """
-    upcycling = _fields_of(UpcyclingConfig, values)
-    _check_initializer(upcycling.get("initializer", recipe.upcycling.initializer))
-    if recipe.upcycling.num_moe_experts is not None:
-        upcycling["num_moe_experts"] = _experts(recipe.upcycling, values)
     return replace(
         recipe,
-        upcycling=replace(recipe.upcycling, **upcycling),
+        upcycling=with_experts(recipe.upcycling, values),
         folding=replace(recipe.folding, **_fields_of(ParallelFolding, values)),
         schedule=replace(
             recipe.schedule, **{name: values[name] for name in OF_SCHEDULE if name in values}
         ),
         **{name: values[name] for name in OF_RECIPE if name in values},
     )
+
+
+def with_experts(upcycling: UpcyclingConfig, values: Mapping[str, Any]) -> UpcyclingConfig:
+    """Return what the feed-forward layers become with other numbers.
+
+    Args:
+        upcycling: What they become without.
+        values: Values by name: fields of `UpcyclingConfig`, and `expansion_rate`. Other names are
+            ignored. A `num_moe_experts` of None means expansion_rate · granularity.
+
+    Raises:
+        UpcyclingError: A value is out of range or contradicts another, or there is no such
+            initialiser.
+    """
+    fields_of = _fields_of(UpcyclingConfig, values)
+    _check_initializer(fields_of.get("initializer", upcycling.initializer))
+    if upcycling.num_moe_experts is not None:
+        fields_of["num_moe_experts"] = _experts(upcycling, values)
+    return replace(upcycling, **fields_of)
 
 
 def _check_initializer(text: str) -> None:
