@@ -14,6 +14,7 @@ from nemo_upcycle.cli.ablate import ablate
 from nemo_upcycle.cli.plan import groups, plan
 from nemo_upcycle.cli.tools import Directory, last_checkpoint, one_line_errors
 from nemo_upcycle.cli.tune import tune
+from nemo_upcycle.cli.upcycle import upcycle
 from nemo_upcycle.progress import progress
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(data.app, name="data")
+app.command()(upcycle)
 app.command()(plan)
 app.command()(groups)
 app.command()(tune)

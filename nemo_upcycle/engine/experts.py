@@ -4,9 +4,10 @@ This is the second pass over a rank's experts; plain copies need no second pass.
 processed in blocks, in fp32, so that each value is rounded once.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from threading import Lock
 
 import numpy as np
@@ -18,7 +19,7 @@ from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.config import Scales, UpcyclingConfig
 from nemo_upcycle.engine.owned_shards import OwnedShard
 from nemo_upcycle.engine.reading import thread_count
-from nemo_upcycle.families import Architecture, Family, Rows
+from nemo_upcycle.families import Architecture, Rows
 from nemo_upcycle.families.names import expert_of, layer_of
 from nemo_upcycle.initializers import Initializer, Neurons, make_initializer
 
@@ -36,21 +37,29 @@ class _Expert:
     parts: Mapping[str, torch.Tensor]
 
 
+def bytes_to_initialize(
+    owned: Sequence[OwnedShard], arch: Architecture, upcycling: UpcyclingConfig
+) -> int:
+    """Return the size of the experts that `initialize_experts` changes; 0 for plain copies."""
+    scales = upcycling.scales(arch.gated_linear_unit)
+    if upcycling.initializer == "copy" and scales.gate == scales.up == scales.down == 1:
+        return 0
+    return sum(own.data.nbytes for own in owned if expert_of(own.shard.name) is not None)
+
+
 def initialize_experts(
     owned: Sequence[OwnedShard],
     checkpoint: DenseCheckpoint,
-    family: Family,
-    arch: Architecture,
     upcycling: UpcyclingConfig,
+    done: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Initialise and scale this rank's experts, which hold copies of the dense layer's shards.
 
     Args:
         owned: The shards that this rank owns.
         checkpoint: The dense checkpoint.
-        family: The dense model's family.
-        arch: The dense model's architecture.
         upcycling: Gives the initialiser and the scaling.
+        done: Called with the bytes of experts that are finished.
 
     Returns:
         Bytes read from the checkpoint.
@@ -58,16 +67,16 @@ def initialize_experts(
     Raises:
         UpcyclingError: There is no such initialiser, or the checkpoint cannot be read.
     """
+    arch = checkpoint.architecture
     scales = upcycling.scales(arch.gated_linear_unit)
     _scale_shared_experts(owned, scales.shared_down)
+    if not bytes_to_initialize(owned, arch, upcycling):
+        return 0
     experts = list(_experts(owned, arch))
     if upcycling.initializer == "copy":
-        for expert in experts:
-            for part, values in expert.parts.items():
-                if (scale := getattr(scales, part)) != 1:
-                    values.mul_(scale)
+        _scale(experts, scales, done)
         return 0
-    statistics = _Statistics(checkpoint, family, arch)
+    statistics = _Statistics(checkpoint)
     work = _Work(make_initializer(upcycling.initializer), scales, arch, upcycling, statistics)
     step = max(1, BLOCK_BYTES // (4 * arch.hidden_size))
     blocks = [
@@ -77,9 +86,20 @@ def initialize_experts(
         for first in range(0, count, step)
     ]
     with ThreadPoolExecutor(thread_count()) as threads:
-        for _ in threads.map(lambda block: work.initialize(*block), blocks):
-            pass
+        finished = threads.map(lambda block: work.initialize(*block), blocks)
+        for size in accumulate(finished):
+            done(size)
     return statistics.bytes_read
+
+
+def _scale(experts: Iterable[_Expert], scales: Scales, done: Callable[[int], None]) -> None:
+    size = 0
+    for expert in experts:
+        for part, values in expert.parts.items():
+            if (scale := getattr(scales, part)) != 1:
+                values.mul_(scale)
+            size += values.nbytes
+        done(size)
 
 
 def _scale_shared_experts(owned: Iterable[OwnedShard], scale: float) -> None:
@@ -116,8 +136,8 @@ class _Work:
     statistics: "_Statistics"
 
     @torch.no_grad()
-    def initialize(self, expert: _Expert, rows: range) -> None:
-        """Initialise a block of an expert's neurons on this rank."""
+    def initialize(self, expert: _Expert, rows: range) -> int:
+        """Initialise a block of an expert's neurons on this rank; return the size in bytes."""
         first, stop = self.upcycling.neurons(expert.number, self.arch.ffn_hidden_size)
         start = first + expert.start
         here = slice(rows.start, rows.stop)
@@ -142,6 +162,7 @@ class _Work:
         for part, data in expert.parts.items():
             scaled = values[part] * np.float32(getattr(self.scales, part))
             data[here].copy_(torch.from_numpy(scaled))
+        return sum(data[here].nbytes for data in expert.parts.values())
 
 
 class _Statistics:
@@ -150,20 +171,16 @@ class _Statistics:
     Always computed over the whole part in the same order, so that all ranks of all mappings agree.
     """
 
-    def __init__(
-        self,
-        checkpoint: DenseCheckpoint,
-        family: Family,
-        arch: Architecture,
-    ) -> None:
-        self._checkpoint, self._family, self._arch = checkpoint, family, arch
+    def __init__(self, checkpoint: DenseCheckpoint) -> None:
+        self._checkpoint = checkpoint
         self._found: dict[Rows, tuple[float, float]] = {}
         self._lock = Lock()
         self.bytes_read = 0
 
     def of(self, layer: int, copy: int, part: str) -> tuple[float, float]:
-        rows = self._family.feed_forward(self._arch, layer)[part]
-        branches = len(self._checkpoint.branches)
+        dense = self._checkpoint
+        rows = dense.family.feed_forward(dense.architecture, layer)[part]
+        branches = len(dense.branches)
         if branches > 1:
             rows = Rows(branch_name(copy % branches, rows.tensor), rows.start, rows.stop)
         with self._lock:

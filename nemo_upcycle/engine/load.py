@@ -14,7 +14,7 @@ from nemo_upcycle.checkpoint.branches import branch_name
 from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.fingerprint import check_tied
 from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.engine.experts import initialize_experts
+from nemo_upcycle.engine.experts import bytes_to_initialize, initialize_experts
 from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
 from nemo_upcycle.engine.reading import Chunk, chunk_bytes, copy_blocks
 from nemo_upcycle.engine.sharing import Sharers, sharing
@@ -59,7 +59,7 @@ def fill(
         modules: The rank's Megatron-Core GPT models, one per virtual pipeline stage.
         checkpoint: The dense checkpoint.
         upcycling: What the dense feed-forward layers become.
-        progress: Called with the bytes filled and the bytes in total, in the checkpoint's dtypes.
+        progress: See `fill_shards`.
         read_once: Read each slice once per job and broadcast the slice to all ranks that need
             it; must be equal on all ranks. Otherwise every rank reads what it needs.
 
@@ -70,25 +70,51 @@ def fill(
         UpcyclingError: The checkpoint is damaged or does not fit the model. The error is raised
             before anything is written, except for values that are not finite.
     """
+    owned = [shard for module in modules for shard in owned_shards(module)]
+    return fill_shards(owned, checkpoint, upcycling, progress, read_once)
+
+
+def fill_shards(
+    owned: Sequence[OwnedShard],
+    checkpoint: DenseCheckpoint,
+    upcycling: UpcyclingConfig,
+    progress: Progress | None = None,
+    read_once: bool = False,
+) -> LoadReport:
+    """Fill shards from a dense checkpoint, wherever their memory is; see `fill`.
+
+    Args:
+        owned: The shards, with all shards of an expert if an initialiser is to change it.
+        checkpoint: The dense checkpoint.
+        upcycling: What the dense feed-forward layers become.
+        progress: Called with the bytes done and the bytes in total: those filled, and those that
+            an initialiser or scaling then changes.
+        read_once: See `fill`.
+    """
     started = time.perf_counter()
     check_whole(checkpoint)
-    family, arch = checkpoint.family, checkpoint.architecture
+    arch = checkpoint.architecture
     for branch in checkpoint.branches:
         check_tied(branch)
     make_initializer(upcycling.initializer)  # before anything is written
-    owned = [shard for module in modules for shard in owned_shards(module)]
     plan = make_plan(
         [own.shard for own in owned],
         checkpoint.tensors,
-        family,
+        checkpoint.family,
         arch,
         upcycling,
         len(checkpoint.branches),
     )
+    show = progress or no_progress
+    total = plan.bytes_to_read + bytes_to_initialize(owned, arch, upcycling)
     with torch.no_grad():
         _draw_routers(plan, owned, arch, upcycling)
-        bytes_read = _copy(plan, owned, checkpoint, progress or no_progress, read_once)
-        bytes_read += initialize_experts(owned, checkpoint, family, arch, upcycling)
+        bytes_read = _copy(
+            plan, owned, checkpoint, lambda done, _: show(done, total), read_once=read_once
+        )
+        bytes_read += initialize_experts(
+            owned, checkpoint, upcycling, lambda done: show(plan.bytes_to_read + done, total)
+        )
     checkpoint.close()
     return LoadReport(
         tensors=plan.tensors,

@@ -1,5 +1,6 @@
 """Origin and settings of a run: kept in the run's checkpoints, compared on a resume."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -63,6 +64,10 @@ class Origin:
         model = "a dense model" if experts is None else f"an MoE of {experts} experts, top-{topk}"
         source = self.weights if self.dense_checkpoint is None else self.dense_checkpoint
         return f"{model} from {source}"
+
+    def to_json(self) -> str:
+        """Return the origin as it is recorded in a file."""
+        return json.dumps(asdict(self), indent=2) + "\n"
 
     def check(self, now: "Origin", run: str) -> None:
         """Check that a resume continues the same run.

@@ -1,7 +1,7 @@
 """The directory of a run of Megatron-LM's or Megatron-Bridge's: its checkpoints, its beginning."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def write_origin(origin: Origin, run: Path) -> None:
         UpcyclingError: The directory cannot be written to.
     """
     try:
-        write_whole(run / UPCYCLED_FROM, json.dumps(asdict(origin), indent=2) + "\n")
+        write_whole(run / UPCYCLED_FROM, origin.to_json())
     except OSError as error:
         raise UpcyclingError(
             f"{run} cannot be written to: {error.strerror or error}. The run keeps in it what it "

@@ -15,7 +15,6 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.experts import initialize_experts
 from nemo_upcycle.engine.owned_shards import OwnedShard
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families import family_of
 from nemo_upcycle.initializers import make_initializer, names
 from nemo_upcycle.plans.rank import Shard
 from tests.third_party import install_flip
@@ -56,8 +55,6 @@ def initialized(
     """
     upcycling = UpcyclingConfig(num_moe_experts=EXPERTS, initializer=initializer, **config)
     checkpoint = open_branches(str(dense))
-    family = family_of(checkpoint.config)
-    arch = family.architecture(checkpoint.config)
     width = FFN // upcycling.granularity
     tensors = load_file(dense / "model.safetensors")
     result: dict[tuple[int, int], Weights] = {}
@@ -84,7 +81,7 @@ def initialized(
                             name + "linear_fc1.weight", (2 * width, HIDDEN), offset, data.shape
                         )
                         owned.append(OwnedShard(shard, data))
-        initialize_experts(owned, checkpoint, family, arch, upcycling)
+        initialize_experts(owned, checkpoint, upcycling)
         for (layer, expert), found in by_expert(owned).items():
             whole = result.setdefault((layer, expert), {})
             for kind, values in found.items():

@@ -1,0 +1,117 @@
+"""`nemo-upcycle upcycle`: a Hugging Face MoE directory straight from a dense one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nemo_upcycle.cli.experts import (
+    Experts,
+    Granularity,
+    Initializer,
+    Layers,
+    TopK,
+    upcycling_config,
+)
+from nemo_upcycle.cli.tools import one_line_errors
+from nemo_upcycle.progress import progress, size
+
+if TYPE_CHECKING:
+    from nemo_upcycle.engine.upcycled_directory import UpcycledDirectory
+
+_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
+
+@one_line_errors
+def upcycle(
+    dense: Annotated[
+        str,
+        typer.Argument(
+            help="The dense checkpoint: a directory of Hugging Face, NeMo 2 or Megatron-LM, or a "
+            "name in the local hub cache; several, separated by semicolons, give experts in turn."
+        ),
+    ],
+    directory: Annotated[Path, typer.Argument(help="Directory to create.")],
+    experts: Experts = None,
+    topk: TopK = None,
+    granularity: Granularity = None,
+    initializer: Initializer = None,
+    layers: Layers = None,
+    shared_expert: Annotated[
+        bool, typer.Option("--shared-expert", help="Keep the dense layer as an expert for all.")
+    ] = False,
+    pre_softmax: Annotated[
+        bool, typer.Option("--pre-softmax", help="Softmax over all experts, before top-k.")
+    ] = False,
+    weight_scaling: Annotated[
+        str | None, typer.Option(help="exact, paper or none. Default: exact where possible.")
+    ] = None,
+    router_initializer: Annotated[
+        str | None, typer.Option(help="virtual_groups or random.")
+    ] = None,
+    router_init_std: Annotated[float | None, typer.Option(help="Default: 0.02.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: 1234.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16. Default: the dense checkpoint's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be written; write nothing.")
+    ] = False,
+) -> None:
+    """Write a dense checkpoint as a Mixture-of-Experts model that `transformers` loads.
+
+    No GPU and no training: the weights are those that a run has before its first step. They are
+    streamed, so that memory does not grow with the model. Tokenizer, generation config, chat
+    template, licence and model card come along. The architecture is chosen as by `export`.
+
+    \b
+    Examples:
+      nemo-upcycle upcycle SmolLM2-135M SmolLM2-E8T2
+      nemo-upcycle upcycle Llama-3.1-8B OUT --granularity 4 --topk 8 --dry-run
+      nemo-upcycle upcycle Qwen3-8B OUT --initializer "drop(ratio=0.5)"
+    """
+    from nemo_upcycle.engine.upcycled_directory import plan_directory, upcycle_directory
+    from nemo_upcycle.errors import UpcyclingError
+
+    if dtype is not None and dtype not in _DTYPES:
+        raise UpcyclingError(f"--dtype is {dtype}; expected one of: {', '.join(_DTYPES)}.")
+    upcycling = upcycling_config(
+        experts=experts,
+        topk=topk,
+        granularity=granularity,
+        initializer=initializer,
+        layers=layers,
+        moe_shared_expert=shared_expert or None,
+        moe_router_pre_softmax=pre_softmax or None,
+        weight_scaling=weight_scaling,
+        router_initializer=router_initializer,
+        router_init_std=router_init_std,
+        seed=seed,
+    )
+    stored = None if dtype is None else _DTYPES[dtype]
+    if dry_run:
+        _show(plan_directory(dense, upcycling, stored), f"would be written to {directory}")
+        return
+    with progress(directory.name, in_bytes=True) as show:
+        plan, report = upcycle_directory(dense, directory, upcycling, stored, show)
+    _show(plan, f"written to {directory} in {report.seconds:.1f} s")
+
+
+def _show(plan: "UpcycledDirectory", what: str) -> None:
+    from nemo_upcycle.plans.report import number
+
+    model, dense = plan.model, plan.prepared
+    typer.echo(
+        f"{dense.name} → {plan.family.class_name}, {dense.upcycling.label}: "
+        f"{number(plan.parameters)} parameters, {number(plan.active_parameters)} per token"
+    )
+    lines = {
+        "experts": f"{model.num_experts} in each of {sum(model.is_moe)} of "
+        f"{len(model.is_moe)} layers, {model.topk} per token, {model.expert_width:,} neurons each",
+        "weights": f"{size(plan.bytes)} of {plan.dtype}, {what}",
+        "step 0": str(plan.exactness),
+    }
+    for name, text in lines.items():
+        typer.echo(f"  {name:<8} {text}")
+    for note in plan.notes:
+        typer.echo(f"Note: {note}.")
