@@ -63,7 +63,7 @@ def build(directory: Path, layers: int, hidden_size: int) -> None:
     from nemo.collections.llm.gpt.model.mixtral import MixtralConfig, MixtralModel
     from nemo.lightning import io
 
-    _write_tokenizer(directory / "tokenizer")
+    write_tokenizer(directory / "tokenizer")
     config = MixtralConfig(
         num_layers=layers,
         hidden_size=hidden_size,
@@ -85,7 +85,7 @@ def build(directory: Path, layers: int, hidden_size: int) -> None:
     connector.nemo_save(directory / "checkpoint", trainer)
 
 
-def _write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path) -> None:
     """Write a tokenizer of made-up words: NeMo's exporter truncates the vocabulary to its size."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -20,6 +20,10 @@
 checkpoint writers' result queue               because of CUDA, Megatron spawns its process, which
                                                imports NeMo again: over 10 s in every run that
                                                saves. Here forked, and killed with the rank
+views in a checkpoint                          Megatron clones every tensor that is part of a larger
+                                               buffer, as all are with DDP: parameters and optimizer
+                                               would be in memory twice. The same memory is described
+                                               as a tensor of its own
 =============================================  =====================================================
 """
 
@@ -192,6 +196,7 @@ def _patch_megatron() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
     _patch_distributed_optimizer()
     _patch_checkpoint_queue()
+    _patch_checkpoint_views()
 
 
 def _patch_checkpoint_queue() -> None:
@@ -211,6 +216,33 @@ def _patch_checkpoint_queue() -> None:
     for name in ("_get_write_results_queue", "get_write_results_queue"):
         if hasattr(filesystem_async, name):
             setattr(filesystem_async, name, lambda *_: forked_queue())
+
+
+def _patch_checkpoint_views() -> None:
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+    resolve_data = DefaultSavePlanner.resolve_data
+
+    def without_the_rest(self: Any, item: Any) -> Any:
+        data = resolve_data(self, item)
+        return with_storage_of_its_own(data) if isinstance(data, torch.Tensor) else data
+
+    DefaultSavePlanner.resolve_data = without_the_rest
+
+
+def with_storage_of_its_own(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the same memory whose storage ends where the tensor ends.
+
+    Args:
+        tensor: A tensor on CPU; returned as it is if it is not contiguous.
+    """
+    size = tensor.numel() * tensor.itemsize
+    storage = tensor.untyped_storage()
+    if storage.size() == size or not tensor.is_contiguous():
+        return tensor
+    start = tensor.storage_offset() * tensor.itemsize
+    alone = torch.empty(0, dtype=tensor.dtype)
+    return alone.set_(storage[start : start + size], 0, tensor.shape)
 
 
 def _begin_queue_process(parent: int) -> None:
