@@ -34,6 +34,15 @@ NAME = "upcycle"
 PAPER = LLAMA3_8B_E8T2
 """The recipe whose numbers are scaled."""
 
+CHOSEN = (
+    *("num_nodes", "num_gpus_per_node", "precision", "recompute"),
+    *("seq_length", "global_batch_size", "micro_batch_size"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size"),
+)
+"""Arguments that the recipe chooses where they are None. Virtual stages are chosen where they are
+not given, because None is a value of theirs."""
+
 CPU_SEQ_LENGTH, CPU_BATCH, CPU_INTERVAL = 512, 8, 50
 
 
