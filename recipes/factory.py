@@ -14,7 +14,7 @@ from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 from nemo.utils.exp_manager import TimingCallback
-from nemo_upcycle_recipes import components
+from nemo_upcycle_recipes import components, executors, on_host
 from nemo_upcycle_recipes.arguments import arguments, defaults
 from nemo_upcycle_recipes.recipe import Recipe, Schedule
 
@@ -190,6 +190,8 @@ def pretrain(
     check_on_login(paths or (), arch.vocab_size)
     # On CPU the launcher decides the number of ranks; the strategy checks the number.
     layout.validate(arch, upcycling, folding, None if cpu_only else recipe.world_size)
+    if cpu_only:
+        on_host.remember(recipe, arch, executors.ranks() or 1)
     overrides = dict(model_overrides or {})
     layout.validate_expert_width(arch, upcycling, overrides.get("moe_ffn_hidden_size"))
     upcycles = bool(sources) and not from_scratch

@@ -1,6 +1,7 @@
 """A recipe with the mapping for a trial on CPU, and whether this machine's memory suffices."""
 
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from math import gcd
 
@@ -8,6 +9,7 @@ from nemo_upcycle_recipes.expectations import mapping, workload
 from nemo_upcycle_recipes.recipe import Recipe
 
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families import Architecture
 from nemo_upcycle.planner.host import GIB, available, host_memory
 from nemo_upcycle.planner.remedies import fewer_experts
 
@@ -45,9 +47,36 @@ def on_host(recipe: Recipe, names: Collection[str], check: bool = True) -> Recip
     return ways[-1]
 
 
-def needed(recipe: Recipe) -> float:
+_last: list[tuple[Recipe, Architecture]] = []
+
+
+def remember(recipe: Recipe, arch: Architecture, ranks: int) -> None:
+    """Remember what this process is about to launch on CPU, for `advice`.
+
+    Args:
+        recipe: The recipe.
+        arch: The dense model's architecture.
+        ranks: Ranks on this machine.
+    """
+    _last[:] = [(replace(recipe, num_nodes=1, num_gpus_per_node=ranks), arch)]
+
+
+def advice() -> str:
+    """Say how much memory the last recipe on CPU needs, and what would need less; or nothing."""
+    for recipe, arch in _last:
+        with suppress(UpcyclingError):  # the mapping does not fit the ranks
+            return (
+                f"{recipe.world_size} rank(s) were expected to need "
+                f"{needed(recipe, arch) / GIB:.1f} GiB, {(available() or 0) / GIB:.1f} GiB are "
+                "available now. Use fewer ranks, fewer experts, shorter sequences, "
+                "micro_batch_size=1 with recompute='full', or a machine with more memory."
+            )
+    return ""
+
+
+def needed(recipe: Recipe, arch: Architecture | None = None) -> float:
     """Return the bytes that all ranks of a recipe need together, on this machine."""
-    return recipe.world_size * host_memory(workload(recipe), mapping(recipe)).total
+    return recipe.world_size * host_memory(workload(recipe, arch), mapping(recipe)).total
 
 
 def shortage(recipe: Recipe, there: int) -> str:
