@@ -112,7 +112,9 @@ def trained_with(*words: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "nemotron"])
 def test_every_family_is_tuned_without_a_recipe(tmp_path: Path, family: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | FAMILIES[family]))
+    (tmp_path / "config.json").write_text(
+        json.dumps(CONFIG | {"model_type": family} | FAMILIES[family])
+    )
     found = trained_with("--dense", str(tmp_path), "--gpus", "2")
     assert found["dense_checkpoint"] == f"'{tmp_path}'"
     assert (found["num_nodes"], found["num_gpus_per_node"]) == ("1", "2")
@@ -147,7 +149,6 @@ def test_what_would_fit_is_said(tmp_path: Path) -> None:
         result.output
     )
     assert run("--dense", str(tmp_path), "--gpus", "8", "--experts", "4").exit_code == 0
-    fixed = run(
-        "--dense", str(tmp_path), "--gpus", "16", "tensor_model_parallel_size=1", "recompute=none"
-    )
+    words = ("--dense", str(tmp_path), "--gpus", "16", "pipeline_model_parallel_size=1")
+    fixed = run(*words, "expert_model_parallel_size=1", "expert_tensor_parallel_size=1")
     assert "the same GPUs, with mapping and recompute left to the planner" in fixed.output
