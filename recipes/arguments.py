@@ -105,7 +105,12 @@ def _experts(upcycling: UpcyclingConfig, values: Mapping[str, Any]) -> int:
 
 
 def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """Return the recipe with other arguments.
+    """Return the recipe with other arguments; see `parse` and `with_arguments`."""
+    return with_arguments(recipe, parse(recipe, settings))
+
+
+def parse(recipe: Recipe, settings: Iterable[str]) -> dict[str, Any]:
+    """Return the arguments of a command line as values by name.
 
     Args:
         recipe: The recipe.
@@ -115,7 +120,8 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     Raises:
         UpcyclingError: A key is unknown, or a value has the wrong type.
     """
-    known, values = arguments(recipe), {}
+    known = arguments(recipe)
+    values: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         name = plain_name(key)
@@ -130,7 +136,7 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
                 f"of: {', '.join(known)}."
             )
         values[name] = _parse(key, text, known[name])
-    return with_arguments(recipe, values)
+    return values
 
 
 def plain_name(key: str) -> str:

@@ -3,6 +3,9 @@
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,6 +17,24 @@ SECONDS_TO_SAVE = 300
 
 _PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_SAVE)}
 """torchrun kills ranks that are still alive this long after a signal; the default is 30 s."""
+
+_ranks: ContextVar[Optional[int]] = ContextVar("ranks", default=None)
+
+
+def ranks() -> Optional[int]:
+    """Return the ranks per node of the command that is being parsed, or of the launched job."""
+    launched = os.environ.get("LOCAL_WORLD_SIZE")
+    return int(launched) if launched else _ranks.get()
+
+
+@contextmanager
+def ranks_of(executor: Any) -> Iterator[None]:
+    """Let `ranks` return an executor's ranks per node; None is this process alone."""
+    token = _ranks.set(getattr(executor, "ntasks_per_node", None))
+    try:
+        yield
+    finally:
+        _ranks.reset(token)
 
 
 @run.cli.factory

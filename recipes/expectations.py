@@ -12,7 +12,6 @@ from pathlib import Path
 from nemo_upcycle_recipes.numbers import RECIPES
 from nemo_upcycle_recipes.recipe import Recipe
 
-from nemo_upcycle.checkpoint.described import dense_of_config
 from nemo_upcycle.config import RECOMPUTE
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
@@ -100,9 +99,8 @@ def table(recipes: Iterable[Recipe], hardware: Hardware) -> str:
 
 
 def _row(recipe: Recipe, hardware: Hardware) -> list[str]:
-    dense = dense_of_config(recipe.config, recipe.dense, "")
     nodes = recipe.num_nodes, recipe.num_gpus_per_node
-    job = plan_job(dense, recipe.upcycling, recipe.folding, *nodes, recipe.precision)
+    job = plan_job(recipe.dense_model, recipe.upcycling, recipe.folding, *nodes, recipe.precision)
     predictions = expected(recipe, hardware), lightest_recompute(recipe, hardware)
     return [
         f"`{recipe.name}`",

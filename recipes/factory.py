@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args
@@ -14,7 +14,7 @@ from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommOverlapCallback
 from nemo.utils.exp_manager import TimingCallback
-from nemo_upcycle_recipes import components
+from nemo_upcycle_recipes import components, executors, on_host
 from nemo_upcycle_recipes.arguments import arguments, defaults
 from nemo_upcycle_recipes.recipe import Recipe, Schedule
 
@@ -51,20 +51,30 @@ class UpcyclingWarning(UserWarning):
     """An option that is allowed, but makes step 0 inexact."""
 
 
-def takes_numbers_of(recipe: Recipe) -> Callable[[F], F]:
+def takes_numbers_of(
+    recipe: Recipe, chosen: Collection[str] = (), **others: Any
+) -> Callable[[F], F]:
     """Replace a factory's `**numbers` by named arguments, which decide a recipe's plan.
 
     Names, types and defaults are those of `UpcyclingConfig`, `ParallelFolding` and `Recipe`.
     NeMo-Run's command line reads them from the signature.
+
+    Args:
+        recipe: The recipe.
+        chosen: Arguments that the factory chooses if not given: their default is None.
+        others: Other defaults by name.
     """
 
     def decorate(factory: F) -> F:
         signature = inspect.signature(factory)
         *own, _ = signature.parameters.values()
-        given = defaults(recipe)
+        given = defaults(recipe) | others
+        types = arguments(recipe)
+        for name in chosen:
+            given[name], types[name] = None, types[name] | None
         parameters = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, **_typed(name, kind, given))
-            for name, kind in arguments(recipe).items()
+            for name, kind in types.items()
         ]
         factory.__signature__ = signature.replace(parameters=[*own, *parameters])  # type: ignore[attr-defined]
         return factory
@@ -180,6 +190,8 @@ def pretrain(
     check_on_login(paths or (), arch.vocab_size)
     # On CPU the launcher decides the number of ranks; the strategy checks the number.
     layout.validate(arch, upcycling, folding, None if cpu_only else recipe.world_size)
+    if cpu_only:
+        on_host.remember(recipe, arch, executors.ranks() or 1)
     overrides = dict(model_overrides or {})
     layout.validate_expert_width(arch, upcycling, overrides.get("moe_ffn_hidden_size"))
     upcycles = bool(sources) and not from_scratch

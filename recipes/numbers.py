@@ -115,6 +115,79 @@ LLAMA31_70B_E8T2 = _sibling(
     folding=ParallelFolding.of(tp=4, cp=4, pp=16, vpp=5, ep=8),
 )
 
+# arXiv 2410.07524, §4. The dense model is Nemotron-4 15B of arXiv 2402.16819. Layers, widths,
+# heads, sequence and vocabulary are in its Table 1, squared ReLU and untied embeddings in its §2.
+# The feed-forward width, 4 · 6,144, follows from its 12.5B parameters without embeddings. Chosen
+# as in NeMo's config of the model: half of each head rotated, RoPE base, norm, initialisation.
+_NEMOTRON4_SCHEDULE = Schedule(
+    # Stated by arXiv 2402.16819: the length that Nemotron-4 15B was pre-trained with.
+    seq_length=4096,
+    # Stated for the smaller model of the ablations: 4M tokens. For 15B the paper states only that
+    # E8G8T8 had a larger batch than E8G1T2.
+    global_batch_size=1024,
+    micro_batch_size=1,
+    # Stated: 1T tokens, which are 238,419 steps.
+    train_tokens=1_000_000_000_000,
+    # Stated: the learning rate is reset to a peak of 3e-4.
+    lr=3e-4,
+    # Stated: cosine, down to 1/100 of the minimum of pre-training, printed as 4.5e-4. That minimum
+    # is above the peak, so the paper may mean another; taken here as printed.
+    min_lr=4.5e-6,
+    # Chosen: arXiv 2412.09952's. The paper starts at pre-training's minimum instead of 0.
+    warmup_steps=100,
+    val_check_interval=500,
+    checkpoint_interval=500,
+)
+
+NEMOTRON4_15B_E8G1T2 = Recipe(
+    name="nemotron4_15b_e8g1t2",
+    title="Upcycle Nemotron-4 15B into 8 experts, top-2, on 1T tokens: arXiv 2410.07524.",
+    dense="nemotron4_15b",
+    upcycling=UpcyclingConfig(
+        # Stated: E8G1T2, softmax before top-k, weight scaling, auxiliary loss 1e-2, no z-loss.
+        num_moe_experts=8,
+        moe_router_topk=2,
+        moe_router_pre_softmax=True,
+        weight_scaling="paper",
+        moe_aux_loss_coeff=1e-2,
+        moe_z_loss_coeff=None,
+        # Chosen: no token is dropped; the paper does not mention a capacity.
+        moe_expert_capacity_factor=None,
+    ),
+    # Chosen with `nemo-upcycle tune`; the paper states neither GPUs nor mapping.
+    folding=ParallelFolding.of(tp=2, pp=4, vpp=8, ep=8),
+    schedule=_NEMOTRON4_SCHEDULE,
+    num_nodes=64,
+    num_gpus_per_node=8,
+    # Chosen: for the early steps, when routing is uneven.
+    recompute="moe",
+    # A directory of your own: the weights are not on the hub.
+    checkpoint="Nemotron-4-15B",
+)
+
+NEMOTRON4_15B_E8G8T8 = replace(
+    NEMOTRON4_15B_E8G1T2,
+    name="nemotron4_15b_e8g8t8",
+    title="Upcycle Nemotron-4 15B into 64 experts in virtual groups, top-8, on 1T tokens: "
+    "arXiv 2410.07524.",
+    # Stated: E8G8T8 with virtual groups; the rest as E8G1T2.
+    upcycling=replace(
+        NEMOTRON4_15B_E8G1T2.upcycling, num_moe_experts=64, granularity=8, moe_router_topk=8
+    ),
+)
+
+NEMOTRON4_15B_DENSE = replace(
+    NEMOTRON4_15B_E8G1T2,
+    name="nemotron4_15b_dense",
+    title="Train Nemotron-4 15B on the tokens of `nemotron4_15b_e8g1t2`, as a control.",
+    upcycling=UpcyclingConfig(num_moe_experts=None),
+    # Chosen: the MoE's schedule. The paper's own control began at the minimum of pre-training's
+    # learning rate. The mapping is chosen with `nemo-upcycle tune`.
+    folding=ParallelFolding.of(tp=2),
+    recompute="none",
+)
+"""The control: the dense model, trained further on the same tokens in the same order."""
+
 # Chosen so that the model learns within minutes on two cores.
 _TINY = Schedule(
     seq_length=256,
@@ -155,6 +228,9 @@ FULL_SIZE = (
     MISTRAL_7B_E8T2,
     QWEN25_7B_E8T2,
     LLAMA31_70B_E8T2,
+    NEMOTRON4_15B_E8G1T2,
+    NEMOTRON4_15B_E8G8T8,
+    NEMOTRON4_15B_DENSE,
 )
 """The recipes whose factories `upcycled.py` makes."""
 

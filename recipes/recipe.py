@@ -2,12 +2,12 @@
 
 import json
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.checkpoint.described import architecture_here
+from nemo_upcycle.checkpoint.described import Dense, architecture_here, dense_of_config
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, architecture_of
@@ -64,6 +64,7 @@ class Recipe:
         recompute: What the backward pass recomputes: a key of `config.RECOMPUTE`.
         checkpoint: The dense checkpoint's name on the hub.
         title: What the recipe does: a sentence.
+        described: The dense model, if not one of `configs/`.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Recipe:
     recompute: str = "none"
     checkpoint: str | None = None
     title: str = ""
+    described: Dense | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.recompute not in RECOMPUTE:
@@ -101,8 +103,15 @@ class Recipe:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The dense model's architecture, from the config in the package."""
-        return architecture(self.config)
+        """The dense model's architecture."""
+        return self.described.arch if self.described else architecture(self.config)
+
+    @property
+    def dense_model(self) -> Dense:
+        """The dense model, without weights if the model is one of `configs/`."""
+        return self.described or dense_of_config(
+            self.config, self.dense, "the recipe's own config, no weights"
+        )
 
     @property
     def world_size(self) -> int:
@@ -139,7 +148,7 @@ class Recipe:
         Raises:
             UpcyclingError: A source is no dense checkpoint, or the architectures differ.
         """
-        if dense_checkpoint is None:
+        if dense_checkpoint is None or self.described is not None:
             return self.architecture
         architecture, absent = architecture_here(dense_checkpoint)
         if absent and dense_checkpoint != self.checkpoint:

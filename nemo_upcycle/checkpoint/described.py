@@ -3,9 +3,11 @@
 All readers of a dense checkpoint's config use this module, so that a source is found and read once.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, TensorInfo
@@ -78,13 +80,13 @@ def open_dense(source: str) -> Dense:
     """Open a dense checkpoint by headers, or by `config.json` if nothing else is there.
 
     Args:
-        source: A source for `open_branches`, or a directory with `config.json` alone.
+        source: A source for `open_branches`, a directory with `config.json` alone, or the path of
+            a `config.json`, whose weights are not looked at.
 
     Raises:
         UpcyclingError: The checkpoint cannot be read, or cannot be upcycled.
     """
-    directory = find_directory(source) if split_sources(source) == [source] else None
-    if directory and {path.name for path in directory.glob("*")} == {"config.json"}:
+    if (directory := config_alone(source)) is not None:
         note = "config.json alone, without weights"
         config = HuggingFaceCheckpoint(directory).config
         check_dense(config, directory)
@@ -99,6 +101,21 @@ def open_dense(source: str) -> Dense:
         checkpoint.tensors,
         len(checkpoint.branches),
     )
+
+
+def config_alone(source: str) -> Path | None:
+    """Return the directory of a `config.json` that is all there is of a checkpoint, or is meant.
+
+    Args:
+        source: A source for `open_branches`, or the path of a `config.json`.
+    """
+    path = Path(os.path.expanduser(source))
+    if path.name == "config.json" and path.is_file():
+        return path.parent
+    directory = find_directory(source) if split_sources(source) == [source] else None
+    if directory and {path.name for path in directory.glob("*")} == {"config.json"}:
+        return directory
+    return None
 
 
 def check_whole(checkpoint: DenseCheckpoint) -> None:

@@ -16,6 +16,7 @@ from subprocess import DEVNULL, PIPE, Popen
 from types import FrameType
 from typing import Any
 
+from nemo_upcycle.cli import killed
 from nemo_upcycle.files import leave_terminal
 
 _TOLD_BY = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
@@ -41,6 +42,7 @@ def listen() -> None:
         for each in replicas:
             for replica in each:
                 remember(replica.proc)
+                killed.remember(replica.proc, getattr(replica.stderr, "name", None))
         return app_id
 
     PersistentLocalScheduler.schedule = schedule_and_remember

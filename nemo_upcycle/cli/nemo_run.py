@@ -11,13 +11,13 @@ import typer
 from nemo_run.cli import cli_parser
 from nemo_run.cli.api import Entrypoint, RunContext
 from nemo_run.cli.cli_parser import CLIException
-from nemo_upcycle_recipes import executors, llama_tiny, upcycled, upcycled_gpt
+from nemo_upcycle_recipes import any_model, executors, llama_tiny, upcycled, upcycled_gpt
 
 from nemo_upcycle.cli import app
 from nemo_upcycle.cli.interrupt import listen
 from nemo_upcycle.errors import UpcyclingError
 
-__all__ = ["executors", "llama_tiny", "upcycled", "upcycled_gpt"]
+__all__ = ["any_model", "executors", "llama_tiny", "upcycled", "upcycled_gpt"]
 
 
 class Commands(Entrypoint):
@@ -79,6 +79,18 @@ def _one_line(error: Exception) -> str:
     return str(getattr(error, "proxy_base_exception", error))
 
 
+def _knowing_the_ranks(execute: Any) -> Any:
+    """Let factories know the ranks of the executor, which NeMo-Run has parsed before."""
+
+    @wraps(execute)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with executors.ranks_of(self.executor):
+            return execute(self, *args, **kwargs)
+
+    return wrapped
+
+
 logging.getLogger(cli_parser.__name__).setLevel(logging.CRITICAL)  # repeats the error, at length
+RunContext._execute_task = _knowing_the_ranks(RunContext._execute_task)
 RunContext.cli_execute = _with_one_line_errors(RunContext.cli_execute)
 listen()

@@ -2,15 +2,45 @@
 
 import logging
 import os
+import re
+import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from math import lcm
 from pathlib import Path
 
 from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.errors import listing
 
 SECONDS_TO_END = 5
 """Time before SIGKILL after Ctrl-C; a rank that waits in a collective ignores other signals."""
+
+_KILLED = re.compile(r"rank +: (\d+) .*\n +exitcode +: -9 ")
+
+
+def killed(ranks: Sequence[int], advice: str = "") -> str:
+    """Say that ranks were killed by SIGKILL, and why that is likely.
+
+    Args:
+        ranks: The ranks.
+        advice: What is known of the memory that they need.
+    """
+    who = (
+        f"rank {ranks[0]} was"
+        if len(ranks) == 1
+        else f"ranks {listing(list(map(str, ranks)))} were"
+    )
+    return (
+        f"{who} killed by SIGKILL (exit code -9). Most likely the kernel did it because memory ran "
+        f"out: `dmesg` says so, or the control group's memory.events. "
+        f"{advice or 'Use fewer ranks, a smaller model or batch, or a machine with more memory.'}"
+    )
+
+
+def killed_ranks(log: str) -> list[int]:
+    """Return the ranks that torchrun's report says were killed by SIGKILL."""
+    return sorted({int(rank) for rank in _KILLED.findall(log)})
 
 
 def fewest_ranks(folding: ParallelFolding) -> int:
@@ -72,6 +102,8 @@ def launch(arguments: list[str], ranks: int, errors: str) -> int:
             rank, failure = error.get_first_failure()
             left = (Path(said) / str(rank)).exists()
             _report_errors(Path(said))
+            if failure.exitcode == -signal.SIGKILL:
+                print(f"Error: {killed([rank])}", file=sys.stderr)
             if not left and rank != 0:
                 _show_log(Path(directory), rank)
             return max(1, failure.exitcode)

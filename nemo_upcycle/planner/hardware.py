@@ -64,9 +64,15 @@ def hardware(source: str) -> Hardware:
     return settings.read(Hardware, path, SHIPPED)
 
 
-def device_peak_tflops(device: str) -> float | None:
-    """Return a GPU's bf16 peak by the device name in CUDA; None if unknown."""
+def device_hardware(device: str) -> Hardware | None:
+    """Return the hardware in the package by the device name in CUDA; None if unknown."""
     known = [hardware(name) for name in shipped()]
     # Longest names first: GB200 is not B200.
     matching = (one for one in sorted(known, key=lambda one: -len(one.name)) if one.name in device)
-    return next((one.peak_tflops for one in matching), None)
+    return next(matching, None)
+
+
+def device_peak_tflops(device: str) -> float | None:
+    """Return a GPU's bf16 peak by the device name in CUDA; None if unknown."""
+    known = device_hardware(device)
+    return None if known is None else known.peak_tflops

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.memory import memory
+from nemo_upcycle.planner.remedies import remedies
 from nemo_upcycle.planner.search import (
     HEADROOM,
     Allowed,
@@ -59,7 +60,8 @@ def tune(
         own: The prediction for the recipe's own mapping.
 
     Raises:
-        UpcyclingError: No mapping fits; the message has the least memory that any mapping needs.
+        UpcyclingError: No mapping fits; the message has the least memory that any mapping needs,
+            and what would fit.
     """
     every = list(mappings_of(workload, world_size, hardware, allowed))
     predictions = fitting(workload, hardware, every)
@@ -130,10 +132,13 @@ def _nothing_fits(
             f"{world_size} GPUs is possible with these settings; use a number of GPUs with more "
             "divisors, another global_batch_size, or fewer settings."
         )
+    too_much = least.memory.total - room(hardware)
+    would = remedies(workload, world_size, hardware, allowed)
     return UpcyclingError(
         f"Nothing fits into {HEADROOM:.0%} of {hardware.memory_gib:g} GiB on {world_size} GPUs: "
-        f"{least.mapping} needs the least memory, {least.memory.total / 2**30:.0f} GiB. Use "
-        "more GPUs, or GPUs with more memory."
+        f"{least.mapping} needs the least memory, {least.memory.total / 2**30:.0f} GiB, which is "
+        f"{too_much / 2**30:.1f} GiB too much. "
+        + (f"This would fit: {'; or '.join(would)}." if would else "Use GPUs with more memory.")
     )
 
 

@@ -281,19 +281,20 @@ def test_mistakes_are_one_line(words: list[str], message: str) -> None:
 
 def test_headers_are_read_and_checked(tmp_path: Path) -> None:
     shapes = LLAMA.shapes(PAPER.architecture)
-    found = plan_json("--dense", str(write_headers(tmp_path, shapes, "F32")))
+    paper = ("--recipe", "llama3_8b_e8t2")
+    found = plan_json(*paper, "--dense", str(write_headers(tmp_path, shapes, "F32")))
     assert found["dense"]["note"] == "headers read and checked"
     assert found["dense"]["bytes"] == 2 * BYTES_8B
     assert found["owners"][0]["bytes_to_read"] == 2 * plan_json()["owners"][0]["bytes_to_read"]
     del shapes["model.norm.weight"]
-    result = plan("--dense", str(write_headers(tmp_path, shapes, "BF16")))
+    result = plan(*paper, "--dense", str(write_headers(tmp_path, shapes, "BF16")))
     assert result.exit_code == 1
     assert "1 missing: model.norm.weight" in result.stderr
 
 
 def test_config_alone_is_enough(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_8B | {"num_hidden_layers": 64}))
-    found = plan_json("--dense", str(tmp_path))
+    found = plan_json("--recipe", "llama3_8b_e8t2", "--dense", str(tmp_path))
     assert found["dense"]["note"] == "config.json alone, without weights"
     assert found["owners"][0]["layers"] == [8 * chunk + i for chunk in range(8) for i in (0, 1)]
 
@@ -307,3 +308,33 @@ def test_nothing_heavy_is_imported() -> None:
     )
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert output.stdout.strip() == "[]", output
+
+
+# --- Any dense model, without a recipe ----------------------------------------------------------
+
+
+def test_the_planner_chooses_the_mapping_of_any_dense_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_8B))
+    found = plan_json("--dense", str(tmp_path), "--experts", "4", "--world-size", "8")
+    assert (found["recipe"], found["upcycling"]["num_moe_experts"]) == ("upcycle", 4)
+    by_file = plan_json(
+        "--dense", str(tmp_path / "config.json"), "num_moe_experts=4", "num_nodes=1"
+    )
+    assert by_file["folding"] == found["folding"]
+    assert "config.json alone" in by_file["dense"]["note"]
+
+
+def test_without_a_number_the_fewest_nodes_that_fit_are_planned(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_8B))
+    for words, ranks in (((), 16), (("--experts", "4"), 8), (("num_moe_experts=None",), 8)):
+        found = plan_json("--dense", str(tmp_path), *words)["job"]
+        assert found["num_nodes"] * found["num_gpus_per_node"] == ranks, words
+
+
+def test_what_is_said_of_any_model_is_kept_too(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG_8B))
+    words = ("--world-size", "32", "pipeline_model_parallel_size=4", "--granularity", "2")
+    found = plan_json("--dense", str(tmp_path), *words, "--topk", "4", "--layers", "2")
+    assert found["folding"]["pipeline_model_parallel_size"] == 4
+    upcycling = found["upcycling"]
+    assert (upcycling["num_moe_experts"], upcycling["moe_router_topk"]) == (16, 4)

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
 from typer.testing import CliRunner
 
 from nemo_upcycle.cli import app
 from nemo_upcycle.planner.tuning import COMPONENTS
+from tests.tiny import CONFIG, FAMILIES
 
 
 def run(*words: str) -> Result:
@@ -93,3 +95,60 @@ def test_tune_takes_a_dense_checkpoint(dense: Path) -> None:
 def test_tune_names_its_word_for_a_dense_checkpoint_too() -> None:
     result = CliRunner().invoke(app, ["tune", "dense_checkpoint=/a"])
     assert result.stderr.startswith("Error: 'dense_checkpoint=/a' is an argument of the factory")
+
+
+# --- Any dense model, without a recipe ----------------------------------------------------------
+
+
+def trained_with(*words: str) -> dict[str, str]:
+    """Return the arguments of the factory in the printed command."""
+    result = CliRunner(env={"COLUMNS": "2000"}).invoke(app, ["tune", *words])
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stdout.splitlines() if "--factory" in line]
+    name, _, arguments = line.split('"')[1].rstrip(")").partition("(")
+    assert name == "upcycle"
+    return dict(part.split("=", 1) for part in arguments.split(", "))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "nemotron"])
+def test_every_family_is_tuned_without_a_recipe(tmp_path: Path, family: str) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(CONFIG | {"model_type": family} | FAMILIES[family])
+    )
+    found = trained_with("--dense", str(tmp_path), "--gpus", "2")
+    assert found["dense_checkpoint"] == f"'{tmp_path}'"
+    assert (found["num_nodes"], found["num_gpus_per_node"]) == ("1", "2")
+
+
+def test_the_printed_command_repeats_what_was_said(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "llama"}))
+    file = str(tmp_path / "config.json")
+    words = ("--gpus", "4", "--experts", "4", "expert_model_parallel_size=2", "seq_length=32")
+    found = trained_with("--dense", file, *words)
+    assert found["dense_checkpoint"] == f"'{tmp_path}'"
+    assert (found["num_moe_experts"], found["expert_model_parallel_size"]) == ("4", "2")
+    assert found["seq_length"] == "32"
+    control = trained_with("--dense", file, "--gpus", "4", "num_moe_experts=None")
+    assert control["num_moe_experts"] == "None"
+    assert "expert_model_parallel_size" not in control
+
+
+@pytest.mark.parametrize(("gpus", "nodes"), [(4, (1, 4)), (12, (2, 6)), (20, (4, 5)), (64, (8, 8))])
+def test_the_printed_command_trains_on_exactly_these_gpus(
+    tmp_path: Path, gpus: int, nodes: tuple[int, int]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "llama"}))
+    found = trained_with("--dense", str(tmp_path), "--gpus", str(gpus))
+    assert (int(found["num_nodes"]), int(found["num_gpus_per_node"])) == nodes
+
+
+def test_what_would_fit_is_said(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B_E8T2.config))
+    result = run("--dense", str(tmp_path), "--gpus", "8")
+    assert "GiB too much. This would fit: num_moe_experts=4 on the same GPUs; or 16 GPUs." in (
+        result.output
+    )
+    assert run("--dense", str(tmp_path), "--gpus", "8", "--experts", "4").exit_code == 0
+    words = ("--dense", str(tmp_path), "--gpus", "16", "pipeline_model_parallel_size=1")
+    fixed = run(*words, "expert_model_parallel_size=1", "expert_tensor_parallel_size=1")
+    assert "the same GPUs, with mapping and recompute left to the planner" in fixed.output

@@ -1,0 +1,200 @@
+"""The factory `upcycle`: any dense checkpoint, on the GPUs that are there."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Optional
+
+import nemo_run as run
+import torch
+from nemo.collections import llm
+from nemo_upcycle_recipes import executors, factory, scaled
+from nemo_upcycle_recipes.expectations import summary
+from nemo_upcycle_recipes.on_host import on_host
+from nemo_upcycle_recipes.recipe import Recipe
+from nemo_upcycle_recipes.tuned import Tuned, tuned
+
+from nemo_upcycle.checkpoint.described import open_dense
+from nemo_upcycle.engine.launch import fewest_ranks
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.planner.hardware import Hardware, device_hardware
+from nemo_upcycle.planner.hardware import hardware as read_hardware
+from nemo_upcycle.planner.tuning import explain
+
+OF_GPUS = ("num_nodes", "num_gpus_per_node")
+
+
+@run.cli.factory(target=llm.pretrain, name=scaled.NAME)
+@factory.takes_numbers_of(scaled.PAPER, chosen=scaled.CHOSEN, num_moe_experts=8)
+def upcycle(
+    dense_checkpoint: Optional[str] = None,
+    dir: Optional[str] = None,
+    name: str = scaled.NAME,
+    tokenizer: Optional[str] = None,
+    data_paths: Optional[str] = None,
+    data_blend: Optional[str] = None,
+    max_steps: Optional[int] = None,
+    from_scratch: bool = False,
+    read_once: bool = False,
+    performance_mode: bool = False,
+    wandb_project: Optional[str] = None,
+    accelerator: str = "auto",
+    hardware: Optional[str] = None,
+    check_memory: bool = True,
+    fn: Callable = llm.pretrain,
+    **numbers: Any,
+) -> run.Partial:
+    """Upcycle any dense checkpoint on the GPUs that are there; without a GPU, a trial on CPU.
+
+    The planner chooses mapping, microbatch and recompute, as `nemo-upcycle tune --dense DIR` does,
+    and the reasons are printed. Learning rate, tokens and batch are those of arXiv 2412.09952,
+    scaled to the model: learning rate 3e-5 · 4096 / hidden_size; 100B tokens · parameters / 8B, at
+    most 100B; 4M tokens per step · the square root of that fraction; 100 warm-up steps, at most a
+    tenth of the steps. A run that cannot fit is refused, with what would fit.
+
+    With num_moe_experts=None the model stays dense: the control, on the same tokens.
+
+    Args:
+        dense_checkpoint: Directory, or a name in the local hub cache. Several, separated by
+            semicolons, give experts from each.
+        dir: Directory of runs.
+        name: The run's name.
+        tokenizer: Directory of the tokenizer; None takes the dense checkpoint's.
+        data_paths: Megatron prefixes, separated by spaces, each with a weight before it if
+            blended; quote a prefix with spaces. None takes NeMo's mock data.
+        data_blend: Instead of `data_paths`: a blend's YAML, or `llama3_moe` for the paper's.
+        max_steps: Training steps; None takes the scaled number of tokens.
+        from_scratch: The same model from random weights.
+        read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
+        performance_mode: As in the other recipes.
+        wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
+        accelerator: `gpu`, `cpu`, or `auto`: the GPU if there is one, or if `hardware`, num_nodes
+            or num_gpus_per_node is given.
+        hardware: The GPUs to plan for: h100, h200, a100, b200, gb200, or a YAML file. None takes
+            this machine's GPU, or h100.
+        check_memory: Refuse what the prediction says does not fit. False takes the planner's
+            choice for GPUs with unlimited memory.
+        fn: The function that the run calls.
+        numbers: Fields of `UpcyclingConfig` and `ParallelFolding`, seq_length, global_batch_size,
+            micro_batch_size, num_nodes, num_gpus_per_node, precision, recompute (none, moe_act,
+            moe, full), and expansion_rate. What is not given is chosen. On CPU the executor's
+            ranks count.
+
+    Returns:
+        The configuration.
+
+    Examples:
+        CLI usage:
+            $ nemo llm pretrain --factory "upcycle(dense_checkpoint='/models/Qwen3-8B')" --dryrun
+            $ nemo llm pretrain --yes \
+                --factory "upcycle(dense_checkpoint='demo/dense_hf', num_moe_experts=4)"
+
+        Python API usage:
+            >>> recipe = upcycle(dense_checkpoint="/models/Qwen3-8B", num_nodes=8, hardware="h100")
+    """
+    if dense_checkpoint is None:
+        raise UpcyclingError(
+            "dense_checkpoint is not given; expected the dense model to upcycle: "
+            "upcycle(dense_checkpoint='DIR')."
+        )
+    wants_gpus = hardware is not None or any(numbers.get(name) is not None for name in OF_GPUS)
+    if accelerator == "auto" and wants_gpus:
+        accelerator = "gpu"
+    if factory.on_cpu(accelerator):
+        chosen = _for_cpu(dense_checkpoint, numbers, max_steps, check_memory)
+    else:
+        chosen = _for_gpus(dense_checkpoint, numbers, hardware, max_steps, check_memory)
+    return factory.pretrain(
+        chosen,
+        dir=dir,
+        name=name,
+        dense_checkpoint=dense_checkpoint,
+        tokenizer=tokenizer,
+        data_paths=data_paths,
+        data_blend=data_blend,
+        max_steps=max_steps,
+        accelerator=accelerator,
+        from_scratch=from_scratch,
+        read_once=read_once,
+        performance_mode=performance_mode,
+        wandb_project=wandb_project,
+        fn=fn,
+    )
+
+
+def _for_gpus(
+    dense_checkpoint: str,
+    numbers: dict[str, Any],
+    named: str | None,
+    max_steps: int | None,
+    check_memory: bool,
+) -> Recipe:
+    """Return the recipe with the planner's mapping, and print the reasons."""
+    given = {name: value for name, value in numbers.items() if not _left_open(name, value)}
+    hardware = _hardware(named)
+    there = torch.cuda.device_count() or hardware.gpus_per_node
+    per_node = given.get("num_gpus_per_node", there)
+    gpus = given.get("num_nodes", 1) * per_node
+    dense = open_dense(dense_checkpoint)
+    recipe = scaled.scaled_recipe(dense, gpus, per_node, given, max_steps)
+    if not check_memory:
+        hardware = replace(hardware, memory_gib=1e6)
+    found = tuned(recipe, given, gpus, replace(hardware, gpus_per_node=per_node))
+    _say(recipe, _reasons(found))
+    return found.recipe
+
+
+def _for_cpu(
+    dense_checkpoint: str, numbers: dict[str, Any], max_steps: int | None, check_memory: bool
+) -> Recipe:
+    """Return the recipe for a trial on this machine's CPU, and print the reasons."""
+    given = {name: value for name, value in numbers.items() if not _left_open(name, value)}
+    dense = open_dense(dense_checkpoint)
+    alone = scaled.scaled_recipe(dense, 1, 1, given, max_steps, on_cpu=True)
+    ranks = executors.ranks() or fewest_ranks(alone.folding)
+    recipe = scaled.scaled_recipe(dense, ranks, ranks, given, max_steps, on_cpu=True)
+    chosen = on_host(recipe, given, check_memory)
+    batch, recompute = chosen.schedule.micro_batch_size, chosen.recompute
+    way = f"{chosen.folding} · microbatch {batch} · recompute {recompute}, on {ranks} CPU rank(s)"
+    _say(chosen, [way])
+    return chosen
+
+
+def _left_open(name: str, value: Any) -> bool:
+    """Return whether a value means that the recipe chooses; None can be a value too."""
+    return value is None and name in scaled.CHOSEN
+
+
+def _hardware(named: str | None) -> Hardware:
+    """Return the named hardware, this machine's, or H100."""
+    if named is not None:
+        return read_hardware(named)
+    if not torch.cuda.is_available():
+        return read_hardware("h100")
+    device = torch.cuda.get_device_properties(0)
+    known = device_hardware(device.name)
+    if known is None:
+        _write(f"{device.name} is not known: the speed of H100 is assumed (hardware=FILE.yaml).")
+    base = known or replace(read_hardware("h100"), name=device.name)
+    return replace(base, memory_gib=device.total_memory / 2**30)
+
+
+def _reasons(found: Tuned) -> list[str]:
+    best = found.tuning.best[0]
+    return [
+        f"{best.mapping}: the fastest of {found.tuning.fitting:,} mappings that fit. "
+        f"{summary(best)}",
+        *explain(found.tuning),
+    ]
+
+
+def _say(recipe: Recipe, mapping: list[str]) -> None:
+    """Print what was chosen, and why."""
+    dense = recipe.dense_model
+    _write(f"{recipe.upcycling.label} of {dense.source}, {dense.parameters / 1e9:.3g}B parameters")
+    for reason in (*mapping, *scaled.why(recipe)):
+        _write(f"  {reason}")
+
+
+def _write(line: str) -> None:
+    print(f"[upcycle] {line}", file=sys.stderr)

@@ -1,0 +1,66 @@
+"""Memory on CPU: what a rank needs, and what the machine has."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.planner.host import GIB, available, host_memory
+from nemo_upcycle.planner.workload import Mapping, Workload
+from tests.planning import PAPER
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 32 kB\nMemAvailable:   20971520 kB\n"}
+V2 = {
+    "proc/self/cgroup": "0::/job/step\n",
+    "sys/fs/cgroup/job/memory.max": f"{8 * GIB}\n",
+    "sys/fs/cgroup/job/memory.current": f"{5 * GIB}\n",
+    "sys/fs/cgroup/job/memory.stat": f"anon 1\ninactive_file {GIB}\n",
+    "sys/fs/cgroup/job/step/memory.max": "max\n",
+    "sys/fs/cgroup/job/step/memory.current": "0\n",
+}
+V1 = {
+    "proc/self/cgroup": "5:cpu:/x\n3:memory:/docker\n",
+    "sys/fs/cgroup/memory/docker/memory.limit_in_bytes": f"{3 * GIB}\n",
+    "sys/fs/cgroup/memory/docker/memory.usage_in_bytes": f"{GIB}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "gib"),
+    [({}, None), (MEMINFO, 20), (MEMINFO | V2, 4), (MEMINFO | V1, 2), (V1, 2)],
+    ids=["unknown", "no limit", "a limit further up, version 2", "version 1", "no meminfo"],
+)
+def test_what_is_available(tmp_path: Path, files: dict[str, str], gib: int | None) -> None:
+    assert available(write(tmp_path, files)) == (None if gib is None else gib * GIB)
+
+
+def on_cpu(experts: int | None, ranks: int = 1, ep: int = 1, **workload: int) -> float:
+    upcycling = replace(PAPER.upcycling, num_moe_experts=experts)
+    model = Workload(PAPER.arch, upcycling, 512, 8, "32")
+    mapping = Mapping(ParallelFolding.of(ep=ep), ranks, **workload)
+    return host_memory(model, mapping).total
+
+
+def test_more_experts_need_more_and_more_ranks_less() -> None:
+    # Parameters, gradients and two moments in fp32, and two copies of all but the gradients.
+    assert on_cpu(8) == pytest.approx((16 + 2 * 12) * 47.5e9, rel=0.01)
+    assert on_cpu(None) < on_cpu(4) < on_cpu(8)
+    assert on_cpu(8, ranks=2, ep=2) < on_cpu(8, ranks=2) < on_cpu(8)
+
+
+def test_attention_scores_are_counted() -> None:
+    model = Workload(PAPER.arch, PAPER.upcycling, 512, 8, "32")
+    longer = Workload(PAPER.arch, PAPER.upcycling, 2048, 8, "32")
+    short, long = (
+        host_memory(one, Mapping(ParallelFolding(), 1)).activations for one in (model, longer)
+    )
+    assert long > 5 * short  # more than the 4 times as many tokens
