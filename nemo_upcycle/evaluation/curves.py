@@ -49,8 +49,7 @@ class Curve:
     @property
     def final_loss(self) -> float:
         """Mean training loss of the last 10% of the logged steps, at least one."""
-        last = self.loss[-max(1, round(len(self.loss) * _FINAL_FRACTION)) :]
-        return math.fsum(last) / len(last)
+        return final(self.loss)
 
     @property
     def final_val_loss(self) -> float | None:
@@ -199,6 +198,12 @@ def plot(comparison: Comparison, title: str) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper right", frameon=False)
     return figure
+
+
+def final(losses: Sequence[float]) -> float:
+    """Return the mean of the last 10% of the losses, at least one."""
+    last = losses[-max(1, round(len(losses) * _FINAL_FRACTION)) :]
+    return math.fsum(last) / len(last)
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:

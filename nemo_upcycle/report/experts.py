@@ -110,10 +110,8 @@ def _per_layer(
     prefix = f"{tag}_layer_"
     ends = [each.removeprefix(prefix) for each in run.scalars if each.startswith(prefix)]
     numbers = sorted(int(end) for end in ends if end.isdecimal())
-    layers = [
-        {"layer": n, "points": axis.curve(run, f"{prefix}{n}", done=0, most=LAYER_POINTS)}
-        for n in numbers
-    ]
+    curves = {n: axis.curve(run, f"{prefix}{n}", done=0, most=LAYER_POINTS) for n in numbers}
+    layers = [{"layer": n, "points": curve} for n, curve in curves.items() if curve]
     series = [line("mean over layers", "mean", mean)]
     caption += f" From {mean[0][1]:.3g} to {mean[-1][1]:.3g} on average."
     return lines(name, title, caption, axis, label, series, layers=layers, **(more or {}))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_upcycle.evaluation.curves import TRAIN_LOSS, VAL_LOSS, smooth
+from nemo_upcycle.evaluation.curves import TRAIN_LOSS, VAL_LOSS, final, smooth
 from nemo_upcycle.report.runs import Run
 
 POINTS, LAYER_POINTS, ROWS = 400, 120, 12
@@ -93,7 +93,7 @@ def loss_figure(axis: Axis, runs: Mapping[str, Run]) -> Figure:
     title = "Loss"
     if not any(TRAIN_LOSS in run.scalars for run in runs.values()):
         return Figure("loss", title, missing=no_events(TRAIN_LOSS))
-    series, finals = [], []
+    series, ends = [], []
     for role, run in runs.items():
         curve = axis.curve(run, TRAIN_LOSS)
         if not curve:
@@ -103,14 +103,21 @@ def loss_figure(axis: Axis, runs: Mapping[str, Run]) -> Figure:
             line(f"{run.name}, training", role, even),
             line("", role, curve, style="faint"),
         ]
-        finals.append(f"{run.name} ends at {even[-1][1]:.4f}")
+        ends.append(f"{run.name} {final_loss(run):.4f}")
         if validation := axis.curve(run, VAL_LOSS):
             series.append(line(f"{run.name}, validation", role, validation, style="dashed"))
-            finals[-1] += f" (validation {validation[-1][1]:.4f})"
-    caption = f"{'; '.join(finals)}, in nats per token. Thin lines are the losses of single steps."
+            ends[-1] += f" (validation {validation[-1][1]:.4f})"
+    if not series:
+        return Figure("loss", title, missing="Every logged loss is NaN or infinite.")
+    caption = f"Mean of the last 10% of the steps: {'; '.join(ends)}. Thin lines: single steps."
     if len(runs) == 1:
         caption += " --dense RUN adds the run that trains the dense model on the same tokens."
     return lines("loss", title, caption, axis, "loss (nats per token)", series)
+
+
+def final_loss(run: Run) -> float:
+    """Return a run's final training loss as `nemo-upcycle compare` does; the run has losses."""
+    return final([loss for _, loss in sorted(run.scalars[TRAIN_LOSS].items())])
 
 
 def rate_figure(axis: Axis, runs: Mapping[str, Run]) -> Figure:

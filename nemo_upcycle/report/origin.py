@@ -9,6 +9,7 @@ from nemo_upcycle.engine.provenance import DENSE
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.curves import TRAIN_LOSS
 from nemo_upcycle.progress import scaled
+from nemo_upcycle.report.figures import final_loss
 from nemo_upcycle.report.runs import BATCH_SIZE, SEQ_LENGTH, Run
 
 _SAME_DATA = (SEQ_LENGTH, "data.paths", "data.seed", "data.split", "data.tokenizer")
@@ -161,10 +162,8 @@ def summary(run: Run, dense: Run | None) -> list[tuple[str, str]]:
     if tokens := _tokens(run):
         rows.append(("training tokens", tokens))
     for name, each in (("loss", run), ("dense loss", dense)):
-        losses = sorted(each.scalars.get(TRAIN_LOSS, {}).items()) if each else []
-        if losses:
-            last = [loss for _, loss in losses[-max(1, round(len(losses) / 10)) :]]
-            rows.append((f"{name}, last 10%", f"{sum(last) / len(last):.4f}"))
+        if each and each.scalars.get(TRAIN_LOSS):
+            rows.append((f"{name}, last 10%", f"{final_loss(each):.4f}"))
     if run.experts:
         rows.append(("experts per layer", str(run.experts)))
     return rows

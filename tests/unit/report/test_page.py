@@ -169,6 +169,12 @@ def test_losses_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     losses = {0: 4.0, 1: math.nan, 2: math.inf, 3: 3.5}
     page = written(write_run(tmp_path / "run", scalars={"reduced_train_loss": losses}))
     assert [y for _, y in page.data["loss"]["series"][1]["points"]][:2] == [4.0, 3.5]
+    broken = {name: dict.fromkeys((0, 1), math.nan) for name in ("reduced_train_loss", "lr", "mfu")}
+    of_layer = {"moe/router_entropy_layer_1": {1: math.nan}}
+    page = written(write_run(tmp_path / "broken", scalars=broken | of_layer))
+    assert "Every logged loss is NaN or infinite." in page.text
+    assert not page.data.keys() & {"loss", "rate", "speed"}
+    assert [each["layer"] for each in page.data["entropy"]["layers"]] == [2, 3]
 
 
 def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:
