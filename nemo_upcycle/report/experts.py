@@ -18,7 +18,7 @@ from nemo_upcycle.report.runs import Run
 CELLS, SNAPSHOTS = 200_000, 200
 """Maximum numbers of values and of steps in the heat map."""
 
-_BY = "MoEHealthCallback, which the recipes have, logs it every moe_health_interval steps."
+_BY = "MoEHealthCallback, which the recipes have, logs it."
 
 
 def load_figure(axis: Axis, run: Run) -> Figure:
@@ -30,8 +30,8 @@ def load_figure(axis: Axis, run: Run) -> Figure:
         return Figure(
             "load",
             title,
-            missing=f"The run has no {LOADS}. MoEHealthCallback, which the recipes have, writes it "
-            "every moe_health_interval steps; earlier versions drew moe_load.png alone.",
+            missing=f"The run has no {LOADS}. MoEHealthCallback, which the recipes have, writes "
+            "it; earlier versions drew moe_load.png alone.",
         )
     layers = list(run.loads[0].relative)
     experts = max(len(shares) for shares in run.loads[0].relative.values())

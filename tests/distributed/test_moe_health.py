@@ -70,7 +70,9 @@ def health(
         return seen[-1]
 
     callback.measure = keep  # type: ignore[method-assign]
-    run.keywords["trainer"].callbacks += [Damage(), callback]
+    callbacks = run.keywords["trainer"].callbacks
+    callbacks[:] = [each for each in callbacks if not isinstance(each, MoEHealthCallback)]
+    callbacks += [Damage(), callback]
     try:
         run()
     except Exception as error:
