@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline on a laptop: real text → tokenizer → dense Llama → 8-expert MoE → comparison →
-# Hugging Face → lm-eval.
+# Hugging Face → lm-eval → a page about the run.
 #
 #   examples/demo.sh        writes to demo/ in the current directory
 #
@@ -84,6 +84,9 @@ step "12 score: lm-eval on the MoE on 2 ranks, and on the dense model trained on
   --dense demo/dense_continued \
   --tasks next_line --include-path demo/task --limit 200 --out demo/evaluation
 
+step "13 report: one page about the run" "demo/report.html" \
+  nemo-upcycle report demo/e8t2 --dense demo/dense_continued --out demo/report.html
+
 echo
 cat demo/comparison.md
 echo
@@ -93,3 +96,4 @@ echo
 cat demo/evaluation/scores.md
 echo
 echo "Picture: demo/comparison.png   ($((SECONDS - STARTED)) s)"
+echo "Report:  $PWD/demo/report.html, for any browser"

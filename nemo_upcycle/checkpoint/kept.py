@@ -163,6 +163,18 @@ def dense_checkpoints_in(weights: Path) -> str | None:
     return next((source for source in sources if isinstance(source, str)), None)
 
 
+def recorded_in(weights: Path) -> dict[str, Any] | None:
+    """Return a run's whole record of its origin (`engine.provenance.Origin`); None if none.
+
+    Args:
+        weights: As in `kept_in`.
+
+    Raises:
+        UpcyclingError: The file is damaged.
+    """
+    return next((state for state in _states(weights) if FIELD in state), None)
+
+
 def _states(weights: Path) -> Iterator[dict[str, Any]]:
     """Yield the plain data that is recorded in a checkpoint or beside it."""
     common = read_common_state(weights)
@@ -174,14 +186,21 @@ def _states(weights: Path) -> Iterator[dict[str, Any]]:
         )
     callbacks = common.get("callbacks") if isinstance(common, dict) else None
     states = list(callbacks.values()) if isinstance(callbacks, dict) else []
-    for state in (*states, _beside(weights)):
+    for state in (*states, recorded_beside(weights.resolve().parent)):
         if isinstance(state, dict):
             yield state
 
 
-def _beside(weights: Path) -> Any:
-    """Return what the run of Megatron-LM's or Bridge's that saved a checkpoint has recorded."""
-    path = weights.resolve().parent / UPCYCLED_FROM
+def recorded_beside(run: Path) -> Any:
+    """Return the record of a run of Megatron-LM's or Bridge's, as JSON; None if there is none.
+
+    Args:
+        run: The directory of the run.
+
+    Raises:
+        UpcyclingError: The file is damaged.
+    """
+    path = run / UPCYCLED_FROM
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

@@ -12,7 +12,12 @@ import typer
 from nemo_upcycle.cli import data, evaluation
 from nemo_upcycle.cli.ablate import ablate
 from nemo_upcycle.cli.plan import groups, plan
-from nemo_upcycle.cli.tools import Directory, last_checkpoint, one_line_errors
+from nemo_upcycle.cli.tools import (
+    Directory,
+    check_file_writable,
+    last_checkpoint,
+    one_line_errors,
+)
 from nemo_upcycle.cli.tune import tune
 from nemo_upcycle.cli.upcycle import upcycle
 from nemo_upcycle.progress import progress
@@ -108,6 +113,51 @@ def export(
         )
     for note in plan.notes:
         typer.echo(f"Note: {note}.")
+
+
+@app.command()
+@one_line_errors
+def report(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="The run's directory, such as demo/e8t2; or where Megatron-LM or Bridge saves."
+        ),
+    ],
+    dense: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the run that trains the dense model on."),
+    ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory that `evaluate --out` was given. Default: evaluation/ in or beside the "
+            "run's directory, if its scores are of this run."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="File to write. Default: RUN/report.html."),
+    ] = None,
+) -> None:
+    """Write one HTML page about a run, which needs no network.
+
+    What was upcycled from what and how exactly, loss, learning rate, MFU, load of every expert over
+    time, router entropy, drift, scores and process groups. A figure without data says what would
+    record the data.
+
+    \b
+    Example:
+      nemo-upcycle report demo/e8t2 --dense demo/dense_continued
+    """
+    from nemo_upcycle.report.page import write_report
+
+    if out is not None:
+        check_file_writable(out)
+    written = write_report(run, dense, scores, out)
+    if written.missing:
+        typer.echo(f"No data, see the page: {', '.join(written.missing)}", err=True)
+    typer.echo(written.path)
 
 
 app.command()(evaluation.evaluate)

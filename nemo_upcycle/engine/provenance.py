@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from nemo_upcycle.config import UpcyclingConfig
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 
 MAY_CHANGE = frozenset(
@@ -19,6 +19,20 @@ MAY_CHANGE = frozenset(
     }
 )
 """Fields of `UpcyclingConfig` that may change during a run."""
+
+
+def mapping_of(source: Any, world_size: int, ranks_per_node: int) -> dict[str, Any]:
+    """Return the parallel mapping as plain data: `ParallelFolding`'s fields, and the ranks.
+
+    Args:
+        source: What has Megatron's fields: a config, or NeMo's strategy.
+        world_size: Ranks of the job.
+        ranks_per_node: Ranks of a node.
+    """
+    sizes = {f.name: getattr(source, f.name, f.default) for f in fields(ParallelFolding)}
+    if sizes["expert_tensor_parallel_size"] is None:  # Megatron's default is TP
+        sizes["expert_tensor_parallel_size"] = sizes["tensor_model_parallel_size"]
+    return {**sizes, "world_size": world_size, "ranks_per_node": ranks_per_node}
 
 
 DENSE, RESTORED, RANDOM = "a dense checkpoint", "restored weights", "random weights"
@@ -39,6 +53,9 @@ class Origin:
         weights: `DENSE`, `RESTORED` (NeMo's `resume.restore_config`) or `RANDOM`.
         settings: Other settings that determine the result, by name; see `nemo.run_settings`.
             Empty if saved by an older version.
+        step0: Whether the model computed the dense model's function at step 0, and why, as the
+            run has reported; None if nothing was upcycled.
+        mapping: The parallel mapping of the latest start; see `mapping_of`.
     """
 
     dense_checkpoint: str | None
@@ -47,6 +64,8 @@ class Origin:
     kept: Mapping[str, Any] | None = None
     weights: str = DENSE
     settings: Mapping[str, Any] = field(default_factory=dict)
+    step0: str | None = None
+    mapping: Mapping[str, Any] | None = None
 
     @classmethod
     def of(

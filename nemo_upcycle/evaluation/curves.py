@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.evaluation.events import event_files, read_scalars
 from nemo_upcycle.files import scratch_directory
 from nemo_upcycle.pictures import require_matplotlib
 
@@ -48,8 +49,7 @@ class Curve:
     @property
     def final_loss(self) -> float:
         """Mean training loss of the last 10% of the logged steps, at least one."""
-        last = self.loss[-max(1, round(len(self.loss) * _FINAL_FRACTION)) :]
-        return math.fsum(last) / len(last)
+        return final(self.loss)
 
     @property
     def final_val_loss(self) -> float | None:
@@ -98,13 +98,13 @@ def read_curve(run_dir: Path, metric: str = TRAIN_LOSS, *, name: str | None = No
     Raises:
         UpcyclingError: There are no event files below the directory, or none has the metric.
     """
-    files = sorted(path for path in run_dir.rglob("*tfevents*") if path.is_file())
+    files = event_files(run_dir)
     if not files:
         raise UpcyclingError(
             f"no TensorBoard event files (*tfevents*) below {run_dir}; give the log directory of "
             "a run that has TensorBoard logging on"
         )
-    tags = _read_scalars(files)
+    tags = read_scalars(files)
     if metric not in tags:
         raise UpcyclingError(
             f"no {metric} in the event files below {run_dir}; they have: "
@@ -200,6 +200,12 @@ def plot(comparison: Comparison, title: str) -> Figure:
     return figure
 
 
+def final(losses: Sequence[float]) -> float:
+    """Return the mean of the last 10% of the losses, at least one."""
+    last = losses[-max(1, round(len(losses) * _FINAL_FRACTION)) :]
+    return math.fsum(last) / len(last)
+
+
 def smooth(values: Sequence[float], width: int) -> list[float]:
     """Return the centred moving average of up to `width` values.
 
@@ -213,29 +219,6 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
         window = values[i - reach : i + reach + 1]
         smoothed.append(math.fsum(window) / len(window))
     return smoothed
-
-
-def _read_scalars(files: Sequence[Path]) -> dict[str, dict[int, float]]:
-    """Return {tag: {step: value}} of all files; the latest value counts."""
-    from tensorboard.backend.event_processing.event_accumulator import (
-        STORE_EVERYTHING_SIZE_GUIDANCE,
-        EventAccumulator,
-    )
-
-    latest: dict[str, dict[int, tuple[float, float]]] = {}
-    for file in files:
-        # One file at a time and without purging: files are merged here.
-        events = EventAccumulator(
-            str(file), STORE_EVERYTHING_SIZE_GUIDANCE, purge_orphaned_data=False
-        ).Reload()
-        for tag in events.Tags()["scalars"]:
-            series = latest.setdefault(tag, {})
-            for event in events.Scalars(tag):
-                if event.step not in series or event.wall_time >= series[event.step][0]:
-                    series[event.step] = event.wall_time, event.value
-    return {
-        tag: {step: value for step, (_, value) in series.items()} for tag, series in latest.items()
-    }
 
 
 def _columns(series: dict[int, float]) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -1,14 +1,15 @@
 """The hook that fills a model from a dense checkpoint before it is wrapped and trained."""
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 from nemo_upcycle.checkpoint.kept import MODEL_FIELDS
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.model import mark_experts
-from nemo_upcycle.engine.provenance import Origin
+from nemo_upcycle.engine.provenance import Origin, mapping_of
 from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks, check_same, said_on_every_rank
 from nemo_upcycle.engine.upcycling import Prepared, fill_all, prepare
 from nemo_upcycle.errors import UpcyclingError
@@ -140,10 +141,18 @@ class _Hook:
 
         def record() -> None:
             if ranks.rank == 0 and self.run is not None:
-                write_origin(start.origin, self.run)
+                mapping = mapping_of(config, ranks.size, _ranks_per_node(ranks))
+                write_origin(
+                    replace(start.origin, step0=str(report.exactness), mapping=mapping), self.run
+                )
 
         ranks.on_all(record)
         return str(report).splitlines()
+
+
+def _ranks_per_node(ranks: Ranks) -> int:
+    """Return torchrun's number of ranks per node; all ranks without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
 
 
 def _check_origin(now: Origin, resumed: Path) -> list[str]:

@@ -88,6 +88,9 @@ class UpcyclingCallback(Provenance):
         with said_on_every_rank(self.prefix):
             report = fill_all(self._prepared, chunks, pl_module.config, self._ranks, self.read_once)
         report = _with_tokenizer(report, pl_module, self._prepared.checkpoint)
+        # The first rank alone knows the tokenizer; checkpoints hold the same on every rank.
+        (step0, *_) = self._ranks.gather(str(report.exactness))
+        self._origin = self._origin and replace(self._origin, step0=step0)
         # Mixed precision trains fp32 copies, which were made before the weights were loaded.
         for optimizer in trainer.optimizers:
             if hasattr(optimizer, "mcore_optimizer"):

@@ -8,8 +8,9 @@ from nemo.utils import AppState
 from nemo.utils.model_utils import unwrap_model
 
 from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.engine.health import MoEHealth
-from nemo_upcycle.engine.heat_map import LoadHistory
+from nemo_upcycle.engine.health import Health, MoEHealth
+from nemo_upcycle.engine.heat_map import draw
+from nemo_upcycle.engine.load_record import LOADS, LoadRecord, Loads, read_loads
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.nemo.recorded import Recorded
 
@@ -27,6 +28,9 @@ class MoEHealthCallback(pl.Callback, Recorded, MoEHealth):
     the dense feed-forward layer.
     `moe/router_distance`: distance of the router from the initial router, relative to the latter.
 
+    `health/expert_load.jsonl` in the run's directory has the load of every expert; see
+    `engine.load_record`.
+
     A router that computes NaN ends the run with an error that names the layer.
 
     Args:
@@ -40,15 +44,19 @@ class MoEHealthCallback(pl.Callback, Recorded, MoEHealth):
             raise UpcyclingError(f"every_n_steps is {every_n_steps}; expected 1 or more.")
         self.every_n_steps = every_n_steps
         self.heat_map = heat_map
-        self.history = LoadHistory()
+        self._record: LoadRecord | None = None
 
     # --- Lightning's hooks -----------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Register hooks on the routers."""
+        """Register hooks on the routers, and begin or continue the record of loads."""
         config = pl_module.config
         chunks = [unwrap_model(c.module) for c in trainer.strategy.megatron_parallel]
         self.start_watching(chunks, config, _upcycling(trainer, config))
+        directory = AppState().log_dir
+        if directory and trainer.is_global_zero:
+            self._record = LoadRecord(Path(directory) / LOADS)
+            self._record.begin(trainer.global_step)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Begin to measure, if it is time."""
@@ -65,19 +73,26 @@ class MoEHealthCallback(pl.Callback, Recorded, MoEHealth):
         self.check_finite()
         for logger in trainer.loggers:
             logger.log_metrics(health.scalars(), step=step)
-        self.history.add(step, health.load)
+        if self._record is not None:
+            self._record.add(_loads(step, health))
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Write the heat map."""
         self.stop_watching()
         directory = AppState().log_dir
         if self.heat_map and directory and trainer.is_global_zero:
-            self.history.draw(Path(directory) / "moe_load.png")
+            draw(read_loads(Path(directory) / LOADS), Path(directory) / "moe_load.png")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Say what is behind Megatron's word of NaN in a gradient."""
         if hasattr(self, "_not_finite"):
             self.check_finite()
+
+
+def _loads(step: int, health: Health) -> Loads:
+    """Return the loads of a measurement; those of a layer without experts are NaN."""
+    shares = [None if layer.isnan().any() else tuple(layer.tolist()) for layer in health.load]
+    return Loads(step, tuple(shares))
 
 
 def _upcycling(trainer: pl.Trainer, config: Any) -> UpcyclingConfig | None:

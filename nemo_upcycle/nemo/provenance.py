@@ -12,7 +12,7 @@ from nemo.utils.get_rank import is_global_rank_zero
 from nemo_upcycle.checkpoint import MegatronCheckpoint
 from nemo_upcycle.checkpoint.fingerprint import weights_fingerprint
 from nemo_upcycle.checkpoint.kept import kept_of
-from nemo_upcycle.engine.provenance import RANDOM, RESTORED, Origin
+from nemo_upcycle.engine.provenance import RANDOM, RESTORED, Origin, mapping_of
 from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks, check_same, said_on_every_rank
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.nemo import run_lock
@@ -141,7 +141,8 @@ class Provenance(pl.Callback, Recorded):
             raise self.lock_error
         self._remarks = [f"[run] {remark}" for remark in check_numbers(trainer, module)]
         settings = settings_of(trainer, module)
-        now = replace(self.begin(trainer, module.config), settings=settings)
+        mapping = mapping_of(trainer.strategy, trainer.world_size, trainer.num_devices)
+        now = replace(self.begin(trainer, module.config), settings=settings, mapping=mapping)
         self._remarks += _beyond_context(now, settings.get("data.seq_length"))
         self._origin, self._changes = now, []
         if not trainer.ckpt_path:
@@ -151,7 +152,8 @@ class Provenance(pl.Callback, Recorded):
             saved.check(now, str(trainer.ckpt_path))
             self._changes = compare(saved.settings, settings, str(trainer.ckpt_path))
             # Older versions did not record `kept`.
-            self._origin = replace(saved, settings=settings, kept=saved.kept or now.kept)
+            kept = saved.kept or now.kept
+            self._origin = replace(saved, settings=settings, kept=kept, mapping=mapping)
         if saved is None or not saved.settings:
             self._changes = [
                 f"{trainer.ckpt_path} does not say what the run was begun or trained with: an "

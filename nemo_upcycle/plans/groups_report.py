@@ -1,5 +1,6 @@
 """The process groups of a folding as a table and as a figure."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DRAWN_NODES = 16
+COLUMNS = ("groups", "of ranks", "the first", "where", "for")
 
 
 def render(folding: ParallelFolding, world_size: int, gpus_per_node: int) -> Table:
@@ -26,20 +28,30 @@ def render(folding: ParallelFolding, world_size: int, gpus_per_node: int) -> Tab
         gpus_per_node: Ranks of a node.
     """
     table = Table(title=f"{world_size} ranks, {gpus_per_node} per node", title_justify="left")
-    for name in ("groups", "of ranks", "the first", "where", "for"):
+    for name in COLUMNS:
         table.add_column(name, justify="right" if name == "of ranks" else "left")
+    for row in rows(folding, world_size, gpus_per_node):
+        table.add_row(*row)
+    return table
+
+
+def rows(folding: ParallelFolding, world_size: int, gpus_per_node: int) -> list[tuple[str, ...]]:
+    """Return the table's rows, one per kind of groups of more than one rank; see `render`."""
+    found: list[tuple[str, ...]] = []
     for kind, groups in rank_groups(folding, world_size).items():
         if groups.size == 1:
             continue
         nodes = groups.nodes(gpus_per_node)
-        table.add_row(
-            f"{len(groups.ranks)} × {kind}",
-            str(groups.size),
-            _ranks(groups.ranks[0]),
-            "inside a node" if nodes == 1 else f"over {nodes} nodes",
-            PURPOSES[kind],
+        found.append(
+            (
+                f"{len(groups.ranks)} × {kind}",
+                str(groups.size),
+                _ranks(groups.ranks[0]),
+                "inside a node" if nodes == 1 else f"over {nodes} nodes",
+                PURPOSES[kind],
+            )
         )
-    return table
+    return found
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:
@@ -63,7 +75,7 @@ def draw(folding: ParallelFolding, world_size: int, gpus_per_node: int, path: Pa
         world_size: Ranks of the job. With more than 16 nodes, only the first nodes per stage are
             drawn.
         gpus_per_node: Ranks per node.
-            path: The file to write.
+        path: The file to write.
 
     Raises:
         UpcyclingError: matplotlib is not installed, or the world size does not divide.
@@ -101,6 +113,53 @@ def drawn_nodes(folding: ParallelFolding, world_size: int, gpus_per_node: int) -
     return sorted(chosen)[:DRAWN_NODES]
 
 
+@dataclass(frozen=True)
+class Seat:
+    """A rank in the figure.
+
+    Attributes:
+        rank: The global rank.
+        gpu: Column: the rank's number on the node.
+        row: Row: the index of the drawn node.
+        place: Coordinates by axis.
+        held: Number of what the rank holds; ranks with copies have the same.
+    """
+
+    rank: int
+    gpu: int
+    row: int
+    place: dict[str, int]
+    held: int
+
+
+def seats(
+    folding: ParallelFolding,
+    world_size: int,
+    gpus_per_node: int,
+    nodes: list[int],
+    names: tuple[str, ...],
+) -> list[Seat]:
+    """Return the ranks of the drawn nodes.
+
+    Args:
+        folding: The parallel mapping.
+        world_size: Ranks of the job.
+        gpus_per_node: Ranks of a node.
+        nodes: The nodes to draw, from `drawn_nodes`.
+        names: Axes: `ATTENTION` or `EXPERTS`.
+    """
+    held: dict[tuple[int, ...], int] = {}
+    found = []
+    for row, node in enumerate(nodes):
+        for gpu in range(min(gpus_per_node, world_size - node * gpus_per_node)):
+            rank = node * gpus_per_node + gpu
+            at = coordinates(folding, world_size, rank)
+            place = {name: getattr(at, name) for name in names}
+            own = tuple(value for name, value in place.items() if name not in ("dp", "edp", "cp"))
+            found.append(Seat(rank, gpu, row, place, held.setdefault(own, len(held))))
+    return found
+
+
 def _panel(
     axes: "Axes",
     folding: ParallelFolding,
@@ -113,19 +172,13 @@ def _panel(
     from matplotlib.patches import Rectangle
 
     colours = colormaps["tab20"]
-    held: dict[tuple[int, ...], int] = {}
     cells: dict[int, tuple[int, int]] = {}
-    for row, node in enumerate(nodes):
-        for gpu in range(min(gpus_per_node, world_size - node * gpus_per_node)):
-            rank = node * gpus_per_node + gpu
-            cells[rank] = gpu, row
-            place = coordinates(folding, world_size, rank)
-            values = {name: getattr(place, name) for name in names}
-            own = tuple(value for name, value in values.items() if name not in ("dp", "edp", "cp"))
-            colour = colours(held.setdefault(own, len(held)) % 20)
-            axes.add_patch(Rectangle((gpu, row), 1, 1, facecolor=colour, edgecolor="white"))
-            text = "\n".join(f"{name.upper()} {value}" for name, value in values.items())
-            axes.text(gpu + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6)
+    for seat in seats(folding, world_size, gpus_per_node, nodes, names):
+        cells[seat.rank] = gpu, row = seat.gpu, seat.row
+        colour = colours(seat.held % 20)
+        axes.add_patch(Rectangle((gpu, row), 1, 1, facecolor=colour, edgecolor="white"))
+        text = "\n".join(f"{name.upper()} {value}" for name, value in seat.place.items())
+        axes.text(gpu + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6)
     inner = rank_groups(folding, world_size)["ETP·EP" if names is EXPERTS else "TP"]
     for group in inner.ranks:
         _frame(axes, [cells[rank] for rank in group if rank in cells])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_upcycle.engine.heat_map import SNAPSHOTS, LoadHistory
+from nemo_upcycle.engine.load_record import LOADS, read_loads
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.workspace import make_workspace
 
@@ -70,7 +70,9 @@ def health(
         return seen[-1]
 
     callback.measure = keep  # type: ignore[method-assign]
-    run.keywords["trainer"].callbacks += [Damage(), callback]
+    callbacks = run.keywords["trainer"].callbacks
+    callbacks[:] = [each for each in callbacks if not isinstance(each, MoEHealthCallback)]
+    callbacks += [Damage(), callback]
     try:
         run()
     except Exception as error:
@@ -156,16 +158,17 @@ def test_a_router_of_nan_ends_the_run(ranks: RankPool, workspace: Path) -> None:
     assert said.startswith("UpcyclingError: The router of layer 1 computes NaN or Inf")
 
 
-def test_the_picture_of_a_run(ranks: RankPool, workspace: Path, tmp_path: Path) -> None:
+def test_loads_and_picture_of_a_run(ranks: RankPool, workspace: Path) -> None:
     one(ranks, workspace, "picture")
     assert (workspace / "picture" / "moe_load.png").stat().st_size > 10_000
-    history = LoadHistory()
-    for step in range(3 * SNAPSHOTS):
-        load = torch.full((3, 4), 0.25)
-        load[0] = float("nan")
-        history.add(step, load)
-    assert len(history.steps) <= SNAPSHOTS
-    assert history.steps == sorted(set(history.steps))
-    assert len({b - a for a, b in zip(history.steps, history.steps[1:], strict=False)}) == 1
-    assert history.grid().shape[:2] == (2, 4)
-    assert (history.grid() == 1).all()
+    loads = read_loads(workspace / "picture" / LOADS)
+    assert [each.step for each in loads] == [1, 2, 3]
+    for each in loads:
+        assert [len(shares or ()) for shares in each.layers] == [8] * 4
+        assert all(sum(shares or ()) == pytest.approx(1, abs=1e-3) for shares in each.layers)
+
+
+def test_the_record_of_loads_names_dense_layers(ranks: RankPool, workspace: Path) -> None:
+    one(ranks, workspace, "mixed", moe_layer_freq=(0, 1, 0, 1))
+    for each in read_loads(workspace / "mixed" / LOADS):
+        assert list(each.relative) == [1, 3]

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from nemo_upcycle.engine.load_record import LOADS, LoadRecord, Loads, read_loads
+from nemo_upcycle.report.page import write_report
 from tests.distributed.runs import STEPS, STOPPED, Runs
 from tests.distributed.training import EP2, FOLDED
 
@@ -49,6 +51,31 @@ def test_a_run_goes_on_with_other_micro_batches(
 def test_a_run_gets_more_steps(runs: Runs, resumable: Path) -> None:
     losses, _ = runs.start(resumable, options=EP2 | {"max_steps": STEPS + 1})
     assert len(losses[0]) == STEPS + 1 - STOPPED
+
+
+def test_the_record_of_loads_goes_on(runs: Runs, resumable: Path) -> None:
+    """Without the steps that a killed run has measured after its last checkpoint."""
+    path = resumable / "run" / LOADS
+    (first,) = read_loads(path)
+    record = LoadRecord(path)
+    for step in (3, 4):
+        record.add(Loads(step, first.layers))
+    with path.open("a") as file:
+        file.write('{"step":5,')
+    runs.start(resumable, overrides={"trainer.callbacks.-2.every_n_steps": 1})
+    found = read_loads(path)
+    assert [loads.step for loads in found] == [1, 3, 4]
+    assert found[0] == first
+    assert all(loads.layers != first.layers for loads in found[1:])
+
+
+def test_the_page_knows_of_the_beginning(runs: Runs, resumable: Path) -> None:
+    """What the first start has reported is in the last start's checkpoint; the mapping is new."""
+    runs.start(resumable, world_size=1, options={})
+    page = write_report(resumable / "run").path.read_text()
+    assert "Step 0: exact" in page
+    assert "The run reported this when it began." in page
+    assert "EP1: 1 rank, 1 per node" in page
 
 
 def test_another_global_batch_size_is_refused(runs: Runs, resumable: Path) -> None:

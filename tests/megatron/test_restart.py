@@ -10,6 +10,7 @@ import pytest
 
 from nemo_upcycle.checkpoint.kept import UPCYCLED_FROM
 from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.report.page import write_report
 from tests.distributed.pool import RankError, RankPool
 from tests.megatron import loop
 from tests.megatron.scenarios import UPCYCLING
@@ -55,6 +56,16 @@ def test_a_killed_run_goes_on(
         assert list(one["losses"]) == [3, 4]
         assert list(other["losses"]) == [1, 2, 3, 4]
         assert one["losses"] == {step: other["losses"][step] for step in (3, 4)}
+
+
+def test_the_page_about_a_run(dense: Path, resumable: Path) -> None:
+    written = write_report(resumable)
+    page = written.path.read_text()
+    assert f"upcycled from {dense}" in page
+    assert "Step 0: exact" in page
+    assert "EP2: 2 ranks, 2 per node" in page
+    assert "Loss" in written.missing
+    assert "Parallel mapping" not in written.missing
 
 
 def test_a_changed_dense_checkpoint_is_refused(

@@ -42,13 +42,13 @@ def test_steps_are_those_of_the_demo() -> None:
     demo = (ROOT / "examples" / "demo.sh").read_text().replace("\\\n", " ")
     found = re.findall(r'^step "[^"]*" "[^"]*" +(.*)$', demo, flags=re.MULTILINE)
     assert [Command("", line).words for line in found] == [step.words for step in STEPS]
-    assert len(STEPS) == 12
+    assert len(STEPS) == 13
 
 
 def test_what_the_readme_does_afterwards_is_run() -> None:
     """The slow test runs the same commands of docs/export-and-evaluate.md."""
     said = [c.words for c in commands("README.md") if "demo/" in c.line]
-    assert len(said) == 3
+    assert len(said) == 4
     assert all(words in [c.words for c in AFTERWARDS] for words in said)
 
 
@@ -250,9 +250,12 @@ def test_demo_runs_and_a_second_run_reuses_it(tmp_path: Path) -> None:
     rows = [line.split("|") for line in scores.splitlines() if "next_line" in line]
     assert [row[3].strip() for row in rows] == ["acc", "acc_norm"]
     assert all(0 < float(cell.split("±")[0]) < 1 for row in rows for cell in row[4:6])
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "Step 0: exact" in page
+    assert "No data." not in page
     said = [_in_shell(tmp_path, command.line) for command in AFTERWARDS]
     assert "MixtralForCausalLM" in said[0]
     assert "not exact: attention, norms" in said[3]
     assert said[4].count("acc") > 1
     again = cli.run_script(tmp_path, demo)
-    assert again.count("done before, reused") == 12
+    assert again.count("done before, reused") == 13

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,22 +12,9 @@ import rich.console
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.curves import Curve, compare_runs, plot, read_curve, render, smooth
+from tests.events import write_events
 
 LOSS, VAL = "reduced_train_loss", "val_loss"
-
-
-def write_events(
-    directory: Path, scalars: Mapping[str, Mapping[int, float]], start: float = 0.0
-) -> Path:
-    """Writes one event file; the wall time of each scalar is start + step, in seconds."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(directory), filename_suffix=f".{start}")
-    for tag, series in scalars.items():
-        for step, value in series.items():
-            writer.add_scalar(tag, value, step, walltime=start + step)
-    writer.close()
-    return max(directory.glob(f"*.{start}"))
 
 
 def falling(first: float, steps: int, slope: float) -> dict[int, float]:
