@@ -12,10 +12,13 @@ VENV_MEGATRON ?= .venv-megatron
 BIN_MEGATRON := $(abspath $(VENV_MEGATRON))/bin
 INSTALLED_MEGATRON := $(VENV_MEGATRON)/.installed
 
-.PHONY: demo test test-fast test-megatron test-slurm test-all lint clean
+.PHONY: demo demo-real test test-fast test-megatron test-slurm test-all lint clean
 
 demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, with a picture.
 	PATH="$(BIN):$$PATH" examples/demo.sh
+
+demo-real: $(INSTALLED)  ## A real model, SmolLM2-135M: upcycled, verified, trained a little, exported.
+	PATH="$(BIN):$$PATH" examples/demo_real.sh
 
 test: $(INSTALLED)  ## All tests that belong to every change.
 	$(BIN)/python -m pytest -m "not slow"

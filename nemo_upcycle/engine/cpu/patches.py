@@ -22,8 +22,8 @@ checkpoint writers' result queue               because of CUDA, Megatron spawns 
                                                saves. Here forked, and killed with the rank
 views in a checkpoint                          Megatron clones every tensor that is part of a larger
                                                buffer, as all are with DDP: parameters and optimizer
-                                               would be in memory twice. The same memory is described
-                                               as a tensor of its own
+                                               would be in memory twice. Here the same memory is
+                                               described as a tensor of its own
 =============================================  =====================================================
 """
 
