@@ -5,7 +5,6 @@ compare with the digests below: where one changes, its tests fail.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,7 @@ DIGESTS = {
 
 def write_by_numbers(directory: Path, salt: int = 0) -> Path:
     """Write a dense Llama whose weights no random generator and no library decides."""
-    import torch
-    from safetensors.torch import save_file
+    from nemo_upcycle.check.dense import by_numbers, write
 
     width, ffn = CONFIG["hidden_size"], CONFIG["intermediate_size"]
     shapes = {
@@ -66,17 +64,7 @@ def write_by_numbers(directory: Path, salt: int = 0) -> Path:
             name + "mlp.up_proj.weight": (ffn, width),
             name + "mlp.down_proj.weight": (width, ffn),
         }
-    tensors = {}
-    for number, (name, shape) in enumerate(shapes.items()):
-        count = torch.arange(torch.Size(shape).numel(), dtype=torch.int64)
-        mixed = (count * count * 40503 + count * 2654435 + 7919 * number + salt) % 65521
-        tensors[name] = ((mixed - 32760).double() / 2**17).float().view(shape)
-        if len(shape) == 1:
-            tensors[name] += 1
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(CONFIG, indent=2))
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
+    return write(directory, CONFIG, by_numbers(shapes, salt))
 
 
 def digest(parameters: Mapping[str, Any]) -> str:

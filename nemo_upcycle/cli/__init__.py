@@ -11,6 +11,7 @@ import typer
 
 from nemo_upcycle.cli import data, evaluation
 from nemo_upcycle.cli.ablate import ablate
+from nemo_upcycle.cli.check import check
 from nemo_upcycle.cli.plan import groups, plan
 from nemo_upcycle.cli.tools import (
     Directory,
@@ -37,6 +38,7 @@ app.command()(plan)
 app.command()(groups)
 app.command()(tune)
 app.command()(ablate)
+app.command()(check)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from nemo_upcycle.cli.tools import ERRORS, hand_over
 if TYPE_CHECKING:
     from nemo_upcycle.config import ParallelFolding
 
-COMMANDS = ("evaluate", "verify", "generate")
+COMMANDS = ("evaluate", "verify", "generate", "check")
 _MAPPING = "Parallel mapping"
 TP = Annotated[int, typer.Option("--tp", "--tensor-model-parallel-size", rich_help_panel=_MAPPING)]
 PP = Annotated[
@@ -61,11 +61,18 @@ def quiet() -> None:
 
 def on_ranks(folding: "ParallelFolding", ranks: int | None) -> None:
     """Continue as one of several ranks, or start the ranks, wait, and exit with their exit code."""
-    from nemo_upcycle.engine.launch import fewest_ranks, launch, launched
+    from nemo_upcycle.engine.launch import fewest_ranks, launched
 
     count = ranks or fewest_ranks(folding)
     if not launched():
         folding.validate(count)
+    on_this_many(count)
+
+
+def on_this_many(count: int) -> None:
+    """Continue as one of `count` ranks; see `on_ranks`."""
+    from nemo_upcycle.engine.launch import launch, launched
+
     if count > 1 and not launched():
         command = next(n for n, word in enumerate(sys.argv) if word in COMMANDS)
         hand_over()

@@ -64,25 +64,9 @@ def gpt_model_config(
     gpt, transformer = _config_classes()
     arch = open_branches(dense_checkpoint).architecture
     folding = folding or ParallelFolding()
-    length = seq_length or arch.max_position_embeddings
     values = {
-        **_of_architecture(arch, length),
-        **moe_fields(arch, upcycling or UpcyclingConfig()),
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "moe_router_dtype": "fp32",  # routing decides by small differences
-        "seq_length": length,
-        # Bridge pads no vocabulary that the config has.
-        "vocab_size": padded_vocabulary(arch.vocab_size, folding.tensor_model_parallel_size),
-        **folding.strategy_arguments,
-        **two_stages_fields(
-            folding.pipeline_model_parallel_size, folding.virtual_pipeline_model_parallel_size
-        ),
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
+        **model_fields(arch, upcycling or UpcyclingConfig(), folding, dtype, seq_length),
         "autocast_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
         "pre_wrap_hooks": [FinishModel(arch)],
         **_of_machine(),
         **others,
@@ -108,6 +92,43 @@ def _config_classes() -> tuple[type, type]:
             "newer: pip install 'nemo-upcycle[megatron]', on Python 3.12 or newer."
         ) from error
     return GPTModelConfig, TransformerConfig
+
+
+def model_fields(
+    arch: Architecture,
+    upcycling: UpcyclingConfig,
+    folding: ParallelFolding,
+    dtype: torch.dtype,
+    seq_length: int | None = None,
+) -> dict[str, Any]:
+    """Return all that an upcycled model is, in the fields of Megatron's configs and models.
+
+    Args:
+        arch: The dense model's numbers.
+        upcycling: What its feed-forward layers become.
+        folding: How it is spread.
+        dtype: Of the parameters.
+        seq_length: Tokens of a sequence; None takes the dense model's context.
+    """
+    length = seq_length or arch.max_position_embeddings
+    return {
+        **_of_architecture(arch, length),
+        **moe_fields(arch, upcycling),
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "moe_router_dtype": "fp32",  # routing decides by small differences
+        "seq_length": length,
+        # Bridge pads no vocabulary that the config has.
+        "vocab_size": padded_vocabulary(arch.vocab_size, folding.tensor_model_parallel_size),
+        **folding.strategy_arguments,
+        **two_stages_fields(
+            folding.pipeline_model_parallel_size, folding.virtual_pipeline_model_parallel_size
+        ),
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+    }
 
 
 def _of_architecture(arch: Architecture, seq_length: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Where NeMo is not installed they run Megatron-Core alone.
 world_size - 1 of a real gloo process group and returns what each one returned.
 """
 
-import gc
 import multiprocessing
 import os
 import pickle
@@ -182,38 +181,16 @@ def pretend_torchrun(rank: int, world_size: int, store: Path) -> None:
 def _forget() -> None:
     """Undo what Megatron and NeMo keep in the process."""
     import torch
-    from megatron.core import num_microbatches_calculator, parallel_state
 
-    parallel_state.destroy_model_parallel()
-    for name, value in list(vars(parallel_state).items()):  # those that Megatron forgets to forget
-        if isinstance(value, torch.distributed.ProcessGroup):
-            setattr(parallel_state, name, None)
-    num_microbatches_calculator.unset_num_microbatches_calculator()
+    from nemo_upcycle.check.process_groups import forget_megatron
+
     if HAS_NEMO:
         from nemo.utils import AppState
         from nemo.utils.metaclasses import Singleton
 
         Singleton._Singleton__instances.pop(AppState, None)  # type: ignore[attr-defined]
+    forget_megatron()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     # Ranks of which one did not get as far would wait for groups of other names.
     torch.distributed.distributed_c10d._world.group_count = 0
-    _free_models()
-
-
-def _free_models() -> None:
-    """Free trained models, which hold process groups, each of them with threads that keep polling.
-
-    DistributedDataParallel is kept by its hooks on its parameters' gradient accumulators, which
-    Python cannot see: it is emptied. RotaryEmbedding is kept by the cache of its forward pass.
-    """
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-
-    RotaryEmbedding.forward.cache_clear()
-    # NeMo's is a class of its own.
-    for each in gc.get_objects():
-        if issubclass(type(each), DistributedDataParallel):
-            vars(each).clear()
-    del each
-    gc.collect()

@@ -20,14 +20,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 from nemo.collections.llm.gpt.model.base import gpt_data_step, gpt_forward_step
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
-from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
-from nemo_upcycle.checkpoint.branches import open_branches
-from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.engine import cpu, load
-from nemo_upcycle.families import Architecture, architecture_of
-from nemo_upcycle.families.fields import moe_fields, window_fields
-from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields
-from tests.distributed.models import (
+from nemo_upcycle.check.models import (
     Chunks,
     Logits,
     Shards,
@@ -38,6 +31,13 @@ from tests.distributed.models import (
     owned,
     shards,
 )
+from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
+from nemo_upcycle.checkpoint.branches import open_branches
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.engine import cpu, load
+from nemo_upcycle.families import Architecture, architecture_of
+from nemo_upcycle.families.fields import moe_fields, window_fields
+from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields
 
 
 @dataclass(frozen=True)

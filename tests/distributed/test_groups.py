@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from nemo_upcycle.check.process_groups import groups_of_rank
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.plans.groups import KINDS, rank_groups
 from tests.distributed.foldings import FOLDINGS
@@ -12,25 +13,6 @@ from tests.distributed.pool import RankPool, nemo_recipe
 from tests.workspace import make_workspace
 
 PAPERS_SHAPE = ParallelFolding.of(tp=2, pp=2, vpp=2, ep=2, etp=1)
-
-
-def groups_of_rank() -> dict[str, tuple[int, ...]]:
-    """Return the ranks of every group that Megatron has made for this rank."""
-    from megatron.core import parallel_state
-    from torch.distributed import get_process_group_ranks
-
-    groups = {
-        "TP": parallel_state.get_tensor_model_parallel_group(),
-        "CP": parallel_state.get_context_parallel_group(),
-        "DP": parallel_state.get_data_parallel_group(),
-        "PP": parallel_state.get_pipeline_model_parallel_group(),
-        "DP·CP": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "ETP": parallel_state.get_expert_tensor_parallel_group(),
-        "EP": parallel_state.get_expert_model_parallel_group(),
-        "EDP": parallel_state.get_expert_data_parallel_group(),
-        "ETP·EP": parallel_state.get_expert_tensor_and_model_parallel_group(),
-    }
-    return {kind: tuple(get_process_group_ranks(group)) for kind, group in groups.items()}
 
 
 def groups_of(foldings: list[ParallelFolding]) -> list[dict[str, tuple[int, ...]]]:

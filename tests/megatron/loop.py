@@ -14,6 +14,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.utils import get_model_config
 
+from nemo_upcycle.check.models import Chunks, rows_here, train_step
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.megatron import upcycle
@@ -75,8 +76,8 @@ def _train(
         for model in models:
             model.zero_grad_buffer()
         optimizer.zero_grad()
-        rows = scenarios.rows_here(tokens(rows=4, length=33, seed=step))
-        losses[step] = scenarios.train_step(models, rows)
+        rows = rows_here(tokens(rows=4, length=33, seed=step))
+        losses[step] = train_step(models, rows)
         optimizer.step()
         if step % 2 == 0:
             _save(models, optimizer, run, step)
@@ -86,7 +87,7 @@ def _train(
     return losses
 
 
-def _state(models: scenarios.Chunks, optimizer: Any, is_loading: bool) -> dict[str, Any]:
+def _state(models: Chunks, optimizer: Any, is_loading: bool) -> dict[str, Any]:
     state = scenarios.sharded_state([model.module for model in models])
     # As --dist-ckpt-optim-fully-reshardable has it; the state can be loaded on another mapping.
     metadata = {
@@ -97,7 +98,7 @@ def _state(models: scenarios.Chunks, optimizer: Any, is_loading: bool) -> dict[s
     return {**state, "optimizer": optimizer_state}
 
 
-def _save(models: scenarios.Chunks, optimizer: Any, run: Path, step: int) -> None:
+def _save(models: Chunks, optimizer: Any, run: Path, step: int) -> None:
     directory = run / f"iter_{step:07d}"
     directory.mkdir(parents=True, exist_ok=True)
     common = {"args": Namespace(), "checkpoint_version": 3.0, "iteration": step}
@@ -107,7 +108,7 @@ def _save(models: scenarios.Chunks, optimizer: Any, run: Path, step: int) -> Non
     torch.distributed.barrier()
 
 
-def _load(models: scenarios.Chunks, optimizer: Any, run: Path) -> int:
+def _load(models: Chunks, optimizer: Any, run: Path) -> int:
     """Load the last checkpoint, if there is one; return its step."""
     if not (run / TRACKER).is_file():
         return 0

@@ -10,24 +10,25 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from megatron.training.models.gpt import GPTModelBuilder
 
-from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.engine.health import MoEHealth
-from nemo_upcycle.megatron import gpt_model_config, upcycle
-from tests.distributed.models import (
+from nemo_upcycle.check.models import (
     Chunks,
     Logits,
     Shards,
     fill_with_nan,
-    gathered_logits,
     gradients,
+    logits,
     make_experts_differ,
+    rows_here,
     shards,
+    train_step,
 )
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.engine.health import MoEHealth
+from nemo_upcycle.megatron import gpt_model_config, upcycle
 from tests.megatron import broken
 
 UPCYCLING = UpcyclingConfig(moe_aux_loss_coeff=0.0)
@@ -239,49 +240,6 @@ def sharded_state(chunks: Chunks) -> dict[str, Any]:
     return {name: chunk.sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
 
 
-def _on_this_cp_rank(row: torch.Tensor) -> torch.Tensor:
-    """Return the chunks of a sequence [length] that this context-parallel rank has."""
-    group = parallel_state.get_context_parallel_group()
-    chunks = row.chunk(2 * group.size())
-    return (
-        row if group.size() == 1 else torch.cat((chunks[group.rank()], chunks[-1 - group.rank()]))
-    )
-
-
-def forward_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
-    """Run a microbatch of one row [length + 1]; the loss is a mean over its tokens."""
-    row = next(data)
-    inputs, labels = _on_this_cp_rank(row[:-1])[None], _on_this_cp_rank(row[1:])[None]
-    positions = _on_this_cp_rank(torch.arange(len(row) - 1))[None]
-    losses = model(inputs, positions, None, labels=labels)
-
-    def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean = losses.float().sum() / (len(row) - 1)  # this rank's part of it
-        return mean, mean.detach().clone()
-
-    return losses, loss
-
-
-def train_step(models: Chunks, rows: torch.Tensor) -> float:
-    """Run forward and backward of this rank's rows; return its part of their mean loss."""
-    losses = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(rows) for _ in models],
-        model=models,
-        num_microbatches=len(rows),
-        seq_length=rows.shape[1] - 1,
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    return sum(map(float, losses)) / len(rows)
-
-
-def rows_here(ids: torch.Tensor) -> torch.Tensor:
-    """Return this data-parallel rank's rows of a global batch."""
-    group = parallel_state.get_data_parallel_group()
-    return ids.chunk(group.size())[group.rank()]
-
-
 def _step(models: Chunks, ids: torch.Tensor) -> tuple[float, float]:
     """Run one step on this rank's part of the batch; gradients are left reduced."""
     get_model_config(models[0]).finalize_model_grads_func = finalize_model_grads
@@ -291,14 +249,3 @@ def _step(models: Chunks, ids: torch.Tensor) -> tuple[float, float]:
     loss = train_step(models, rows_here(ids))
     optimizer.prepare_grads()
     return loss, float(optimizer.get_grad_norm())
-
-
-def logits(chunks: Chunks, ids: torch.Tensor) -> Logits | None:
-    """Return the logits of [rows, length] inputs on the last pipeline stage, None elsewhere."""
-    positions = _on_this_cp_rank(torch.arange(ids.shape[1]))
-
-    def forward(data: Any, model: Any) -> torch.Tensor:
-        return model(_on_this_cp_rank(next(data))[None], positions[None], None)
-
-    gathered = gathered_logits(chunks, forward, list(ids), ids.shape[1])
-    return None if gathered is None else (positions, gathered)

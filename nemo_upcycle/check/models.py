@@ -1,10 +1,10 @@
-"""What tests do with a rank's Megatron-Core models, under either stack; no NeMo."""
+"""What checks do with a rank's Megatron-Core models, under any front end."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
@@ -91,3 +91,57 @@ def gathered_logits(
     if not outputs:
         return None
     return tensor_parallel.gather_from_tensor_model_parallel_region(torch.cat(outputs))
+
+
+def logits(chunks: Chunks, ids: torch.Tensor) -> Logits | None:
+    """Return the logits of [rows, length] inputs on the last pipeline stage, None elsewhere."""
+    positions = on_this_cp_rank(torch.arange(ids.shape[1], device=ids.device))
+
+    def forward(data: Any, model: Any) -> torch.Tensor:
+        return model(on_this_cp_rank(next(data))[None], positions[None], None)
+
+    gathered = gathered_logits(chunks, forward, list(ids), ids.shape[1])
+    return None if gathered is None else (positions, gathered)
+
+
+def train_step(models: Chunks, rows: torch.Tensor) -> float:
+    """Run forward and backward of this rank's rows; return its part of their mean loss."""
+    losses = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=[iter(rows) for _ in models],
+        model=models,
+        num_microbatches=len(rows),
+        seq_length=rows.shape[1] - 1,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    return sum(map(float, losses)) / len(rows)
+
+
+def rows_here(ids: torch.Tensor) -> torch.Tensor:
+    """Return this data-parallel rank's rows of a global batch."""
+    group = parallel_state.get_data_parallel_group()
+    return ids.chunk(group.size())[group.rank()]
+
+
+def on_this_cp_rank(row: torch.Tensor) -> torch.Tensor:
+    """Return the chunks of a sequence [length] that this context-parallel rank has."""
+    group = parallel_state.get_context_parallel_group()
+    chunks = row.chunk(2 * group.size())
+    return (
+        row if group.size() == 1 else torch.cat((chunks[group.rank()], chunks[-1 - group.rank()]))
+    )
+
+
+def _forward_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
+    """Run a microbatch of one row [length + 1]; the loss is a mean over its tokens."""
+    row = next(data)
+    inputs, labels = on_this_cp_rank(row[:-1])[None], on_this_cp_rank(row[1:])[None]
+    positions = on_this_cp_rank(torch.arange(len(row) - 1, device=row.device))[None]
+    losses = model(inputs, positions, None, labels=labels)
+
+    def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = losses.float().sum() / (len(row) - 1)  # this rank's part of it
+        return mean, mean.detach().clone()
+
+    return losses, loss
