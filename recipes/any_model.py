@@ -140,7 +140,7 @@ def _for_gpus(
     if not check_memory:
         hardware = replace(hardware, memory_gib=1e6)
     found = tuned(recipe, given, gpus, replace(hardware, gpus_per_node=per_node))
-    _say(recipe, _reasons(found))
+    _say(recipe, [*_reasons(found), *scaled.why(recipe)])
     return found.recipe
 
 
@@ -156,7 +156,7 @@ def _for_cpu(
     chosen = on_host(recipe, given, check_memory)
     batch, recompute = chosen.schedule.micro_batch_size, chosen.recompute
     way = f"{chosen.folding} · microbatch {batch} · recompute {recompute}, on {ranks} CPU rank(s)"
-    _say(chosen, [way])
+    _say(chosen, [way, *scaled.why(chosen, on_cpu=True)])
     return chosen
 
 
@@ -188,11 +188,13 @@ def _reasons(found: Tuned) -> list[str]:
     ]
 
 
-def _say(recipe: Recipe, mapping: list[str]) -> None:
+def _say(recipe: Recipe, reasons: list[str]) -> None:
     """Print what was chosen, and why."""
-    dense = recipe.dense_model
-    _write(f"{recipe.upcycling.label} of {dense.source}, {dense.parameters / 1e9:.3g}B parameters")
-    for reason in (*mapping, *scaled.why(recipe)):
+    dense, label = recipe.dense_model, recipe.upcycling.label
+    if recipe.upcycling.num_moe_experts is None:
+        label = "the dense control"
+    _write(f"{label} of {dense.source}, {scaled.in_short(dense.parameters)} parameters")
+    for reason in reasons:
         _write(f"  {reason}")
 
 
