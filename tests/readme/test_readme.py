@@ -1,6 +1,7 @@
 """README.md and docs/ are true: their commands are the demo's, and they run."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,17 @@ def test_options_of_the_experiment_exist(command: Command) -> None:
             assert f'"{word}"' in script, word
 
 
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A directory with the config of the model that the documents take for any model."""
+    (tmp_path / "Qwen3-8B").mkdir()
+    config = ROOT / "tests" / "integration" / "recipes" / "configs" / "qwen3_8b.json"
+    shutil.copyfile(config, tmp_path / "Qwen3-8B" / "config.json")
+    return tmp_path
+
+
 @pytest.mark.parametrize("command", TRAININGS, ids=str)
+@pytest.mark.usefixtures("models")
 def test_trainings_are_configured_as_written(tmp_path: Path, command: Command) -> None:
     words = [word for word in command.words if word not in ("--yes", "--dryrun")]
     output = cli.run(tmp_path, *words, "--dryrun")
@@ -121,10 +132,17 @@ SHOWS = {"plan": "step 0", "groups": "expert", "tune": "nemo llm pretrain --fact
 
 
 @pytest.mark.parametrize("command", PREDICTED, ids=str)
+@pytest.mark.usefixtures("models")
 def test_predictions_are_printed_as_written(tmp_path: Path, command: Command) -> None:
     output = cli.run(tmp_path, *command.words)
     shown = "[rows, columns]" if "--rank" in command.words else SHOWS[command.words[1]]
     assert shown in output
+
+
+def test_the_refusal_is_the_one_shown(models: Path) -> None:
+    (shown,) = (block for block in code("docs/planner.md") if block.startswith("Error: Nothing"))
+    output = cli.run(models, "nemo-upcycle", "tune", "--dense", "Qwen3-8B", "--gpus", "8")
+    assert output.strip() == shown.strip()
 
 
 def same_lines(shown: str, output: str) -> None:
