@@ -152,7 +152,7 @@ class _Hook:
 
         def record() -> None:
             if ranks.rank == 0 and self.run is not None:
-                mapping = mapping_of(config, ranks.size, _ranks_per_node(ranks))
+                mapping = mapping_of(start.config, ranks.size, _ranks_per_node(ranks))
                 write_origin(
                     replace(start.origin, step0=str(report.exactness), mapping=mapping), self.run
                 )
