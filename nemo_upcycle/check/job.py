@@ -140,13 +140,10 @@ class Check:
         for folding in chosen:
             directory = self.work / _file_name(folding)
             with job():
-                ranks = patient()
-                check = MappingCheck(
-                    self.subject, folding, reference, rows, directory, saved, ranks
-                )
-                for finding in check.run():
-                    self._add(outcome, finding)
-            if (directory / "context").is_dir():
+                check = MappingCheck(self.subject, folding, reference, rows, directory, saved)
+                found = list(check.run(self._show))
+            outcome.findings.extend(found)
+            if any(each.check == "export" and not each.is_error for each in found):
                 if saved is not None and is_first_rank():
                     shutil.rmtree(saved)
                 saved = directory

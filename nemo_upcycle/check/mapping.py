@@ -85,8 +85,8 @@ class MappingCheck:
         self._chunks: models.Chunks = []
         self._stepped: tuple[float | None, float] | None = None
 
-    def run(self) -> Iterator[Finding]:
-        """Yield the findings; after a rank's error, the next mapping starts anew."""
+    def run(self, show: Callable[[Finding], None]) -> Iterator[Finding]:
+        """Yield the findings, each shown at once; a rank's error ends the mapping's checks."""
         work: dict[str, Callable[[], Seen]] = {
             "groups": self._groups,
             "step 0": self._step0,
@@ -97,6 +97,7 @@ class MappingCheck:
         }
         for check in MAPPING_CHECKS:
             finding = agreed(check, str(self.folding), work[check], self._results)
+            show(finding)
             yield finding
             if finding.is_error:
                 return

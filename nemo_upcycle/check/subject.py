@@ -9,18 +9,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_model_config
 
-from nemo_upcycle.check.models import Chunks, rows_here, train_step
+from nemo_upcycle.check.models import Chunks, distributed_optimizer, rows_here, train_step
 from nemo_upcycle.check.process_groups import device, make_groups
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine import cpu
@@ -176,16 +171,8 @@ def fill_all(
 
 def trainer(chunks: Chunks, subject: Subject, lr: float) -> tuple[Chunks, Any]:
     """Wrap models for training; return them with Megatron's distributed optimizer."""
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    models: Chunks = [DistributedDataParallel(get_model_config(c), ddp, c) for c in chunks]
     get_model_config(chunks[0]).finalize_model_grads_func = finalize_model_grads
-    options = OptimizerConfig(
-        lr=lr,
-        use_distributed_optimizer=True,
-        bf16=subject.dtype == torch.bfloat16,
-        params_dtype=subject.dtype,
-    )
-    return models, get_megatron_optimizer(options, models)
+    return distributed_optimizer(chunks, subject.dtype == torch.bfloat16, lr)
 
 
 def step(models: Chunks, optimizer: Any, ids: torch.Tensor) -> float | None:

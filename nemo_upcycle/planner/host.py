@@ -9,11 +9,14 @@ from nemo_upcycle.planner.workload import Mapping, Workload
 
 GIB = 2**30
 
-LIBRARIES = int(1.3 * GIB)
-"""Bytes per rank of Python with NeMo, Lightning and Megatron imported."""
+LIBRARIES = int(1.1 * GIB)
+"""Bytes per rank of Python with NeMo, Lightning and Megatron imported. Measured: with a model of
+0.5M parameters a rank has a peak of 0.96 GiB."""
 
-SAVING = 2.0
-"""Copies of parameters and optimizer state that exist while a checkpoint is saved."""
+SAVING = {True: 1.0, False: 2.0}
+"""Copies of parameters and optimizer state that exist while a checkpoint is saved: by whether one
+rank has all state of its experts, and then gathers nothing. Measured: SmolLM2-135M with 4 experts
+in every third layer takes 4.2 GiB before and 6.6 GiB while saving, on one rank."""
 
 WORKING = 2.0
 """Activations over those of fused GPU kernels: CPU keeps results between operations in fp32."""
@@ -37,8 +40,8 @@ class HostMemory:
 
     @property
     def total(self) -> float:
-        """The largest sum at one time: training, or saving."""
-        return self.libraries + self.state + max(self.saving, self.activations)
+        """The sum: a process keeps the memory of activations while a checkpoint is saved."""
+        return self.libraries + self.state + self.saving + self.activations
 
 
 def host_memory(workload: Workload, mapping: Mapping) -> HostMemory:
@@ -49,10 +52,12 @@ def host_memory(workload: Workload, mapping: Mapping) -> HostMemory:
         mapping: The parallel mapping; its microbatches must divide the batch.
     """
     gpu = memory(workload, mapping)
+    has_experts = workload.upcycling.num_moe_experts is not None
+    ranks = mapping.expert_gradient_ranks if has_experts else mapping.gradient_ranks
     return HostMemory(
         libraries=LIBRARIES,
         state=gpu.parameters + gpu.gradients + gpu.optimizer,
-        saving=SAVING * (gpu.parameters + gpu.optimizer),
+        saving=SAVING[ranks == 1] * (gpu.parameters + gpu.optimizer),
         activations=WORKING * (gpu.activations + gpu.working) + _scores(workload, mapping),
     )
 
