@@ -2,4 +2,5 @@
 
 from nemo_upcycle.cli import main
 
-main()
+if __name__ == "__main__":  # processes that Megatron spawns for saving import this module too
+    main()

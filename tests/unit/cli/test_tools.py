@@ -1,6 +1,7 @@
 """What commands share: one line for errors of users and of the machine."""
 
 import errno
+import runpy
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,7 @@ def test_a_run_stands_for_its_last_checkpoint_and_the_ranks_take_the_same(
     save("model--step=2-last")  # the run goes on
     assert tools.last_checkpoint(tmp_path / "run") == first
     assert not capsys.readouterr().err
+
+
+def test_a_process_that_is_spawned_for_saving_runs_no_command() -> None:
+    runpy.run_module("nemo_upcycle.cli", run_name="__mp_main__")
