@@ -42,6 +42,7 @@ class Reference:
 
 def one_rank(subject: Subject, rows: int) -> tuple[float, float]:
     """Return the loss and the gradient norm of one step, in a job of this rank alone."""
+    make_groups(ParallelFolding())
     chunks = build(subject, ParallelFolding())
     fill_all(chunks, subject, patient(), subject.varied)
     loss, norm = loss_and_norm(chunks, subject, rows)

@@ -16,7 +16,14 @@ from megatron.core import dist_checkpointing
 
 from nemo_upcycle.check.findings import KILLED_AND_RESUMED, Finding, Seen, agreed
 from nemo_upcycle.check.models import Chunks
-from nemo_upcycle.check.process_groups import MINUTES, job, patient, prepare_process, shared_port
+from nemo_upcycle.check.process_groups import (
+    MINUTES,
+    job,
+    make_groups,
+    patient,
+    prepare_process,
+    shared_port,
+)
 from nemo_upcycle.check.saved import load_weights, state_of
 from nemo_upcycle.check.subject import STEP0_ROWS, Subject, build, fill_all, step, trainer
 from nemo_upcycle.config import ParallelFolding
@@ -43,6 +50,7 @@ def train(
     """
     ranks = patient()
     saved = (directory / ".metadata").exists()
+    make_groups(folding)
     chunks = build(subject, folding)
     if not saved:
         fill_all(chunks, subject, ranks)

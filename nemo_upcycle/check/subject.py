@@ -16,7 +16,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_model_config
 
 from nemo_upcycle.check.models import Chunks, distributed_optimizer, rows_here, train_step
-from nemo_upcycle.check.process_groups import device, make_groups
+from nemo_upcycle.check.process_groups import device
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine import cpu
 from nemo_upcycle.engine.load import LoadReport, check_all_used, fill
@@ -111,8 +111,7 @@ class Subject:
 
 
 def build(subject: Subject, folding: ParallelFolding) -> Chunks:
-    """Make Megatron's process groups and build this rank's models, with random weights."""
-    make_groups(folding)
+    """Build this rank's models with random weights, after `make_groups`; no rank waits."""
     fields = subject.fields(folding)
     of_config = {field.name for field in fields_of(TransformerConfig)}
     config = TransformerConfig(**{name: fields[name] for name in fields.keys() & of_config})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemo_upcycle.cli.ranks import on_this_many, quiet
+from nemo_upcycle.cli.submit import check_settings, submit
 from nemo_upcycle.cli.tools import at_least, one_line_errors
 from nemo_upcycle.engine.launch import is_first_rank, launched
 from nemo_upcycle.errors import UpcyclingError
@@ -21,6 +22,15 @@ DTYPES = ("float32", "bfloat16")
 
 @one_line_errors
 def check(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="run.executor=slurm and run.executor.KEY=VALUE start the check as a job, as with "
+            "a recipe; needs NeMo-Run.",
+            metavar="[run.executor=NAME]",
+            show_default=False,
+        ),
+    ] = None,
     dense: Annotated[
         str | None,
         typer.Option(
@@ -69,12 +79,17 @@ def check(
       nemo-upcycle check
       nemo-upcycle check --dense /models/Meta-Llama-3-8B --layers 2
       nemo-upcycle check --cpu --ranks 2
+      nemo-upcycle check run.executor=slurm run.executor.nodes=2
     """
     quiet()
     at_least("--ranks", ranks, 1)
     at_least("--layers", layers, 1)
     if dtype not in (None, *DTYPES):
         raise UpcyclingError(f"--dtype is {dtype}; expected {' or '.join(DTYPES)}.")
+    if settings:
+        check_settings(settings)
+        check_writable(out)
+        raise typer.Exit(submit("check", settings, out))
     if cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks, also on the ranks
     check_writable(out)
