@@ -1,5 +1,6 @@
 """A command as a job of NeMo-Run, up to the script that Slurm gets."""
 
+import io
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def test_the_job_runs_the_command_on_every_rank(
 ) -> None:
     monkeypatch.setenv("NEMORUN_HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # NeMo-Run's tunnel reads it
     monkeypatch.setattr(sys, "argv", ["nemo-upcycle", "check", "--layers", "2", *SLURM])
     with run.Experiment("check") as experiment:
         add_job(experiment, "check", SLURM, tmp_path / "out")
