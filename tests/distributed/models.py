@@ -96,10 +96,16 @@ def gathered_logits(
     return tensor_parallel.gather_from_tensor_model_parallel_region(torch.cat(outputs))
 
 
-def distributed_optimizer(chunks: Chunks, bf16: bool = False) -> tuple[Chunks, Any]:
-    """Return a rank's models in Megatron's DDP, with its distributed optimizer."""
+def distributed_optimizer(chunks: Chunks, bf16: bool = False, **ddp: Any) -> tuple[Chunks, Any]:
+    """Return a rank's models in Megatron's DDP, with its distributed optimizer.
+
+    Args:
+        chunks: The models.
+        bf16: Whether the parameters are in bf16.
+        ddp: Further fields of Megatron's `DistributedDataParallelConfig`.
+    """
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, **ddp
     )
     models = [DistributedDataParallel(get_model_config(c), ddp_config, c) for c in chunks]
     config = OptimizerConfig(lr=1e-3, bf16=bf16, use_distributed_optimizer=True)
