@@ -36,7 +36,7 @@ step "7 out: write the trained MoE as a Hugging Face checkpoint" "$DEMO/trained/
   nemo-upcycle export $DEMO/runs/moe $DEMO/trained
 
 step "8 ask: $PROMPT" "$DEMO/answer.txt" \
-  nemo-upcycle generate $DEMO/trained "$PROMPT" --out $DEMO/answer.txt
+  nemo-upcycle generate $DEMO/trained "$PROMPT" --max-new-tokens 12 --out $DEMO/answer.txt
 
 step "9 report: one page about the run" "$DEMO/report.html" \
   nemo-upcycle report $DEMO/runs/moe --out $DEMO/report.html

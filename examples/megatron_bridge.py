@@ -12,7 +12,7 @@ from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 
 from nemo_upcycle import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.megatron import gpt_model_config, upcycle
+from nemo_upcycle.megatron import TrainingMetrics, gpt_model_config, upcycle
 
 
 def main(dense: str, run: str) -> None:
@@ -24,7 +24,7 @@ def main(dense: str, run: str) -> None:
         dense, upcycling, folding, seq_length=length, config_class=BridgeGPTModelConfig
     )
     cfg.model.pre_wrap_hooks.append(upcycle(dense, upcycling, resume_from=cfg.checkpoint.load))
-    pretrain(cfg, forward_step)
+    pretrain(cfg, forward_step, callbacks=[TrainingMetrics(upcycling)])
 
 
 if __name__ == "__main__":

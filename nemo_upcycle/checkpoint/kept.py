@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, HuggingFaceCheckpoint, MegatronCheckpoint
+from nemo_upcycle.checkpoint.beside import FIELD, record_beside
 from nemo_upcycle.checkpoint.common_state import read_common_state
 from nemo_upcycle.checkpoint.huggingface import is_huggingface, resolve_directory
 from nemo_upcycle.errors import UpcyclingError
@@ -17,16 +18,6 @@ from nemo_upcycle.families import architecture_of
 from nemo_upcycle.families.family import Architecture
 from nemo_upcycle.families.megatron import moe_architecture
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
-
-FIELD = "kept"
-"""Key of the record in a callback's state in a checkpoint."""
-
-UPCYCLED_FROM = "upcycled_from.json"
-"""The file beside the checkpoints of a run of Megatron-LM's or Bridge's that has it."""
-
-MODEL_FIELDS = "model_fields"
-"""Key of Megatron's fields that Megatron-LM's and Bridge's configs do not say: the vocabulary
-without its padding, and RoPE scaling other than Megatron-Core's own."""
 
 CHAT_TEMPLATES = "additional_chat_templates"
 """Directory of named chat templates, beside transformers' `chat_template.jinja`."""
@@ -186,30 +177,9 @@ def _states(weights: Path) -> Iterator[dict[str, Any]]:
         )
     callbacks = common.get("callbacks") if isinstance(common, dict) else None
     states = list(callbacks.values()) if isinstance(callbacks, dict) else []
-    for state in (*states, recorded_beside(weights.resolve().parent)):
+    for state in (*states, record_beside(weights)):
         if isinstance(state, dict):
             yield state
-
-
-def recorded_beside(run: Path) -> Any:
-    """Return the record of a run of Megatron-LM's or Bridge's, as JSON; None if there is none.
-
-    Args:
-        run: The directory of the run.
-
-    Raises:
-        UpcyclingError: The file is damaged.
-    """
-    path = run / UPCYCLED_FROM
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UpcyclingError(
-            f"{path} cannot be read as JSON: {error}. Restore it, or remove it to export without "
-            "the dense model's tokens."
-        ) from error
 
 
 def _plain(value: Any) -> dict[str, Any] | None:

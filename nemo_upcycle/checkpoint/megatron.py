@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle.checkpoint.beside import with_unsaid
 from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, DenseCheckpoint, Piece, Span, TensorInfo
 from nemo_upcycle.checkpoint.foreign import no_checkpoint
 from nemo_upcycle.checkpoint.huggingface import resolve_directory
@@ -123,7 +124,7 @@ class MegatronCheckpoint(DenseCheckpoint):
             config = read_args(self.directory)
         self.context = layout.context
         self._stored = read_metadata(self.directory, experts)
-        self.config = self._with_vocabulary(config)
+        self.config = self._with_vocabulary(with_unsaid(config, self.directory))
         self._pieces: dict[str, list[Piece]] = {}
 
     @cached_property

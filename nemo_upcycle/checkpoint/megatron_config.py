@@ -1,17 +1,20 @@
-"""The model config of a Megatron checkpoint: NeMo 2's `model.yaml`, Megatron-LM's `args`.
+"""The model config of a Megatron checkpoint: NeMo 2's `model.yaml`, Megatron-LM's `args`, or
+Megatron-Bridge's `run_config.yaml`.
 
-Both become a dict with Megatron's field names. Nothing named in a file is imported.
+All become a dict with Megatron's field names. Nothing named in a file is imported.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from nemo_upcycle.checkpoint.beside import unsaid_fields
 from nemo_upcycle.checkpoint.common_state import read_common_state
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.megatron import MEGATRON_ROPE_SCALING
+from nemo_upcycle.families.megatron import MEGATRON_ROPE_SCALING, MODEL_TYPE
 
 # Megatron-LM's names that differ from Megatron-Core's configs.
 _ARGS = {
@@ -21,6 +24,18 @@ _ARGS = {
     "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
     "swiglu": "gated_linear_unit",
 }
+
+_ALIASES = {"relu2": "squared_relu"}
+"""Other names of activation functions in Megatron-Bridge."""
+
+_PLAIN_MODELS = re.compile(
+    r"(Bridge)?GPTModelConfig|GPTModelProvider|"
+    r"(CodeLlama|Llama|Mistral|Qwen|Nemotron|Minitron)[0-9]*ModelProvider\w*"
+)
+"""Megatron's and Megatron-Bridge's classes of dense models that compute what their fields say.
+
+Others, such as Gemma's, compute more: no field says so.
+"""
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,7 +65,7 @@ def read_model_yaml(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as NeMo 2's model.yaml ({type(error).__name__}: {said}). "
             "The file is damaged; copy the checkpoint again."
         ) from error
-    return {"model_type": "megatron"} | fields
+    return {"model_type": MODEL_TYPE} | fields
 
 
 def _plain(value: Any) -> Any:
@@ -88,7 +103,7 @@ def read_args(weights: Path) -> dict[str, Any]:
     if fields.get("use_rope_scaling"):
         fields |= _rope_scaling(fields)
     fields["activation_func"] = _activation(fields)
-    return fields | {"model_type": "megatron"}
+    return fields | {"model_type": MODEL_TYPE}
 
 
 def _rope_scaling(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,29 +114,39 @@ def _rope_scaling(fields: Mapping[str, Any]) -> dict[str, Any]:
 def _activation(args: Mapping[str, Any]) -> str:
     if args.get("gated_linear_unit"):
         return "silu"
+    if args.get("quick_geglu"):
+        return "quick_gelu"
     return "squared_relu" if args.get("squared_relu") else "gelu"
 
 
 def read_run_config(path: Path) -> dict[str, Any]:
-    """Read the model's config out of Megatron-Bridge's `run_config.yaml`.
+    """Read the model's config from Megatron-Bridge's `run_config.yaml`.
 
     Raises:
-        UpcyclingError: It is not one.
+        UpcyclingError: The file is damaged, or describes a model of another class.
     """
     try:
         model = yaml.load(path.read_text(), _Loader)["model"]
-        # Megatron's own GPTModelConfig has a TransformerConfig in it; Bridge's providers are one.
+        # A GPTModelConfig contains a TransformerConfig; Bridge's older providers are one.
         found = {**(model.get("transformer") or {}), **model}
         fields = {str(name): _plain(value) for name, value in found.items()}
-    except Exception as error:  # text that is no YAML can make it raise anything
+        kind = str(model.get("_target_")).rpartition(".")[2]
+        unsaid = unsaid_fields(model.get("extra_checkpoint_metadata"))
+    except Exception as error:  # invalid YAML can raise anything
         said = " ".join(str(error).split())
         raise UpcyclingError(
             f"{path} cannot be read as Megatron-Bridge's run_config.yaml "
-            f"({type(error).__name__}: {said}). It is damaged; copy the checkpoint again."
+            f"({type(error).__name__}: {said}). The file is damaged; copy the checkpoint again."
         ) from error
     fields.pop("transformer", None)
+    if not fields.get("num_moe_experts") and not _PLAIN_MODELS.fullmatch(kind):
+        raise UpcyclingError(
+            f"{path} says that the model is a {kind}, which may compute more than its fields say; "
+            "expected a GPTModelConfig or a provider of Llama, Mistral, Qwen or Nemotron. Export "
+            "the model to Hugging Face with Megatron-Bridge, and give that directory."
+        )
     if fields.get("rope_scaling"):
         fields |= _rope_scaling(fields)
-    if fields.get("activation_func") is None:  # Megatron's own configs do not write functions
-        fields["activation_func"] = "silu" if fields.get("gated_linear_unit") else "squared_relu"
-    return fields | {"model_type": "megatron"}
+    function = fields.get("activation_func")  # None if a GPTModelConfig of Megatron's was saved
+    fields["activation_func"] = _ALIASES.get(str(function), function)
+    return {**fields, **unsaid, "model_type": MODEL_TYPE}

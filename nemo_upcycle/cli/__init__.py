@@ -15,6 +15,7 @@ from nemo_upcycle.cli.ablate import ablate
 from nemo_upcycle.cli.plan import groups, plan
 from nemo_upcycle.cli.tools import (
     Directory,
+    before_serving,
     check_file_writable,
     last_checkpoint,
     one_line_errors,
@@ -130,6 +131,7 @@ def export(
         )
     for note in plan.notes:
         typer.echo(f"Note: {note}.")
+    before_serving(plan.family.model_type)
 
 
 @app.command()

@@ -86,22 +86,22 @@ def _one_line(error: Exception) -> str:
     return str(getattr(error, "proxy_base_exception", error))
 
 
-def _knowing_the_ranks(execute: Any) -> Any:
-    """Let factories know the ranks of the executor, which NeMo-Run has parsed before.
+def _knowing_the_executor(execute: Any) -> Any:
+    """Let factories know the executor, which NeMo-Run has parsed before.
 
-    NeMo-Run's words about a local job are hidden.
+    What NeMo-Run says about a local job is hidden.
     """
 
     @wraps(execute)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with executors.ranks_of(self.executor), job_output.quiet_launch(self):
+        with executors.launching(self.executor), job_output.quiet_launch(self):
             return execute(self, *args, **kwargs)
 
     return wrapped
 
 
 logging.getLogger(cli_parser.__name__).setLevel(logging.CRITICAL)  # repeats the error, at length
-RunContext._execute_task = _knowing_the_ranks(RunContext._execute_task)
+RunContext._execute_task = _knowing_the_executor(RunContext._execute_task)
 RunContext.cli_execute = _with_one_line_errors(RunContext.cli_execute)
 listen()
 job_output.listen()

@@ -130,6 +130,15 @@ def one_of(checkpoints: Sequence[Path]) -> Path:
     return checkpoints[0]
 
 
+def before_serving(model_type: str) -> None:
+    """Say where it is written which engines compute an architecture otherwise than transformers."""
+    if model_type != "mixtral":
+        typer.echo(
+            "Note: not every engine computes this architecture as transformers does: see "
+            "docs/serving.md before you serve the model."
+        )
+
+
 _taken: dict[str, str] = {}
 
 

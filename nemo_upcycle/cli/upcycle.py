@@ -13,7 +13,7 @@ from nemo_upcycle.cli.experts import (
     TopK,
     upcycling_config,
 )
-from nemo_upcycle.cli.tools import one_line_errors
+from nemo_upcycle.cli.tools import before_serving, one_line_errors
 from nemo_upcycle.progress import progress, size
 
 if TYPE_CHECKING:
@@ -115,3 +115,4 @@ def _show(plan: "UpcycledDirectory", what: str) -> None:
         typer.echo(f"  {name:<8} {text}")
     for note in plan.notes:
         typer.echo(f"Note: {note}.")
+    before_serving(plan.family.model_type)

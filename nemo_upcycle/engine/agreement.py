@@ -10,15 +10,17 @@ from nemo_upcycle.config import Exactness, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.fields import ROUTER_FIELDS, architecture_fields, window_fields
-from nemo_upcycle.families.megatron import LLAMA_FIELDS
+from nemo_upcycle.families.megatron import LLAMA_FIELDS, OF_NO_FAMILY
 from nemo_upcycle.plans.layout import padded_vocabulary
 
-_USUAL: dict[str, Any] = LLAMA_FIELDS | {
-    "activation_func": "silu",
-    "scale_factor": None,
-    "mrope_section": None,
-    "window_attn_skip_freq": None,
-}
+_USUAL: dict[str, Any] = (
+    LLAMA_FIELDS
+    | OF_NO_FAMILY
+    | {
+        "activation_func": "silu",
+        "scale_factor": None,
+    }
+)
 """Fields that determine a dense model's function; the defaults are a Llama's. Dropout, precision
 and fusion are settings of the run and not compared."""
 
@@ -31,7 +33,12 @@ _OF_ROUTER = ROUTER_FIELDS | {
 }
 
 
-def check_agreement(config: Any, arch: Architecture, tokenizer_size: int | None = None) -> None:
+def check_agreement(
+    config: Any,
+    arch: Architecture,
+    tokenizer_size: int | None = None,
+    way_out: str = "Set these fields to what is expected.",
+) -> None:
     """Check that a model matches a dense checkpoint's config.
 
     The run may choose experts, sequence lengths (unless a window depends on them), padding of the
@@ -41,6 +48,7 @@ def check_agreement(config: Any, arch: Architecture, tokenizer_size: int | None 
         config: The model's config: any class of NeMo's GPTConfig.
         arch: The dense checkpoint's architecture.
         tokenizer_size: Size of the vocabulary if the config has none.
+        way_out: What the user can do about a difference.
 
     Raises:
         UpcyclingError: The model differs; the message lists all fields that differ.
@@ -52,9 +60,7 @@ def check_agreement(config: Any, arch: Architecture, tokenizer_size: int | None 
         )
         raise UpcyclingError(
             f"The model is not the dense checkpoint's: {said}. Its weights would compute something "
-            "else. Leave these fields to the checkpoint's config: give a dense_checkpoint that can "
-            "be read where the recipe is made, or set model.config.FIELD to what is expected. If a "
-            "change is meant, make it in the checkpoint's config first."
+            f"else. {way_out} If a change is meant, make it in the checkpoint's config first."
         )
 
 

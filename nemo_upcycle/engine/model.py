@@ -1,4 +1,4 @@
-"""What Megatron-Core's GPT models need beyond their config, to train as the dense model asks."""
+"""Changes to Megatron-Core's GPT models that no config field can make."""
 
 from collections.abc import Mapping
 
@@ -51,13 +51,13 @@ def leave_padding_out(model: torch.nn.Module, vocab_size: int) -> None:
 def rope_frequencies(
     model: torch.nn.Module, head_size: int, base: float, scaling: Mapping[str, float] | None
 ) -> torch.Tensor:
-    """Return the inverse frequencies that a dense model's RoPE has, as Megatron computes them.
+    """Return the inverse frequencies of a dense model's RoPE, as Megatron computes them.
 
     Args:
-        model: A Megatron-Core GPT model, whose arithmetic and device are taken.
-        head_size: Dimensions of a head that are rotated.
+        model: A Megatron-Core GPT model, which gives the arithmetic and the device.
+        head_size: Rotated dimensions per head.
         base: RoPE's base.
-        scaling: Llama 3.1's scaling, see `Architecture.rope_scaling`; None for none.
+        scaling: Llama 3.1's scaling, see `Architecture.rope_scaling`; None for no scaling.
 
     Returns:
         Frequencies [head_size / 2].
@@ -72,14 +72,14 @@ def rope_frequencies(
 
 
 def two_stages_fields(stages: int, virtual_stages: int | None) -> dict[str, bool]:
-    """Return the fields that two pipeline stages with virtual stages need; none for others.
+    """Return the fields that two pipeline stages with virtual stages need; none for other counts.
 
-    The next stage and the previous one are the same rank then. Megatron would take what comes from
-    one for what comes from the other, unless it sends to each by itself.
+    With two stages, the next and the previous stage are the same rank. In one batch of sends
+    Megatron would confuse the tensors of both directions, so each is sent separately.
 
     Args:
-        stages: Pipeline-parallel ranks.
-        virtual_stages: Virtual stages per rank; None without.
+        stages: Number of pipeline-parallel ranks.
+        virtual_stages: Virtual stages per rank; None without virtual stages.
     """
     if stages != 2 or not virtual_stages:
         return {}

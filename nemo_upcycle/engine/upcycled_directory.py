@@ -11,8 +11,8 @@ from math import prod
 from pathlib import Path
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, TensorInfo
+from nemo_upcycle.checkpoint.beside import UPCYCLED_FROM
 from nemo_upcycle.checkpoint.described import check_whole
-from nemo_upcycle.checkpoint.kept import UPCYCLED_FROM
 from nemo_upcycle.checkpoint.megatron import VOCABULARY
 from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.config import Exactness, ParallelFolding, UpcyclingConfig

@@ -69,18 +69,18 @@ class Prepared:
     kept: Mapping[str, Any] | None
     upcycling: UpcyclingConfig
 
-    def check_model(self, config: Any, tokenizer_size: int | None = None) -> None:
+    def check_model(self, config: Any, **others: Any) -> None:
         """Check that a model matches the checkpoint, by headers and configs alone.
 
         Args:
             config: The model's config, with Megatron's and NeMo's field names.
-            tokenizer_size: Size of the vocabulary if the config has none.
+            others: Further arguments of `check_agreement`.
 
         Raises:
             UpcyclingError: The checkpoint's tensors contradict its config, or the model differs.
         """
         check_whole(self.checkpoint)
-        check_agreement(config, self.checkpoint.architecture, tokenizer_size)
+        check_agreement(config, self.checkpoint.architecture, **others)
 
 
 def prepare(dense_checkpoint: str, upcycling: UpcyclingConfig) -> Prepared:

@@ -192,16 +192,20 @@ def go_on(
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature}
     prompt = torch.tensor([ids], device=model.device)
-    output = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stops,
-            # A single row needs no padding, but transformers warns without a pad token.
-            pad_token_id=stops[0] if isinstance(stops, list) else stops,
-            **sampling,
-        ),
-        use_model_defaults=False,
-    )
+    # transformers fills what is not set here from the model's own config.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        output = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stops,
+                # A single row needs no padding, but transformers warns without a pad token.
+                pad_token_id=stops[0] if isinstance(stops, list) else stops,
+                **sampling,
+            ),
+        )
+    finally:
+        model.generation_config = own
     return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -20,11 +20,11 @@ from nemo_upcycle.evaluation.checks import dtype_of
 from nemo_upcycle.evaluation.checks import open_tokenizer as open_tokenizer
 from nemo_upcycle.evaluation.generation import generation_config
 from nemo_upcycle.evaluation.megatron_model import MegatronForCausalLM
-from nemo_upcycle.evaluation.transformers_model import is_known, transformers_model
+from nemo_upcycle.evaluation.transformers_model import is_fused, is_known, transformers_model
 from nemo_upcycle.families import FAMILIES
 from nemo_upcycle.families.model import upcycling_of
 from nemo_upcycle.families.moe_config import MOE_FAMILIES
-from nemo_upcycle.nemo.model import trained_config
+from nemo_upcycle.megatron.inference import inference_model
 from nemo_upcycle.plans.layout import validate
 
 
@@ -36,8 +36,9 @@ def open_model(
 ) -> PreTrainedModel:
     """Load a model for inference; every rank must call this.
 
-    NeMo 2 and Megatron-LM checkpoints, dense or MoE, run in Megatron. A Hugging Face directory runs
-    in transformers on one rank, and in Megatron on several ranks.
+    Checkpoints of NeMo 2, Megatron-LM and Megatron-Bridge, dense or MoE, run in Megatron. A Hugging
+    Face directory runs in transformers on one rank, and in Megatron on several ranks. With
+    transformers 5 an MoE runs in Megatron on one rank too.
 
     Args:
         source: The checkpoint, saved under any mapping.
@@ -55,8 +56,8 @@ def open_model(
     chosen = dtype_of(dtype)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     folding.validate(world_size)
-    in_megatron = megatron or world_size > 1
     config = read_config(directory) if is_huggingface(directory) else None
+    in_megatron = megatron or world_size > 1 or (config is not None and is_fused(config))
     if config is not None and in_megatron and not is_known(config):
         raise UpcyclingError(
             f"config.json says model_type={config.get('model_type')!r}, which Megatron does not "
@@ -106,14 +107,9 @@ def _in_megatron(
     model = source.model
     if not any(model.is_moe):  # a dense model evaluated with the mapping of an MoE
         folding = replace(folding, expert_model_parallel_size=1, expert_tensor_parallel_size=1)
-    config = trained_config(
-        model, dtype, **vars(folding), sequence_parallel=folding.sequence_parallel
-    )
     world_size = torch.distributed.get_world_size()
     validate(model.arch, upcycling_of(model, model.arch.ffn_hidden_size), folding, world_size)
-    chunk = config.configure_model(tokenizer=None)
-    if torch.cuda.is_available():
-        chunk.cuda()
+    chunk = inference_model(model, folding, dtype)
     ranks, filled, error = Ranks(), None, None
     try:
         filled = source.fill([chunk])

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_utils import no_init_weights
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, read_config
 from nemo_upcycle.checkpoint.described import check_whole
@@ -23,10 +23,23 @@ from nemo_upcycle.plans.rank import Block
 from nemo_upcycle.trained.opened import open_trained
 from nemo_upcycle.trained.restore import check_all_restored, plan_restore
 
+try:  # transformers 5
+    from transformers.initialization import no_init_weights
+except ImportError:
+    from transformers.modeling_utils import no_init_weights
+
 
 def is_known(config: dict[str, Any]) -> bool:
     """Return whether a `config.json` belongs to a family that Megatron computes, dense or MoE."""
     return config.get("model_type") in (*FAMILIES, *MOE_FAMILIES)
+
+
+def is_fused(config: dict[str, Any]) -> bool:
+    """Return whether the installed transformers has other parameters than the directory's files.
+
+    transformers 5 stacks a layer's experts in one parameter.
+    """
+    return transformers.__version__ >= "5" and config.get("model_type") in MOE_FAMILIES
 
 
 def transformers_model(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:

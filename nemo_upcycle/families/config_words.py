@@ -14,6 +14,9 @@ from nemo_upcycle.families.defaults import DEFAULTS
 _ROPE_WORDS = ("rope_theta", "partial_rotary_factor")
 """Keys at the top level in transformers 4, and in `rope_parameters` in transformers 5."""
 
+UNSCALED_ROPE = ("nemotron",)
+"""Families whose RoPE transformers 5 scales and transformers 4 does not."""
+
 
 def in_words_of_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with the keys of transformers 4.
@@ -130,7 +133,7 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, An
     family = str(config.get("model_type"))
     if kind == "default":
         return {"rope_scaling": None} if rope or "rope_scaling" in config else {}
-    if family == "nemotron":
+    if family in UNSCALED_ROPE:
         raise UpcyclingError(
             f"config.json asks for RoPE scaling {kind!r} in a Nemotron, which transformers 5 "
             "computes and transformers 4 does not; only none can be upcycled."

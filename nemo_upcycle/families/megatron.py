@@ -1,41 +1,14 @@
-"""Dense Llamas with Megatron's own names: NeMo 2 and Megatron-LM checkpoints."""
+"""Read the architecture from Megatron's own configs, of dense models and upcycled ones."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.family import (
-    Architecture,
-    DownMLP,
-    Family,
-    GatedMLP,
-    Operation,
-    Rename,
-)
-from nemo_upcycle.families.llama import MEGATRON_LAYER
-from nemo_upcycle.families.llama import PARAMETERS as LLAMA_PARAMETERS
+from nemo_upcycle.families.family import Architecture
 from nemo_upcycle.families.values import LARGEST_SIZE, MOST_LISTED, is_positive, shown
 
-_ATTENTION = MEGATRON_LAYER + "self_attention."
-_MLP = MEGATRON_LAYER + "mlp."
-
-PARAMETERS: dict[str, Operation] = {name: Rename(name) for name in LLAMA_PARAMETERS} | {
-    _MLP + "linear_fc1.weight": GatedMLP(_MLP + "linear_fc1.weight", _MLP + "linear_fc1.weight"),
-    _MLP + "linear_fc2.weight": DownMLP(_MLP + "linear_fc2.weight"),
-}
-
-TENSORS: dict[str, tuple[str, ...]] = {
-    "embedding.word_embeddings.weight": ("vocab", "hidden"),
-    _ATTENTION + "linear_qkv.layer_norm_weight": ("hidden",),
-    _ATTENTION + "linear_qkv.weight": ("qkv", "hidden"),
-    _ATTENTION + "linear_proj.weight": ("hidden", "queries"),
-    _MLP + "linear_fc1.layer_norm_weight": ("hidden",),
-    _MLP + "linear_fc1.weight": ("fc1", "hidden"),
-    _MLP + "linear_fc2.weight": ("hidden", "ffn"),
-    "decoder.final_layernorm.weight": ("hidden",),
-    "output_layer.weight": ("vocab", "hidden"),
-}
+MODEL_TYPE = "megatron"
+"""Model type of a config with Megatron's field names."""
 
 LLAMA_FIELDS: dict[str, Any] = {
     "normalization": "RMSNorm",
@@ -62,6 +35,31 @@ LLAMA_FIELDS: dict[str, Any] = {
 }
 """Megatron's fields of a Llama; also assumed for fields that are not recorded."""
 
+OF_NO_FAMILY: dict[str, Any] = {
+    "qk_l2_norm": False,
+    "attention_output_gate": False,
+    "window_attn_skip_freq": None,
+    "mrope_section": None,
+    "linear_attention_freq": None,
+    "experimental_attention_variant": None,
+    "use_mup": False,
+    # Fields of Megatron-LM's arguments.
+    "quick_geglu": False,
+    "hybrid_layer_pattern": None,
+    "hybrid_override_pattern": None,
+    "heterogeneous_layers_config_path": None,
+    # Fields of Megatron-Bridge's model providers.
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "query_pre_attn_scalar": None,
+    "interleaved_attn_pattern": None,
+    "hybrid_attention_pattern": None,
+    "rotary_base_per_layer": None,
+    "swiglu_limits": None,
+}
+"""Fields that change what is computed, off in all families. Most have no weights, so that the
+tensors would fit."""
+
 ROPE_SCALING_FIELDS = {
     "scale_factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -75,12 +73,30 @@ MEGATRON_ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_c
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
-    """Read the architecture of a dense Llama from a config with Megatron's field names.
+    """Read the architecture of a dense model from a config with Megatron's field names.
 
     Raises:
-        UpcyclingError: A number is missing, or the model is an MoE or no Llama.
+        UpcyclingError: A number is missing, or the model is an MoE or none that can be upcycled.
     """
-    _check_llama(config)
+    experts = config.get("num_moe_experts")
+    if experts is not None:
+        raise UpcyclingError(
+            f"The dense checkpoint's config says num_moe_experts={experts}: it is an MoE already. "
+            "Give a dense checkpoint; to train this one on, resume from it."
+        )
+    return moe_architecture(config)
+
+
+def moe_architecture(config: Mapping[str, Any]) -> Architecture:
+    """Read the architecture of a model that is dense, or was before it was upcycled.
+
+    Raises:
+        UpcyclingError: A number is missing, or a field is one that no family has.
+    """
+    for name, usual in (LLAMA_FIELDS | OF_NO_FAMILY).items():
+        value = config.get(name, usual)
+        if name not in _OF_FAMILIES and value != usual and (value or usual):
+            raise _unsupported(name, value, usual)
     heads = _count(config, "num_attention_heads")
     hidden_size = _count(config, "hidden_size")
     arch = Architecture(
@@ -95,12 +111,19 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
             config, "max_position_embeddings", config.get("seq_length") or 4096
         ),
         layernorm_epsilon=_number(config, "layernorm_epsilon", 1e-5),
-        rotary_base=_number(config, "rotary_base", 10000.0),
+        rotary_base=float(_number(config, "rotary_base", 10000.0)),
         rope_scaling=_rope_scaling(config),
         share_embeddings_and_output_weights=bool(
             config.get("share_embeddings_and_output_weights", False)
         ),
         init_method_std=_number(config, "init_method_std", 0.02),
+        activation=_activation(config),
+        normalization=_normalization(config),
+        add_qkv_bias=bool(config.get("add_qkv_bias")),
+        qk_layernorm=bool(config.get("qk_layernorm")),
+        rotary_percent=_number(config, "rotary_percent", 1.0),
+        seq_len_interpolation_factor=_interpolation(config),
+        sliding_window=_window(config),
     )
     if not 0 < arch.num_query_groups <= heads or heads % arch.num_query_groups:
         raise UpcyclingError(
@@ -108,39 +131,6 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
             f"{arch.num_query_groups} query groups; expected the second to divide the first."
         )
     return arch
-
-
-def moe_architecture(config: Mapping[str, Any]) -> Architecture:
-    """Read the architecture of an upcycled model of any supported family.
-
-    Raises:
-        UpcyclingError: A number is missing, or the family is not supported.
-    """
-    window, interpolation = (
-        config.get(name) for name in ("window_size", "seq_len_interpolation_factor")
-    )
-    gated = config.get("gated_linear_unit", True)
-    norm = config.get("normalization", "RMSNorm")
-    as_llama = {
-        **config,
-        **{name: LLAMA_FIELDS[name] for name in _OF_FAMILIES},
-        "num_moe_experts": None,
-        "activation_func": "silu",
-    }
-    dense = architecture(as_llama)
-    return replace(
-        dense,
-        rotary_base=float(dense.rotary_base),  # Megatron-LM's arguments have an integer
-        activation="swiglu" if gated else "squared_relu",
-        normalization="RMSNorm" if norm == "RMSNorm" else "LayerNorm1p",
-        add_qkv_bias=bool(config.get("add_qkv_bias")),
-        qk_layernorm=bool(config.get("qk_layernorm")),
-        rotary_percent=_number(config, "rotary_percent", 1.0),
-        seq_len_interpolation_factor=(
-            None if interpolation is None else _number(config, "seq_len_interpolation_factor")
-        ),
-        sliding_window=None if window is None else window[0] + 1,
-    )
 
 
 _OF_FAMILIES = (
@@ -155,20 +145,60 @@ _OF_FAMILIES = (
 )
 """Fields of `LLAMA_FIELDS` in which the families that can be upcycled differ."""
 
+_ACTIVATIONS = {(True, "silu"): "swiglu", (False, "squared_relu"): "squared_relu"}
+"""Kinds of feed-forward layers, by whether there is a gate and by Megatron's function."""
 
-def _check_llama(config: Mapping[str, Any]) -> None:
-    experts = config.get("num_moe_experts")
-    if experts is not None:
+_NORMS = {("RMSNorm", False): "RMSNorm", ("LayerNorm", True): "LayerNorm1p"}
+"""Kinds of norms, by Megatron's name and by whether 1 is added to the weight."""
+
+
+def _activation(config: Mapping[str, Any]) -> str:
+    gated = bool(config.get("gated_linear_unit", True))
+    function = config.get("activation_func", "silu" if gated else "squared_relu")
+    if function is None:
         raise UpcyclingError(
-            f"The dense checkpoint's config says num_moe_experts={experts}: it is an MoE already. "
-            "Give a dense checkpoint; to train this one on, resume from it."
+            "The checkpoint's run_config.yaml does not say which activation function the model "
+            "has: Megatron's own GPTModelConfig does not save functions. Add a line to the file, "
+            "below transformer, such as activation_func: silu."
         )
-    activation = config.get("activation_func", "silu")
-    if str(activation).rpartition(".")[2] != "silu":
-        raise _unsupported("activation_func", activation, "silu")
-    for name, expected in LLAMA_FIELDS.items():
-        if config.get(name, expected) != expected:
-            raise _unsupported(name, config[name], expected)
+    function = str(getattr(function, "__name__", function))  # a config in memory has functions
+    found = _ACTIVATIONS.get((gated, function.rpartition(".")[2]))
+    if found is None:
+        raise UpcyclingError(
+            f"The dense checkpoint's config says activation_func={function!r} with "
+            f"gated_linear_unit={gated}; only SwiGLU ('silu' with a gate) and squared ReLU "
+            "('squared_relu' without a gate) can be upcycled."
+        )
+    return found
+
+
+def _normalization(config: Mapping[str, Any]) -> str:
+    kind = str(config.get("normalization") or "RMSNorm")
+    adds_one = bool(config.get("layernorm_zero_centered_gamma"))
+    found = _NORMS.get((kind, adds_one))
+    if found is None:
+        raise UpcyclingError(
+            f"The dense checkpoint's config says normalization={kind!r} with "
+            f"layernorm_zero_centered_gamma={adds_one}; only RMSNorm without, and LayerNorm with "
+            "it can be upcycled."
+        )
+    return found
+
+
+def _interpolation(config: Mapping[str, Any]) -> float | None:
+    name = "seq_len_interpolation_factor"
+    return None if config.get(name) is None else _number(config, name)
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    """Return the tokens that a token attends to; Megatron counts those before it, -1 is all."""
+    window = config.get("window_size")
+    if window is None or window == -1:
+        return None
+    pair = list(window) if isinstance(window, list | tuple) else []
+    if len(pair) != 2 or any(type(n) is not int for n in pair) or pair[0] < -1 or pair[1] > 0:
+        raise _unfit("window_size", window, "None, or the tokens before a token and 0 after it")
+    return None if pair[0] == -1 else pair[0] + 1
 
 
 def _unsupported(name: str, found: object, expected: object) -> UpcyclingError:
@@ -204,12 +234,3 @@ def _unfit(name: str, value: object, expected: str) -> UpcyclingError:
         f"The dense checkpoint's config says {name}={shown(value)}; expected {expected}. "
         "Use a checkpoint with the config that it was saved with."
     )
-
-
-MEGATRON = Family(
-    model_type="megatron",
-    architecture=architecture,
-    parameters=PARAMETERS,
-    tensors=TENSORS,
-    tied=("output_layer.weight", "embedding.word_embeddings.weight"),
-)

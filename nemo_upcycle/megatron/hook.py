@@ -1,4 +1,4 @@
-"""The hook that fills a model from a dense checkpoint before it is wrapped and trained."""
+"""The hook that fills a model from a dense checkpoint, before the model is wrapped and trained."""
 
 import os
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from nemo_upcycle.checkpoint.kept import MODEL_FIELDS
+from nemo_upcycle.checkpoint.beside import MODEL_FIELDS
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.model import mark_experts
 from nemo_upcycle.engine.provenance import Origin, mapping_of
@@ -18,6 +18,11 @@ from nemo_upcycle.megatron.model import Chunks, described, fields_beside_config,
 from nemo_upcycle.megatron.run import checkpoint_to_resume, read_origin, write_origin
 
 PREFIX = "[upcycle]"
+
+_WAY_OUT = (
+    "Make the config with nemo_upcycle.megatron.gpt_model_config, or set these fields of the "
+    "GPTModelConfig, or of its TransformerConfig, to what is expected."
+)
 
 
 def upcycle(
@@ -31,36 +36,40 @@ def upcycle(
 ) -> Callable[[Chunks], Chunks]:
     """Return a hook for `pre_wrap_hooks` that upcycles a dense checkpoint on a fresh start.
 
-    Megatron calls it at every start, with the models of all virtual pipeline stages, before
+    Megatron calls the hook at every start, with the models of all virtual pipeline stages, before
     Float16Module and DistributedDataParallel, and before a checkpoint is loaded. Every rank reads
-    only the slices that fill its own shards; no rank holds the dense model. Where there is a
-    checkpoint to resume, the hook fills nothing and checks that the run goes on as it began.
+    only the slices that fill its own shards; no rank holds the dense model. If there is a
+    checkpoint to resume, the hook fills nothing, and checks that the run continues as begun.
 
     Args:
-        dense_checkpoint: Directory of Hugging Face's, NeMo 2's or Megatron-LM's, or the name of a
-            model in the local Hugging Face cache. Several, separated by semicolons, give experts
-            from each in turn, and everything else their average (Branch-Train-MiX).
-        upcycling: What the feed-forward layers become; None copies them into the experts that the
-            model's config has.
+        dense_checkpoint: Directory in the format of Hugging Face, NeMo 2, Megatron-LM or
+            Megatron-Bridge, or the name of a model in the local Hugging Face cache. Several,
+            separated by semicolons, give experts in turn, and all other weights are averaged
+            (Branch-Train-MiX).
+        upcycling: What the feed-forward layers become; None copies the layers into the experts
+            that the model's config has.
         resume_from: The directory that the run saves to and loads from (`--load`, Bridge's
-            `checkpoint.load`). What the run began from is kept in it. None upcycles at every
-            start.
-        vocab_size_divisible_by: What the model's vocabulary is padded to per tensor-parallel rank,
-            at most.
-        read_once: Read each slice once per job and broadcast it to all ranks that hold it, for
-            file systems that are slower than the network between nodes.
-        timeout_s: Seconds that a rank waits for the slowest before it takes it for lost.
+            `checkpoint.load`). The directory also keeps the record of the run's origin. None
+            upcycles at every start.
+        vocab_size_divisible_by: Largest multiple to which the model's vocabulary is padded per
+            tensor-parallel rank.
+        read_once: Read each slice once per job and broadcast the slice to all ranks that hold it,
+            for file systems that are slower than the network between nodes.
+        timeout_s: Seconds that a rank waits for the others before they count as lost.
 
     Returns:
-        The hook. It raises `UpcyclingError` on every rank where the checkpoint cannot be used, the
-        model is another, a resume contradicts the beginning, or a rank has failed.
+        The hook. On every rank the hook raises `UpcyclingError` if the checkpoint cannot be used,
+        the model is another, a resume contradicts the beginning, or a rank has failed.
+
+    Raises:
+        UpcyclingError: `resume_from` is not a directory of a file system.
 
     Source: online upcycling, arXiv 2412.09952 §3.
     """
     if "://" in str(resume_from):
         raise UpcyclingError(
-            f"resume_from is {resume_from}; expected a directory of a file system: whether there "
-            "is a checkpoint to resume could not be seen elsewhere."
+            f"resume_from is {resume_from}; expected a directory of a file system, where the hook "
+            "can see a checkpoint to resume."
         )
     run = None if resume_from is None else Path(resume_from)
     return _Hook(dense_checkpoint, upcycling, run, vocab_size_divisible_by, read_once, timeout_s)
@@ -71,13 +80,15 @@ class _Start:
     """What a rank knows before any weight is read.
 
     Attributes:
-        origin: What the command says that the run begins from.
-        prepared: The dense checkpoint; None where a resume does without it.
+        origin: The run's origin according to the command.
+        config: The model's fields, see `described`.
+        prepared: The dense checkpoint; None if a resume does without the dense checkpoint.
         resumed: The checkpoint that is resumed; None on a fresh start.
         remarks: What the user should know.
     """
 
     origin: Origin
+    config: SimpleNamespace
     prepared: Prepared | None
     resumed: Path | None
     remarks: tuple[str, ...] = ()
@@ -122,26 +133,26 @@ class _Hook:
                 raise
             origin = Origin.of(self.dense_checkpoint, None, upcycling)
             remark = f"the resume does not need the dense checkpoint: {error}"
-            return _Start(origin, None, resumed, (remark, *_check_origin(origin, resumed)))
+            return _Start(origin, config, None, resumed, (remark, *_check_origin(origin, resumed)))
         unsaid = fields_beside_config(prepared.checkpoint.architecture)
         kept = {**(prepared.kept or {}), MODEL_FIELDS: unsaid}
         origin = Origin.of(self.dense_checkpoint, prepared.fingerprint, upcycling, kept)
         if resumed is not None:
-            return _Start(origin, prepared, resumed, tuple(_check_origin(origin, resumed)))
+            return _Start(origin, config, prepared, resumed, tuple(_check_origin(origin, resumed)))
         _check_has_memory(chunks)
-        prepared.check_model(with_rope_of(config, chunks, prepared.checkpoint.architecture))
+        with_rope = with_rope_of(config, chunks, prepared.checkpoint.architecture)
+        prepared.check_model(with_rope, way_out=_WAY_OUT)
         _check_experts(config, prepared)
-        return _Start(origin, prepared, resumed)
+        return _Start(origin, config, prepared, resumed)
 
     def _fill(self, chunks: Chunks, start: _Start, ranks: Ranks) -> list[str]:
-        """Fill the model on all ranks, and record what it began from; return the report."""
+        """Fill the model on all ranks, and record the run's origin; return the report."""
         assert start.prepared is not None
-        config = described(chunks, self.vocab_size_divisible_by)
-        report = fill_all(start.prepared, chunks, config, ranks, self.read_once)
+        report = fill_all(start.prepared, chunks, start.config, ranks, self.read_once)
 
         def record() -> None:
             if ranks.rank == 0 and self.run is not None:
-                mapping = mapping_of(config, ranks.size, _ranks_per_node(ranks))
+                mapping = mapping_of(start.config, ranks.size, _ranks_per_node(ranks))
                 write_origin(
                     replace(start.origin, step0=str(report.exactness), mapping=mapping), self.run
                 )
@@ -156,22 +167,22 @@ def _ranks_per_node(ranks: Ranks) -> int:
 
 
 def _check_origin(now: Origin, resumed: Path) -> list[str]:
-    """Check that a resume goes on as the run began; return remarks."""
+    """Check that a resume continues as the run began; return remarks."""
     saved = read_origin(resumed)
     if saved is None:
         return [
-            f"{resumed} does not say what the run was begun with: another program has saved it. "
-            "It is taken as it is"
+            f"{resumed} does not say what the run was begun with: another program has saved the "
+            "checkpoint, which is taken as it is"
         ]
     saved.check(now, str(resumed))
     return []
 
 
 def _check_experts(config: SimpleNamespace, prepared: Prepared) -> None:
-    """Check that the model has the experts that are asked for.
+    """Check that the model has the experts that `UpcyclingConfig` asks for.
 
     Raises:
-        UpcyclingError: It has others; says every field in which it does.
+        UpcyclingError: The model has other experts; the message lists all fields that differ.
     """
     asked = moe_fields(prepared.checkpoint.architecture, prepared.upcycling)
     if asked["num_moe_experts"] is not None and config.num_moe_experts is not None:
@@ -188,8 +199,8 @@ def _check_experts(config: SimpleNamespace, prepared: Prepared) -> None:
     if wrong:
         raise UpcyclingError(
             f"The model has other experts than UpcyclingConfig says: {'; '.join(wrong)}. Make the "
-            "config with nemo_upcycle.megatron.gpt_model_config and the same UpcyclingConfig, or "
-            "give none, which takes what the model has."
+            "config with nemo_upcycle.megatron.gpt_model_config and the same UpcyclingConfig; or "
+            "give the hook no UpcyclingConfig, and the experts are the model's."
         )
 
 
@@ -198,9 +209,9 @@ def _every_layer(frequency: int | list[int]) -> int | list[int]:
 
 
 def _check_has_memory(chunks: Chunks) -> None:
-    """What is written to a parameter without memory is lost, and nobody would notice."""
+    """Check that weights can be written: without memory they would be lost, with no error."""
     if any(parameter.is_meta for chunk in chunks for parameter in chunk.parameters()):
         raise UpcyclingError(
-            "The model's parameters have no memory yet (init_model_with_meta_device=True), so that "
-            "weights written to them would be lost. Set init_model_with_meta_device=False."
+            "The model's parameters have no memory yet (init_model_with_meta_device=True): weights "
+            "written now would be lost. Set init_model_with_meta_device=False."
         )

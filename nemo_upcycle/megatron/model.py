@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nemo_upcycle.checkpoint.beside import MODEL_FIELDS
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
@@ -38,24 +39,25 @@ def gpt_model_config(
 ) -> Any:
     """Return the config of the model that a dense checkpoint becomes, for `GPTModelBuilder`.
 
-    All numbers come from the checkpoint: attention, RoPE and its scaling, window, norms, biases,
-    tied embeddings, vocabulary. The layers are Megatron's own, with Transformer Engine; without a
-    GPU they are made of modules that run on CPU.
+    All numbers come from the checkpoint: attention, RoPE and RoPE scaling, window, norms, biases,
+    tied embeddings, vocabulary. The layers are Megatron's own, with Transformer Engine. Without a
+    GPU the layers are built from modules that run on CPU.
 
     Args:
-        dense_checkpoint: Directory of Hugging Face's, NeMo 2's or Megatron-LM's, or the name of a
-            model in the local Hugging Face cache; several, separated by semicolons.
-        upcycling: What its feed-forward layers become; None takes `UpcyclingConfig()`.
-        folding: How it is spread; None takes one rank.
-        dtype: Of the parameters.
-        seq_length: Tokens of a sequence; None takes the dense model's context.
+        dense_checkpoint: Directory in the format of Hugging Face, NeMo 2, Megatron-LM or
+            Megatron-Bridge, or the name of a model in the local Hugging Face cache; several,
+            separated by semicolons.
+        upcycling: What the feed-forward layers become; None takes `UpcyclingConfig()`.
+        folding: The parallel mapping; None takes one rank.
+        dtype: The parameters' dtype.
+        seq_length: Tokens per sequence; None takes the dense model's context length.
         config_class: Bridge's `BridgeGPTModelConfig`; None takes Megatron's `GPTModelConfig`.
-        others: Further fields of `GPTModelConfig` or of the `TransformerConfig` in it, such as
-            `recompute_granularity`; they win over what is said above.
+        others: Further fields of `GPTModelConfig` or of the `TransformerConfig` inside, such as
+            `recompute_granularity`. These values replace those that the checkpoint gives.
 
     Returns:
-        A `megatron.training.models.gpt.GPTModelConfig`, or a `config_class`. Its `pre_wrap_hooks`
-        have what fields cannot say; append to them, do not replace them.
+        A `megatron.training.models.gpt.GPTModelConfig`, or a `config_class`. The hooks in
+        `pre_wrap_hooks` do what no field can express: append to the list, do not replace the list.
 
     Raises:
         UpcyclingError: The checkpoint cannot be read, a field is unknown, or Megatron-Core is
@@ -66,7 +68,7 @@ def gpt_model_config(
     folding = folding or ParallelFolding()
     length = seq_length or arch.max_position_embeddings
     values = {
-        **_of_architecture(arch, length),
+        **fields_of_architecture(arch, length),
         **moe_fields(arch, upcycling or UpcyclingConfig()),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -84,6 +86,7 @@ def gpt_model_config(
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "pre_wrap_hooks": [FinishModel(arch)],
+        "extra_checkpoint_metadata": {MODEL_FIELDS: fields_beside_config(arch)},
         **_of_machine(),
         **others,
     }
@@ -110,8 +113,13 @@ def _config_classes() -> tuple[type, type]:
     return GPTModelConfig, TransformerConfig
 
 
-def _of_architecture(arch: Architecture, seq_length: int) -> dict[str, Any]:
-    """Return what the dense model decides, in Megatron's fields alone."""
+def fields_of_architecture(arch: Architecture, seq_length: int) -> dict[str, Any]:
+    """Return the fields of Megatron's configs that a dense model determines.
+
+    Args:
+        arch: The dense model's architecture.
+        seq_length: Maximum tokens per sequence.
+    """
     found = LLAMA_FIELDS | architecture_fields(arch) | window_fields(arch, seq_length)
     found["activation_func"] = _activation(found.get("activation_func", "silu"))
     scaling = {name: found.pop(name) for name in ROPE_SCALING_FIELDS if name in found}
@@ -127,7 +135,7 @@ def _activation(name: str) -> Any:
 
 
 def _is_megatrons(scaling: Mapping[str, float]) -> bool:
-    """Say whether Megatron's field for RoPE scaling, which has a factor alone, can say it."""
+    """Return whether Megatron's field for RoPE scaling, which is a factor alone, is sufficient."""
     own = MEGATRON_ROPE_SCALING
     return bool(scaling) and all(scaling[name] == value for name, value in own.items())
 
@@ -148,10 +156,10 @@ def _cpu_layers(config: Any, vp_stage: int | None = None) -> Any:
 
 @dataclass(frozen=True)
 class FinishModel:
-    """Gives a rank's model what no field of its config can; runs at every start, as a hook.
+    """Sets in a rank's model what no field of the config can express; a hook, run at every start.
 
     Attributes:
-        arch: The dense model's numbers.
+        arch: The dense model's architecture.
     """
 
     arch: Architecture
@@ -173,15 +181,24 @@ def _frequencies(chunk: torch.nn.Module, arch: Architecture) -> torch.Tensor:
 
 
 def described(chunks: Sequence[torch.nn.Module], vocab_size_divisible_by: int) -> SimpleNamespace:
-    """Return what a rank's model is, in the fields of Megatron's and NeMo's configs.
+    """Return a rank's model as the fields of Megatron's and NeMo's configs.
 
-    A `TransformerConfig` alone knows no vocabulary and no positions; its model does.
+    A `TransformerConfig` has neither vocabulary nor positions; the model has both.
 
     Args:
         chunks: The rank's Megatron-Core GPT models.
-        vocab_size_divisible_by: What the vocabulary is padded to, on one tensor-parallel rank.
+        vocab_size_divisible_by: Multiple to which the vocabulary is padded per tensor-parallel
+            rank.
+
+    Raises:
+        UpcyclingError: The model is a HybridModel.
     """
     model = chunks[0]
+    if hasattr(model, "hybrid_layer_pattern"):
+        raise UpcyclingError(
+            "The model is a HybridModel, whose parameters have other names; expected a GPTModel. "
+            "Build the model from a GPTModelConfig."
+        )
     found = {
         **vars(model.config),
         "vocab_size": model.vocab_size,
@@ -203,37 +220,38 @@ def described(chunks: Sequence[torch.nn.Module], vocab_size_divisible_by: int) -
 def with_rope_of(
     config: SimpleNamespace, chunks: Sequence[torch.nn.Module], arch: Architecture
 ) -> SimpleNamespace:
-    """Return a description that has a dense model's RoPE scaling, where the model computes it.
+    """Return a description with the dense model's RoPE scaling, if the model has this scaling.
 
-    Megatron's models do not say which scaling they have; their frequencies do.
+    Megatron's models do not record their scaling; the frequencies show the scaling.
 
     Args:
-        config: What `described` returns.
+        config: The result of `described`.
         chunks: The rank's models.
-        arch: The dense model's numbers.
+        arch: The dense model's architecture.
 
     Raises:
-        UpcyclingError: The model rotates by other frequencies.
+        UpcyclingError: The model has other frequencies.
     """
     rope = getattr(chunks[0], "rotary_pos_emb", None)
     if rope is None or config.rotary_base != arch.rotary_base:
-        return config  # which the comparison of fields says
+        return config  # the comparison of fields reports this
     expected = _frequencies(chunks[0], arch)
     if rope.inv_freq.shape == expected.shape and not torch.allclose(
         rope.inv_freq, expected, rtol=1e-5, atol=0.0
     ):
         raise UpcyclingError(
             f"The model's RoPE is scaled otherwise than the dense checkpoint's, which says "
-            f"{dict(arch.rope_scaling) if arch.rope_scaling else 'no scaling'}; its weights would "
+            f"{dict(arch.rope_scaling) if arch.rope_scaling else 'no scaling'}: the weights would "
             "compute something else. Make the config with nemo_upcycle.megatron.gpt_model_config; "
-            "Megatron-LM's --use-rope-scaling knows Llama 3.1's numbers alone."
+            "Megatron-LM's --use-rope-scaling has only the numbers of Llama 3.1."
         )
     return SimpleNamespace(**{**vars(config), **_rope_scaling(arch)})
 
 
 def fields_beside_config(arch: Architecture) -> dict[str, Any]:
-    """Return what a dense model decides and no config of Megatron-LM's or Bridge's records."""
-    return {"vocab_size": arch.vocab_size, **_rope_scaling(arch)}
+    """Return the fields of a dense model that Megatron-LM's and Bridge's configs do not record."""
+    function = architecture_fields(arch).get("activation_func", "silu")
+    return {"vocab_size": arch.vocab_size, "activation_func": function, **_rope_scaling(arch)}
 
 
 def _rope_scaling(arch: Architecture) -> dict[str, Any]:

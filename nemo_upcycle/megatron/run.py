@@ -1,38 +1,38 @@
-"""The directory of a run of Megatron-LM's or Megatron-Bridge's: its checkpoints, its beginning."""
+"""The directory of a run of Megatron-LM or Megatron-Bridge: checkpoints, and the run's origin."""
 
 import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.checkpoint.kept import UPCYCLED_FROM
+from nemo_upcycle.checkpoint.beside import UPCYCLED_FROM
 from nemo_upcycle.checkpoint.megatron import TRACKER
 from nemo_upcycle.engine.provenance import Origin
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.files import write_whole
 
 _TRACKERS = (TRACKER, "latest_train_state.pt")
-"""What Megatron-LM and Bridge write beside the directories of checkpoints, the latest's number."""
+"""Files that Megatron-LM and Bridge write beside the checkpoints: the number of the latest."""
 
 _OF_CHECKPOINT = ("metadata.json", ".metadata", "run_config.yaml")
 
 
 def checkpoint_to_resume(directory: Path) -> Path | None:
-    """Return the directory if Megatron would resume from it, None where a run begins.
+    """Return the directory if Megatron would resume from the directory; None if a run begins.
 
     Args:
-        directory: Of a run, or, as Bridge takes it too, of one of its checkpoints.
+        directory: Directory of a run; or of one checkpoint, which Bridge accepts too.
     """
     has_checkpoint = any((directory / name).is_file() for name in (*_TRACKERS, *_OF_CHECKPOINT))
     return directory if has_checkpoint else None
 
 
 def write_origin(origin: Origin, run: Path) -> None:
-    """Record what a run begins from.
+    """Record a run's origin.
 
     Args:
-        origin: What it begins from.
-        run: The run's directory; made where it is not.
+        origin: The origin.
+        run: The run's directory, which is created if missing.
 
     Raises:
         UpcyclingError: The directory cannot be written to.
@@ -41,19 +41,19 @@ def write_origin(origin: Origin, run: Path) -> None:
         write_whole(run / UPCYCLED_FROM, origin.to_json())
     except OSError as error:
         raise UpcyclingError(
-            f"{run} cannot be written to: {error.strerror or error}. The run keeps in it what it "
-            "began from, and its checkpoints. Give a directory that can be written to."
+            f"{run} cannot be written to: {error.strerror or error}. The directory keeps the run's "
+            "origin and checkpoints. Give a directory that can be written to."
         ) from error
 
 
 def read_origin(directory: Path) -> Origin | None:
-    """Return what a run has begun from, None where nothing is recorded.
+    """Return a run's origin; None if nothing is recorded.
 
     Args:
-        directory: The run's, or that of one of its checkpoints.
+        directory: Directory of the run, or of one of the run's checkpoints.
 
     Raises:
-        UpcyclingError: What is recorded is damaged.
+        UpcyclingError: The record is damaged.
     """
     is_checkpoint = any((directory / name).is_file() for name in _OF_CHECKPOINT)
     path = (directory.resolve().parent if is_checkpoint else directory) / UPCYCLED_FROM
@@ -63,8 +63,8 @@ def read_origin(directory: Path) -> Origin | None:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UpcyclingError(
-            f"{path} does not say what the run began from ({error!r}). It is damaged: restore it, "
-            "or remove it to resume without the comparison."
+            f"{path} does not say what the run began from ({error!r}). The file is damaged: "
+            "restore the file, or remove the file to resume without the comparison."
         ) from error
 
 

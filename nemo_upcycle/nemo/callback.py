@@ -19,6 +19,11 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.fields import upcycling_in
 from nemo_upcycle.nemo.provenance import Provenance, say
 
+_WAY_OUT = (
+    "Leave these fields to the checkpoint's config: give a dense_checkpoint that can be read where "
+    "the recipe is made, or set model.config.FIELD to what is expected."
+)
+
 
 class UpcyclingCallback(Provenance):
     """Fill the model from a dense checkpoint on a fresh start; do nothing on a resume.
@@ -113,7 +118,9 @@ class UpcyclingCallback(Provenance):
         if not trainer.ckpt_path:
             _check_no_other_source(trainer)
             tokenizer = getattr(trainer.lightning_module, "tokenizer", None)
-            self._prepared.check_model(config, getattr(tokenizer, "vocab_size", None))
+            self._prepared.check_model(
+                config, tokenizer_size=getattr(tokenizer, "vocab_size", None), way_out=_WAY_OUT
+            )
         prepared = self._prepared
         return Origin.of(self.dense_checkpoint, prepared.fingerprint, upcycling, prepared.kept)
 

@@ -1,20 +1,13 @@
 """Model-FLOPs utilisation, logged at every step."""
 
-import time
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
 from nemo_upcycle.families.fields import megatron_model
 from nemo_upcycle.nemo.recorded import Recorded
-from nemo_upcycle.planner.flops import Flops, flops, utilisation
-from nemo_upcycle.planner.hardware import device_peak_tflops
-
-
-def peak_tflops() -> float | None:
-    """Return this device's peak in bf16, in TFLOP/s; None if unknown."""
-    return device_peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+from nemo_upcycle.planner.flops import flops
+from nemo_upcycle.planner.step_clock import StepClock
 
 
 class MFUCallback(pl.Callback, Recorded):
@@ -34,16 +27,13 @@ class MFUCallback(pl.Callback, Recorded):
     def __init__(self, peak_tflops: float | None = None, warm_up_steps: int = 1) -> None:
         self.peak_tflops = peak_tflops
         self.warm_up_steps = warm_up_steps
-        self._flops: Flops | None = None
-        self._ended: float | None = None
+        self._clock: StepClock | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the operations per sequence."""
         config = pl_module.config
-        self._flops = flops(megatron_model(vars(config)), config.seq_length)
-        self._peak = self.peak_tflops or peak_tflops()
-        self._ended = None
-        self._left = self.warm_up_steps
+        counted = flops(megatron_model(vars(config)), config.seq_length)
+        self._clock = StepClock(counted, self.peak_tflops, self.warm_up_steps)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
@@ -53,25 +43,20 @@ class MFUCallback(pl.Callback, Recorded):
         The first step after a validation or a checkpoint is not logged: the time in between is not
         training.
         """
-        now, started = time.perf_counter(), self._ended
-        self._ended = now
-        self._left -= 1
-        if started is None or self._flops is None or self._left >= 0:
+        if self._clock is None:
             return
-        values = utilisation(
-            self._flops,
-            sequences=trainer.datamodule.global_batch_size,
-            seconds=now - started,
-            gpus=trainer.world_size,
-            peak_tflops=self._peak,
-        )
-        for name, value in values.items():
+        sequences = trainer.datamodule.global_batch_size
+        for name, value in self._clock.step_ended(sequences, trainer.world_size).items():
             pl_module.log(name, value, batch_size=1)
 
     def on_validation_start(self, *_: Any) -> None:
         """Forget when the last step ended."""
-        self._ended = None
+        self._forget()
 
     def on_save_checkpoint(self, *_: Any) -> None:
         """Forget when the last step ended."""
-        self._ended = None
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._clock is not None:
+            self._clock.forget()

@@ -15,7 +15,8 @@ from nemo.collections.llm.gpt.model.base import GPTModel, default_layer_spec
 from nemo.collections.llm.gpt.model.llama import LlamaConfig, apply_rope_scaling
 from nemo.lightning import io, teardown
 
-from nemo_upcycle.checkpoint.kept import FIELD, kept_of
+from nemo_upcycle.checkpoint.beside import FIELD
+from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES
 from nemo_upcycle.engine.loadable import open_loadable

@@ -9,11 +9,13 @@ from nemo_upcycle.planner.workload import Mapping, Workload
 
 GIB = 2**30
 
-LIBRARIES = int(1.3 * GIB)
-"""Bytes per rank of Python with NeMo, Lightning and Megatron imported."""
+LIBRARIES = int(1.1 * GIB)
+"""Bytes per rank of Python with NeMo, Lightning and Megatron imported. Measured: with a model of
+0.5M parameters a rank has a peak of 0.96 GiB."""
 
 SAVING = 2.0
-"""Copies of parameters and optimizer state that exist while a checkpoint is saved."""
+"""Copies of parameters and optimizer state that exist while a checkpoint is saved. Measured:
+SmolLM2-135M with 4 experts in every third layer has a peak of 10.7 GiB; 11.0 GiB are predicted."""
 
 WORKING = 2.0
 """Activations over those of fused GPU kernels: CPU keeps results between operations in fp32."""
@@ -37,8 +39,8 @@ class HostMemory:
 
     @property
     def total(self) -> float:
-        """The largest sum at one time: training, or saving."""
-        return self.libraries + self.state + max(self.saving, self.activations)
+        """The sum: a process keeps the memory of activations while a checkpoint is saved."""
+        return self.libraries + self.state + self.saving + self.activations
 
 
 def host_memory(workload: Workload, mapping: Mapping) -> HostMemory:

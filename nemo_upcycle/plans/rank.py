@@ -270,7 +270,7 @@ class _Upcycling:
             return UpcyclingError(
                 f"The model's {shard.name} has {actual} {axis}, the dense checkpoint gives "
                 f"{expected}: experts must be {share} the dense feed-forward layer. "
-                f"Set model.config.moe_ffn_hidden_size={width}."
+                f"Set moe_ffn_hidden_size={width} in the model's config."
             )
         return UpcyclingError(
             f"The model's {shard.name} has {actual} {axis}, the dense checkpoint gives {expected}. "

@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.checkpoint.kept import UPCYCLED_FROM, recorded_beside, recorded_in
+from nemo_upcycle.checkpoint.beside import UPCYCLED_FROM, record_in
+from nemo_upcycle.checkpoint.kept import recorded_in
 from nemo_upcycle.checkpoint.megatron import find_layout
 from nemo_upcycle.checkpoint.run_directory import checkpoints_of, is_complete
 from nemo_upcycle.engine.load_record import LOADS, Loads, read_loads
@@ -111,7 +112,7 @@ def read_run(directory: Path) -> Run:
 
 def _record(directory: Path) -> tuple[str | None, dict[str, Any] | None]:
     """Return the last complete checkpoint's name and the run's record, None where missing."""
-    beside = recorded_beside(directory)
+    beside = record_in(directory)
     if beside is not None:
         if not isinstance(beside, dict):
             raise UpcyclingError(

@@ -22,13 +22,12 @@ from nemo_upcycle.checkpoint import (
     is_huggingface,
 )
 from nemo_upcycle.checkpoint.dtypes import torch_dtype
-from nemo_upcycle.checkpoint.kept import MODEL_FIELDS, kept_in
+from nemo_upcycle.checkpoint.kept import kept_in
 from nemo_upcycle.checkpoint.megatron import VOCABULARY
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.family import Architecture, Operation, Rename
 from nemo_upcycle.families.fields import megatron_model
-from nemo_upcycle.families.megatron import ROPE_SCALING_FIELDS
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe import MoEFamily
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
@@ -112,19 +111,10 @@ def open_trained(source: str | Path) -> Trained:
         return _open_huggingface(directory)
     checkpoint = MegatronCheckpoint(directory, experts=True)
     kept = kept_in(checkpoint.directory)
-    checkpoint.config.update(_unsaid(kept))
     model = megatron_model(checkpoint.config)
     if kept is not None:
         model = replace(model, arch=_with_context(model.arch, kept))
     return Trained(checkpoint, model, None, kept)
-
-
-def _unsaid(kept: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the fields that a run recorded because the config in its checkpoints has them not."""
-    found = (kept or {}).get(MODEL_FIELDS)
-    if not isinstance(found, dict):
-        return {}
-    return {name: found[name] for name in ("vocab_size", *ROPE_SCALING_FIELDS) if name in found}
 
 
 def _with_context(arch: Architecture, kept: Mapping[str, Any]) -> Architecture:

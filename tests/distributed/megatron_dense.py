@@ -1,10 +1,11 @@
-"""Dense checkpoints in Megatron's distributed format, as ranks of any mapping save them."""
+"""Checkpoints of Megatron-LM and Megatron-Bridge, as ranks of any mapping save them."""
 
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.transformer.enums import AttnBackend
 
@@ -12,6 +13,8 @@ from nemo_upcycle.checkpoint import open_checkpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine import load
 from nemo_upcycle.families import Architecture
+from nemo_upcycle.families.fields import architecture_fields, moe_fields
+from nemo_upcycle.families.megatron import LLAMA_FIELDS
 from tests.distributed import scenarios
 
 DENSE = UpcyclingConfig(num_moe_experts=None)
@@ -44,6 +47,41 @@ def save_dense(dense: Path, folding: ParallelFolding, directory: Path, **overrid
     (directory / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
 
 
+def save_moe(
+    dense: Path,
+    folding: ParallelFolding,
+    upcycling: UpcyclingConfig,
+    directory: Path,
+    program: str,
+) -> None:
+    """Upcycle a Hugging Face checkpoint and save the MoE as a program does.
+
+    Args:
+        dense: The Hugging Face checkpoint.
+        folding: The mapping.
+        upcycling: What its feed-forward layers become.
+        directory: The run's directory.
+        program: `Megatron-LM` or `Megatron-Bridge`.
+    """
+    chunks = scenarios.upcycled(dense, folding, upcycling)
+    arch = open_checkpoint(str(dense)).architecture
+    iteration = directory / f"iter_{ITERATION:07d}"
+    iteration.mkdir(parents=True, exist_ok=True)
+    state = {"iteration": ITERATION, "model": chunks[0].sharded_state_dict()}
+    moe = moe_fields(arch, upcycling)
+    if program == "Megatron-LM":
+        args = {**vars(megatron_args(arch, folding)), **moe}
+        state["args"] = Namespace(**args, num_experts=moe["num_moe_experts"])
+    dist_checkpointing.save(state, str(iteration))
+    if program == "Megatron-Bridge" and torch.distributed.get_rank() == 0:
+        fields = {"activation_func": "silu", **LLAMA_FIELDS, **architecture_fields(arch), **moe}
+        model = {"_target_": "megatron.bridge.models.gpt.model_config.BridgeGPTModelConfig"}
+        length = {"seq_length": arch.max_position_embeddings}
+        run = {"model": {**model, **length, "transformer": fields}}
+        (iteration / "run_config.yaml").write_text(yaml.safe_dump(run))
+    (directory / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
+
+
 def megatron_args(arch: Architecture, folding: ParallelFolding) -> Namespace:
     """Return what Megatron-LM's arguments say of a model, among much else."""
     return Namespace(
@@ -69,7 +107,6 @@ def megatron_args(arch: Architecture, folding: ParallelFolding) -> Namespace:
         add_bias_linear=False,
         add_qkv_bias=False,
         qk_layernorm=False,
-        num_experts=None,
         untie_embeddings_and_output_weights=not arch.share_embeddings_and_output_weights,
         init_method_std=arch.init_method_std,
         attention_backend=AttnBackend.unfused,

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_upcycle.checkpoint.beside import FIELD
 from nemo_upcycle.checkpoint.branches import open_branches
-from nemo_upcycle.checkpoint.kept import FIELD, kept_of
+from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine import load
 from nemo_upcycle.trained.export import export

@@ -1,5 +1,6 @@
 """What `pip install nemo-upcycle` brings works where NeMo, NeMo-Run and Lightning are not."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tests.tiny import write_llama
 from tests.tokenizers import write_tokenizer
 
 ROOT = Path(__file__).parents[2]
-FORBIDDEN = ("nemo", "nemo_run", "lightning", "fiddle")
+FORBIDDEN = ("nemo", "nemo_run", "lightning", "fiddle", "lm_eval")
 BLOCK = f"""
 import sys
 
@@ -89,18 +90,28 @@ def test_what_needs_no_nemo_works_without(models: Path, blocked: dict[str, str])
     works(sys.executable, models, blocked)
 
 
-def test_what_needs_nemo_says_so(models: Path, blocked: dict[str, str]) -> None:
+def ran(models: Path, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that runs a model."""
     write_tokenizer(models / "tokenizer", "BPE")
-    words = ("verify", "dense", "moe", "--tokenizer", "tokenizer")
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "nemo_upcycle.cli", *words],
         cwd=models,
-        env=blocked,
+        env=environment,
         capture_output=True,
         text=True,
     )
+
+
+def test_models_run_without_nemo(models: Path, blocked: dict[str, str]) -> None:
+    done = ran(models, blocked, "verify", "dense", "moe", "--tokenizer", "tokenizer", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["exact"]
+
+
+def test_what_is_not_installed_is_said(models: Path, blocked: dict[str, str]) -> None:
+    done = ran(models, blocked, "evaluate", "moe", "--tokenizer", "tokenizer", "--tasks", "mmlu")
     assert done.returncode == 1
-    assert "is not installed: pip install 'nemo-upcycle[nemo]'" in done.stderr
+    assert "pip install 'nemo-upcycle[eval]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -39,12 +39,13 @@ def train(
     """
     import fiddle
     from nemo.lightning import RestoreConfig
-    from nemo_upcycle_recipes import llama_tiny
+    from nemo_upcycle_recipes import any_model, llama_tiny
 
     from tests.distributed import accidents
     from tests.distributed.recorder import Recorder
 
-    recipe = getattr(llama_tiny, factory)(dir=str(directory), **options)
+    module = any_model if factory == "upcycle" else llama_tiny
+    recipe = getattr(module, factory)(dir=str(directory), **options)
     for path, value in (overrides or {}).items():
         owner, _, attribute = path.rpartition(".")
         target = recipe

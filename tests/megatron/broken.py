@@ -1,5 +1,6 @@
 """Hooks that are broken as a careless one would be; each has to make a test fail."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ def first_stage_alone(hook: Any) -> Any:
         return chunks
 
     return broken
+
+
+def no_resume_check(hook: Any) -> Any:
+    """Upcycle at every start, without looking for a checkpoint to resume."""
+    return replace(hook, run=None)
 
 
 def unmark_experts(chunks: Chunks) -> Chunks:

@@ -9,21 +9,14 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.training.config.container import ConfigContainerBase
 
+from nemo_upcycle.checkpoint import open_checkpoint
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.families import Architecture
 from nemo_upcycle.megatron import gpt_model_config, upcycle
+from nemo_upcycle.plans.layout import padded_vocabulary
 from tests.megatron import scenarios
 
 ITERATION = 3
-
-ARGUMENTS = (
-    "--num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 8 --kv-channels 8 "
-    "--group-query-attention --num-query-groups 4 --swiglu --normalization RMSNorm "
-    "--norm-epsilon 1e-5 --disable-bias-linear --untie-embeddings-and-output-weights "
-    "--position-embedding-type rope --rotary-base 10000 --init-method-std 0.1 --seq-length 128 "
-    "--max-position-embeddings 128 --micro-batch-size 1 --num-experts 8 --moe-router-topk 2 "
-    "--vocab-size 250 --make-vocab-size-divisible-by 1 --use-cpu-initialization"
-)
-"""What one types to `pretrain_gpt.py` for the model of `tests/stacks.py`."""
 
 
 @dataclass
@@ -34,7 +27,12 @@ class _RunConfig(ConfigContainerBase):
 
 
 def save(
-    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig, run: Path, program: str
+    dense: Path,
+    folding: ParallelFolding,
+    upcycling: UpcyclingConfig,
+    run: Path,
+    program: str,
+    without: str = "",
 ) -> None:
     """Upcycle and save a checkpoint.
 
@@ -44,6 +42,7 @@ def save(
         upcycling: What its feed-forward layers become.
         run: The run's directory.
         program: `Megatron-LM` or `Megatron-Bridge`.
+        without: An argument of Megatron-LM that the checkpoint is not to have.
     """
     hook = upcycle(str(dense), upcycling, resume_from=run)
     chunks = scenarios.build(dense, folding, upcycling, [hook])
@@ -51,7 +50,9 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     state = {"checkpoint_version": 3.0, "iteration": ITERATION, **scenarios.sharded_state(chunks)}
     if program == "Megatron-LM":
-        state["args"] = _arguments()
+        arch = open_checkpoint(str(dense)).architecture
+        typed = [words for words in arguments(arch, upcycling) if words.split()[0] != without]
+        state["args"] = _parsed(typed, arch, folding)
     dist_checkpointing.save(state, str(directory))
     if torch.distributed.get_rank() == 0:
         (run / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
@@ -62,14 +63,66 @@ def save(
     torch.distributed.barrier()
 
 
-def _arguments() -> Any:
+def arguments(arch: Architecture, upcycling: UpcyclingConfig) -> list[str]:
+    """Return what one types to `pretrain_gpt.py` for a model, an argument each."""
+    length = arch.max_position_embeddings
+    typed = [
+        f"--num-layers {arch.num_layers}",
+        f"--hidden-size {arch.hidden_size}",
+        f"--ffn-hidden-size {arch.ffn_hidden_size}",
+        f"--num-attention-heads {arch.num_attention_heads}",
+        f"--kv-channels {arch.kv_channels}",
+        "--group-query-attention",
+        f"--num-query-groups {arch.num_query_groups}",
+        f"--norm-epsilon {arch.layernorm_epsilon}",
+        "--disable-bias-linear",
+        "--position-embedding-type rope",
+        f"--rotary-base {int(arch.rotary_base)}",
+        f"--init-method-std {arch.init_method_std}",
+        f"--seq-length {length}",
+        f"--max-position-embeddings {length}",
+        "--micro-batch-size 1",
+        f"--vocab-size {arch.vocab_size}",
+        "--make-vocab-size-divisible-by 1",
+        "--use-cpu-initialization",
+    ]
+    own = {
+        "--swiglu": arch.gated_linear_unit,
+        "--squared-relu": not arch.gated_linear_unit,
+        "--normalization RMSNorm": not arch.norm_has_bias,
+        "--normalization LayerNorm": arch.norm_has_bias,
+        "--apply-layernorm-1p": arch.norm_has_bias,
+        "--add-qkv-bias": arch.add_qkv_bias,
+        "--qk-layernorm": arch.qk_layernorm,
+        "--untie-embeddings-and-output-weights": not arch.share_embeddings_and_output_weights,
+        f"--rotary-percent {arch.rotary_percent}": arch.rotary_percent != 1,
+    }
+    typed += [words for words, is_there in own.items() if is_there]
+    if arch.seq_len_interpolation_factor is not None:
+        typed.append(
+            f"--rotary-seq-len-interpolation-factor {int(arch.seq_len_interpolation_factor)}"
+        )
+    if arch.rope_scaling is not None:
+        factor = arch.rope_scaling["factor"]
+        typed += ["--use-rope-scaling", f"--rope-scaling-factor {factor}"]
+    if arch.sliding_window is not None:
+        typed.append(f"--window-size {arch.sliding_window - 1},0")
+    if upcycling.num_moe_experts is not None:
+        typed += [f"--num-experts {upcycling.num_moe_experts}", "--moe-router-topk 2"]
+    return typed
+
+
+def _parsed(typed: list[str], arch: Architecture, folding: ParallelFolding) -> Any:
     from megatron.training.arguments import parse_args
 
-    before, sys.argv = sys.argv, ["pretrain_gpt.py", *ARGUMENTS.split()]
+    words = ["pretrain_gpt.py", *(word for argument in typed for word in argument.split())]
+    before, sys.argv = sys.argv, words
     try:
         args = parse_args()
     finally:
         sys.argv = before
-    args.padded_vocab_size = 252  # which Megatron-LM's validation adds
+    # Megatron-LM's validation, which needs a GPU, adds these.
+    tp = folding.tensor_model_parallel_size
+    args.padded_vocab_size = padded_vocabulary(arch.vocab_size, tp)
     args.params_dtype = torch.float32
     return args

@@ -17,7 +17,7 @@ from megatron.core.utils import get_model_config
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.megatron import upcycle
-from tests.megatron import scenarios
+from tests.megatron import broken, scenarios
 from tests.tiny import tokens
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -30,6 +30,7 @@ def train(
     run: Path,
     steps: int,
     killed_after: int | None = None,
+    breakage: str | None = None,
 ) -> dict[str, Any]:
     """Start a run, or resume it; save at every second step.
 
@@ -40,6 +41,7 @@ def train(
         run: Directory that is saved to and loaded from.
         steps: The last step.
         killed_after: Step after which all ranks are killed.
+        breakage: What breaks the hook, of `broken`.
 
     Returns:
         `losses` of the steps that ran, and what was `said`; or the `error`.
@@ -47,7 +49,10 @@ def train(
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            losses = _train(dense, folding, upcycling, run, steps, killed_after)
+            hook = upcycle(str(dense), upcycling, resume_from=run)
+            if breakage is not None:
+                hook = getattr(broken, breakage)(hook)
+            losses = _train(dense, folding, upcycling, run, steps, killed_after, hook)
     except UpcyclingError as error:
         return {"error": str(error), "said": said.getvalue()}
     return {"losses": losses, "said": said.getvalue()}
@@ -60,8 +65,8 @@ def _train(
     run: Path,
     steps: int,
     killed_after: int | None,
+    hook: Any,
 ) -> dict[int, float]:
-    hook = upcycle(str(dense), upcycling, resume_from=run)
     models = scenarios.build(
         dense, folding, upcycling, [hook], wrap=True, ddp={"use_distributed_optimizer": True}
     )

@@ -174,12 +174,17 @@ def health(
 
 
 def without_global_groups(
-    dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig
+    dense: Path,
+    folding: ParallelFolding,
+    upcycling: UpcyclingConfig,
+    other: ParallelFolding | None,
 ) -> Shards:
-    """Upcycle where the builder's process groups are all that there is."""
+    """Upcycle where Megatron's global state has no process groups, or those of another mapping."""
 
     def forget(chunks: Chunks) -> Chunks:
         parallel_state.destroy_model_parallel()
+        if other is not None:
+            parallel_state.initialize_model_parallel(**other.parallel_sizes)
         return chunks
 
     filled: Shards = []

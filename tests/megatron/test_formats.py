@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_upcycle.checkpoint.kept import UPCYCLED_FROM
+from nemo_upcycle.checkpoint.beside import UPCYCLED_FROM
 from nemo_upcycle.checkpoint.megatron import RUN_CONFIG
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError

@@ -1,6 +1,7 @@
 """What the hook refuses, what it needs, and that a broken one is seen."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.megatron import upcycle
+from nemo_upcycle.megatron.model import described
 from tests.distributed.foldings import FOLDINGS
 from tests.distributed.pool import RankError, RankPool
 from tests.distributed.whole import differing, whole
@@ -113,7 +115,10 @@ def test_the_norm_counts_experts_of_all_ranks(
             assert norm < (1 - 1000 * TOLERANCE) * expected
 
 
-def test_the_builders_process_groups_are_enough(ranks: RankPool, megatron_grid: Grid) -> None:
+@pytest.mark.parametrize("other", [None, ParallelFolding(), ParallelFolding.of(pp=2)])
+def test_the_builders_process_groups_are_enough(
+    ranks: RankPool, megatron_grid: Grid, other: ParallelFolding | None
+) -> None:
     dense = megatron_grid.dense("4 layers")
     mapping = FOLDINGS["TP2-EP2-ETP1"]
     found = ranks.run(
@@ -122,6 +127,7 @@ def test_the_builders_process_groups_are_enough(ranks: RankPool, megatron_grid: 
         dense=dense,
         folding=mapping.folding,
         upcycling=UPCYCLING,
+        other=other,
     )
     expected = megatron_grid.run("1 rank, 4 layers").weights["copy"].parameters
     assert differing(whole(shard for rank in found for shard in rank), expected) == []
@@ -167,7 +173,10 @@ def test_a_missing_checkpoint_is_said(ranks: RankPool, dense: Path, tmp_path: Pa
 
 def test_another_model_is_refused(ranks: RankPool, dense: Path, tmp_path: Path) -> None:
     other = write_llama(tmp_path, rope_theta=5000.0)
-    assert "rotary_base is 5000.0, expected 10000.0" in told(ranks, dense, model_of=other)
+    said = told(ranks, dense, model_of=other)
+    assert "rotary_base is 5000.0, expected 10000.0" in said
+    assert "gpt_model_config, or set these fields of the GPTModelConfig" in said
+    assert "recipe" not in said
 
 
 def test_another_scaling_of_rope_is_refused(ranks: RankPool, dense: Path, tmp_path: Path) -> None:
@@ -178,6 +187,11 @@ def test_another_scaling_of_rope_is_refused(ranks: RankPool, dense: Path, tmp_pa
 def test_other_experts_are_refused(ranks: RankPool, dense: Path) -> None:
     asked = UpcyclingConfig(num_moe_experts=4, moe_aux_loss_coeff=0.0)
     assert "num_moe_experts is 8, asked for 4" in told(ranks, dense, asked=asked)
+
+
+def test_a_hybrid_model_is_refused() -> None:
+    with pytest.raises(UpcyclingError, match=r"is a HybridModel, .* expected a GPTModel"):
+        described([SimpleNamespace(hybrid_layer_pattern="*E*E")], 128)
 
 
 def test_parameters_without_memory_are_refused(ranks: RankPool, dense: Path) -> None:

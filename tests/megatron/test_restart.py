@@ -5,10 +5,11 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nemo_upcycle.checkpoint.kept import UPCYCLED_FROM
+from nemo_upcycle.checkpoint.beside import UPCYCLED_FROM
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.report.page import write_report
 from tests.distributed.pool import RankError, RankPool
@@ -68,14 +69,30 @@ def test_the_page_about_a_run(dense: Path, resumable: Path) -> None:
     assert "Parallel mapping" not in written.missing
 
 
+def check_refused(told: list[dict[str, Any]]) -> None:
+    """Check that every rank was told of another dense checkpoint than the run's first."""
+    for rank, each in enumerate(told):
+        assert "are others or were changed since" in each["error"]
+        assert f"[upcycle] rank {rank}: The run in" in each["said"]
+
+
 def test_a_changed_dense_checkpoint_is_refused(
     mortal: RankPool, resumable: Path, tmp_path: Path
 ) -> None:
     other = write_llama(tmp_path / "other", seed=7)
-    told = mortal.run(loop.train, 2, dense=other, run=resumable, **COMMAND)
-    for rank, each in enumerate(told):
-        assert "are others or were changed since" in each["error"]
-        assert f"[upcycle] rank {rank}: The run in" in each["said"]
+    check_refused(mortal.run(loop.train, 2, dense=other, run=resumable, **COMMAND))
+
+
+def test_a_hook_that_does_not_check_the_resume_is_seen(
+    mortal: RankPool, resumable: Path, tmp_path: Path
+) -> None:
+    other = write_llama(tmp_path / "other", seed=7)
+    told = mortal.run(
+        loop.train, 2, dense=other, run=resumable, breakage="no_resume_check", **COMMAND
+    )
+    assert "step 0" in told[0]["said"]  # of a run that has steps behind it
+    with pytest.raises(KeyError, match="error"):
+        check_refused(told)
 
 
 def test_another_upcycling_is_refused(mortal: RankPool, dense: Path, resumable: Path) -> None:
@@ -95,7 +112,7 @@ def test_a_damaged_record_is_refused(mortal: RankPool, dense: Path, resumable: P
     path = resumable / UPCYCLED_FROM
     path.write_text(path.read_text()[:50])
     told = mortal.run(loop.train, 2, dense=dense, run=resumable, **COMMAND)
-    assert "It is damaged: restore it, or remove it" in told[0]["error"]
+    assert "The file is damaged: restore the file, or remove" in told[0]["error"]
 
 
 def test_a_start_without_a_checkpoint_is_a_fresh_one(

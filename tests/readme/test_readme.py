@@ -1,6 +1,7 @@
 """README.md and docs/ are true: their commands are the demo's, and they run."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 import pytest
 import typer
 
+from nemo_upcycle.checkpoint.tokenizer_files import copy_tokenizer
 from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool
 from tests.end_to_end import cli
 from tests.readme.documents import PAGES, ROOT, Command, code, commands, text
-from tests.tiny import tokens
+from tests.tiny import tokens, write_llama
 
 ALL = [command for page in PAGES for command in commands(page)]
 STEPS = commands("docs/demo.md")
@@ -35,7 +37,8 @@ NOT_RUN = {
 
 def test_every_command_has_a_test() -> None:
     tested = {*STEPS, *AFTERWARDS, *OURS, *TRAININGS, *EXPERIMENTS}
-    assert [c for c in ALL if c not in tested and c.words[0] not in NOT_RUN] == []
+    others = [c for c in ALL if c.page != "docs/serving.md"]  # other projects' commands, on GPUs
+    assert [c for c in others if c not in tested and c.words[0] not in NOT_RUN] == []
 
 
 def test_steps_are_those_of_the_demo() -> None:
@@ -76,6 +79,14 @@ def test_data_steps_run_as_written(tmp_path: Path) -> None:
     assert (tmp_path / "demo" / "task" / "next_line.yaml").exists()
 
 
+def test_a_dense_model_becomes_a_directory_as_written(tmp_path: Path, tokenizer: Path) -> None:
+    dense = write_llama(tmp_path / "demo" / "dense_hf", vocab_size=280)
+    copy_tokenizer(tokenizer, dense)
+    said = [cli.run(tmp_path, *c.words) for c in commands("docs/upcycle.md") if c in OURS]
+    assert "would be written" in said[0] and "written to demo/moe" in said[1]
+    assert "exact: both compute the same" in said[2]
+
+
 @pytest.mark.parametrize("command", OURS, ids=str)
 def test_options_exist(command: Command) -> None:
     _, *arguments = command.words
@@ -95,7 +106,17 @@ def test_options_of_the_experiment_exist(command: Command) -> None:
             assert f'"{word}"' in script, word
 
 
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A directory with the config of the model that the documents take for any model."""
+    (tmp_path / "Qwen3-8B").mkdir()
+    config = ROOT / "tests" / "integration" / "recipes" / "configs" / "qwen3_8b.json"
+    shutil.copyfile(config, tmp_path / "Qwen3-8B" / "config.json")
+    return tmp_path
+
+
 @pytest.mark.parametrize("command", TRAININGS, ids=str)
+@pytest.mark.usefixtures("models")
 def test_trainings_are_configured_as_written(tmp_path: Path, command: Command) -> None:
     words = [word for word in command.words if word not in ("--yes", "--dryrun")]
     output = cli.run(tmp_path, *words, "--dryrun")
@@ -111,10 +132,17 @@ SHOWS = {"plan": "step 0", "groups": "expert", "tune": "nemo llm pretrain --fact
 
 
 @pytest.mark.parametrize("command", PREDICTED, ids=str)
+@pytest.mark.usefixtures("models")
 def test_predictions_are_printed_as_written(tmp_path: Path, command: Command) -> None:
     output = cli.run(tmp_path, *command.words)
     shown = "[rows, columns]" if "--rank" in command.words else SHOWS[command.words[1]]
     assert shown in output
+
+
+def test_the_refusal_is_the_one_shown(models: Path) -> None:
+    (shown,) = (block for block in code("docs/planner.md") if block.startswith("Error: Nothing"))
+    output = cli.run(models, "nemo-upcycle", "tune", "--dense", "Qwen3-8B", "--gpus", "8")
+    assert output.strip() == shown.strip()
 
 
 def same_lines(shown: str, output: str) -> None:

@@ -118,11 +118,23 @@ def test_without_a_gpu_it_is_a_trial_on_cpu(tmp_path: Path) -> None:
 
 def test_the_executors_ranks_are_known(tmp_path: Path) -> None:
     import nemo_run as run
-    from nemo_upcycle_recipes.executors import ranks_of
+    from nemo_upcycle_recipes.executors import launching
 
-    with ranks_of(run.LocalExecutor(ntasks_per_node=4)):
+    with launching(run.LocalExecutor(ntasks_per_node=4)):
         recipe = built(write_llama(tmp_path / "dense"), accelerator="cpu")
     assert recipe.trainer.strategy.expert_model_parallel_size == 4
+
+
+def test_the_gpus_of_a_slurm_job_are_known(tmp_path: Path) -> None:
+    import nemo_run as run
+    from nemo_upcycle_recipes.executors import launching
+
+    job = run.SlurmExecutor(account="a", nodes=2, ntasks_per_node=4, gpus_per_node=4)
+    dense = write_llama(tmp_path / "dense")
+    with launching(job):
+        recipe, other = built(dense), built(dense, num_nodes=3)
+    assert (recipe.trainer.num_nodes, recipe.trainer.devices) == (2, 4)
+    assert (other.trainer.num_nodes, other.trainer.devices) == (3, 4)
 
 
 def test_too_little_memory_is_told_before_anything_starts(

@@ -12,6 +12,7 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.tuning import tune
 
+NEMOTRON = ("nemotron4_15b_e8g1t2", "nemotron4_15b_e8g8t8")
 MODULES = {name: name for name in RECIPES if name.endswith("e8t2") and "tiny" not in name}
 
 
@@ -37,6 +38,7 @@ def callbacks(built: Any) -> list[str]:
         ("llama31_70b_e8t2", "Llama31Config70B", ["rotary_base", "scale_factor"]),
         ("mistral_7b_e8t2", "MistralConfig7B", []),
         ("qwen25_7b_e8t2", "Qwen25Config7B", ["rotary_base", "add_qkv_bias", "vocab_size"]),
+        ("nemotron4_15b_e8g1t2", "Nemotron4Config15B", ["rotary_percent", "activation_func"]),
     ],
 )
 def test_models_are_nemos(name: str, nemo: str, same: list[str]) -> None:
@@ -57,7 +59,7 @@ def test_models_are_nemos(name: str, nemo: str, same: list[str]) -> None:
         assert getattr(config, field) == getattr(by_hand, field), field
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [*MODULES, *NEMOTRON])
 def test_each_says_its_gpus_memory_and_step_time(name: str) -> None:
     numbers = RECIPES[name]
     prediction = expected(numbers, hardware("h100"))
@@ -82,6 +84,33 @@ def test_siblings_differ_from_the_paper_in_model_and_mapping_alone(name: str) ->
         assert getattr(strategy, field) == value
     assert built.trainer.num_nodes * built.trainer.devices == numbers.world_size
     assert built.trainer.callbacks[-1].dense_checkpoint == numbers.checkpoint
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "topk", "width"),
+    [(*NEMOTRON[:1], 8, 2, 24576), (*NEMOTRON[1:], 64, 8, 3072)],
+)
+def test_nemotrons_are_the_second_papers(name: str, experts: int, topk: int, width: int) -> None:
+    """What arXiv 2410.07524 and arXiv 2402.16819 state."""
+    built, numbers = recipe(name), RECIPES[name]
+    config, callback = built.model.config, built.trainer.callbacks[-1]
+    assert (config.num_moe_experts, config.moe_router_topk) == (experts, topk)
+    assert (config.moe_ffn_hidden_size, config.moe_router_pre_softmax) == (width, True)
+    assert (config.moe_aux_loss_coeff, config.moe_z_loss_coeff) == (1e-2, None)
+    assert (callback.weight_scaling, callback.router_initializer) == ("paper", "virtual_groups")
+    assert numbers.upcycling.scales(gated=False).up == pytest.approx(
+        4 ** (1 / 3) if topk == 2 else 4
+    )
+    assert built.data.seq_length * built.data.global_batch_size == 4 * 2**20
+    assert (built.optim.config.lr, built.trainer.max_steps) == (3e-4, 238419)
+    assert numbers.dense_model.parameters == pytest.approx(15.6e9, rel=0.01)
+
+
+def test_the_nemotron_control_sees_the_same_tokens() -> None:
+    moe, control = recipe(NEMOTRON[0]), recipe("nemotron4_15b_dense")
+    assert (control.optim, control.trainer.max_steps) == (moe.optim, moe.trainer.max_steps)
+    assert control.data == moe.data
+    assert control.model.config.num_moe_experts is None
 
 
 def test_what_watches_a_run() -> None:
@@ -191,7 +220,7 @@ def megatrons_config(built: Any) -> Any:
 
 
 @pytest.mark.parametrize("recompute", ["none", "moe_act", "moe", "full"])
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [*MODULES, *NEMOTRON])
 def test_megatron_takes_every_recipe(name: str, recompute: str) -> None:
     config = megatrons_config(recipe(name, recompute=recompute, performance_mode=True))
     assert config.moe_grouped_gemm

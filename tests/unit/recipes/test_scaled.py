@@ -78,9 +78,15 @@ def test_none_keeps_the_model_dense() -> None:
 
 
 def test_every_number_has_its_reason() -> None:
-    text = "\n".join(why(scaled_recipe(dense("llama32_1b_e8t2"), 8, 8, {})))
-    for words in ("6e-05 → 6e-07: 3e-05 → 3e-07 of arXiv 2412.09952 · 4096 / 2048", "15.4B tokens"):
+    recipe = scaled_recipe(dense("llama32_1b_e8t2"), 8, 8, {})
+    text = "\n".join(why(recipe))
+    for words in (
+        "6e-05 → 6e-07: 3e-05 → 3e-07 of arXiv 2412.09952 · 4096 / 2048",
+        "15.4B tokens, 7,3",
+        "256 sequences of 8192 per step, 2.1M tokens",
+    ):
         assert words in text
+    assert "per step: a trial on CPU" in "\n".join(why(recipe, on_cpu=True))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from nemo_upcycle.checkpoint.kept import UPCYCLED_FROM
+from nemo_upcycle.checkpoint.beside import UPCYCLED_FROM
 from nemo_upcycle.cli import app
 from nemo_upcycle.engine.load_record import LOADS, LoadRecord, read_loads
 from nemo_upcycle.report.experts import CELLS, SNAPSHOTS

@@ -1,0 +1,124 @@
+"""Families of dense checkpoints with Megatron's own names: NeMo 2, Megatron-LM, Megatron-Bridge.
+
+Megatron's configs do not name a family. The fields do: a checkpoint is read if a family computes
+what all fields say together.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.config_words import UNSCALED_ROPE
+from nemo_upcycle.families.defaults import DEFAULTS
+from nemo_upcycle.families.family import (
+    Architecture,
+    DownMLP,
+    Family,
+    GatedMLP,
+    Operation,
+    Rename,
+    UpMLP,
+)
+from nemo_upcycle.families.llama import MEGATRON_LAYER
+from nemo_upcycle.families.llama import PARAMETERS as LLAMA_PARAMETERS
+from nemo_upcycle.families.megatron import MODEL_TYPE, architecture
+
+_ATTENTION = MEGATRON_LAYER + "self_attention."
+_MLP = MEGATRON_LAYER + "mlp."
+_FC1 = _MLP + "linear_fc1.weight"
+_EMBEDDINGS, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
+_AXES: dict[str, tuple[str, ...]] = {
+    _EMBEDDINGS: ("vocab", "hidden"),
+    _OUTPUT: ("vocab", "hidden"),
+    _ATTENTION + "linear_qkv.weight": ("qkv", "hidden"),
+    _ATTENTION + "linear_qkv.bias": ("qkv",),
+    _ATTENTION + "q_layernorm.weight": ("head",),
+    _ATTENTION + "k_layernorm.weight": ("head",),
+    _ATTENTION + "linear_proj.weight": ("hidden", "queries"),
+    _FC1: ("fc1", "hidden"),
+    _MLP + "linear_fc2.weight": ("hidden", "ffn"),
+}
+"""Axes of Megatron's parameters; all others are vectors over the hidden size."""
+
+
+def dense_family(config: Mapping[str, Any], families: Collection[Family]) -> Family:
+    """Return the family of a dense model whose tensors have Megatron's names.
+
+    Args:
+        config: Values by Megatron's field names.
+        families: Families of Hugging Face checkpoints.
+
+    Raises:
+        UpcyclingError: No family computes what the config says; the message names the fields.
+    """
+    arch = architecture(config)
+    for family in families:
+        if not _beyond(family, arch):
+            return _with_megatrons_names(family)
+    unusual = {
+        "gated_linear_unit": (arch.gated_linear_unit, True),
+        "normalization": (arch.normalization, "RMSNorm"),
+        "add_qkv_bias": (arch.add_qkv_bias, False),
+        "qk_layernorm": (arch.qk_layernorm, False),
+        "rotary_percent": (arch.rotary_percent, 1.0),
+        "window_size": (config.get("window_size"), None),
+        "seq_len_interpolation_factor": (arch.seq_len_interpolation_factor, None),
+        "scale_factor": (config.get("scale_factor"), None),
+    }
+    said = ", ".join(
+        f"{name}={value!r}" for name, (value, usual) in unusual.items() if value != usual
+    )
+    raise UpcyclingError(
+        f"The dense checkpoint's config says {said}: no family that can be upcycled has these "
+        f"together. The families are {', '.join(family.model_type for family in families)}."
+    )
+
+
+def _beyond(family: Family, arch: Architecture) -> bool:
+    """Return whether a family computes something else than a model with these numbers."""
+    defaults = DEFAULTS[family.model_type]
+    scaled = arch.rope_scaling is not None or arch.seq_len_interpolation_factor is not None
+    return (
+        family.parameters.keys() != LLAMA_PARAMETERS.keys() | _own_parameters(arch)
+        or isinstance(family.parameters[_FC1], UpMLP) == arch.gated_linear_unit
+        or (arch.sliding_window is not None and "sliding_window" not in defaults)
+        or (arch.rotary_percent != 1 and "partial_rotary_factor" not in defaults)
+        or (scaled and family.model_type in UNSCALED_ROPE)
+    )
+
+
+def _own_parameters(arch: Architecture) -> set[str]:
+    """Return the parameters of a model that a Llama does not have."""
+    names: set[str] = set()
+    if arch.add_qkv_bias:
+        names |= {_ATTENTION + "linear_qkv.bias"}
+    if arch.qk_layernorm:
+        names |= {_ATTENTION + "q_layernorm.weight", _ATTENTION + "k_layernorm.weight"}
+    if arch.norm_has_bias:
+        names |= {
+            _ATTENTION + "linear_qkv.layer_norm_bias",
+            _MLP + "linear_fc1.layer_norm_bias",
+            "decoder.final_layernorm.bias",
+        }
+    return names
+
+
+def _with_megatrons_names(family: Family) -> Family:
+    """Return a family whose tensors are Megatron's parameters."""
+    return Family(
+        model_type=f"{MODEL_TYPE} {family.model_type}",
+        architecture=architecture,
+        parameters={name: _same(name, found) for name, found in family.parameters.items()},
+        tensors={name: _AXES.get(name, ("hidden",)) for name in family.parameters},
+        tied=(_OUTPUT, _EMBEDDINGS),
+    )
+
+
+def _same(name: str, operation: Operation) -> Operation:
+    """Return the operation that takes a parameter from the tensor of the same name."""
+    if isinstance(operation, GatedMLP):
+        return GatedMLP(name, name)
+    if isinstance(operation, UpMLP):
+        return UpMLP(name)
+    return DownMLP(name) if isinstance(operation, DownMLP) else Rename(name)
