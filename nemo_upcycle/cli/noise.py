@@ -68,7 +68,8 @@ RECORDS = re.compile(
     r"|^(GPU|TPU|HPU) available: |^`Trainer[.(]|^distributed_backend=|^Initializing distributed: "
     r"|^All distributed processes registered|^-{20,}$|^💡 Tip"
     r"|^ +\| Name +\| |^\d+ +\| \w+ +\| "
-    r"|^[\d.]+ *[KMBT]? +(Trainable|Non-trainable|Total|Modules in)\b"
+    r"|^[\d.]+ *[KMBT]? +(Trainable|Non-trainable|Total|Modules in)\b",
+    re.MULTILINE,
 )
 """What NeMo, Megatron and Lightning print in a run, besides the steps."""
 
@@ -105,9 +106,10 @@ def hush(records: bool = True) -> Callable[[], None]:
     if verbose() or isinstance(sys.stderr, _Screen):
         return lambda: None
     before = sys.stdout, sys.stderr, warnings.showwarning, logging.Logger.callHandlers
-    # What a command prints is never compared with known texts.
-    known = KNOWN if records else RECORDS
-    sys.stdout, sys.stderr = _Screen(sys.stdout, _NOTHING), _Screen(sys.stderr, known)
+    if records:  # what a command prints is never compared with known texts
+        sys.stdout, sys.stderr = _Screen(sys.stdout, _NOTHING), _Screen(sys.stderr, KNOWN)
+    else:
+        sys.stdout, sys.stderr = _Screen(sys.stdout, RECORDS), _Screen(sys.stderr, RECORDS)
     warnings.showwarning = partial(_show_warning, warnings.showwarning)
     if records:
         logging.Logger.callHandlers = _call_handlers  # type: ignore[method-assign,assignment]
