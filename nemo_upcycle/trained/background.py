@@ -39,6 +39,7 @@ class Exports:
         self.directory = directory
         self._waiting: list[str] = []
         self._running: tuple[str, subprocess.Popen[bytes]] | None = None
+        self._said: set[str] = set()
 
     def resume(self) -> None:
         """Continue with what an earlier process has linked and not exported."""
@@ -115,7 +116,13 @@ class Exports:
             ]
         shutil.rmtree(self.directory / (name + LINKED))
         log.unlink()
-        return [line for line in lines if line.startswith((str(self.directory / name), "Note:"))]
+        new = [
+            line
+            for line in lines
+            if line.startswith((str(self.directory / name), "Note:")) and line not in self._said
+        ]
+        self._said.update(new)  # the notes of all exports are the same
+        return new
 
     def _log(self, name: str) -> Path:
         return self.directory / f"{name}.log"
