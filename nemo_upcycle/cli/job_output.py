@@ -20,6 +20,9 @@ _BETWEEN = re.compile("The above exception was the direct cause|During handling 
 _ON_RANK = re.compile(r"\[\w+\] rank \d+: (.*)")
 _UPCYCLING = re.compile(r"(?:[\w.]+\.)?UpcyclingError: (.*)")
 _EXIT = re.compile(r" +exitcode +: (-?\d+)")
+_STOPPED = {"130", "143", "-2", "-15"}
+"""Exit codes of ranks that a signal has stopped; they have said so."""
+
 _REPEATED = re.compile(r"global_batch_size: \d+ \| global_step: \d+ \| ")
 _LAST_LINES = 20
 
@@ -72,8 +75,10 @@ class JobOutput:
                 shown += self._tracebacks[ranks[0]]
             who = f"rank {','.join(sorted(ranks))}: " if len(by_cause) > 1 else ""
             shown.append(f"Error: {who}{cause.removeprefix('Error: ')}")
+        codes = sorted({found[1] for found in map(_EXIT.match, self._table) if found})
+        if not shown and set(codes) <= _STOPPED:
+            return []
         if not shown:
-            codes = sorted({found[1] for found in map(_EXIT.match, self._table) if found})
             shown = [*self._last, f"Error: the job ended with exit code {', '.join(codes)}."]
         return shown + self._where()
 

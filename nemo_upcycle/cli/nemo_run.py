@@ -5,12 +5,12 @@ import re
 import sys
 import traceback
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.cli import noise
-from nemo_upcycle.engine.launch import launched
 
-if not launched():  # a rank's output is its log
+if Path(sys.argv[0]).name in ("nemo", "nemorun", "__main__.py"):  # and not a rank, or a notebook
     noise.hush(records=sys.argv[1:2] == ["upcycle"])
 
 import nemo_run as run

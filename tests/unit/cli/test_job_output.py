@@ -96,3 +96,8 @@ def test_a_traceback_that_ended_nothing_is_shown() -> None:
     during, end = shown(traceback(0, "ValueError: caught"))
     assert during == []
     assert end[-1] == "ValueError: caught"
+
+
+def test_ranks_that_were_stopped_have_said_so() -> None:
+    said = "[default0]:[preemption] Ctrl-C: step 3 is saved\n"
+    assert shown(said + TABLE.format(code=130)) == (["[preemption] Ctrl-C: step 3 is saved"], [])
