@@ -68,18 +68,26 @@ class ExportCallback(pl.Callback, io.IOMixin):
     def _look(self, trainer: pl.Trainer, wait: bool = False) -> None:
         if self._exports is None:
             return
-        saved = trainer.checkpoint_callback._last_global_step_saved
-        if saved != self._looked_after:  # a checkpoint was begun, and may be complete
-            step, checkpoint = self._newest(trainer)
-            if checkpoint is not None and step > self._step:
-                self._step, self._looked_after = step, saved
-                self._add(trainer, step, checkpoint)
-        for remark in self._exports.poll(wait):
+        try:
+            self._add_newest(trainer)
+            remarks = self._exports.poll(wait)
+        except OSError as error:  # such as a full disk; the other ranks know nothing of it
+            remarks = [f"warning: nothing is exported, the run goes on: {error}"]
+        for remark in remarks:
             say(f"[export] {remark}")
+
+    def _add_newest(self, trainer: pl.Trainer) -> None:
+        saved = trainer.checkpoint_callback._last_global_step_saved
+        if saved == self._looked_after:  # no checkpoint has been begun since
+            return
+        step, checkpoint = self._newest(trainer)
+        if checkpoint is not None and step > self._step:
+            self._step, self._looked_after = step, saved
+            self._add(trainer, step, checkpoint)
 
     def _add(self, trainer: pl.Trainer, step: int, checkpoint: Path) -> None:
         assert self._exports is not None
-        resumed = trainer.ckpt_path and Path(trainer.ckpt_path).parent.samefile(checkpoint)
+        resumed = trainer.ckpt_path and Path(trainer.ckpt_path).parent.name == checkpoint.name
         there = (self._exports.directory / f"step={step}").exists()
         if self._due(trainer, step + 1) and not (resumed and there):
             self._exports.add(f"step={step}", checkpoint)
