@@ -21,7 +21,7 @@ demo-real: $(INSTALLED)  ## A real model, SmolLM2-135M: upcycled, verified, trai
 	PATH="$(BIN):$$PATH" examples/demo_real.sh
 
 test: $(INSTALLED)  ## All tests that belong to every change.
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 test-fast: $(INSTALLED)  ## What needs no NeMo, no Megatron-Core and no other process: under a minute.
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow" tests/unit

@@ -29,7 +29,7 @@ step "5 data: Megatron .bin/.idx files" "$DEMO/data/documentation.idx" \
   nemo-upcycle data tokenize $DEMO/text/documentation.jsonl --tokenizer $DEMO/dense --out $DEMO/data
 
 step "6 train: upcycle online, and take a few steps" "$DEMO/runs/moe/checkpoints/*-last/weights/metadata.json" \
-  nemo llm pretrain --yes --factory "upcycle(dense_checkpoint='$DEMO/dense',num_moe_experts=4,moe_layer_freq=3,data_paths='$DEMO/data/documentation',seq_length=128,global_batch_size=4,max_steps=8,dir='$DEMO/runs',name='moe')"
+  nemo llm pretrain --yes --factory "upcycle(dense_checkpoint='$DEMO/dense',num_moe_experts=4,moe_layer_freq=3,data_paths='$DEMO/data/documentation',seq_length=128,global_batch_size=2,max_steps=6,dir='$DEMO/runs',name='moe')"
 
 step "7 out: write the trained MoE as a Hugging Face checkpoint" "$DEMO/trained/config.json" \
   nemo-upcycle export $DEMO/runs/moe $DEMO/trained

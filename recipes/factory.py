@@ -158,10 +158,10 @@ def pretrain(
         data_paths: Megatron `.bin/.idx` prefixes, separated by spaces, each with a weight before
             it if blended (Megatron's `--data-path`); quote a prefix with spaces. None trains on
             NeMo's mock data.
-            data_blend: A blend's YAML, or the name of a blend of the package; instead of
+        data_blend: A blend's YAML, or the name of a blend of the package; instead of
             `data_paths`.
-            max_steps: Training steps; None takes the recipe's.
-            accelerator: `gpu`, `cpu`, or `auto`, which takes the GPU if there is one.
+        max_steps: Training steps; None takes the recipe's.
+        accelerator: `gpu`, `cpu`, or `auto`, which takes the GPU if there is one.
         from_scratch: Take the dense checkpoint's config and tokenizer, and random weights.
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
         performance_mode: Overlap collectives with computation, run garbage collection manually.

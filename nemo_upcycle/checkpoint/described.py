@@ -25,11 +25,11 @@ class Dense:
 
     Attributes:
         source: Path or name of the checkpoint.
-            note: Which parts of the checkpoint were available.
+        note: Which parts of the checkpoint were available.
         family: The dense model's family.
         arch: The dense model's architecture.
         tensors: The tensors; from the config if the weights are not available.
-            branches: Number of dense checkpoints.
+        branches: Number of dense checkpoints.
     """
 
     source: str
@@ -64,8 +64,8 @@ def dense_of_config(config: dict[str, Any], source: str, note: str) -> Dense:
 
     Args:
         config: The parsed `config.json`; without a dtype, BF16 is assumed.
-            source: Path or name of the model.
-            note: A remark on the weights, which are not available.
+        source: Path or name of the model.
+        note: A remark on the weights, which are not available.
     """
     family = family_of(config)
     arch = family.architecture(config)

@@ -31,10 +31,10 @@ class Chunk:
 
     Attributes:
         file: Name of the file.
-            start: Byte offset of the data that `torch.save` has written.
-            length: Bytes of that data.
-            offsets: Index of the first element in the whole tensor.
-            sizes: Shape of the part.
+        start: Byte offset of the data that `torch.save` has written.
+        length: Bytes of that data.
+        offsets: Index of the first element in the whole tensor.
+        sizes: Shape of the part.
     """
 
     file: str
@@ -50,7 +50,7 @@ class StoredTensor:
 
     Attributes:
         info: Shape and dtype.
-            chunks: The parts, each with the index of this matrix in a stacked part (0 if not
+        chunks: The parts, each with the index of this matrix in a stacked part (0 if not
             stacked).
     """
 

@@ -162,12 +162,12 @@ class Family:
 
     Attributes:
         model_type: The family's name in `config.json`.
-            architecture: Reads the architecture from a parsed `config.json`.
-            parameters: Operations by dense Megatron parameter, with `{layer}` for repeated ones.
-            tensors: The size of each dense tensor's axes as keys of `dimensions`, with `{layer}`
+        architecture: Reads the architecture from a parsed `config.json`.
+        parameters: Operations by dense Megatron parameter, with `{layer}` for repeated ones.
+        tensors: The size of each dense tensor's axes as keys of `dimensions`, with `{layer}`
             for repeated tensors.
-            ignored: Suffixes of tensor names that hold no weights.
-            tied: The names of the output layer and of the embeddings, which are equal if tied.
+        ignored: Suffixes of tensor names that hold no weights.
+        tied: The names of the output layer and of the embeddings, which are equal if tied.
     """
 
     model_type: str

@@ -17,9 +17,9 @@ class Experts:
         num_experts: Experts per MoE layer; 0 without MoE layers.
         topk: Experts per token.
         pre_softmax: Softmax before top-k; the weights then do not sum to 1.
-            expert_width: Neurons per expert.
-            is_moe: For every layer, whether the layer has experts.
-            has_shared_expert: Whether the dense feed-forward layer is kept as a shared expert.
+        expert_width: Neurons per expert.
+        is_moe: For every layer, whether the layer has experts.
+        has_shared_expert: Whether the dense feed-forward layer is kept as a shared expert.
     """
 
     num_experts: int

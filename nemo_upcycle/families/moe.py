@@ -31,13 +31,13 @@ class MoEFamily:
 
     Attributes:
         model_type: The name in `config.json`.
-            class_name: The model's class.
-            dense: The dense family that is the same except for the experts.
-            parameters: Operations by Megatron parameter, with `{layer}` and `{expert}` for repeated
+        class_name: The model's class.
+        dense: The dense family that is the same except for the experts.
+        parameters: Operations by Megatron parameter, with `{layer}` and `{expert}` for repeated
             ones.
-            config: Keys of `config.json` that are specific to this architecture.
-            layer_zeros: Tensors of an MoE layer without a counterpart in Megatron; must be 0.
-            doubled: Suffix of tensors that are twice Megatron's.
+        config: Keys of `config.json` that are specific to this architecture.
+        layer_zeros: Tensors of an MoE layer without a counterpart in Megatron; must be 0.
+        doubled: Suffix of tensors that are twice Megatron's.
     """
 
     model_type: str

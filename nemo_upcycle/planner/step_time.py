@@ -36,7 +36,7 @@ class StepTime:
         pipeline: Bubble, uneven stages, sending between stages.
         data_parallel: Exchange of gradients and parameters that does not overlap with a
             microbatch; with FSDP, gathering the parameters of every layer.
-            optimizer: Adam.
+        optimizer: Adam.
     """
 
     matrices: float = 0.0

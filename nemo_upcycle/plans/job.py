@@ -77,9 +77,9 @@ class JobPlan:
         upcycling: What the dense feed-forward layers become.
         folding: The parallel mapping.
         num_nodes: Number of nodes.
-            num_gpus_per_node: Ranks per node.
-            dtype: The parameters' dtype, by safetensors' name.
-            owners: The plans, one for all ranks that own the same shards, sorted by first rank.
+        num_gpus_per_node: Ranks per node.
+        dtype: The parameters' dtype, by safetensors' name.
+        owners: The plans, one for all ranks that own the same shards, sorted by first rank.
     """
 
     dense: Dense

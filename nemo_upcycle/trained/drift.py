@@ -25,8 +25,8 @@ class Drift:
 
     Attributes:
         others: Distance of all weights except experts and routers to the dense weights.
-            experts: Distance of experts' parts to the nearest multiple of the dense neurons.
-            scales: Estimated factors of the parts (gate, up, down, and the shared expert's).
+        experts: Distance of experts' parts to the nearest multiple of the dense neurons.
+        scales: Estimated factors of the parts (gate, up, down, and the shared expert's).
     """
 
     others: float = 0.0

@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
 from nemo_upcycle.plans.rank import Shard
@@ -91,3 +94,13 @@ def gathered_logits(
     if not outputs:
         return None
     return tensor_parallel.gather_from_tensor_model_parallel_region(torch.cat(outputs))
+
+
+def distributed_optimizer(chunks: Chunks, bf16: bool = False) -> tuple[Chunks, Any]:
+    """Return a rank's models in Megatron's DDP, with its distributed optimizer."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True
+    )
+    models = [DistributedDataParallel(get_model_config(c), ddp_config, c) for c in chunks]
+    config = OptimizerConfig(lr=1e-3, bf16=bf16, use_distributed_optimizer=True)
+    return models, get_megatron_optimizer(config, models)

@@ -65,11 +65,9 @@ def state_bytes(
 ) -> tuple[int, int, int]:
     """Build a model with Megatron's DDP and distributed optimizer, make a step, and weigh it."""
     import torch
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.utils import get_model_config
 
     from tests.distributed import scenarios
+    from tests.distributed.models import distributed_optimizer
 
     bf16 = precision == "bf16-mixed"
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -78,13 +76,7 @@ def state_bytes(
     )
     if bf16:
         chunks = [chunk.bfloat16() for chunk in chunks]
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True
-    )
-    models = [DistributedDataParallel(get_model_config(c), ddp_config, c) for c in chunks]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(lr=1e-3, bf16=bf16, use_distributed_optimizer=True), models
-    )
+    models, optimizer = distributed_optimizer(chunks, bf16)
     for model in models:
         model.zero_grad_buffer()
     optimizer.step()

@@ -24,6 +24,10 @@ views in a checkpoint                          Megatron clones every tensor that
                                                buffer, as all are with DDP: parameters and optimizer
                                                would be in memory twice. Here the same memory is
                                                described as a tensor of its own
+`get_parameter_state_dp_zero`                  gathers the optimizer's state for a checkpoint in
+                                               buffers that hold the state once more, even if one
+                                               rank has all of it. Such a rank copies parameter by
+                                               parameter
 =============================================  =====================================================
 """
 
@@ -33,7 +37,7 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, wraps
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -44,6 +48,8 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.files import end_with
 
 CPU = torch.device("cpu")
+
+_STATES = ("param", "exp_avg", "exp_avg_sq")
 
 _mode: "CudaToCpu | None" = None
 
@@ -288,6 +294,42 @@ def _patch_distributed_optimizer() -> None:
             tensors = {**tensors, "step": step.clone()}
         return set_states(self, model_param, tensors)
 
+    gather = DistributedOptimizer.get_parameter_state_dp_zero
+
+    @wraps(gather)
+    def gather_or_copy(self: Any, *args: Any, empty_data: bool = False, **kwargs: Any) -> Any:
+        if self.data_parallel_group.size() > 1 or empty_data:
+            return gather(self, *args, empty_data=empty_data, **kwargs)
+        return whole_state(self)
+
+    DistributedOptimizer.get_parameter_state_dp_zero = gather_or_copy
     DistributedOptimizer.state_dict = state_dict_with_state
     DistributedOptimizer.load_state_dict = load_state_dict_with_own_steps
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step
+
+
+def whole_state(optimizer: Any) -> dict[Any, Any]:
+    """Return the state of a distributed optimizer that one rank has whole, in Megatron's form.
+
+    Args:
+        optimizer: A `DistributedOptimizer` of one data-parallel rank.
+
+    Returns:
+        By buffer and dtype: parameters and both moments, each as one vector in fp32 without the
+        padding between buckets.
+    """
+    state: dict[Any, Any] = {"buckets_coalesced": True}
+    for number, ranges in enumerate(optimizer.gbuf_ranges):
+        ((dtype, buckets),) = ranges.items()
+        buffer = optimizer.buffers[number]
+        vectors = {key: torch.zeros(buffer.numel_unpadded) for key in _STATES}
+        start = 0
+        for bucket, range_of_bucket in zip(buffer.buckets, buckets, strict=True):
+            for parameter, ranges_of_parameter in range_of_bucket["param_map"].items():
+                tensors = optimizer._get_main_param_and_optimizer_states(parameter)
+                place = ranges_of_parameter["gbuf_local"]
+                for key, vector in vectors.items():
+                    vector[start + place.start : start + place.end].copy_(tensors[key].detach())
+            start += bucket.numel_unpadded
+        state[number] = {dtype: {**vectors, "numel_unpadded": buffer.numel_unpadded}}
+    return state
