@@ -34,9 +34,12 @@ VERBOSE = "NEMO_UPCYCLE_VERBOSE"
 LIBRARIES = {
     *("datasets", "fiddle", "lightning", "lightning_fabric", "lm_eval", "lm-eval", "megatron"),
     *("modelopt", "nemo", "nemo_logger", "nemo_run", "nv_one_logger", "nvidia_resiliency_ext"),
-    *("pynvml", "torch", "torchao", "torchx", "urllib3", "fsspec", "absl", "root"),
+    *("pynvml", "torchao", "torchx", "urllib3", "fsspec", "absl"),
 }
-"""Loggers and packages whose warnings are not about the user's model. transformers is not one."""
+"""Loggers and packages whose warnings are not about the user's model.
+
+torch and transformers may warn about the model; of theirs, deprecations and `KNOWN` are hidden.
+"""
 
 _OURS = r"\b(Upcycling|Tokenizer)Warning\b"
 
@@ -52,7 +55,6 @@ KNOWN = re.compile(
     "|module could not be imported: cannot import name '(deploy|evaluate)'"
     "|You are using the default legacy behaviour of the"
     "|Special tokens have been added in the vocabulary"
-    "|^Couldn't find .* tokenizer class|The tokenizer class you load from this checkpoint"
     "|Setting `pad_token_id` to `eos_token_id`"
 )
 """Texts that libraries print whatever the model is."""
@@ -63,11 +65,12 @@ RECORDS = re.compile(
     r"|^\[NeMo W [^]]* (__init__|nemo_logger|rerun_state_machine):\d+\]"
     rf"|^(\[NeMo W [^]]*\] )?\S*site-packages/({'|'.join(sorted(LIBRARIES))})/\S*:\d+: "
     rf"(?!.*{_OURS})"
+    r"|^(\[NeMo W [^]]*\] )?\S*site-packages/\S*:\d+: (Future|Deprecation)Warning: "
     r"|^\[NeMo W .* Cannot save the \w+ indexes because path_to_cache is None"
     # Lightning's words about itself, and its table of the model's modules.
     r"|^(GPU|TPU|HPU) available: |^`Trainer[.(]|^distributed_backend=|^Initializing distributed: "
     r"|^All distributed processes registered|^-{20,}$|^💡 Tip"
-    r"|^ +\| Name +\| |^\d+ +\| \w+ +\| "
+    r"|^ +\| Name +\| |^\d+ +\| \w+ +\| .*\| (train|eval)\b"
     r"|^[\d.]+ *[KMBT]? +(Trainable|Non-trainable|Total|Modules in)\b",
     re.MULTILINE,
 )
@@ -195,7 +198,9 @@ def _show_warning(
     line: Any = None,
 ) -> None:
     ours = str(category.__module__).startswith("nemo_upcycle")
-    if file is None and not ours and (importing() or _package(filename) in LIBRARIES):
+    deprecated = issubclass(category, FutureWarning | DeprecationWarning)
+    theirs = _package(filename) in LIBRARIES or (deprecated and "site-packages" in filename)
+    if file is None and not ours and (importing() or theirs):
         _log.append(warnings.formatwarning(message, category, filename, lineno, line))
     else:
         show(message, category, filename, lineno, file, line)

@@ -102,6 +102,9 @@ def test_records(
     [
         (UserWarning, "/x/site-packages/megatron/core/a.py", False),
         (UserWarning, "/x/site-packages/transformers/a.py", True),
+        (UserWarning, "/x/site-packages/torch/a.py", True),
+        (FutureWarning, "/x/site-packages/torch/a.py", False),
+        (FutureWarning, "/home/user/model.py", True),
         (UserWarning, "/home/user/model.py", True),
         (TokenizerWarning, "/x/site-packages/megatron/core/a.py", True),
     ],
