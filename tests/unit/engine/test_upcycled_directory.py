@@ -159,6 +159,17 @@ def test_a_weight_that_is_not_finite_leaves_nothing(dense: Path, tmp_path: Path)
     assert not list(tmp_path.glob("moe*"))
 
 
+def test_a_value_that_a_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
+    large = write_llama(tmp_path / "large")
+    tensors = load_file(large / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = 7e4
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UpcyclingError, match="65504"):
+        upcycle_directory(str(large), tmp_path / "moe", dtype="F16")
+    assert not list(tmp_path.glob("moe*"))
+    upcycle_directory(str(large), tmp_path / "moe", dtype="BF16")
+
+
 def test_a_directory_that_exists_is_kept(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "moe").mkdir()
     with pytest.raises(UpcyclingError, match="exists"):
