@@ -10,7 +10,6 @@ set -euo pipefail
 DEMO=demo/real
 # shellcheck source=examples/steps.sh
 source "$(dirname "$0")/steps.sh"
-SHOWN="$SHOWN|→|  (experts|weights|step 0|loss|KL|top-1|exact)|Note:|cannot be had|taking"
 
 PROMPT="The capital of France is"
 

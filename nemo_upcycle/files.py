@@ -1,8 +1,11 @@
 """Files that are there whole or not at all, and files that one process has at a time."""
 
+import ctypes
 import errno
 import fcntl
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -120,6 +123,18 @@ def lock(file: IO[Any]) -> bool:
             raise
         return False
     return True
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel kill this process when the parent process is killed (Linux).
+
+    Args:
+        parent: The process that started this process.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # killed before the line above
+            os._exit(1)
 
 
 def leave_terminal() -> None:

@@ -38,6 +38,7 @@ def upcycle(
     read_once: bool = False,
     performance_mode: bool = False,
     wandb_project: Optional[str] = None,
+    export_every_n: Optional[int] = None,
     accelerator: str = "auto",
     hardware: Optional[str] = None,
     check_memory: bool = True,
@@ -68,6 +69,7 @@ def upcycle(
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
         performance_mode: As in the other recipes.
         wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
+        export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         accelerator: `gpu`, `cpu`, or `auto`: the GPU if there is one, if the executor is Slurm
             with GPUs, or if `hardware`, num_nodes or num_gpus_per_node is given.
         hardware: The GPUs to plan for: h100, h200, a100, b200, gb200, or a YAML file. None takes
@@ -120,6 +122,7 @@ def upcycle(
         read_once=read_once,
         performance_mode=performance_mode,
         wandb_project=wandb_project,
+        export_every_n=export_every_n,
         fn=fn,
     )
 

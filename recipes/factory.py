@@ -30,6 +30,7 @@ from nemo_upcycle.families.fields import moe_fields, window_fields
 from nemo_upcycle.nemo.auto_resume import AutoResume
 from nemo_upcycle.nemo.callback import UpcyclingCallback
 from nemo_upcycle.nemo.cpu import cpu_layer_spec
+from nemo_upcycle.nemo.export_callback import ExportCallback
 from nemo_upcycle.nemo.mfu import MFUCallback
 from nemo_upcycle.nemo.model import (
     UpcycledGPTConfig,
@@ -140,6 +141,7 @@ def pretrain(
     read_once: bool = False,
     performance_mode: bool = False,
     wandb_project: str | None = None,
+    export_every_n: int | None = None,
     model_overrides: dict[str, Any] | None = None,
     callbacks: list[run.Config] | None = None,
     fn: Callable = llm.pretrain,
@@ -164,6 +166,7 @@ def pretrain(
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
         performance_mode: Overlap collectives with computation, run garbage collection manually.
         wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
+        export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         model_overrides: Fields of the model's config.
         callbacks: Further callbacks.
         fn: The function that the run calls.
@@ -215,6 +218,8 @@ def pretrain(
         run.Config(checkpoint_tokenizer, source=source, **model_of_tokenizer) if source else None
     )
     all_callbacks = [*_observers(upcycling, schedule), *(callbacks or [])]
+    if export_every_n is not None:
+        all_callbacks.append(_export_callback(upcycling, export_every_n))
     if performance_mode:
         all_callbacks += _performance(folding, cpu_only)
     if upcycles:
@@ -265,6 +270,17 @@ def _observers(upcycling: UpcyclingConfig, schedule: Schedule) -> list[run.Confi
         interval = schedule.moe_health_interval
         callbacks.append(run.Config(MoEHealthCallback, every_n_steps=interval))
     return callbacks
+
+
+def _export_callback(upcycling: UpcyclingConfig, every_n: int) -> run.Config:
+    if upcycling.num_moe_experts is None:
+        raise UpcyclingError(
+            "export_every_n is given for a dense model, which NeMo exports after the training: "
+            "nemo llm export path=… target=hf output_path=…"
+        )
+    if every_n < 1:
+        raise UpcyclingError(f"export_every_n is {every_n}; expected 1 or more.")
+    return run.Config(ExportCallback, every_n=every_n)
 
 
 def _performance(folding: ParallelFolding, cpu_only: bool) -> list[run.Config]:

@@ -84,6 +84,7 @@ def upcycled_recipe(
     max_steps: Optional[int] = None,
     from_scratch: bool = False,
     read_once: bool = False,
+    export_every_n: Optional[int] = None,
     accelerator: str = "auto",
     fn: Callable = llm.pretrain,
     **numbers: Any,
@@ -102,6 +103,7 @@ def upcycled_recipe(
         max_steps: Training steps.
         from_scratch: The control: the same MoE from random weights.
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
+        export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         accelerator: `auto`, `cpu` or `gpu`.
         fn: The function that the run calls.
         numbers: Fields of `UpcyclingConfig` and `ParallelFolding`, num_nodes, num_gpus_per_node (on
@@ -131,6 +133,7 @@ def upcycled_recipe(
         max_steps=max_steps,
         from_scratch=from_scratch,
         read_once=read_once,
+        export_every_n=export_every_n,
         accelerator=accelerator,
         fn=fn,
     )

@@ -32,6 +32,7 @@ def pretrain_recipe_of(recipe: Recipe) -> Callable[..., run.Partial]:
         read_once: bool = False,
         performance_mode: bool = False,
         wandb_project: Optional[str] = None,
+        export_every_n: Optional[int] = None,
         fn: Callable = llm.pretrain,
         **numbers: Any,
     ) -> run.Partial:
@@ -48,6 +49,7 @@ def pretrain_recipe_of(recipe: Recipe) -> Callable[..., run.Partial]:
             read_once=read_once,
             performance_mode=performance_mode,
             wandb_project=wandb_project,
+            export_every_n=export_every_n,
             fn=fn,
         )
 
@@ -77,6 +79,7 @@ def _doc(recipe: Recipe) -> str:
         performance_mode: Overlap tensor-parallel collectives with matrix multiplications
             (Transformer Engine's user buffers); larger gradient buckets, manual garbage collection.
         wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
+        export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         fn: The function that the run calls.
         numbers: Fields of `UpcyclingConfig` and `ParallelFolding`, seq_length, global_batch_size,
             micro_batch_size, num_nodes, num_gpus_per_node, precision, recompute (none, moe_act,

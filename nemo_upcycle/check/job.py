@@ -24,7 +24,10 @@ from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.engine.launch import is_first_rank
 from nemo_upcycle.engine.ranks import Ranks
 from nemo_upcycle.engine.upcycled_directory import upcycle_directory
+from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.transformers_model import transformers_model
+from nemo_upcycle.families.model import upcycled_model
+from nemo_upcycle.families.moe import moe_family_of
 from nemo_upcycle.files import write_whole
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -101,13 +104,23 @@ class Check:
             write_tiny(dense)
         else:
             write_first_layers(self.options.dense, self.options.layers, dense)
-        directory = self.work / "upcycled"
-        upcycle_directory(str(dense), directory, self.subject.varied, _NAMES[self.subject.dtype])
         model = transformers_model(dense, torch.float32)
         with torch.no_grad():
             logits = model(self.subject.ids(STEP0_ROWS)[:, :-1].cpu()).logits
-        torch.save({"logits": logits, "digest": digest(directory)}, self._reference)
+        torch.save({"logits": logits, "digest": self._digest()}, self._reference)
+
+    def _digest(self) -> str | None:
+        """Return the digest of the exported MoE; None if transformers computes no such MoE."""
+        directory, upcycling = self.work / "upcycled", self.subject.varied
+        try:
+            moe_family_of(upcycled_model(self.subject.architecture, upcycling))
+        except UpcyclingError:
+            return None
+        dtype = _NAMES[self.subject.dtype]
+        upcycle_directory(str(self.subject.dense), directory, upcycling, dtype)
+        found = digest(directory)
         shutil.rmtree(directory)
+        return found
 
     def _outcome(self, ranks: Ranks) -> Outcome:
         on_gpu = torch.cuda.is_available()

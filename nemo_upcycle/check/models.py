@@ -151,11 +151,18 @@ def _forward_step(data: Any, model: Any) -> tuple[torch.Tensor, Any]:
 
 
 def distributed_optimizer(
-    chunks: Chunks, bf16: bool = False, lr: float = 1e-3
+    chunks: Chunks, bf16: bool = False, lr: float = 1e-3, **ddp: Any
 ) -> tuple[Chunks, Any]:
-    """Return a rank's models in Megatron's DDP, with its distributed optimizer."""
+    """Return a rank's models in Megatron's DDP, with its distributed optimizer.
+
+    Args:
+        chunks: The models.
+        bf16: Whether the parameters are in bf16.
+        lr: The learning rate.
+        ddp: Further fields of Megatron's `DistributedDataParallelConfig`.
+    """
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, **ddp
     )
     models: Chunks = [DistributedDataParallel(get_model_config(c), ddp_config, c) for c in chunks]
     config = OptimizerConfig(lr=lr, bf16=bf16, use_distributed_optimizer=True)

@@ -3,13 +3,14 @@
 Heavy imports are inside the functions, so that `--help` and the light commands start at once.
 """
 
-import warnings
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nemo_upcycle.cli import data, evaluation
+from nemo_upcycle.cli import data, evaluation, noise
 from nemo_upcycle.cli.ablate import ablate
 from nemo_upcycle.cli.check import check
 from nemo_upcycle.cli.plan import groups, plan
@@ -43,10 +44,26 @@ app.command()(check)
 
 
 def main() -> None:
-    """Run `nemo-upcycle`."""
-    # torch warns at each import if another package has installed pynvml.
-    warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
+    """Run `nemo-upcycle`; `-v` is taken before and after the command's name."""
+    sys.argv[1:] = noise.take_option(sys.argv[1:])
     app()
+
+
+@app.callback()
+def options(
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="Show what libraries say while they are imported and used; also after the "
+            "command's name. NEMO_UPCYCLE_VERBOSE=1 does the same, also for `nemo`.",
+        ),
+    ] = False,
+) -> None:
+    """Take the options of all commands."""
+    if verbose:
+        os.environ[noise.VERBOSE] = "1"
 
 
 @app.command()

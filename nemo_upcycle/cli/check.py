@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemo_upcycle.cli.ranks import on_this_many, quiet
+from nemo_upcycle.cli.ranks import on_this_many
 from nemo_upcycle.cli.submit import check_settings, submit
 from nemo_upcycle.cli.tools import at_least, one_line_errors
 from nemo_upcycle.engine.launch import is_first_rank, launched
@@ -81,7 +81,6 @@ def check(
       nemo-upcycle check --cpu --ranks 2
       nemo-upcycle check run.executor=slurm run.executor.nodes=2
     """
-    quiet()
     at_least("--ranks", ranks, 1)
     at_least("--layers", layers, 1)
     if dtype not in (None, *DTYPES):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nemo_upcycle.cli.ranks import EP, ETP, PP, TP, Ranks, check_there, folding_of, on_ranks, quiet
+from nemo_upcycle.cli.ranks import EP, ETP, PP, TP, Ranks, check_there, folding_of, on_ranks
 from nemo_upcycle.cli.tools import (
     at_least,
     check_file_writable,
@@ -111,7 +111,6 @@ def evaluate(
         stay_offline_without_a_hub,
     )
 
-    quiet()
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     wanted = requests(names, num_fewshot, paper)
     at_least("--num-fewshot", num_fewshot, 0)
@@ -228,7 +227,6 @@ def verify(
       nemo-upcycle verify demo/dense_hf demo/e8t2
       nemo-upcycle verify /models/Meta-Llama-3-8B e8t2_hf --text book.txt --dtype bfloat16 --tp 8
     """
-    quiet()
     at_least("--tokens", tokens, 1)
     at_least("--batch-size", batch_size, 1)
     folding = folding_of(tp, pp, ep, etp)
@@ -289,7 +287,6 @@ def generate(
     Example:
       nemo-upcycle generate demo/e8t2_hf "def main():"
     """
-    quiet()
     at_least("--max-new-tokens", max_new_tokens, 1)
     at_least("--temperature", temperature, 0)
     folding = folding_of(tp, pp, ep, etp)

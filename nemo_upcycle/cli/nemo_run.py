@@ -2,9 +2,16 @@
 
 import logging
 import re
+import sys
 import traceback
 from functools import wraps
+from pathlib import Path
 from typing import Any
+
+from nemo_upcycle.cli import noise
+
+if Path(sys.argv[0]).name in ("nemo", "nemorun", "__main__.py"):  # and not a rank, or a notebook
+    noise.hush(records=sys.argv[1:2] == ["upcycle"])
 
 import nemo_run as run
 import typer
@@ -13,7 +20,7 @@ from nemo_run.cli.api import Entrypoint, RunContext
 from nemo_run.cli.cli_parser import CLIException
 from nemo_upcycle_recipes import any_model, executors, llama_tiny, upcycled, upcycled_gpt
 
-from nemo_upcycle.cli import app
+from nemo_upcycle.cli import app, job_output
 from nemo_upcycle.cli.interrupt import listen
 from nemo_upcycle.errors import UpcyclingError
 
@@ -80,11 +87,14 @@ def _one_line(error: Exception) -> str:
 
 
 def _knowing_the_executor(execute: Any) -> Any:
-    """Let factories know the executor, which NeMo-Run has parsed before."""
+    """Let factories know the executor, which NeMo-Run has parsed before.
+
+    What NeMo-Run says about a local job is hidden.
+    """
 
     @wraps(execute)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with executors.launching(self.executor):
+        with executors.launching(self.executor), job_output.quiet_launch(self):
             return execute(self, *args, **kwargs)
 
     return wrapped
@@ -94,3 +104,4 @@ logging.getLogger(cli_parser.__name__).setLevel(logging.CRITICAL)  # repeats the
 RunContext._execute_task = _knowing_the_executor(RunContext._execute_task)
 RunContext.cli_execute = _with_one_line_errors(RunContext.cli_execute)
 listen()
+job_output.listen()

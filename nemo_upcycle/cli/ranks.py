@@ -1,9 +1,7 @@
 """Options of commands that run a model: the parallel mapping, and the ranks."""
 
-import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,12 +49,6 @@ def check_there(*sources: Path | None) -> None:
     for source in sources:
         if source is not None and not is_checkpoint(directory := resolve_trained(source)):
             raise no_checkpoint(directory)
-
-
-def quiet() -> None:
-    """Silence the log messages of NeMo, Megatron, transformers and lm-eval."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
 
 
 def on_ranks(folding: "ParallelFolding", ranks: int | None) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, ParamSpec
 
 import typer
 
+from nemo_upcycle.cli.noise import hushed
 from nemo_upcycle.engine.launch import is_first_rank
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.files import check_writable
@@ -44,13 +45,14 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
     """Make a command end with one line and exit code 1 on bad input, also under `nemo`.
 
     Errors of files and disks end the command in the same way; an interrupt, with one line and exit
-    code 130. A bug of the program keeps the traceback.
+    code 130. A bug of the program keeps the traceback. The noise of libraries is hidden.
     """
 
     @wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with hushed():
+                command(*args, **kwargs)
         except UpcyclingError as error:
             _report_error(str(error))
             raise typer.Exit(1) from None

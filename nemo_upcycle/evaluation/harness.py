@@ -1,6 +1,7 @@
 """Run lm-eval on a checkpoint and write the results."""
 
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -67,10 +68,11 @@ def evaluate(
     Raises:
         UpcyclingError: The checkpoint cannot be read, or does not fit the parallel mapping.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator, simple_evaluate
 
     from nemo_upcycle.evaluation.lm import NemoUpcycleLM
 
+    evaluator.get_git_commit_hash = _git_hash
     folding = options.folding
     lm = NemoUpcycleLM(
         str(source),
@@ -105,6 +107,17 @@ def evaluate(
             by_request[request] = results
             keep(request, results)
     return by_request
+
+
+def _git_hash() -> str | None:
+    """Return the commit of the current directory; lm-eval lets git complain on the screen."""
+    try:
+        described = subprocess.run(
+            ("git", "describe", "--always"), capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git
+        return None
+    return described.stdout.strip() or None
 
 
 def read_results(path: Path, wanted: Sequence[Request]) -> Results:

@@ -1,6 +1,7 @@
 """Faults for `nemo-upcycle check` to find: each breaks this rank's process, and can be undone."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,7 +120,12 @@ def optimizer_not_loaded() -> Patch:
 
 def never_killed() -> Patch:
     """The training that should be killed ends by itself."""
-    return restart, "_run", lambda *_: 0
+
+    def ended(subject: Any, folding: Any, directory: Path, port: int) -> int:
+        restart._log(directory).write_text("ended")
+        return 0
+
+    return restart, "_run", ended
 
 
 def error_on_one_rank() -> Patch:

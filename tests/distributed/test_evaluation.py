@@ -1,7 +1,6 @@
 """lm-eval on a NeMo checkpoint: the same on any ranks as on its export under transformers."""
 
 import json
-import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -337,7 +336,6 @@ def test_bad_arguments(
         monkeypatch.setenv(name, "1")  # what the command sets, undone afterwards
     words = [str(models.step0) if word == "CHECKPOINT" else word for word in arguments]
     result = CliRunner().invoke(app, ["evaluate", *words])
-    logging.disable(logging.NOTSET)
     assert result.exit_code == 1
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1

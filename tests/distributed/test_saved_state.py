@@ -14,7 +14,9 @@ from tests.distributed.pool import RankPool
 def differing_states(dense: Path) -> tuple[int, list[str]]:
     """Make a step with random gradients; return how many vectors there are, and which differ."""
     chunks = scenarios.build(dense, ParallelFolding(), UpcyclingConfig(num_moe_experts=2))
-    models, optimizer = distributed_optimizer(chunks)
+    several = {"bucket_size": 20_000, "overlap_grad_reduce": True}
+    models, optimizer = distributed_optimizer(chunks, **several)
+    assert all(len(model.buffers[0].buckets) > 1 for model in models)
     torch.manual_seed(1)
     for model in models:
         for buffer in (*model.buffers, *model.expert_parallel_buffers):

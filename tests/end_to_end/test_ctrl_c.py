@@ -103,7 +103,7 @@ def test_what_ends_nemo_lets_the_ranks_save(
 @pytest.mark.slow
 def test_ctrl_c_before_training_leaves_nothing(tmp_path: Path) -> None:
     make_workspace(tmp_path / "demo")
-    code, log = press(tmp_path, 2, "Launched app")
+    code, log = press(tmp_path, 2, "The whole output goes to")
     assert code == 130
     assert "there was nothing to save" in log
     assert "Traceback" not in log

@@ -32,13 +32,10 @@ views in a checkpoint                          Megatron clones every tensor that
 """
 
 import contextlib
-import ctypes
 import gc
 import logging
 import multiprocessing
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from functools import cache, wraps
 from multiprocessing.managers import SyncManager
@@ -48,6 +45,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.files import end_with
 
 CPU = torch.device("cpu")
 
@@ -256,11 +254,8 @@ def _begin_queue_process(parent: int) -> None:
     # Collecting inherited objects would destroy process groups, whose threads were not forked.
     gc.freeze()
     gc.enable()
-    # The kernel kills this process when the parent is killed; otherwise it would wait forever.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # killed before the line above
-            os._exit(1)
+    # Otherwise this process would wait forever.
+    end_with(parent)
 
 
 def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
