@@ -20,8 +20,9 @@ demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, w
 demo-real: $(INSTALLED)  ## A real model, SmolLM2-135M: upcycled, verified, trained a little, exported.
 	PATH="$(BIN):$$PATH" examples/demo_real.sh
 
-test: $(INSTALLED)  ## All tests that belong to every change.
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+PROCESSES ?= 0
+test: $(INSTALLED)  ## All tests that belong to every change; PROCESSES=2 runs two files at a time.
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile -m "not slow"
 
 test-fast: $(INSTALLED)  ## What needs no NeMo, no Megatron-Core and no other process: under a minute.
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow" tests/unit

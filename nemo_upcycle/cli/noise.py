@@ -119,6 +119,8 @@ def hush(records: bool = True) -> Callable[[], None]:
         # Also of transformers, which asks the hub's library.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        if "datasets" in sys.modules:  # which has read its environment already
+            sys.modules["datasets"].disable_progress_bars()
 
     def undo() -> None:
         sys.stdout, sys.stderr, warnings.showwarning, handlers = before

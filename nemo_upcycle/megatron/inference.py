@@ -36,7 +36,7 @@ def inference_model(
     arch, on_gpu = model.arch, torch.cuda.is_available()
     length = arch.max_position_embeddings
     values: dict[str, Any] = {
-        **fields_of_architecture(arch, length),
+        **fields_of_architecture(arch, seq_length=None),  # a text may be longer than the context
         **experts_fields(model, arch.ffn_hidden_size),
         "moe_router_dtype": "fp32",  # routing decides by small differences
         "moe_token_dispatcher_type": "alltoall",

@@ -134,12 +134,12 @@ def model_fields(
     }
 
 
-def fields_of_architecture(arch: Architecture, seq_length: int) -> dict[str, Any]:
+def fields_of_architecture(arch: Architecture, seq_length: int | None) -> dict[str, Any]:
     """Return the fields of Megatron's configs that a dense model determines.
 
     Args:
         arch: The dense model's architecture.
-        seq_length: Maximum tokens per sequence.
+        seq_length: Maximum tokens per sequence; None for no limit.
     """
     found = LLAMA_FIELDS | architecture_fields(arch) | window_fields(arch, seq_length)
     found["activation_func"] = _activation(found.get("activation_func", "silu"))

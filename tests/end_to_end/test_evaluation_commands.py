@@ -243,9 +243,10 @@ def test_what_is_wrong_is_one_line_before_the_work(
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1, result.exception
     lines = result.output.strip().splitlines()
-    (line,) = filter(None, lines)
-    assert line.startswith("Error: ")
-    assert message in line
+    lines = list(filter(None, lines))
+    assert len(lines) == 1, result.output
+    assert lines[0].startswith("Error: ")
+    assert message in lines[0]
     assert sorted(workspace.rglob("*")) == before
 
 
