@@ -185,6 +185,18 @@ class UpcyclingConfig:
         shared = " and a shared expert" if self.moe_shared_expert else ""
         return f"E{self.expansion_rate}{granularity}T{self.moe_router_topk}{shared}"
 
+    def active_parameters(self, parameters: int, routed: int) -> int:
+        """Return the parameters that a token uses.
+
+        Args:
+            parameters: All parameters.
+            routed: The parameters of routed experts among them.
+        """
+        experts = self.num_moe_experts
+        if experts is None:
+            return parameters
+        return parameters - routed * (experts - self.moe_router_topk) // experts
+
     def neurons(self, expert: int, ffn_hidden_size: int) -> tuple[int, int]:
         """Return the dense feed-forward layer's neurons that make up an expert.
 

@@ -74,9 +74,8 @@ class UpcycledDirectory:
     @cached_property
     def active_parameters(self) -> int:
         """Elements used per token."""
-        experts, topk = self.model.num_experts, self.model.topk
         routed = sum(prod(shape) for name, shape in self.shapes.items() if ".experts." in name)
-        return self.parameters - routed * (experts - topk) // experts
+        return self.prepared.upcycling.active_parameters(self.parameters, routed)
 
     @property
     def exactness(self) -> Exactness:

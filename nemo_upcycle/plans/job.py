@@ -120,11 +120,8 @@ class JobPlan:
     @cached_property
     def active_parameters(self) -> int:
         """Elements used per token."""
-        experts = self.upcycling.num_moe_experts
-        if experts is None:
-            return self.parameters
-        idle = sum(prod(shard.shape) for shard in self._shards if ".experts." in shard.name)
-        return self.parameters - idle * (experts - self.upcycling.moe_router_topk) // experts
+        routed = sum(prod(shard.shape) for shard in self._shards if ".experts." in shard.name)
+        return self.upcycling.active_parameters(self.parameters, routed)
 
     @cached_property
     def _shards(self) -> set[Shard]:

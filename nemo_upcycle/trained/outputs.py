@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ class OutputFile:
     name: str
     outputs: Mapping[str, Output]
 
-    @property
+    @cached_property
     def head(self) -> bytes:
         """What stands before the tensors."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
