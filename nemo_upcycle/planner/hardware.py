@@ -24,6 +24,8 @@ class Hardware:
         network_bandwidth: GB/s per GPU beyond the NVLink domain, in each direction.
         storage_bandwidth: GB/s per node, reading from the file system.
         storage_total: GB/s of all nodes together, reading.
+        host_slowness: Time that the host takes to launch kernels, over that of the hosts in the
+            published runs (DGX H100).
     """
 
     name: str
@@ -36,6 +38,7 @@ class Hardware:
     network_bandwidth: float
     storage_bandwidth: float
     storage_total: float
+    host_slowness: float = 1.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -12,8 +12,10 @@ from typing import NamedTuple
 from nemo_upcycle.families import dimensions
 from nemo_upcycle.planner.workload import Mapping, Workload
 
-UNEVEN_ROUTING = 1.5
-"""Tokens of the fullest rank over the mean for which memory must suffice in dropless training."""
+UNEVEN_ROUTING = 1.2
+"""Tokens of the fullest rank over the mean for which memory must suffice in dropless training,
+averaged over the layers and microbatches whose activations are kept. The largest round number with
+which all dropless runs that were published fit."""
 
 RESERVED = 5 * 2**30
 """Bytes of CUDA's context, NCCL's buffers and fragmentation of the allocator."""
@@ -28,8 +30,7 @@ class Memory:
         gradients: Gradients in fp32.
         optimizer: Adam's two moments, and fp32 copies of bf16 parameters.
         activations: Activations of all microbatches in flight.
-        working: Temporary memory: a recomputed layer, logits, and with FSDP a layer's parameters
-            and gradients.
+        working: Temporary memory: a recomputed layer, logits.
         reserved: Memory that no tensor uses.
     """
 
@@ -67,8 +68,6 @@ def of_stage(workload: Workload, mapping: Mapping, stage: int) -> Memory:
     working = max(computed.moe, computed.dense)
     if stage == mapping.folding.pipeline_model_parallel_size - 1:
         working = max(working, _logits(workload, mapping))
-    if mapping.fsdp:
-        working += _gathered(workload, mapping)
     return Memory(state.parameters, state.gradients, state.optimizer, activations, working)
 
 
@@ -90,9 +89,8 @@ def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
     for buffer in workload.buffers(mapping.folding, stage):
         ranks, _ = mapping.replicas(buffer)
         padded = buffer.padded(ranks)
-        held = padded // ranks if mapping.fsdp else padded
-        parameters += held * workload.element_bytes
-        gradients += held * 4
+        parameters += padded * workload.element_bytes
+        gradients += padded * 4
         optimizer += min(padded // ranks, buffer.elements) * per_parameter
     return ModelState(parameters, gradients, optimizer)
 
@@ -133,6 +131,11 @@ def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, Laye
             return LayerBytes(attended + moe - activated, attended + dense), LayerBytes(
                 activated, 0
             )
+        case "norm_act":
+            # A norm's output, in front of the experts, is computed again too.
+            output = norm / 2
+            kept = attended + moe - activated - output
+            return LayerBytes(kept, attended + dense), LayerBytes(activated + output, 0)
     # Gradients of the widest activations exist at the same time.
     widest = routed if workload.is_moe else arch.ffn_hidden_size * neurons * tokens
     return LayerBytes(attended + moe, attended + dense), LayerBytes(widest, 0)
@@ -176,12 +179,3 @@ def _logits(workload: Workload, mapping: Mapping) -> float:
     """Return the bytes of the logits, of an fp32 copy and of the softmax."""
     tokens = mapping.tokens(workload.seq_length)
     return tokens * workload.arch.vocab_size * (workload.element_bytes + 8)
-
-
-def _gathered(workload: Workload, mapping: Mapping) -> float:
-    """Return the bytes of two layers' parameters (one prefetched) and one layer's gradients."""
-    buffers = workload.buffers(mapping.folding, 0)
-    layer = sum(buffer.elements for buffer in buffers) / max(
-        1, sum(workload.stages(mapping.folding)[0])
-    )
-    return layer * (2 * workload.element_bytes + 4)

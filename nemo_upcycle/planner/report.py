@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nemo_upcycle.planner.efficiency import ACCURACY
 from nemo_upcycle.planner.memory import Memory
 from nemo_upcycle.planner.scaling import Point
 from nemo_upcycle.planner.search import HEADROOM, Prediction
@@ -59,27 +60,27 @@ def render(tuning: Tuning, title: str, command: str, top: int) -> RenderableType
 
 
 def _caveat(hardware: str) -> str:
-    known = (
-        "Predicted from runs of other models, the MFU of 12 published H100 runs had a median error "
-        "of 6% and a largest error of 9% (14% with FSDP)"
-    )
+    known = ACCURACY
     if hardware != "H100":
-        known += f"; nothing was fitted to {hardware}"
-    return f"{known}. Differences below 5% are within this error: prefer the simpler mapping."
+        known += f" Nothing was fitted to {hardware}."
+    return f"{known} Differences below 5% are within this error: prefer the simpler mapping."
 
 
 def _mappings(shown: Iterable[Prediction], compared: dict[str, Prediction]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("", "mapping", "mb", "recomp."):
         table.add_column(name, no_wrap=True)
-    for name in ("GiB", "step", "MFU%", "MFU*"):
+    for name in ("GiB", "step", "even", "MFU%", "MFU*"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, one in enumerate(shown, 1):
         table.add_row(*_row(str(number), one))
     table.add_section()
     for name, one in compared.items():
         table.add_row(*_row(name, one), style="dim")
-    table.caption = "mb: microbatch; step in s; MFU*: as arXiv 2412.09952 counts; !: does not fit"
+    table.caption = (
+        "mb: microbatch; step in s; even: with tokens spread evenly over the experts; "
+        "MFU*: as arXiv 2412.09952 counts; !: does not fit"
+    )
     table.caption_justify = "left"
     return table
 
@@ -88,11 +89,12 @@ def _row(name: str, one: Prediction) -> list[str]:
     mapping = one.mapping
     return [
         name,
-        str(mapping.folding) if not mapping.fsdp else f"FSDP · EP{_ep(one)}",
+        str(mapping.folding),
         str(mapping.micro_batch_size),
         mapping.recompute,
         f"{one.memory.total / GIB:.0f}" + ("" if one.fits else "!"),
         seconds(one.time.total),
+        seconds(one.even_seconds),
         f"{100 * one.mfu:.1f}",
         f"{100 * one.mfu_full_attention:.1f}",
     ]
@@ -191,9 +193,10 @@ def prediction_json(one: Prediction) -> dict[str, Any]:
     """Return a prediction as a JSON object.
 
     Returns:
-        `folding` (Megatron's fields), `world_size`, `micro_batch_size`, `recompute`, `fsdp`,
-        `fits`, `memory` and `total_memory` (bytes), `time` and `step_time` (seconds), `mfu`,
-        `mfu_full_attention`, `tokens_per_second`.
+        `folding` (Megatron's fields), `world_size`, `micro_batch_size`, `recompute`,
+        `fits`, `memory` and `total_memory` (bytes), `time`, `step_time` and
+        `even_step_time` (seconds; even: tokens are spread evenly), `mfu`, `mfu_full_attention`,
+        `tokens_per_second`.
     """
     return {
         **asdict(one.mapping),
@@ -202,6 +205,7 @@ def prediction_json(one: Prediction) -> dict[str, Any]:
         "total_memory": one.memory.total,
         "time": vars(one.time),
         "step_time": one.time.total,
+        "even_step_time": one.even_seconds,
         "mfu": one.mfu,
         "mfu_full_attention": one.mfu_full_attention,
         "tokens_per_second": one.tokens_per_second,

@@ -38,7 +38,8 @@ class Workload:
     @cached_property
     def flops(self) -> Flops:
         """Operations per sequence."""
-        return flops(self.model, self.seq_length)
+        capacity = self.upcycling.moe_expert_capacity_factor if self.is_moe else None
+        return flops(self.model, self.seq_length, capacity)
 
     @property
     def is_moe(self) -> bool:
@@ -123,21 +124,17 @@ class Mapping:
         world_size: Number of GPUs.
         micro_batch_size: Sequences of a microbatch.
         recompute: What is computed again instead of kept: a key of `config.RECOMPUTE`.
-        fsdp: Parameters and gradients are sharded over data-parallel ranks too (ZeRO-3), and
-            gathered layer by layer. Not offered by the recipes: for comparison.
     """
 
     folding: ParallelFolding
     world_size: int
     micro_batch_size: int = 1
     recompute: str = "none"
-    fsdp: bool = False
 
     def __str__(self) -> str:
         """Return the papers' notation: TP2 CP1 PP4 · ETP1 EP8 · microbatch 1 · no recompute."""
         recompute = "no recompute" if self.recompute == "none" else f"recompute {self.recompute}"
-        sharding = "FSDP · " if self.fsdp else ""
-        return f"{sharding}{self.folding} · microbatch {self.micro_batch_size} · {recompute}"
+        return f"{self.folding} · microbatch {self.micro_batch_size} · {recompute}"
 
     @property
     def data_parallel(self) -> int:
