@@ -67,7 +67,7 @@ def _caveat(hardware: str) -> str:
 
 
 def _mappings(shown: Iterable[Prediction], compared: dict[str, Prediction]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for name in ("", "mapping", "mb", "recomp."):
         table.add_column(name, no_wrap=True)
     for name in ("GiB", "step", "even", "MFU%", "MFU*"):
@@ -102,7 +102,7 @@ def _row(name: str, one: Prediction) -> list[str]:
 
 def seconds(value: float) -> str:
     """Return a step time as text."""
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+    return f"{value:.2g}" if value < 0.1 else f"{value:.{1 if value >= 10 else 2}f}"
 
 
 def _ep(one: Prediction) -> int:

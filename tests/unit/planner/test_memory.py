@@ -9,7 +9,7 @@ from nemo_upcycle.planner.memory import memory
 from nemo_upcycle.planner.step_time import step_time
 from nemo_upcycle.planner.workload import Mapping
 from nemo_upcycle.plans.job import plan_job
-from tests.planning import H100, QUICK_HOST, PAPER, paper_mapping
+from tests.planning import PAPER, QUICK_HOST, paper_mapping
 
 
 def test_more_recompute_keeps_less_and_takes_longer() -> None:
