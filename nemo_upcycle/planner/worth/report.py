@@ -57,14 +57,7 @@ def render(found: Worth, title: str, price: float | None = None) -> RenderableTy
         price: Price per GPU-hour; None leaves out the costs in money.
     """
     parts: list[RenderableType] = [Text(title, style="bold"), _models(found), _ways(found, price)]
-    sunk = f"{hours(found.sunk_hours)} GPU-hours on these GPUs"
-    share = found.tokens * hours_per_token(found.moe) / found.sunk_hours
-    parts.append(
-        Text(
-            f"Sunk and not counted: the dense pre-training, {short(found.dense_tokens)} tokens, "
-            f"{sunk}{_in_money(found.sunk_hours, price)}. Upcycling is {share:.2g} times that."
-        )
-    )
+    parts.append(Text(_sunk(found, price)))
     if found.outside:
         parts += _refusal(found)
     if found.has_losses:
@@ -130,6 +123,16 @@ def hours(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _sunk(found: Worth, price: float | None) -> str:
+    spent = found.sunk_hours
+    share = found.tokens * hours_per_token(found.moe) / spent
+    return (
+        f"Sunk and not counted: the dense pre-training, {short(found.dense_tokens)} tokens, "
+        f"{hours(spent)} GPU-hours on these GPUs{_in_money(spent, price)}. Upcycling is "
+        f"{hours(100 * share)}% of that."
+    )
+
+
 def _in_money(spent: float, price: float | None) -> str:
     return "" if price is None else f", {hours(spent * price)} at this price"
 
@@ -147,6 +150,10 @@ def _refusal(found: Worth) -> Iterator[RenderableType]:
         yield _indented(f"Measured: {OLMOE}")
         yield _indented(f"{olmoe_by_the_law()}")
     else:
+        yield _indented(
+            "The MoE from scratch costs as much per token as upcycling. How many tokens it takes "
+            "to the same loss, only the law could say."
+        )
         yield _indented("--extrapolate prints the law's numbers all the same.")
     yield Text("\nMeasured by others, nearest to this", style="bold")
     for one in MEASURED:

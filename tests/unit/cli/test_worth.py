@@ -100,6 +100,7 @@ def test_llama_3_8b_gets_costs_a_refusal_and_what_others_measured(llama3_8b: str
         "fitted from about 15.0M to 1.00B", "D1, the dense model's tokens, is 15.0T; the law was "
         "fitted up to 368B", "--extrapolate", "arXiv 2412.09952", "arXiv 2410.07524",
         "arXiv 2409.02060", "arXiv 2212.05055", "MoE from scratch, same loss ? ? ?",
+        "The MoE from scratch costs as much per token as upcycling",
     ):  # fmt: skip
         assert part in words, part
     assert "D2" not in words
