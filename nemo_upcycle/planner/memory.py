@@ -9,6 +9,7 @@ compares the formula with layers on a GPU.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from nemo_upcycle.config import PRECISIONS
 from nemo_upcycle.families import dimensions
 from nemo_upcycle.planner.workload import Mapping, Workload
 
@@ -26,7 +27,7 @@ class Memory:
     """Bytes per GPU.
 
     Attributes:
-        parameters: Parameters in the training precision.
+        parameters: Parameters in the training precision, and their copies in FP8.
         gradients: Gradients in fp32.
         optimizer: Adam's two moments, and fp32 copies of bf16 parameters.
         activations: Activations of all microbatches in flight.
@@ -85,11 +86,14 @@ def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
     Adam keeps two fp32 moments per parameter, and an fp32 copy of each bf16 parameter.
     """
     parameters = gradients = optimizer = 0
-    per_parameter = 12 if workload.precision == "bf16-mixed" else 8
+    precision = PRECISIONS[workload.precision]
+    per_parameter = 12 if precision.is_bf16 else 8
+    # Transformer Engine keeps weights in FP8 too, by rows and by columns.
+    held = workload.element_bytes + (2 if precision.is_fp8 else 0)
     for buffer in workload.buffers(mapping.folding, stage):
         ranks, _ = mapping.replicas(buffer)
         padded = buffer.padded(ranks)
-        parameters += padded * workload.element_bytes
+        parameters += padded * held
         gradients += padded * 4
         optimizer += min(padded // ranks, buffer.elements) * per_parameter
     return ModelState(parameters, gradients, optimizer)

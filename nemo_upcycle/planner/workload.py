@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import lcm, prod
 
-from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.config import PRECISIONS, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.model import MoEModel, upcycled_model
 from nemo_upcycle.planner.flops import Flops, flops
@@ -21,7 +21,7 @@ class Workload:
         upcycling: What the dense feed-forward layers become.
         seq_length: Tokens per sequence.
         global_batch_size: Sequences per step.
-        precision: `bf16-mixed` or `32`.
+        precision: A name of `config.PRECISIONS`.
     """
 
     arch: Architecture
@@ -49,7 +49,15 @@ class Workload:
     @property
     def element_bytes(self) -> int:
         """Bytes per parameter and per activation."""
-        return 2 if self.precision == "bf16-mixed" else 4
+        return 2 if PRECISIONS[self.precision].is_bf16 else 4
+
+    @property
+    def fp8_layers(self) -> float:
+        """Fraction of the layers whose matrix products are in FP8."""
+        precision = PRECISIONS[self.precision]
+        ends = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        left = self.arch.num_layers - sum(precision.fields.get(name, 0) for name in ends)
+        return max(0, left) / self.arch.num_layers if precision.is_fp8 else 0.0
 
     @cache  # noqa: B019 - a workload lives as long as its plan
     def stages(self, folding: ParallelFolding) -> list[tuple[int, int]]:
