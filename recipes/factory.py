@@ -16,7 +16,7 @@ from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommO
 from nemo.utils.exp_manager import TimingCallback
 from nemo_upcycle_recipes import components, executors, on_host
 from nemo_upcycle_recipes.arguments import arguments, defaults
-from nemo_upcycle_recipes.recipe import Recipe, Schedule
+from nemo_upcycle_recipes.recipe import OF_OPTIMIZER, Recipe, Schedule
 
 from nemo_upcycle.checkpoint.branches import split_sources
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
@@ -39,6 +39,7 @@ from nemo_upcycle.nemo.model import (
     is_llama,
 )
 from nemo_upcycle.nemo.moe_health import MoEHealthCallback
+from nemo_upcycle.nemo.offloaded_optimizer import OffloadedOptimizer
 from nemo_upcycle.nemo.preemption import PreemptionCallback
 from nemo_upcycle.nemo.provenance import Provenance
 from nemo_upcycle.nemo.run_numbers import check_max_steps
@@ -206,6 +207,11 @@ def pretrain(
             "recompute is 'moe_act', which needs grouped GEMM and therefore a GPU; on CPU use "
             "'none', 'moe' or 'full'."
         )
+    if cpu_only and not recipe.optimizer.is_default:
+        raise UpcyclingError(
+            f"The recipe says {recipe.optimizer}, to save GPU memory, which needs a GPU and "
+            f"Transformer Engine. On CPU leave {', '.join(OF_OPTIMIZER)} out."
+        )
     if cpu_only:
         overrides |= cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu_layer_spec}
     elif upcycling.num_moe_experts is not None:
@@ -218,6 +224,8 @@ def pretrain(
         run.Config(checkpoint_tokenizer, source=source, **model_of_tokenizer) if source else None
     )
     all_callbacks = [*_observers(upcycling, schedule), *(callbacks or [])]
+    if recipe.optimizer_offload_fraction:
+        all_callbacks.append(run.Config(OffloadedOptimizer))
     if export_every_n is not None:
         all_callbacks.append(_export_callback(upcycling, export_every_n))
     if performance_mode:
@@ -244,7 +252,7 @@ def pretrain(
         ),
         data=components.data(schedule, paths, tokenizer_config, cpu_only),
         log=components.log(dir, name, schedule, wandb_project),
-        optim=components.optim(schedule, recipe.precision),
+        optim=components.optim(schedule, recipe.precision, recipe.optimizer),
         resume=run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
     )
 

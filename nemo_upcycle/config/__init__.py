@@ -6,6 +6,7 @@ from nemo_upcycle.config.folding import (
     UNEVEN_STAGES,
     ParallelFolding,
 )
+from nemo_upcycle.config.optimizer import OPTIMIZER_STATE, OptimizerStorage
 from nemo_upcycle.config.upcycling import (
     LARGEST_NUMBER,
     LARGEST_SEED,
@@ -18,9 +19,11 @@ __all__ = [
     "ACCOUNTED_LAYERS",
     "LARGEST_NUMBER",
     "LARGEST_SEED",
+    "OPTIMIZER_STATE",
     "RECOMPUTE",
     "UNEVEN_STAGES",
     "Exactness",
+    "OptimizerStorage",
     "ParallelFolding",
     "Scales",
     "UpcyclingConfig",

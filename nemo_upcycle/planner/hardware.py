@@ -24,6 +24,9 @@ class Hardware:
         network_bandwidth: GB/s per GPU beyond the NVLink domain, in each direction.
         storage_bandwidth: GB/s per node, reading from the file system.
         storage_total: GB/s of all nodes together, reading.
+        host_memory_gib: GiB of a node's own memory.
+        host_memory_bandwidth: GB/s of a node's own memory.
+        host_link_bandwidth: GB/s per GPU to and from the node's memory, in each direction.
     """
 
     name: str
@@ -36,6 +39,10 @@ class Hardware:
     network_bandwidth: float
     storage_bandwidth: float
     storage_total: float
+    # Where a file says nothing: a small node with PCIe 4.
+    host_memory_gib: float = 1000.0
+    host_memory_bandwidth: float = 200.0
+    host_link_bandwidth: float = 25.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

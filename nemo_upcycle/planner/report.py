@@ -18,11 +18,12 @@ GIB = 2**30
 
 WHERE = {
     "parameters": "parameters",
-    "gradients": "gradients, fp32",
+    "gradients": "gradients",
     "optimizer": "optimizer, this rank's part",
     "activations": "activations in flight",
     "working": "working memory",
     "reserved": "CUDA, NCCL, allocator",
+    "passing": "optimizer while loading, without activations",
 }
 """Uses of memory, in words."""
 
@@ -176,6 +177,7 @@ def to_json(tuning: Tuning, top: int) -> dict[str, Any]:
     Returns:
         - `fitting` and `tried`: numbers of mappings.
         - `best` (a list) and `compared` (by name): predictions as of `prediction_json`.
+        - `saving`: how memory was saved in the optimizer and what this costs: a sentence, or null.
         - `why`: sentences.
     """
     return {
@@ -183,6 +185,7 @@ def to_json(tuning: Tuning, top: int) -> dict[str, Any]:
         "tried": tuning.tried,
         "best": [prediction_json(one) for one in tuning.best[:top]],
         "compared": {name: prediction_json(one) for name, one in tuning.compared.items()},
+        "saving": tuning.saving,
         "why": explain(tuning),
     }
 
@@ -192,11 +195,13 @@ def prediction_json(one: Prediction) -> dict[str, Any]:
 
     Returns:
         `folding` (Megatron's fields), `world_size`, `micro_batch_size`, `recompute`, `fsdp`,
-        `fits`, `memory` and `total_memory` (bytes), `time` and `step_time` (seconds), `mfu`,
-        `mfu_full_attention`, `tokens_per_second`.
+        `optimizer` (the fields of `OptimizerStorage`), `fits`, `memory` and `total_memory`
+        (bytes), `time` and `step_time` (seconds), `mfu`, `mfu_full_attention`,
+        `tokens_per_second`.
     """
     return {
         **asdict(one.mapping),
+        "optimizer": vars(one.workload.optimizer),
         "fits": one.fits,
         "memory": vars(one.memory),
         "total_memory": one.memory.total,
