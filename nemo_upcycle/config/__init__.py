@@ -6,6 +6,7 @@ from nemo_upcycle.config.folding import (
     UNEVEN_STAGES,
     ParallelFolding,
 )
+from nemo_upcycle.config.optimizer import OPTIMIZER_STATE, OptimizerStorage
 from nemo_upcycle.config.precision import PRECISIONS, Precision
 from nemo_upcycle.config.upcycling import (
     LARGEST_NUMBER,
@@ -19,10 +20,12 @@ __all__ = [
     "ACCOUNTED_LAYERS",
     "LARGEST_NUMBER",
     "LARGEST_SEED",
+    "OPTIMIZER_STATE",
     "PRECISIONS",
     "RECOMPUTE",
     "UNEVEN_STAGES",
     "Exactness",
+    "OptimizerStorage",
     "ParallelFolding",
     "Precision",
     "Scales",

@@ -1,6 +1,7 @@
 """Training precisions: the parameters' dtype, and Megatron's fields for FP8."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class Precision:
     """
 
     dtype: str
-    fields: dict[str, object] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_bf16(self) -> bool:

@@ -18,6 +18,7 @@ from nemo_upcycle.families import dimensions
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.machine import Machine, distinct
+from nemo_upcycle.planner.optimizer import gradient_bytes, held, update_seconds
 from nemo_upcycle.planner.workload import Buffer, Mapping, Workload
 
 ADAM_BYTES = 50
@@ -45,7 +46,7 @@ class StepTime:
         pipeline: Bubble, uneven stages, sending between stages.
         data_parallel: Exchange of gradients and parameters that does not overlap with a
             microbatch.
-        optimizer: Adam.
+        optimizer: Adam, and copies to and from the host if offloaded.
     """
 
     matrices: float = 0.0
@@ -392,7 +393,7 @@ class _Step:
         for buffer in self.buffers:
             ranks, stride = self.mapping.replicas(buffer)
             share = buffer.elements * (ranks - 1) / ranks
-            reduced += self.machine.collective(4 * share, stride, ranks)
+            reduced += self.machine.collective(gradient_bytes(self.workload) * share, stride, ranks)
             gathered += self.machine.collective(self.workload.element_bytes * share, stride, ranks)
         forward = microbatch / 3
         exposed = max(0.0, reduced - 2 * forward) + max(0.0, gathered - forward)
@@ -400,8 +401,9 @@ class _Step:
 
     def optimizer(self) -> StepTime:
         """Return Adam's pass over this rank's part of the state."""
-        held = sum(buffer.elements / self.mapping.replicas(buffer)[0] for buffer in self.buffers)
-        return StepTime(optimizer=self.machine.moved(held * ADAM_BYTES))
+        on_gpu = self.machine.moved(held(self.workload, self.mapping) * ADAM_BYTES)
+        hardware = self.machine.hardware
+        return StepTime(optimizer=update_seconds(self.workload, self.mapping, hardware, on_gpu))
 
     @cached_property
     def buffers(self) -> tuple[Buffer, ...]:

@@ -203,6 +203,35 @@ def test_bad_recompute_is_refused() -> None:
         replace(RECIPES["llama3_8b_dense"], recompute="moe")
 
 
+def test_the_optimizer_is_stored_as_told() -> None:
+    import torch
+
+    built = recipe()
+    assert not hasattr(built.optim.config, "optimizer_cpu_offload") or (
+        not built.optim.config.optimizer_cpu_offload
+    )
+    assert not built.trainer.strategy.distrib_optim_fully_reshardable_mem_efficient
+    assert "OffloadedOptimizer" not in callbacks(built)
+
+    built = recipe(optimizer_offload_fraction=0.75, grad_reduce_in_fp32=False)
+    config, strategy = built.optim.config, built.trainer.strategy
+    assert config.use_precision_aware_optimizer and config.optimizer_cpu_offload
+    assert not config.store_param_remainders
+    assert config.optimizer_offload_fraction == 0.75
+    assert config.main_grads_dtype == torch.bfloat16
+    assert not strategy.ddp.grad_reduce_in_fp32
+    assert not built.trainer.plugins.grad_reduce_in_fp32
+    assert strategy.distrib_optim_fully_reshardable_mem_efficient
+    names = callbacks(built)
+    assert names.index("OffloadedOptimizer") < names.index("UpcyclingCallback")
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp8", torch.uint8)):
+        config = recipe(optimizer_state=name).optim.config
+        assert config.exp_avg_dtype == config.exp_avg_sq_dtype == dtype
+        assert config.use_precision_aware_optimizer and not config.store_param_remainders
+        assert not config.optimizer_cpu_offload
+
+
 def megatrons_config(built: Any) -> Any:
     """Make Megatron's config, which checks itself, without the kernels that this machine lacks."""
     import fiddle
