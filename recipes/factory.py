@@ -204,8 +204,8 @@ def pretrain(
     overrides |= RECOMPUTE[recipe.recompute]
     if cpu_only and recipe.recompute in ("moe_act", "norm_act"):
         raise UpcyclingError(
-            f"recompute is {recipe.recompute!r}, which needs grouped GEMM and therefore a GPU; on CPU use "
-            "'none', 'moe' or 'full'."
+            f"recompute is {recipe.recompute!r}, which needs grouped GEMM and therefore a GPU; on "
+            "CPU use 'none', 'moe' or 'full'."
         )
     overrides |= _fp8(recipe, cpu_only)
     if cpu_only and not recipe.optimizer.is_default:

@@ -64,6 +64,6 @@ CALIBRATED = Efficiency(
 ACCURACY = (
     "Predicted without the runs of the same model, 20 published runs with coarse experts have a "
     "median error of 4% and a largest error of 11%; 3 runs with narrow experts have 9% and 12%. "
-    "14 runs that no fit saw have 4% and 16%."
+    "15 runs that no fit saw have 3% and 16%."
 )
 """What `benchmarks/planner.py` found of the planner's accuracy."""
