@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 
 from nemo_upcycle_recipes.arguments import defaults
 from nemo_upcycle_recipes.expectations import mapping, workload
-from nemo_upcycle_recipes.recipe import Recipe
+from nemo_upcycle_recipes.recipe import OF_OPTIMIZER, Recipe
 from nemo_upcycle_recipes.scaled import nodes_of
 
 from nemo_upcycle.checkpoint.described import config_alone
-from nemo_upcycle.config import ACCOUNTED_LAYERS, UNEVEN_STAGES
+from nemo_upcycle.config import ACCOUNTED_LAYERS, UNEVEN_STAGES, OptimizerStorage
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.planner.hardware import Hardware
+from nemo_upcycle.planner.savings import SAVINGS
 from nemo_upcycle.planner.search import Allowed, Prediction, everything, predict
 from nemo_upcycle.planner.tuning import Tuning, tune
 from nemo_upcycle.planner.workload import Mapping
@@ -23,7 +24,8 @@ class Tuned:
     """A recipe with the fastest mapping that fits, and why.
 
     Attributes:
-        recipe: The recipe, with the mapping, microbatch, recompute and nodes.
+        recipe: The recipe, with the mapping, microbatch, recompute, storage of the optimizer and
+            nodes.
         tuning: The result of the search.
     """
 
@@ -51,9 +53,8 @@ def tuned(
         UpcyclingError: No mapping fits; the message says by how much, and what would.
     """
     trained, allowed = workload(recipe, arch), as_given(recipe, names)
-    found = tune(
-        trained, world_size, hardware, allowed, own=_own(recipe, world_size, hardware, arch)
-    )
+    own = _own(recipe, world_size, hardware, arch)
+    found = tune(trained, world_size, hardware, allowed, own, _savings(recipe, names))
     best = found.best[0].mapping
     nodes, per_node = nodes_of(world_size, hardware.gpus_per_node)
     chosen = replace(
@@ -61,6 +62,7 @@ def tuned(
         folding=best.folding,
         schedule=replace(recipe.schedule, micro_batch_size=best.micro_batch_size),
         recompute=best.recompute,
+        **vars(found.best[0].workload.optimizer),
         num_nodes=nodes,
         num_gpus_per_node=per_node,
     )
@@ -97,6 +99,18 @@ def as_given(recipe: Recipe, names: Collection[str]) -> Allowed:
     return allowed
 
 
+def _savings(recipe: Recipe, names: Collection[str]) -> list[OptimizerStorage]:
+    """Return the ways to store the optimizer that keep the arguments that were given."""
+    if recipe.precision != "bf16-mixed":
+        return []
+    given = {*names} & {*OF_OPTIMIZER}
+    return [
+        storage
+        for storage in SAVINGS
+        if all(getattr(storage, name) == getattr(recipe, name) for name in given)
+    ]
+
+
 def _own(
     recipe: Recipe, world_size: int, hardware: Hardware, arch: Architecture | None
 ) -> Prediction | None:
@@ -127,6 +141,7 @@ def command(chosen: Recipe, names: Collection[str], dense: str | None) -> str:
     values |= {"num_nodes": chosen.num_nodes, "num_gpus_per_node": chosen.num_gpus_per_node}
     values |= chosen.folding.parallel_sizes
     values |= {"micro_batch_size": chosen.schedule.micro_batch_size, "recompute": chosen.recompute}
+    values |= chosen.optimizer.chosen
     keeps_dense = chosen.described is not None and experts is None
     arguments = [
         f"{name}={_typed(value)}"

@@ -26,6 +26,9 @@ class Hardware:
         storage_total: GB/s of all nodes together, reading.
         host_slowness: Time that the host takes to launch kernels, over that of the hosts in the
             published runs (DGX H100).
+        host_memory_gib: GiB of a node's own memory.
+        host_memory_bandwidth: GB/s of a node's own memory.
+        host_link_bandwidth: GB/s per GPU to and from the node's memory, in each direction.
     """
 
     name: str
@@ -39,6 +42,10 @@ class Hardware:
     storage_bandwidth: float
     storage_total: float
     host_slowness: float = 1.0
+    # Where a file says nothing: a small node with PCIe 4.
+    host_memory_gib: float = 1000.0
+    host_memory_bandwidth: float = 200.0
+    host_link_bandwidth: float = 25.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -7,9 +7,12 @@ compares the formula with layers on a GPU.
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
+from nemo_upcycle.config import PRECISIONS
 from nemo_upcycle.families import dimensions
+from nemo_upcycle.planner.optimizer import gradient_bytes, passing_bytes, state_bytes
 from nemo_upcycle.planner.workload import Mapping, Workload
 
 UNEVEN_ROUTING = 1.2
@@ -26,12 +29,14 @@ class Memory:
     """Bytes per GPU.
 
     Attributes:
-        parameters: Parameters in the training precision.
-        gradients: Gradients in fp32.
-        optimizer: Adam's two moments, and fp32 copies of bf16 parameters.
+        parameters: Parameters in the training precision, and their copies in FP8.
+        gradients: Gradients, in fp32 or bf16.
+        optimizer: Adam's two moments and fp32 copies of bf16 parameters, less what is offloaded.
         activations: Activations of all microbatches in flight.
         working: Temporary memory: a recomputed layer, logits.
         reserved: Memory that no tensor uses.
+        passing: Temporary memory of the optimizer while Adam steps or a checkpoint is loaded,
+            beyond the activations and working memory, which are free then.
     """
 
     parameters: int
@@ -40,6 +45,7 @@ class Memory:
     activations: float
     working: float
     reserved: int = RESERVED
+    passing: float = 0
 
     @property
     def total(self) -> float:
@@ -68,31 +74,39 @@ def of_stage(workload: Workload, mapping: Mapping, stage: int) -> Memory:
     working = max(computed.moe, computed.dense)
     if stage == mapping.folding.pipeline_model_parallel_size - 1:
         working = max(working, _logits(workload, mapping))
-    return Memory(state.parameters, state.gradients, state.optimizer, activations, working)
+    passing = max(0, state.passing - activations - working)
+    return Memory(*state[:3], activations, working, passing=passing)
 
 
 class ModelState(NamedTuple):
-    """Bytes of a GPU's parameters, gradients and optimizer state."""
+    """Bytes of a GPU's parameters, gradients and optimizer state.
+
+    `passing` are further bytes while Adam steps or a checkpoint is loaded.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
+    passing: int = 0
 
 
 def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
     """Return the largest size of Megatron's DDP buffers and distributed optimizer.
 
-    Adam keeps two fp32 moments per parameter, and an fp32 copy of each bf16 parameter.
+    Of an offloaded state, the part on the GPU is at most as large as returned: Megatron offloads
+    whole parameters until the fraction is reached.
     """
-    parameters = gradients = optimizer = 0
-    per_parameter = 12 if workload.precision == "bf16-mixed" else 8
+    parameters = gradients = own = 0
+    # Transformer Engine keeps weights in FP8 too, by rows and by columns.
+    held = workload.element_bytes + (2 if PRECISIONS[workload.precision].is_fp8 else 0)
     for buffer in workload.buffers(mapping.folding, stage):
         ranks, _ = mapping.replicas(buffer)
         padded = buffer.padded(ranks)
-        parameters += padded * workload.element_bytes
-        gradients += padded * 4
-        optimizer += min(padded // ranks, buffer.elements) * per_parameter
-    return ModelState(parameters, gradients, optimizer)
+        parameters += padded * held
+        gradients += padded * gradient_bytes(workload)
+        own += min(padded // ranks, buffer.elements)
+    state, passing = state_bytes(workload), passing_bytes(workload)
+    return ModelState(parameters, gradients, ceil(own * state), ceil(own * passing))
 
 
 class LayerBytes(NamedTuple):

@@ -19,11 +19,12 @@ GIB = 2**30
 
 WHERE = {
     "parameters": "parameters",
-    "gradients": "gradients, fp32",
+    "gradients": "gradients",
     "optimizer": "optimizer, this rank's part",
     "activations": "activations in flight",
     "working": "working memory",
     "reserved": "CUDA, NCCL, allocator",
+    "passing": "optimizer while loading, without activations",
 }
 """Uses of memory, in words."""
 
@@ -178,6 +179,7 @@ def to_json(tuning: Tuning, top: int) -> dict[str, Any]:
     Returns:
         - `fitting` and `tried`: numbers of mappings.
         - `best` (a list) and `compared` (by name): predictions as of `prediction_json`.
+        - `saving`: how memory was saved in the optimizer and what this costs: a sentence, or null.
         - `why`: sentences.
     """
     return {
@@ -185,6 +187,7 @@ def to_json(tuning: Tuning, top: int) -> dict[str, Any]:
         "tried": tuning.tried,
         "best": [prediction_json(one) for one in tuning.best[:top]],
         "compared": {name: prediction_json(one) for name, one in tuning.compared.items()},
+        "saving": tuning.saving,
         "why": explain(tuning),
     }
 
@@ -194,12 +197,14 @@ def prediction_json(one: Prediction) -> dict[str, Any]:
 
     Returns:
         `folding` (Megatron's fields), `world_size`, `micro_batch_size`, `recompute`,
-        `fits`, `memory` and `total_memory` (bytes), `time`, `step_time` and
-        `even_step_time` (seconds; even: tokens are spread evenly), `mfu`, `mfu_full_attention`,
+        `optimizer` (the fields of `OptimizerStorage`), `fits`, `memory` and `total_memory`
+        (bytes), `time`, `step_time` and `even_step_time` (seconds; even: tokens are spread evenly),
+        `mfu`, `mfu_full_attention`,
         `tokens_per_second`.
     """
     return {
         **asdict(one.mapping),
+        "optimizer": vars(one.workload.optimizer),
         "fits": one.fits,
         "memory": vars(one.memory),
         "total_memory": one.memory.total,

@@ -18,6 +18,7 @@ from nemo_upcycle.families import dimensions
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.machine import Machine, distinct
+from nemo_upcycle.planner.optimizer import gradient_bytes, held, update_seconds
 from nemo_upcycle.planner.workload import Buffer, Mapping, Workload
 
 ADAM_BYTES = 50
@@ -45,7 +46,7 @@ class StepTime:
         pipeline: Bubble, uneven stages, sending between stages.
         data_parallel: Exchange of gradients and parameters that does not overlap with a
             microbatch.
-        optimizer: Adam.
+        optimizer: Adam, and copies to and from the host if offloaded.
     """
 
     matrices: float = 0.0
@@ -227,17 +228,23 @@ class _Step:
         """Projections, norms, rotary embedding and residuals, forward."""
         arch, sizes = self.workload.arch, dimensions(self.workload.arch)
         tokens, hidden = self.tokens * self.tp, arch.hidden_size
-        products = self.machine.product(tokens, sizes["qkv"] // self.tp, hidden)
-        products += self.machine.product(tokens, hidden, sizes["queries"] // self.tp)
+        products = self.product(tokens, sizes["qkv"] // self.tp, hidden)
+        products += self.product(tokens, hidden, sizes["queries"] // self.tp)
         # Two norms, two residuals, the rotary embedding: elements read and written.
         elements = (2 * 2 + 2 * 3) * hidden + 2 * (sizes["queries"] + sizes["keys"])
         return (
-            StepTime(
-                matrices=products,
-                memory_bound=self.moved(elements * self.tokens),
-            )
+            StepTime(memory_bound=self.moved(elements * self.tokens))
+            + products
             + self.gather_sequence
         )
+
+    def product(self, m: float, n: float, k: float) -> StepTime:
+        """Return a layer's product of m×k by k×n, with the way to FP8 if there is one."""
+        seconds, part = self.machine.product(m, n, k), self.workload.fp8_layers
+        # Values are read in bf16, and written in FP8 by rows and by columns.
+        cast = self.machine.moved(4 * m * k * part)
+        faster = 1 - part + part / self.efficiency.fp8
+        return StepTime(matrices=seconds * faster, memory_bound=cast)
 
     @cached_property
     def norm(self) -> StepTime:
@@ -266,10 +273,10 @@ class _Step:
         """A dense feed-forward layer, forward, without its collectives."""
         arch = self.workload.arch
         tokens, width = self.tokens * self.tp, arch.ffn_hidden_size // self.tp
-        products = self.machine.product(tokens, arch.fc1_rows * width, arch.hidden_size)
-        products += self.machine.product(tokens, arch.hidden_size, width)
+        products = self.product(tokens, arch.fc1_rows * width, arch.hidden_size)
+        products += self.product(tokens, arch.hidden_size, width)
         moved = self.moved((arch.fc1_rows + 1) * arch.ffn_hidden_size * self.tokens)
-        return StepTime(matrices=products, memory_bound=moved)
+        return products + StepTime(memory_bound=moved)
 
     @cached_property
     def experts(self) -> StepTime:
@@ -280,15 +287,14 @@ class _Step:
         assignments = self.tokens * workload.model.topk * self.fullest
         received = assignments * self.etp
         each = received / local
-        products = local * self.machine.product(each, arch.fc1_rows * width, hidden)
-        products += local * self.machine.product(each, hidden, width)
+        products = self.product(each, arch.fc1_rows * width, hidden) * local
+        products += self.product(each, hidden, width) * local
         sorted_by_expert = 2 if local > 1 and self.ep * self.etp > 1 else 1
         # Permute and back, sort by expert and back, activate.
         elements = 4 * hidden * assignments
         elements += 4 * hidden * received * (sorted_by_expert - 1)
         elements += (arch.fc1_rows + 1) * width * received
-        return StepTime(
-            matrices=products,
+        return products + StepTime(
             memory_bound=self.moved(elements),
             expert_parallel=2 * self.dispatch(hidden * workload.element_bytes),
         )
@@ -387,7 +393,7 @@ class _Step:
         for buffer in self.buffers:
             ranks, stride = self.mapping.replicas(buffer)
             share = buffer.elements * (ranks - 1) / ranks
-            reduced += self.machine.collective(4 * share, stride, ranks)
+            reduced += self.machine.collective(gradient_bytes(self.workload) * share, stride, ranks)
             gathered += self.machine.collective(self.workload.element_bytes * share, stride, ranks)
         forward = microbatch / 3
         exposed = max(0.0, reduced - 2 * forward) + max(0.0, gathered - forward)
@@ -395,8 +401,9 @@ class _Step:
 
     def optimizer(self) -> StepTime:
         """Return Adam's pass over this rank's part of the state."""
-        held = sum(buffer.elements / self.mapping.replicas(buffer)[0] for buffer in self.buffers)
-        return StepTime(optimizer=self.machine.moved(held * ADAM_BYTES))
+        on_gpu = self.machine.moved(held(self.workload, self.mapping) * ADAM_BYTES)
+        hardware = self.machine.hardware
+        return StepTime(optimizer=update_seconds(self.workload, self.mapping, hardware, on_gpu))
 
     @cached_property
     def buffers(self) -> tuple[Buffer, ...]:

@@ -1,11 +1,14 @@
 """Choose a mapping: the fastest mappings that fit, alternatives, and reasons."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nemo_upcycle.config import OptimizerStorage
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.memory import memory
 from nemo_upcycle.planner.remedies import remedies
+from nemo_upcycle.planner.savings import SAVINGS, cost, on_hosts, with_savings
 from nemo_upcycle.planner.search import (
     HEADROOM,
     Allowed,
@@ -33,6 +36,8 @@ class Tuning:
             without folding; `PP1`, the best without pipeline.
         faster: A faster mapping that needs up to 1.5 times the available memory; None if there is
             none.
+        saving: How the optimizer is stored, if the planner had to save memory there, and what this
+            costs; None otherwise.
     """
 
     best: tuple[Prediction, ...]
@@ -40,6 +45,7 @@ class Tuning:
     tried: int
     compared: dict[str, Prediction]
     faster: Prediction | None
+    saving: str | None = None
 
 
 def tune(
@@ -48,6 +54,7 @@ def tune(
     hardware: Hardware,
     allowed: Allowed = everything,
     own: Prediction | None = None,
+    savings: Sequence[OptimizerStorage] = (),
 ) -> Tuning:
     """Find the fastest mappings that fit, and alternatives to compare.
 
@@ -57,21 +64,29 @@ def tune(
         hardware: The GPUs.
         allowed: Which mappings to consider.
         own: The prediction for the recipe's own mapping.
+        savings: Ways to store the optimizer that are tried if nothing fits: see `SAVINGS`.
 
     Raises:
         UpcyclingError: No mapping fits; the message has the least memory that any mapping needs,
             and what would fit.
     """
     every = list(mappings_of(workload, world_size, hardware, allowed))
-    predictions = fitting(workload, hardware, every)
+    predictions = fitting(workload, hardware, on_hosts(workload, hardware, every))
+    saving = None
     if not predictions:
-        raise _nothing_fits(workload, world_size, hardware, allowed)
+        predictions = with_savings(workload, hardware, every, savings)
+        if not predictions:
+            raise _nothing_fits(workload, world_size, hardware, allowed, every)
+        would = remedies(workload, world_size, hardware, allowed)
+        saving = cost(predictions[0], workload, every, would)
+        workload = predictions[0].workload
     return Tuning(
         best=tuple(_distinct(predictions)),
         fitting=len(predictions),
         tried=len(every),
         compared=_compared(workload, world_size, hardware, predictions, own),
         faster=_faster(workload, hardware, every, predictions[0]),
+        saving=saving,
     )
 
 
@@ -121,7 +136,11 @@ def _faster(
 
 
 def _nothing_fits(
-    workload: Workload, world_size: int, hardware: Hardware, allowed: Allowed
+    workload: Workload,
+    world_size: int,
+    hardware: Hardware,
+    allowed: Allowed,
+    every: Sequence[list[Mapping]],
 ) -> UpcyclingError:
     least = least_memory(workload, world_size, hardware, allowed)
     if least is None:
@@ -132,6 +151,11 @@ def _nothing_fits(
         )
     too_much = least.memory.total - room(hardware)
     would = remedies(workload, world_size, hardware, allowed)
+    if workload.precision == "bf16-mixed":
+        for one in with_savings(workload, hardware, every, SAVINGS)[:1]:
+            chosen = one.workload.optimizer.chosen.items()
+            arguments = ", ".join(f"{name}={value!r}" for name, value in chosen)
+            would.insert(0, f"{arguments} on the same GPUs")
     return UpcyclingError(
         f"Nothing fits into {HEADROOM:.0%} of {hardware.memory_gib:g} GiB on {world_size} GPUs: "
         f"{least.mapping} needs the least memory, {least.memory.total / 2**30:.0f} GiB, which is "
@@ -165,7 +189,8 @@ def differences(one: Prediction, other: Prediction) -> list[tuple[str, float]]:
 def explain(tuning: Tuning) -> list[str]:
     """Explain the first mapping in one sentence per alternative."""
     first, *others = tuning.best
-    lines = [
+    lines = [] if tuning.saving is None else [tuning.saving]
+    lines += [
         f"{name} ({other.mapping.folding}) is {_explained(first, other)}"
         for name, other in {
             **({"2": others[0]} if others else {}),

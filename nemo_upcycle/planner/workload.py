@@ -1,11 +1,16 @@
 """The planner's input: a model with a batch, and a parallel mapping."""
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import lcm, prod
 
-from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.config import (
+    PRECISIONS,
+    OptimizerStorage,
+    ParallelFolding,
+    UpcyclingConfig,
+)
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.model import MoEModel, upcycled_model
 from nemo_upcycle.planner.flops import Flops, flops
@@ -21,7 +26,8 @@ class Workload:
         upcycling: What the dense feed-forward layers become.
         seq_length: Tokens per sequence.
         global_batch_size: Sequences per step.
-        precision: `bf16-mixed` or `32`.
+        precision: A name of `config.PRECISIONS`.
+        optimizer: How Adam's state and the gradients are kept.
     """
 
     arch: Architecture
@@ -29,6 +35,7 @@ class Workload:
     seq_length: int
     global_batch_size: int
     precision: str = "bf16-mixed"
+    optimizer: OptimizerStorage = field(default_factory=OptimizerStorage)
 
     @cached_property
     def model(self) -> MoEModel:
@@ -49,11 +56,29 @@ class Workload:
     @property
     def element_bytes(self) -> int:
         """Bytes per parameter and per activation."""
-        return 2 if self.precision == "bf16-mixed" else 4
+        return 2 if PRECISIONS[self.precision].is_bf16 else 4
 
-    @cache  # noqa: B019 - a workload lives as long as its plan
+    @property
+    def fp8_layers(self) -> float:
+        """Fraction of the layers whose matrix products are in FP8."""
+        precision = PRECISIONS[self.precision]
+        ends = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        left = self.arch.num_layers - sum(precision.fields.get(name, 0) for name in ends)
+        return max(0, left) / self.arch.num_layers if precision.is_fp8 else 0.0
+
+    def storing(self, optimizer: OptimizerStorage) -> "Workload":
+        """Return the same workload with the optimizer stored in another way."""
+        other = replace(self, optimizer=optimizer)
+        # The same ranks own the same parameters, which takes long to find out.
+        vars(other)["_laid_out"] = vars(self).get("_laid_out", self)
+        return other
+
     def stages(self, folding: ParallelFolding) -> list[tuple[int, int]]:
         """Return the number of MoE layers and dense layers in each pipeline stage."""
+        return vars(self).get("_laid_out", self)._stages(folding)
+
+    @cache  # noqa: B019 - a workload lives as long as its plan
+    def _stages(self, folding: ParallelFolding) -> list[tuple[int, int]]:
         counts = []
         for chunks in stage_layers(self.arch.num_layers, folding):
             layers = [self.model.is_moe[layer] for chunk in chunks for layer in chunk]
@@ -63,7 +88,8 @@ class Workload:
     def buffers(self, folding: ParallelFolding, stage: int) -> "tuple[Buffer, ...]":
         """Return a rank's buffers: per virtual stage, one for experts and one for all else."""
         # Context parallelism does not split parameters.
-        return self._buffers(replace(folding, context_parallel_size=1), stage)
+        laid_out = vars(self).get("_laid_out", self)
+        return laid_out._buffers(replace(folding, context_parallel_size=1), stage)
 
     @cache  # noqa: B019
     def _buffers(self, folding: ParallelFolding, stage: int) -> "tuple[Buffer, ...]":

@@ -66,7 +66,9 @@ def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 CLEAR: list[tuple[list[str], str]] = [
     (["--hardware", "nope"], "There is no hardware 'nope'; expected one of: a100"),
-    (["--gpus", "8"], "Nothing fits into 94%"),
+    (["--gpus", "8", "optimizer_offload_fraction=0"], "Nothing fits into 94%"),
+    (["optimizer_state=int8"], "optimizer_state is 'int8'; expected one of: fp32, bf16, fp8"),
+    (["precision=32", "optimizer_state=bf16"], "only with bf16-mixed can Megatron resume"),
     (["--recipe", "nope"], "There is no recipe 'nope'"),
     (
         ["recompute=some"],
@@ -147,11 +149,22 @@ def test_the_printed_command_trains_on_exactly_these_gpus(
 
 def test_what_would_fit_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B_E8T2.config))
-    result = run("--dense", str(tmp_path), "--gpus", "8")
-    assert "GiB too much. This would fit: num_moe_experts=4 on the same GPUs; or 16 GPUs." in (
-        result.output
-    )
+    result = run("--dense", str(tmp_path), "--gpus", "8", "optimizer_offload_fraction=0")
+    assert (
+        "GiB too much. This would fit: optimizer_offload_fraction=1.0 on the same GPUs; or "
+        "num_moe_experts=4 on the same GPUs; or 16 GPUs."
+    ) in result.output
     assert run("--dense", str(tmp_path), "--gpus", "8", "--experts", "4").exit_code == 0
     words = ("--dense", str(tmp_path), "--gpus", "16", "pipeline_model_parallel_size=1")
     fixed = run(*words, "expert_model_parallel_size=1", "expert_tensor_parallel_size=1")
     assert "the same GPUs, with mapping and recompute left to the planner" in fixed.output
+
+
+def test_one_node_gets_a_command_with_the_optimizer_on_the_host() -> None:
+    found = trained_with("--recipe", "llama3_8b_e8t2", "--gpus", "8")
+    assert (found["num_nodes"], found["num_gpus_per_node"]) == ("1", "8")
+    assert float(found["optimizer_offload_fraction"]) >= 0.75
+    assert "optimizer_state" not in found
+    kept = trained_with("--gpus", "8", "optimizer_offload_fraction=0.8")
+    assert kept["optimizer_offload_fraction"] == "0.8"
+    assert "optimizer_offload_fraction" not in trained_with("--gpus", "16")
