@@ -123,13 +123,15 @@ class LayerBytes(NamedTuple):
 def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, LayerBytes]:
     """Return the bytes that a layer keeps, and the temporary bytes of a recompute."""
     arch, sizes, each = workload.arch, dimensions(workload.arch), workload.element_bytes
-    tokens = mapping.tokens(workload.seq_length)
+    tokens, factor = mapping.tokens(workload.seq_length), workload.factor_bytes
     # Norm's input and output, both split over TP: sequence parallelism.
-    norm = 2 * arch.hidden_size * each * tokens
+    norm = arch.hidden_size * (each + factor) * tokens
     # q, k, v after the rotary embedding, the output, and fp32 log-sum-exps.
     attention = (sizes["qkv"] + sizes["queries"]) * each + 4 * arch.num_attention_heads
+    if factor < each:
+        attention += sizes["queries"] * factor  # attention itself keeps its output in bf16
     attended = norm + attention * tokens
-    neurons = (arch.fc1_rows + 1) * each
+    neurons = arch.fc1_rows * each + factor
     dense = norm + arch.ffn_hidden_size * neurons * tokens
     routed, activated = _expert_bytes(workload, mapping, tokens)
     moe = norm + routed + (dense - norm if workload.upcycling.moe_shared_expert else 0)
@@ -147,7 +149,7 @@ def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, Laye
             )
         case "norm_act":
             # A norm's output, in front of the experts, is computed again too.
-            output = norm / 2
+            output = arch.hidden_size * factor * tokens
             kept = attended + moe - activated - output
             return LayerBytes(kept, attended + dense), LayerBytes(activated + output, 0)
     # Gradients of the widest activations exist at the same time.
@@ -159,17 +161,19 @@ def _expert_bytes(workload: Workload, mapping: Mapping, tokens: float) -> tuple[
     """Return the activation bytes of a rank's experts, and the part of the activation function."""
     if not workload.is_moe:
         return 0, 0
-    arch, folding, each = workload.arch, mapping.folding, workload.element_bytes
+    arch, folding, factor = workload.arch, mapping.folding, workload.factor_bytes
     capacity = workload.upcycling.moe_expert_capacity_factor
     # A rank that has all experts gets all of its tokens' assignments and no more.
     worst = UNEVEN_ROUTING if folding.expert_model_parallel_size > 1 else 1.0
     uneven = min(worst, capacity or worst)
     assignments = tokens * workload.model.topk * uneven
     # Every expert-tensor-parallel rank has all of their tokens, and a part of the neurons.
-    inputs = arch.hidden_size * each * folding.expert_tensor_parallel_size
-    activated = workload.model.expert_width * each * assignments
+    inputs = arch.hidden_size * factor * folding.expert_tensor_parallel_size
+    neurons = workload.model.expert_width * assignments
+    activated = neurons * factor
+    before = arch.fc1_rows * neurons * workload.element_bytes
     router = 8 * workload.model.num_experts * tokens
-    return inputs * assignments + (arch.fc1_rows + 1) * activated + router, activated
+    return inputs * assignments + before + activated + router, activated
 
 
 def _layers_in_flight(workload: Workload, mapping: Mapping, stage: int) -> tuple[float, float]:

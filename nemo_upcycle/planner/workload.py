@@ -59,6 +59,11 @@ class Workload:
         return 2 if PRECISIONS[self.precision].is_bf16 else 4
 
     @property
+    def factor_bytes(self) -> int:
+        """Bytes per value of a product's factor that is kept for the backward pass."""
+        return 1 if PRECISIONS[self.precision].is_fp8 else self.element_bytes
+
+    @property
     def fp8_layers(self) -> float:
         """Fraction of the layers whose matrix products are in FP8."""
         precision = PRECISIONS[self.precision]
