@@ -14,7 +14,7 @@ from nemo import lightning as nl
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo_upcycle_recipes.recipe import Recipe, Schedule
 
-from nemo_upcycle.config import OptimizerStorage
+from nemo_upcycle.config import PRECISIONS, OptimizerStorage
 from nemo_upcycle.data.paths import DataPath, words_of
 from nemo_upcycle.nemo import cpu
 from nemo_upcycle.nemo.data_module import MockDataModule, PreTrainingDataModule
@@ -28,11 +28,11 @@ def trainer(
     recipe: Recipe, *, max_steps: int, cpu_only: bool, callbacks: list[run.Config]
 ) -> run.Config:
     """Configure the trainer and its Megatron strategy."""
-    folding, precision = recipe.folding, recipe.precision
+    folding, precision = recipe.folding, PRECISIONS[recipe.precision]
     strategy = run.Config(
         cpu.CpuMegatronStrategy if cpu_only else MegatronStrategy,
         **folding.strategy_arguments,
-        pipeline_dtype=torch.bfloat16 if precision == "bf16-mixed" else torch.float32,
+        pipeline_dtype=torch.bfloat16 if precision.is_bf16 else torch.float32,
         gradient_as_bucket_view=True,
         ckpt_async_save=not cpu_only,
         ckpt_parallel_load=True,
@@ -64,7 +64,8 @@ def trainer(
         use_distributed_sampler=False,
         plugins=run.Config(
             nl.MegatronMixedPrecision,
-            precision=precision,
+            precision="bf16-mixed" if precision.is_bf16 else "32",
+            **precision.fields,
             grad_reduce_in_fp32=recipe.grad_reduce_in_fp32,
         ),
         strategy=strategy,
@@ -111,7 +112,7 @@ def optim(schedule: Schedule, precision: str, storage: OptimizerStorage) -> run.
             adam_beta2=0.95,
             adam_eps=1e-8,
             clip_grad=1.0,
-            bf16=precision == "bf16-mixed",
+            bf16=PRECISIONS[precision].is_bf16,
             use_distributed_optimizer=True,
             **stored(storage),
         ),

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.checkpoint.described import Dense, architecture_here, dense_of_config
-from nemo_upcycle.config import RECOMPUTE, OptimizerStorage, ParallelFolding, UpcyclingConfig
+from nemo_upcycle.config import (
+    PRECISIONS,
+    RECOMPUTE,
+    OptimizerStorage,
+    ParallelFolding,
+    UpcyclingConfig,
+)
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, architecture_of
 
@@ -61,7 +67,7 @@ class Recipe:
         schedule: Tokens, batch sizes and learning rates.
         num_nodes: Number of nodes.
         num_gpus_per_node: GPUs per node.
-        precision: `bf16-mixed` or `32`.
+        precision: A name of `config.PRECISIONS`.
         recompute: What the backward pass recomputes: a key of `config.RECOMPUTE`.
         optimizer_state: As in `OptimizerStorage`, like the two that follow.
         optimizer_offload_fraction: See there.
@@ -92,7 +98,11 @@ class Recipe:
             raise UpcyclingError(
                 f"recompute is {self.recompute!r}; expected one of: {', '.join(RECOMPUTE)}."
             )
-        if self.recompute.startswith("moe") and self.upcycling.num_moe_experts is None:
+        if self.precision not in PRECISIONS:
+            raise UpcyclingError(
+                f"precision is {self.precision!r}; expected one of: {', '.join(PRECISIONS)}."
+            )
+        if self.recompute not in ("none", "full") and self.upcycling.num_moe_experts is None:
             raise UpcyclingError(
                 f"recompute is {self.recompute!r}, but the model has no experts "
                 "(num_moe_experts is None); use 'none' or 'full'."

@@ -1,4 +1,4 @@
-"""The user's choices: the upcycling, and the parallel mapping."""
+"""The user's choices: the upcycling, the parallel mapping, the precision."""
 
 from nemo_upcycle.config.folding import (
     ACCOUNTED_LAYERS,
@@ -7,6 +7,7 @@ from nemo_upcycle.config.folding import (
     ParallelFolding,
 )
 from nemo_upcycle.config.optimizer import OPTIMIZER_STATE, OptimizerStorage
+from nemo_upcycle.config.precision import PRECISIONS, Precision
 from nemo_upcycle.config.upcycling import (
     LARGEST_NUMBER,
     LARGEST_SEED,
@@ -20,11 +21,13 @@ __all__ = [
     "LARGEST_NUMBER",
     "LARGEST_SEED",
     "OPTIMIZER_STATE",
+    "PRECISIONS",
     "RECOMPUTE",
     "UNEVEN_STAGES",
     "Exactness",
     "OptimizerStorage",
     "ParallelFolding",
+    "Precision",
     "Scales",
     "UpcyclingConfig",
 ]

@@ -24,6 +24,8 @@ class Hardware:
         network_bandwidth: GB/s per GPU beyond the NVLink domain, in each direction.
         storage_bandwidth: GB/s per node, reading from the file system.
         storage_total: GB/s of all nodes together, reading.
+        host_slowness: Time that the host takes to launch kernels, over that of the hosts in the
+            published runs (DGX H100).
         host_memory_gib: GiB of a node's own memory.
         host_memory_bandwidth: GB/s of a node's own memory.
         host_link_bandwidth: GB/s per GPU to and from the node's memory, in each direction.
@@ -39,6 +41,7 @@ class Hardware:
     network_bandwidth: float
     storage_bandwidth: float
     storage_total: float
+    host_slowness: float = 1.0
     # Where a file says nothing: a small node with PCIe 4.
     host_memory_gib: float = 1000.0
     host_memory_bandwidth: float = 200.0

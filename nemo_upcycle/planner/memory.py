@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
+from nemo_upcycle.config import PRECISIONS
 from nemo_upcycle.families import dimensions
 from nemo_upcycle.planner.optimizer import gradient_bytes, passing_bytes, state_bytes
 from nemo_upcycle.planner.workload import Mapping, Workload
 
-UNEVEN_ROUTING = 1.5
-"""Tokens of the fullest rank over the mean for which memory must suffice in dropless training."""
+UNEVEN_ROUTING = 1.2
+"""Tokens of the fullest rank over the mean for which memory must suffice in dropless training,
+averaged over the layers and microbatches whose activations are kept. The largest round number with
+which all dropless runs that were published fit."""
 
 RESERVED = 5 * 2**30
 """Bytes of CUDA's context, NCCL's buffers and fragmentation of the allocator."""
@@ -26,12 +29,11 @@ class Memory:
     """Bytes per GPU.
 
     Attributes:
-        parameters: Parameters in the training precision.
+        parameters: Parameters in the training precision, and their copies in FP8.
         gradients: Gradients, in fp32 or bf16.
         optimizer: Adam's two moments and fp32 copies of bf16 parameters, less what is offloaded.
         activations: Activations of all microbatches in flight.
-        working: Temporary memory: a recomputed layer, logits, and with FSDP a layer's parameters
-            and gradients.
+        working: Temporary memory: a recomputed layer, logits.
         reserved: Memory that no tensor uses.
         passing: Temporary memory of the optimizer while Adam steps or a checkpoint is loaded,
             beyond the activations and working memory, which are free then.
@@ -72,8 +74,6 @@ def of_stage(workload: Workload, mapping: Mapping, stage: int) -> Memory:
     working = max(computed.moe, computed.dense)
     if stage == mapping.folding.pipeline_model_parallel_size - 1:
         working = max(working, _logits(workload, mapping))
-    if mapping.fsdp:
-        working += _gathered(workload, mapping)
     passing = max(0, state.passing - activations - working)
     return Memory(*state[:3], activations, working, passing=passing)
 
@@ -97,12 +97,13 @@ def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
     whole parameters until the fraction is reached.
     """
     parameters = gradients = own = 0
+    # Transformer Engine keeps weights in FP8 too, by rows and by columns.
+    held = workload.element_bytes + (2 if PRECISIONS[workload.precision].is_fp8 else 0)
     for buffer in workload.buffers(mapping.folding, stage):
         ranks, _ = mapping.replicas(buffer)
         padded = buffer.padded(ranks)
-        held = padded // ranks if mapping.fsdp else padded
-        parameters += held * workload.element_bytes
-        gradients += held * gradient_bytes(workload)
+        parameters += padded * held
+        gradients += padded * gradient_bytes(workload)
         own += min(padded // ranks, buffer.elements)
     state, passing = state_bytes(workload), passing_bytes(workload)
     return ModelState(parameters, gradients, ceil(own * state), ceil(own * passing))
@@ -144,6 +145,11 @@ def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, Laye
             return LayerBytes(attended + moe - activated, attended + dense), LayerBytes(
                 activated, 0
             )
+        case "norm_act":
+            # A norm's output, in front of the experts, is computed again too.
+            output = norm / 2
+            kept = attended + moe - activated - output
+            return LayerBytes(kept, attended + dense), LayerBytes(activated + output, 0)
     # Gradients of the widest activations exist at the same time.
     widest = routed if workload.is_moe else arch.ffn_hidden_size * neurons * tokens
     return LayerBytes(attended + moe, attended + dense), LayerBytes(widest, 0)
@@ -187,12 +193,3 @@ def _logits(workload: Workload, mapping: Mapping) -> float:
     """Return the bytes of the logits, of an fp32 copy and of the softmax."""
     tokens = mapping.tokens(workload.seq_length)
     return tokens * workload.arch.vocab_size * (workload.element_bytes + 8)
-
-
-def _gathered(workload: Workload, mapping: Mapping) -> float:
-    """Return the bytes of two layers' parameters (one prefetched) and one layer's gradients."""
-    buffers = workload.buffers(mapping.folding, 0)
-    layer = sum(buffer.elements for buffer in buffers) / max(
-        1, sum(workload.stages(mapping.folding)[0])
-    )
-    return layer * (2 * workload.element_bytes + 4)

@@ -5,6 +5,7 @@ Counted as Megatron-Core 0.15.3 and Transformer Engine 2.9 keep the state, read 
 part of the state, unless stated otherwise.
 """
 
+from nemo_upcycle.config import PRECISIONS
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.workload import Mapping, Workload
 
@@ -34,13 +35,13 @@ GATHERED_BYTES = 12
 
 def gradient_bytes(workload: Workload) -> int:
     """Return the bytes per gradient in Megatron's buffers."""
-    in_bf16 = workload.precision == "bf16-mixed" and not workload.optimizer.grad_reduce_in_fp32
+    in_bf16 = PRECISIONS[workload.precision].is_bf16 and not workload.optimizer.grad_reduce_in_fp32
     return 2 if in_bf16 else 4
 
 
 def state_bytes(workload: Workload) -> float:
     """Return the bytes on the GPU: the moments, and fp32 copies of bf16 parameters."""
-    if workload.precision != "bf16-mixed":
+    if not PRECISIONS[workload.precision].is_bf16:
         return 8
     storage = workload.optimizer
     here = 1 - storage.optimizer_offload_fraction

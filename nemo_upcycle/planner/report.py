@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nemo_upcycle.planner.efficiency import ACCURACY
 from nemo_upcycle.planner.memory import Memory
 from nemo_upcycle.planner.scaling import Point
 from nemo_upcycle.planner.search import HEADROOM, Prediction
@@ -60,27 +61,27 @@ def render(tuning: Tuning, title: str, command: str, top: int) -> RenderableType
 
 
 def _caveat(hardware: str) -> str:
-    known = (
-        "Predicted from runs of other models, the MFU of 12 published H100 runs had a median error "
-        "of 6% and a largest error of 9% (14% with FSDP)"
-    )
+    known = ACCURACY
     if hardware != "H100":
-        known += f"; nothing was fitted to {hardware}"
-    return f"{known}. Differences below 5% are within this error: prefer the simpler mapping."
+        known += f" Nothing was fitted to {hardware}."
+    return f"{known} Differences below 5% are within this error: prefer the simpler mapping."
 
 
 def _mappings(shown: Iterable[Prediction], compared: dict[str, Prediction]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for name in ("", "mapping", "mb", "recomp."):
         table.add_column(name, no_wrap=True)
-    for name in ("GiB", "step", "MFU%", "MFU*"):
+    for name in ("GiB", "step", "even", "MFU%", "MFU*"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, one in enumerate(shown, 1):
         table.add_row(*_row(str(number), one))
     table.add_section()
     for name, one in compared.items():
         table.add_row(*_row(name, one), style="dim")
-    table.caption = "mb: microbatch; step in s; MFU*: as arXiv 2412.09952 counts; !: does not fit"
+    table.caption = (
+        "mb: microbatch; step in s; even: with tokens spread evenly over the experts; "
+        "MFU*: as arXiv 2412.09952 counts; !: does not fit"
+    )
     table.caption_justify = "left"
     return table
 
@@ -89,11 +90,12 @@ def _row(name: str, one: Prediction) -> list[str]:
     mapping = one.mapping
     return [
         name,
-        str(mapping.folding) if not mapping.fsdp else f"FSDP · EP{_ep(one)}",
+        str(mapping.folding),
         str(mapping.micro_batch_size),
         mapping.recompute,
         f"{one.memory.total / GIB:.0f}" + ("" if one.fits else "!"),
         seconds(one.time.total),
+        seconds(one.even_seconds),
         f"{100 * one.mfu:.1f}",
         f"{100 * one.mfu_full_attention:.1f}",
     ]
@@ -101,7 +103,7 @@ def _row(name: str, one: Prediction) -> list[str]:
 
 def seconds(value: float) -> str:
     """Return a step time as text."""
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+    return f"{value:.2g}" if value < 0.1 else f"{value:.{1 if value >= 10 else 2}f}"
 
 
 def _ep(one: Prediction) -> int:
@@ -194,9 +196,10 @@ def prediction_json(one: Prediction) -> dict[str, Any]:
     """Return a prediction as a JSON object.
 
     Returns:
-        `folding` (Megatron's fields), `world_size`, `micro_batch_size`, `recompute`, `fsdp`,
+        `folding` (Megatron's fields), `world_size`, `micro_batch_size`, `recompute`,
         `optimizer` (the fields of `OptimizerStorage`), `fits`, `memory` and `total_memory`
-        (bytes), `time` and `step_time` (seconds), `mfu`, `mfu_full_attention`,
+        (bytes), `time`, `step_time` and `even_step_time` (seconds; even: tokens are spread evenly),
+        `mfu`, `mfu_full_attention`,
         `tokens_per_second`.
     """
     return {
@@ -207,6 +210,7 @@ def prediction_json(one: Prediction) -> dict[str, Any]:
         "total_memory": one.memory.total,
         "time": vars(one.time),
         "step_time": one.time.total,
+        "even_step_time": one.even_seconds,
         "mfu": one.mfu,
         "mfu_full_attention": one.mfu_full_attention,
         "tokens_per_second": one.tokens_per_second,

@@ -54,6 +54,11 @@ class Prediction:
         return self.memory.total <= room(self.hardware)
 
     @cached_property
+    def even_seconds(self) -> float:
+        """Seconds per step if tokens were spread evenly over the experts."""
+        return step_time(self.workload, self.mapping, self.hardware, CALIBRATED.even).total
+
+    @cached_property
     def mfu(self) -> float:
         """Model-FLOPs utilisation with causal attention."""
         return mfu(self.workload, self.mapping, self.hardware, self.time.total)
@@ -124,7 +129,6 @@ def search(
     hardware: Hardware,
     allowed: Allowed = everything,
     efficiency: Efficiency = CALIBRATED,
-    fsdp: bool = False,
 ) -> list[Prediction]:
     """Return all mappings that fit, the fastest first, each with the least recompute that fits.
 
@@ -134,9 +138,8 @@ def search(
         hardware: The GPUs.
         allowed: Which mappings to consider.
         efficiency: Fractions of the data sheet that training reaches.
-        fsdp: Search FSDP instead: data parallelism with or without expert parallelism.
     """
-    every = mappings_of(workload, world_size, hardware, allowed, fsdp)
+    every = mappings_of(workload, world_size, hardware, allowed)
     return fitting(workload, hardware, every, efficiency)
 
 
@@ -177,7 +180,6 @@ def mappings_of(
     world_size: int,
     hardware: Hardware,
     allowed: Allowed = everything,
-    fsdp: bool = False,
 ) -> Iterator[list[Mapping]]:
     """Yield all mappings of a model on a number of GPUs.
 
@@ -186,17 +188,14 @@ def mappings_of(
         world_size: Number of GPUs.
         hardware: The GPUs.
         allowed: Which mappings to consider.
-        fsdp: Yield mappings of FSDP instead of Megatron.
 
     Yields:
         Groups of mappings that differ only in recompute, the least recompute first.
     """
     names = RECOMPUTE if workload.is_moe else ("none", "full")
     for folding in foldings(workload, world_size, hardware):
-        if fsdp and replace(folding, expert_model_parallel_size=1) != ParallelFolding():
-            continue
         for micro_batch_size in MICRO_BATCH_SIZES:
-            first = Mapping(folding, world_size, micro_batch_size, fsdp=fsdp)
+            first = Mapping(folding, world_size, micro_batch_size)
             if not _divides(first, workload) or _in_vain(first, allowed):
                 continue
             mappings = (replace(first, recompute=name) for name in names)

@@ -18,10 +18,9 @@ from nemo_upcycle.planner.search import (
     least_memory,
     mappings_of,
     room,
-    search,
     unfolded,
 )
-from nemo_upcycle.planner.step_time import step_time
+from nemo_upcycle.planner.step_time import fullest_rank, step_time
 from nemo_upcycle.planner.workload import Mapping, Workload
 
 
@@ -34,7 +33,7 @@ class Tuning:
         fitting: Number of mappings that fit.
         tried: Number of mappings.
         compared: Alternatives by name: `recipe`, the recipe's own mapping; `unfolded`, the best
-            without folding; `PP1`, the best without pipeline; `FSDP`, the best with FSDP.
+            without folding; `PP1`, the best without pipeline.
         faster: A faster mapping that needs up to 1.5 times the available memory; None if there is
             none.
         saving: How the optimizer is stored, if the planner had to save memory there, and what this
@@ -118,10 +117,7 @@ def _compared(
         first = next((one for one in predictions if is_wanted(one.mapping)), None)
         if first is not None and first is not predictions[0]:
             compared[name] = first
-    if not workload.optimizer.is_default:
-        return compared
-    fsdp = search(workload, world_size, hardware, fsdp=True)
-    return compared | ({"FSDP": fsdp[0]} if fsdp else {})
+    return compared
 
 
 def _faster(
@@ -198,10 +194,11 @@ def explain(tuning: Tuning) -> list[str]:
         f"{name} ({other.mapping.folding}) is {_explained(first, other)}"
         for name, other in {
             **({"2": others[0]} if others else {}),
-            **{name: one for name, one in tuning.compared.items() if name != "FSDP"},
+            **tuning.compared,
         }.items()
         if other.mapping != first.mapping
     ]
+    lines += _routing(first)
     if tuning.faster is not None:
         faster = tuning.faster
         lines.append(
@@ -209,6 +206,19 @@ def explain(tuning: Tuning) -> list[str]:
             f"{faster.mapping}, {faster.memory.total / 2**30:.0f} GiB."
         )
     return lines
+
+
+def _routing(one: Prediction) -> list[str]:
+    """Return what is assumed of the routing, where the mapping depends on it."""
+    fullest = fullest_rank(one.workload, one.mapping, one.hardware) if one.workload.is_moe else 1
+    if fullest == 1:
+        return []
+    ranks = one.mapping.folding.expert_model_parallel_size
+    return [
+        f"Assumed: the fullest of {ranks} expert-parallel ranks has {fullest - 1:.0%} more tokens "
+        "than the mean. Spread evenly, a step takes "
+        f"{1 - one.even_seconds / one.time.total:.1%} less."
+    ]
 
 
 def _explained(first: Prediction, other: Prediction) -> str:

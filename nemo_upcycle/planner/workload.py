@@ -5,7 +5,12 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import lcm, prod
 
-from nemo_upcycle.config import OptimizerStorage, ParallelFolding, UpcyclingConfig
+from nemo_upcycle.config import (
+    PRECISIONS,
+    OptimizerStorage,
+    ParallelFolding,
+    UpcyclingConfig,
+)
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.model import MoEModel, upcycled_model
 from nemo_upcycle.planner.flops import Flops, flops
@@ -21,7 +26,7 @@ class Workload:
         upcycling: What the dense feed-forward layers become.
         seq_length: Tokens per sequence.
         global_batch_size: Sequences per step.
-        precision: `bf16-mixed` or `32`.
+        precision: A name of `config.PRECISIONS`.
         optimizer: How Adam's state and the gradients are kept.
     """
 
@@ -40,7 +45,8 @@ class Workload:
     @cached_property
     def flops(self) -> Flops:
         """Operations per sequence."""
-        return flops(self.model, self.seq_length)
+        capacity = self.upcycling.moe_expert_capacity_factor if self.is_moe else None
+        return flops(self.model, self.seq_length, capacity)
 
     @property
     def is_moe(self) -> bool:
@@ -50,7 +56,15 @@ class Workload:
     @property
     def element_bytes(self) -> int:
         """Bytes per parameter and per activation."""
-        return 2 if self.precision == "bf16-mixed" else 4
+        return 2 if PRECISIONS[self.precision].is_bf16 else 4
+
+    @property
+    def fp8_layers(self) -> float:
+        """Fraction of the layers whose matrix products are in FP8."""
+        precision = PRECISIONS[self.precision]
+        ends = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        left = self.arch.num_layers - sum(precision.fields.get(name, 0) for name in ends)
+        return max(0, left) / self.arch.num_layers if precision.is_fp8 else 0.0
 
     def storing(self, optimizer: OptimizerStorage) -> "Workload":
         """Return the same workload with the optimizer stored in another way."""
@@ -136,21 +150,17 @@ class Mapping:
         world_size: Number of GPUs.
         micro_batch_size: Sequences of a microbatch.
         recompute: What is computed again instead of kept: a key of `config.RECOMPUTE`.
-        fsdp: Parameters and gradients are sharded over data-parallel ranks too (ZeRO-3), and
-            gathered layer by layer. Not offered by the recipes: for comparison.
     """
 
     folding: ParallelFolding
     world_size: int
     micro_batch_size: int = 1
     recompute: str = "none"
-    fsdp: bool = False
 
     def __str__(self) -> str:
         """Return the papers' notation: TP2 CP1 PP4 · ETP1 EP8 · microbatch 1 · no recompute."""
         recompute = "no recompute" if self.recompute == "none" else f"recompute {self.recompute}"
-        sharding = "FSDP · " if self.fsdp else ""
-        return f"{sharding}{self.folding} · microbatch {self.micro_batch_size} · {recompute}"
+        return f"{self.folding} · microbatch {self.micro_batch_size} · {recompute}"
 
     @property
     def data_parallel(self) -> int:

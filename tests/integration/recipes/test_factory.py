@@ -280,11 +280,19 @@ def test_savings_in_the_optimizer_are_refused_on_cpu(storage: dict[str, Any]) ->
         upcycled_recipe(accelerator="cpu", precision="bf16-mixed", **storage)
 
 
+def test_fp8_is_refused_on_cpu() -> None:
+    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+
+    with pytest.raises(UpcyclingError, match="needs a GPU and Transformer Engine; on CPU use '32'"):
+        upcycled_recipe(accelerator="cpu", precision="fp8")
+
+
 def test_recompute_on_cpu() -> None:
     """Megatron recomputes the activation function of grouped experts alone, which need a GPU."""
     from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
 
     config = upcycled_recipe(accelerator="cpu", recompute="moe").model.config
     assert config.recompute_modules == ["moe"]
-    with pytest.raises(UpcyclingError, match="moe_act', which needs grouped GEMM"):
-        upcycled_recipe(accelerator="cpu", recompute="moe_act")
+    for name in ("moe_act", "norm_act"):
+        with pytest.raises(UpcyclingError, match=f"{name}', which needs grouped GEMM"):
+            upcycled_recipe(accelerator="cpu", recompute=name)

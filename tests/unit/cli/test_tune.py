@@ -24,7 +24,7 @@ def test_the_command_shows_times_memory_and_why(tmp_path: Path) -> None:
     assert all(len(line) <= 80 for line in result.output.splitlines())
     for words in (*list(COMPONENTS.values())[:3], "optimizer, this rank's part", "Why the first"):
         assert words in result.output
-    assert "nothing was fitted to slow network" in " ".join(result.output.split())
+    assert "Nothing was fitted to slow network" in " ".join(result.output.split())
     assert 'nemo llm pretrain --factory "llama3_8b_e8t2(num_nodes=2' in result.output
     assert "…" not in result.output
 
@@ -70,7 +70,10 @@ CLEAR: list[tuple[list[str], str]] = [
     (["optimizer_state=int8"], "optimizer_state is 'int8'; expected one of: fp32, bf16, fp8"),
     (["precision=32", "optimizer_state=bf16"], "only with bf16-mixed can Megatron resume"),
     (["--recipe", "nope"], "There is no recipe 'nope'"),
-    (["recompute=some"], "recompute is 'some'; expected one of: none, moe_act, moe, full"),
+    (
+        ["recompute=some"],
+        "recompute is 'some'; expected one of: none, moe_act, norm_act, moe, full",
+    ),
     (["global_batch_size=0"], "global_batch_size is 0; expected 1 or more"),
     (["--recipe", "llama3_8b_dense", "recompute=moe"], "has no experts"),
     (["account_for_loss_in_pipeline_split=true"], "tune supports only even pipeline stages"),
