@@ -68,7 +68,7 @@ CLEAR: list[tuple[list[str], str]] = [
     (["--hardware", "nope"], "There is no hardware 'nope'; expected one of: a100"),
     (["--gpus", "8", "optimizer_offload_fraction=0"], "Nothing fits into 94%"),
     (["optimizer_state=int8"], "optimizer_state is 'int8'; expected one of: fp32, bf16, fp8"),
-    (["precision=32", "optimizer_state=bf16"], "only with bf16-mixed can Megatron resume"),
+    (["precision=32", "optimizer_state=bf16"], "this is supported only with bf16-mixed"),
     (["--recipe", "nope"], "There is no recipe 'nope'"),
     (
         ["recompute=some"],
