@@ -109,8 +109,8 @@ class Recipe:
             )
         if self.precision != "bf16-mixed" and not self.optimizer.is_default:
             raise UpcyclingError(
-                f"The precision is {self.precision}, with {self.optimizer}; only with bf16-mixed "
-                f"can Megatron resume such a run. Leave {', '.join(OF_OPTIMIZER)} out."
+                f"The precision is {self.precision}, with {self.optimizer}; this is "
+                f"supported only with bf16-mixed. Leave {', '.join(OF_OPTIMIZER)} out."
             )
         for name in OF_SCHEDULE:
             if getattr(self.schedule, name) < 1:

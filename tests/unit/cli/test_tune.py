@@ -68,7 +68,7 @@ CLEAR: list[tuple[list[str], str]] = [
     (["--hardware", "nope"], "There is no hardware 'nope'; expected one of: a100"),
     (["--gpus", "8", "optimizer_offload_fraction=0"], "Nothing fits into 94%"),
     (["optimizer_state=int8"], "optimizer_state is 'int8'; expected one of: fp32, bf16, fp8"),
-    (["precision=32", "optimizer_state=bf16"], "only with bf16-mixed can Megatron resume"),
+    (["precision=32", "optimizer_state=bf16"], "this is supported only with bf16-mixed"),
     (["--recipe", "nope"], "There is no recipe 'nope'"),
     (
         ["recompute=some"],
@@ -160,11 +160,12 @@ def test_what_would_fit_is_said(tmp_path: Path) -> None:
     assert "the same GPUs, with mapping and recompute left to the planner" in fixed.output
 
 
-def test_one_node_gets_a_command_with_the_optimizer_on_the_host() -> None:
-    found = trained_with("--recipe", "llama3_8b_e8t2", "--gpus", "8")
+def test_one_node_gets_a_command_with_the_optimizer_on_the_host(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B_E8T2.config))
+    found = trained_with("--dense", str(tmp_path), "--gpus", "8")
     assert (found["num_nodes"], found["num_gpus_per_node"]) == ("1", "8")
     assert float(found["optimizer_offload_fraction"]) >= 0.75
     assert "optimizer_state" not in found
-    kept = trained_with("--gpus", "8", "optimizer_offload_fraction=0.8")
+    given = ("--gpus", "8", "optimizer_offload_fraction=0.8")
+    kept = trained_with("--dense", str(tmp_path), *given)
     assert kept["optimizer_offload_fraction"] == "0.8"
-    assert "optimizer_offload_fraction" not in trained_with("--gpus", "16")
