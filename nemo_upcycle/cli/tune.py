@@ -1,8 +1,8 @@
 """`nemo-upcycle tune`: which mapping to train with, and the predicted memory and step time."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -95,17 +95,17 @@ def tune(
     kind = read_hardware(hardware)
     given = expert_settings(experts=experts, topk=topk, granularity=granularity, layers=layers)
     words = [*given, *(settings or [])]
-    names: Collection[str]
+    values: Mapping[str, Any]
     if recipe is None and dense is not None:
-        chosen, names = recipe_for(dense, words, gpus, kind)
+        chosen, values = recipe_for(dense, words, gpus, kind)
     else:
         own = recipe_named(recipe or DEFAULT)
-        names = parse(own, words)
-        chosen = with_arguments(own, names)
+        values = parse(own, words)
+        chosen = with_arguments(own, values)
     model = dense_model(chosen, dense)
     world_size = chosen.world_size if gpus is None else gpus
-    found = tuned(chosen, names, world_size, kind, model.arch)
-    trained, allowed = workload(chosen, model.arch), as_given(chosen, names)
+    found = tuned(chosen, values, world_size, kind, model.arch)
+    trained, allowed = workload(chosen, model.arch), as_given(chosen, values)
     points = _scaling(chosen, trained, model, kind, allowed, scaling) if scaling else []
     if json:
         shown = to_json(found.tuning, top)
@@ -116,8 +116,10 @@ def tune(
     title = (
         f"{chosen.name} on {world_size} {kind.name}, {trained.global_batch_size} sequences per step"
     )
-    line = command(found.recipe, names, dense)
-    console.print(render(found.tuning, title, line, top))
+    line = command(found.recipe, values, dense, hardware)
+    console.print(render(found.tuning, title, top))
+    console.print("\nTrain with the first mapping:", style="bold")
+    typer.echo(line)  # on one line, whatever the terminal's width: a break would be copied
     if scaling:
         console.print(scaling_table(points))
         typer.echo(scaling)

@@ -1,6 +1,7 @@
 """GPUs and networks as short YAML files, from the package or the user."""
 
 from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
 
 from nemo_upcycle import settings
@@ -24,6 +25,8 @@ class Hardware:
         network_bandwidth: GB/s per GPU beyond the NVLink domain, in each direction.
         storage_bandwidth: GB/s per node, reading from the file system.
         storage_total: GB/s of all nodes together, reading.
+        measured: The fields that were measured on these nodes, separated by spaces; the others are
+            those of a data sheet.
     """
 
     name: str
@@ -36,12 +39,15 @@ class Hardware:
     network_bandwidth: float
     storage_bandwidth: float
     storage_total: float
+    measured: str = ""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "name" and not value > 0:
-                raise UpcyclingError(f"{field.name} is {value}; expected more than 0.")
+            if field.type is not str and not 0 < value < inf:
+                raise UpcyclingError(
+                    f"{field.name} is {value}; expected more than 0, and a finite number."
+                )
 
 
 def shipped() -> list[str]:

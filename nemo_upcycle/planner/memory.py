@@ -6,9 +6,12 @@ arXiv 2205.05198 §4, extended to grouped queries, gated layers and experts. `be
 compares the formula with layers on a GPU.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
+from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.families import dimensions
 from nemo_upcycle.planner.workload import Mapping, Workload
 
@@ -61,7 +64,7 @@ def memory(workload: Workload, mapping: Mapping) -> Memory:
 
 def of_stage(workload: Workload, mapping: Mapping, stage: int) -> Memory:
     """Return the memory of a GPU in a pipeline stage."""
-    state = model_state(workload, mapping, stage)
+    state = _state(workload, mapping.folding, mapping.world_size, mapping.fsdp, stage)
     kept, computed = _layer_bytes(workload, mapping)
     activations = kept.of(*_layers_in_flight(workload, mapping, stage))
     working = max(computed.moe, computed.dense)
@@ -80,6 +83,14 @@ class ModelState(NamedTuple):
     optimizer: int
 
 
+@lru_cache(maxsize=16)
+def _state(
+    workload: Workload, folding: ParallelFolding, world_size: int, fsdp: bool, stage: int
+) -> ModelState:
+    """Return the state, which neither the microbatch nor recompute changes."""
+    return model_state(workload, Mapping(folding, world_size, fsdp=fsdp), stage)
+
+
 def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
     """Return the largest size of Megatron's DDP buffers and distributed optimizer.
 
@@ -87,13 +98,13 @@ def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
     """
     parameters = gradients = optimizer = 0
     per_parameter = 12 if workload.precision == "bf16-mixed" else 8
-    for buffer in workload.buffers(mapping.folding, stage):
+    for buffer, count in Counter(workload.buffers(mapping.folding, stage)).items():
         ranks, _ = mapping.replicas(buffer)
         padded = buffer.padded(ranks)
         held = padded // ranks if mapping.fsdp else padded
-        parameters += held * workload.element_bytes
-        gradients += held * 4
-        optimizer += min(padded // ranks, buffer.elements) * per_parameter
+        parameters += count * held * workload.element_bytes
+        gradients += count * held * 4
+        optimizer += count * min(padded // ranks, buffer.elements) * per_parameter
     return ModelState(parameters, gradients, optimizer)
 
 
@@ -108,6 +119,7 @@ class LayerBytes(NamedTuple):
         return self.moe * moe_layers + self.dense * dense_layers
 
 
+@lru_cache(maxsize=8)
 def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, LayerBytes]:
     """Return the bytes that a layer keeps, and the temporary bytes of a recompute."""
     arch, sizes, each = workload.arch, dimensions(workload.arch), workload.element_bytes

@@ -27,13 +27,12 @@ WHERE = {
 """Uses of memory, in words."""
 
 
-def render(tuning: Tuning, title: str, command: str, top: int) -> RenderableType:
-    """Show the fastest mappings, their use of time and memory, the reasons, and a command.
+def render(tuning: Tuning, title: str, top: int) -> RenderableType:
+    """Show the fastest mappings, their use of time and memory, and the reasons.
 
     Args:
         tuning: The result of the search.
         title: Title of the report.
-        command: The command that trains with the first mapping.
         top: Number of mappings to show.
     """
     shown = tuning.best[:top]
@@ -53,8 +52,6 @@ def render(tuning: Tuning, title: str, command: str, top: int) -> RenderableType
         Text("Why the first mapping", style="bold"),
         Text("\n".join(f"  {line}" for line in explain(tuning))),
         Text(f"\n{_caveat(hardware.name)}", style="dim"),
-        Text("\nTrain with the first mapping:", style="bold"),
-        Text(f"  {command}", overflow="fold"),
     )
 
 

@@ -6,7 +6,8 @@ from functools import partial
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
-from nemo_upcycle.planner.search import Allowed, Prediction, everything, least_memory, search
+from nemo_upcycle.planner.search import Prediction, fastest, least_memory
+from nemo_upcycle.planner.space import Allowed, everything
 from nemo_upcycle.planner.workload import Workload
 from nemo_upcycle.plans.job import Dense, plan_job
 
@@ -69,9 +70,9 @@ def scaling(
     for number in gpus:
         if number % hardware.gpus_per_node:
             continue
-        predictions = search(workload, number, hardware, allowed)
-        if predictions:
-            yield Point(number, predictions[0], None, loading(predictions[0], dense))
+        best = fastest(workload, number, hardware, allowed)
+        if best is not None:
+            yield Point(number, best, None, loading(best, dense))
         else:
             yield Point(number, None, least_memory(workload, number, hardware, allowed), None)
 

@@ -4,20 +4,20 @@ from dataclasses import dataclass
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
-from nemo_upcycle.planner.memory import memory
+from nemo_upcycle.planner.impossible import impossible
+from nemo_upcycle.planner.memory import Memory
+from nemo_upcycle.planner.nodes import of_job
 from nemo_upcycle.planner.remedies import remedies
 from nemo_upcycle.planner.search import (
     HEADROOM,
-    Allowed,
     Prediction,
-    everything,
-    fitting,
+    examined,
     least_memory,
-    mappings_of,
     room,
     search,
     unfolded,
 )
+from nemo_upcycle.planner.space import Allowed, everything, mappings_of
 from nemo_upcycle.planner.step_time import step_time
 from nemo_upcycle.planner.workload import Mapping, Workload
 
@@ -61,10 +61,14 @@ def tune(
 
     Raises:
         UpcyclingError: No mapping fits; the message has the least memory that any mapping needs,
-            and what would fit.
+            and what would fit. Or no mapping is possible; the message says why, and what is.
     """
+    whole, hardware = hardware, of_job(hardware, world_size)
     every = list(mappings_of(workload, world_size, hardware, allowed))
-    predictions = fitting(workload, hardware, every)
+    if not every:
+        raise impossible(workload, world_size, whole, allowed)
+    found = examined(workload, hardware, every)
+    predictions = found.fitting
     if not predictions:
         raise _nothing_fits(workload, world_size, hardware, allowed)
     return Tuning(
@@ -72,7 +76,7 @@ def tune(
         fitting=len(predictions),
         tried=len(every),
         compared=_compared(workload, world_size, hardware, predictions, own),
-        faster=_faster(workload, hardware, every, predictions[0]),
+        faster=_faster(workload, hardware, found.too_large, predictions[0]),
     )
 
 
@@ -108,13 +112,15 @@ def _compared(
 
 
 def _faster(
-    workload: Workload, hardware: Hardware, every: list[list[Mapping]], best: Prediction
+    workload: Workload,
+    hardware: Hardware,
+    too_large: list[tuple[Mapping, Memory]],
+    best: Prediction,
 ) -> Prediction | None:
     """Return the fastest mapping that nearly fits, if faster than the best that fits."""
     fastest = None
-    for mapping, *_ in every:
-        used = memory(workload, mapping)
-        if not 1 < used.total / room(hardware) <= 1.5:
+    for mapping, used in too_large:
+        if used.total / room(hardware) > 1.5:
             continue
         time = step_time(workload, mapping, hardware)
         if time.total < (fastest or best).time.total:
@@ -126,12 +132,7 @@ def _nothing_fits(
     workload: Workload, world_size: int, hardware: Hardware, allowed: Allowed
 ) -> UpcyclingError:
     least = least_memory(workload, world_size, hardware, allowed)
-    if least is None:
-        return UpcyclingError(
-            f"No mapping of the model and {workload.global_batch_size} sequences onto "
-            f"{world_size} GPUs is possible with these settings; use a number of GPUs with more "
-            "divisors, another global_batch_size, or fewer settings."
-        )
+    assert least is not None  # some mapping is possible
     too_much = least.memory.total - room(hardware)
     would = remedies(workload, world_size, hardware, allowed)
     return UpcyclingError(

@@ -28,7 +28,16 @@ BAD: list[tuple[str, str]] = [
     ("base: h100\nmemory_gib: -3", "memory_gib is -3.0; expected more than 0"),
     ("name: mine", "missing mandatory value: peak_tflops"),
     ("base: h100\nspeed: 3", "Key 'speed' not in 'Hardware'"),
-    ("base: h100\nmemory_gib: lots", "could not be converted to Float"),
+    ("base: h100\nmemory_gib: 0", "memory_gib is 0.0; expected more than 0"),
+    *(
+        (f"base: h100\nmemory_gib: {value}", "memory_gib is .*; expected a finite number")
+        for value in (".inf", "-.inf", ".nan", "lots", '"80"', "true", "null", "[1]")
+    ),
+    *(
+        (f"base: h100\ngpus_per_node: {value}", "gpus_per_node is .*; expected a whole number")
+        for value in ("8.0", "8.5", ".inf", ".nan", '"8"', "true", "~", "{a: 1}")
+    ),
+    ("base: h100\ngpus_per_node: -8", "gpus_per_node is -8; expected more than 0"),
     ("base: nosuch", "base is 'nosuch'; expected one of: a100"),
     ("- 1", "Expected the fields name, peak_tflops"),
     ("a: [1", "Expected the fields name, peak_tflops"),
