@@ -10,6 +10,9 @@ from nemo_upcycle.files import write_whole
 PICTURES = (".png", ".svg", ".pdf")
 """Endings of the formats that are written."""
 
+BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
+"""Okabe and Ito's colours, distinguishable with every form of colour vision."""
+
 
 def require_matplotlib() -> None:
     """Check that a picture can be drawn.

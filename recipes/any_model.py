@@ -79,9 +79,11 @@ def upcycle(
             choice for GPUs with unlimited memory.
         fn: The function that the run calls.
         numbers: Fields of `UpcyclingConfig` and `ParallelFolding`, seq_length, global_batch_size,
-            micro_batch_size, num_nodes, num_gpus_per_node, precision, recompute (none, moe_act,
-            moe, full), and expansion_rate. What is not given is chosen. On CPU the executor's
-            ranks count.
+            micro_batch_size, num_nodes, num_gpus_per_node, precision (bf16-mixed, fp8,
+            mxfp8, 32), recompute (none, moe_act, norm_act, moe, full), optimizer_state (fp32,
+            bf16, fp8: precision of Adam's moments), optimizer_offload_fraction (0 to 1:
+            part of the optimizer on the CPUs), grad_reduce_in_fp32, and expansion_rate. What is
+            not given is chosen. On CPU the executor's ranks count.
 
     Returns:
         The configuration.

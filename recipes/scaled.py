@@ -22,7 +22,7 @@ from typing import Any
 
 from nemo_upcycle_recipes.arguments import with_arguments
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
-from nemo_upcycle_recipes.recipe import Recipe, Schedule
+from nemo_upcycle_recipes.recipe import OF_OPTIMIZER, Recipe, Schedule
 
 from nemo_upcycle.checkpoint.described import Dense
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
@@ -35,7 +35,7 @@ PAPER = LLAMA3_8B_E8T2
 """The recipe whose numbers are scaled."""
 
 CHOSEN = (
-    *("num_nodes", "num_gpus_per_node", "precision", "recompute"),
+    *("num_nodes", "num_gpus_per_node", "precision", "recompute", *OF_OPTIMIZER),
     *("seq_length", "global_batch_size", "micro_batch_size"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),

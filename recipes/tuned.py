@@ -8,13 +8,15 @@ from typing import Any
 
 from nemo_upcycle_recipes.arguments import defaults
 from nemo_upcycle_recipes.expectations import mapping, workload
-from nemo_upcycle_recipes.recipe import Recipe
+from nemo_upcycle_recipes.recipe import OF_OPTIMIZER, Recipe
 
 from nemo_upcycle.checkpoint.described import config_alone
+from nemo_upcycle.config import OptimizerStorage
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.nodes import nodes_of, of_job, with_nodes
+from nemo_upcycle.planner.savings import SAVINGS
 from nemo_upcycle.planner.search import Prediction, predict
 from nemo_upcycle.planner.space import Allowed, Given, everything, mappings_of
 from nemo_upcycle.planner.tuning import Tuning, tune
@@ -32,7 +34,8 @@ class Tuned:
     """A recipe with the fastest mapping that fits, and why.
 
     Attributes:
-        recipe: The recipe, with the mapping, microbatch, recompute and nodes.
+        recipe: The recipe, with the mapping, microbatch, recompute, storage of the optimizer and
+            nodes.
         tuning: The result of the search.
     """
 
@@ -63,15 +66,15 @@ def tuned(
     trained, allowed = workload(recipe, arch), as_given(recipe, values)
     hardware = nodes_as_given(values, world_size, hardware)
     nodes, per_node = _nodes(trained, world_size, hardware, allowed)
-    found = tune(
-        trained, world_size, hardware, allowed, own=_own(recipe, world_size, hardware, arch)
-    )
+    own = _own(recipe, world_size, hardware, arch)
+    found = tune(trained, world_size, hardware, allowed, own, _savings(recipe, values))
     best = found.best[0].mapping
     chosen = replace(
         recipe,
         folding=best.folding,
         schedule=replace(recipe.schedule, micro_batch_size=best.micro_batch_size),
         recompute=best.recompute,
+        **vars(found.best[0].workload.optimizer),
         num_nodes=nodes,
         num_gpus_per_node=per_node,
     )
@@ -96,7 +99,9 @@ def nodes_as_given(values: Mapping[str, Any], gpus: int, hardware: Hardware) -> 
     each = given.get("num_gpus_per_node") or max(1, gpus // nodes)
     if nodes * each != gpus:
         said = " and ".join(f"{name}={value}" for name, value in given.items())
-        near = sorted({nodes * each, (nodes + 1) * each if "num_nodes" not in given else nodes * each})
+        near = sorted(
+            {nodes * each, (nodes + 1) * each if "num_nodes" not in given else nodes * each}
+        )
         raise UpcyclingError(
             f"{gpus} GPUs are asked for, but {said} does not make {gpus}; expected "
             f"{' or '.join(map(str, near))} GPUs, or leave {' and '.join(given)} out."
@@ -127,6 +132,18 @@ def as_given(recipe: Recipe, names: Collection[str]) -> Allowed:
     recompute = recipe.recompute if "recompute" in names else None
     given = Given(folding, batch, recompute)
     return given if given.settings else everything
+
+
+def _savings(recipe: Recipe, names: Collection[str]) -> list[OptimizerStorage]:
+    """Return the ways to store the optimizer that keep the arguments that were given."""
+    if recipe.precision != "bf16-mixed":
+        return []
+    given = {*names} & {*OF_OPTIMIZER}
+    return [
+        storage
+        for storage in SAVINGS
+        if all(getattr(storage, name) == getattr(recipe, name) for name in given)
+    ]
 
 
 def _own(
@@ -162,6 +179,7 @@ def command(
     values |= {"num_nodes": chosen.num_nodes, "num_gpus_per_node": chosen.num_gpus_per_node}
     values |= chosen.folding.parallel_sizes
     values |= {"micro_batch_size": chosen.schedule.micro_batch_size, "recompute": chosen.recompute}
+    values |= chosen.optimizer.chosen
     keeps_dense = chosen.described is not None and experts is None
     arguments = [
         f"{name}={_typed(value)}"

@@ -18,6 +18,21 @@ CONFIG: dict[str, Any] = {
     "initializer_range": 0.1,
 }
 
+LLAMA_400M: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+"""Not tiny, and only planned for: 403M parameters without embeddings."""
+
 LLAMA31_ROPE = {
     "rope_type": "llama3",
     "factor": 4.0,

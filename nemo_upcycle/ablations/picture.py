@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_upcycle.ablations.report import Report, StudyReport, counted
-from nemo_upcycle.pictures import require_matplotlib
+from nemo_upcycle.pictures import BLUE, VERMILLION, require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = 2
-# Okabe and Ito's blue and vermillion, distinguishable with every form of colour vision.
-_BASELINE, _ARM = "#0072B2", "#D55E00"
+_BASELINE, _ARM = BLUE, VERMILLION
 
 LINEAR = 0.02
 """Half-width of the linear range of an axis, in nats per token.

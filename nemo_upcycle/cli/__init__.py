@@ -23,6 +23,7 @@ from nemo_upcycle.cli.tools import (
 )
 from nemo_upcycle.cli.tune import tune
 from nemo_upcycle.cli.upcycle import upcycle
+from nemo_upcycle.cli.worth import worth
 from nemo_upcycle.progress import progress
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.command()(upcycle)
 app.command()(plan)
 app.command()(groups)
 app.command()(tune)
+app.command()(worth)
 app.command()(ablate)
 app.command()(check)
 

@@ -14,6 +14,10 @@ ACCOUNTED_LAYERS = (
 RECOMPUTE: dict[str, dict[str, object]] = {
     "none": {},
     "moe_act": {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+    "norm_act": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["layernorm", "moe_act"],
+    },
     "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
     "full": {
         "recompute_granularity": "full",
@@ -22,7 +26,7 @@ RECOMPUTE: dict[str, dict[str, object]] = {
     },
 }
 """What the backward pass recomputes instead of keeping, as Megatron's fields; the least first.
-`moe_act`: the experts' activation function; `moe`: the MoE layers."""
+`moe_act`: the experts' activation function; `norm_act`: the norms too; `moe`: the MoE layers."""
 
 
 @dataclass(frozen=True)

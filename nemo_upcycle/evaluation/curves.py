@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.evaluation.events import event_files, read_scalars
 from nemo_upcycle.files import scratch_directory
-from nemo_upcycle.pictures import require_matplotlib
+from nemo_upcycle.pictures import BLUE, VERMILLION, require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,8 +24,7 @@ VAL_LOSS = "val_loss"
 
 _FINAL_FRACTION = 0.1
 _SMOOTHING_FRACTION = 0.05
-# Okabe and Ito's blue and vermillion, distinguishable with every form of colour vision.
-_DENSE_COLOR, _MOE_COLOR = "#0072B2", "#D55E00"
+_DENSE_COLOR, _MOE_COLOR = BLUE, VERMILLION
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ class TrainingMetrics:
         """
         chunks = [_unwrapped(chunk) for chunk in model]
         config = described(chunks, vocab_size_divisible_by=1)
-        counted = flops(megatron_model(vars(config)), config.seq_length)
+        capacity = config.moe_expert_capacity_factor
+        counted = flops(megatron_model(vars(config)), config.seq_length, capacity)
         self._clock = StepClock(counted, *self._timing)
         if config.num_moe_experts is not None:
             self._health = MoEHealth()

@@ -32,7 +32,8 @@ class MFUCallback(pl.Callback, Recorded):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the operations per sequence."""
         config = pl_module.config
-        counted = flops(megatron_model(vars(config)), config.seq_length)
+        capacity = config.moe_expert_capacity_factor
+        counted = flops(megatron_model(vars(config)), config.seq_length, capacity)
         self._clock = StepClock(counted, self.peak_tflops, self.warm_up_steps)
 
     def on_train_batch_end(

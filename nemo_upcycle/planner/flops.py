@@ -1,7 +1,9 @@
 """Floating-point operations of a model, as counted for model-FLOPs utilisation (MFU).
 
 Only matrix multiplications count, with two operations per multiply-add, and only the experts that
-a token uses. Recomputed operations and the router do not count. Backward is twice forward.
+a token uses. A capacity factor below 1 always drops tokens; dropped work does not count. What a
+higher capacity factor drops depends on the routing, and counts as done. Recomputed operations and
+the router do not count. Backward is twice forward.
 """
 
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ class Flops:
     projections: int
     attention: int
     causal_attention: float
-    feed_forward: int
+    feed_forward: float
     output: int
 
     @property
@@ -42,13 +44,15 @@ class Flops:
         return 3 * (self.projections + self.attention + self.feed_forward + self.output)
 
 
-def flops(model: MoEModel, seq_length: int) -> Flops:
+def flops(model: MoEModel, seq_length: int, capacity_factor: float | None = None) -> Flops:
     """Count the operations of a forward pass over one sequence.
 
     Args:
         model: The MoE model.
         seq_length: Tokens per sequence.
+        capacity_factor: Tokens per expert over the mean that are computed at most; None drops none.
     """
+    done = min(1.0, capacity_factor or 1.0)
     arch, sizes = model.arch, dimensions(model.arch)
     hidden, queries = arch.hidden_size, sizes["queries"]
     attention = 4 * seq_length * seq_length * queries * arch.num_layers
@@ -56,7 +60,7 @@ def flops(model: MoEModel, seq_length: int) -> Flops:
         projections=2 * hidden * (sizes["qkv"] + queries) * seq_length * arch.num_layers,
         attention=attention,
         causal_attention=attention * _seen(seq_length, arch.sliding_window),
-        feed_forward=2 * hidden * _neurons(model) * (arch.fc1_rows + 1) * seq_length,
+        feed_forward=2 * hidden * _neurons(model, done) * (arch.fc1_rows + 1) * seq_length,
         output=2 * hidden * arch.vocab_size * seq_length,
     )
 
@@ -68,10 +72,15 @@ def _seen(seq_length: int, window: int | None) -> float:
     return window * (seq_length - window / 2) / seq_length**2
 
 
-def _neurons(model: MoEModel) -> int:
-    """Return the number of neurons that a token uses, summed over all layers."""
+def _neurons(model: MoEModel, done: float) -> float:
+    """Return the number of neurons that a token uses, summed over all layers.
+
+    Args:
+        model: The MoE model.
+        done: Fraction of the tokens' assignments to experts that is computed.
+    """
     dense = model.arch.ffn_hidden_size
-    moe = model.topk * model.expert_width + (dense if model.has_shared_expert else 0)
+    moe = done * model.topk * model.expert_width + (dense if model.has_shared_expert else 0)
     return sum(moe if is_moe else dense for is_moe in model.is_moe)
 
 

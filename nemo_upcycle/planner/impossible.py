@@ -41,7 +41,10 @@ def impossible(
     units = _units(workload, world_size, hardware, given)
     reason = _of_sizes(workload, world_size, given) or _of_batch(batch, units)
     said = []
-    for begin, works in (("Possible: ", any_fits), ("Possible with more memory per GPU: ", _exists)):
+    for begin, works in (
+        ("Possible: ", any_fits),
+        ("Possible with more memory per GPU: ", _exists),
+    ):
         if ways := list(_ways(workload, world_size, hardware, allowed, units, works)):
             said.append(f"{begin}{'; or '.join(ways)}.")
         if any("global_batch_size" in way for way in ways) or (said and not units):

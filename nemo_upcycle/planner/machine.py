@@ -84,18 +84,27 @@ class Machine:
         far = sent * (ranks - near) / ranks / self.network
         return max(far, sent * (near - 1) / ranks / self.nvlink) + self.efficiency.latency
 
-    def sharded(self, sent: float, stride: int, ranks: int) -> float:
-        """Return the time of FSDP's collectives.
-
-        Between domains each GPU receives everything over its own link. This matches published
-        speeds; a ring over all links would be several times as fast.
+    def deduplicated(self, sent: float, choices: int, stride: int, ranks: int) -> float:
+        """Return the time of an all-to-all that sends a token once to each domain and each rank.
 
         Args:
-            sent: Bytes that each GPU receives.
+            sent: Bytes per GPU, each token counted once.
+            choices: Experts per token.
             stride: Distance between the group's ranks.
             ranks: Ranks in the group.
+
+        Source: DeepEP (DeepSeek-AI): the network carries a token once per node, NVLink forwards.
         """
-        if stride * ranks <= self.hardware.nvlink_domain:
-            return sent / self.nvlink
-        link = self.hardware.network_bandwidth * GIGA * self.efficiency.fsdp_bandwidth
-        return sent / link
+        if ranks == 1:
+            return 0.0
+        near = self.near(stride, ranks)
+        domains = ranks / near
+        network = self.hardware.network_bandwidth * GIGA * self.efficiency.deduplicated
+        far = sent * distinct(domains, choices) * (domains - 1) / domains / network
+        inside = sent * distinct(ranks, choices) * (near - 1) / near / self.nvlink
+        return max(far, inside) + self.efficiency.latency
+
+
+def distinct(places: float, choices: int) -> float:
+    """Return how many of a number of places `choices` even, independent choices fall into."""
+    return places * (1 - (1 - 1 / places) ** choices)

@@ -9,14 +9,18 @@ compares the formula with layers on a GPU.
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 from typing import NamedTuple
 
-from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.config import PRECISIONS, ParallelFolding
 from nemo_upcycle.families import dimensions
+from nemo_upcycle.planner.optimizer import gradient_bytes, passing_bytes, state_bytes
 from nemo_upcycle.planner.workload import Mapping, Workload
 
-UNEVEN_ROUTING = 1.5
-"""Tokens of the fullest rank over the mean for which memory must suffice in dropless training."""
+UNEVEN_ROUTING = 1.2
+"""Tokens of the fullest rank over the mean for which memory must suffice in dropless training,
+averaged over the layers and microbatches whose activations are kept. The largest round number with
+which all dropless runs that were published fit."""
 
 RESERVED = 5 * 2**30
 """Bytes of CUDA's context, NCCL's buffers and fragmentation of the allocator."""
@@ -27,13 +31,14 @@ class Memory:
     """Bytes per GPU.
 
     Attributes:
-        parameters: Parameters in the training precision.
-        gradients: Gradients in fp32.
-        optimizer: Adam's two moments, and fp32 copies of bf16 parameters.
+        parameters: Parameters in the training precision, and their copies in FP8.
+        gradients: Gradients, in fp32 or bf16.
+        optimizer: Adam's two moments and fp32 copies of bf16 parameters, less what is offloaded.
         activations: Activations of all microbatches in flight.
-        working: Temporary memory: a recomputed layer, logits, and with FSDP a layer's parameters
-            and gradients.
+        working: Temporary memory: a recomputed layer, logits.
         reserved: Memory that no tensor uses.
+        passing: Temporary memory of the optimizer while Adam steps or a checkpoint is loaded,
+            beyond the activations and working memory, which are free then.
     """
 
     parameters: int
@@ -42,6 +47,7 @@ class Memory:
     activations: float
     working: float
     reserved: int = RESERVED
+    passing: float = 0
 
     @property
     def total(self) -> float:
@@ -64,48 +70,51 @@ def memory(workload: Workload, mapping: Mapping) -> Memory:
 
 def of_stage(workload: Workload, mapping: Mapping, stage: int) -> Memory:
     """Return the memory of a GPU in a pipeline stage."""
-    state = _state(workload, mapping.folding, mapping.world_size, mapping.fsdp, stage)
+    state = _state(workload, mapping.folding, mapping.world_size, stage)
     kept, computed = _layer_bytes(workload, mapping)
     activations = kept.of(*_layers_in_flight(workload, mapping, stage))
     working = max(computed.moe, computed.dense)
     if stage == mapping.folding.pipeline_model_parallel_size - 1:
         working = max(working, _logits(workload, mapping))
-    if mapping.fsdp:
-        working += _gathered(workload, mapping)
-    return Memory(state.parameters, state.gradients, state.optimizer, activations, working)
+    passing = max(0, state.passing - activations - working)
+    return Memory(*state[:3], activations, working, passing=passing)
 
 
 class ModelState(NamedTuple):
-    """Bytes of a GPU's parameters, gradients and optimizer state."""
+    """Bytes of a GPU's parameters, gradients and optimizer state.
+
+    `passing` are further bytes while Adam steps or a checkpoint is loaded.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
+    passing: int = 0
 
 
 @lru_cache(maxsize=16)
-def _state(
-    workload: Workload, folding: ParallelFolding, world_size: int, fsdp: bool, stage: int
-) -> ModelState:
+def _state(workload: Workload, folding: ParallelFolding, world_size: int, stage: int) -> ModelState:
     """Return the state, which neither the microbatch nor recompute changes."""
-    return model_state(workload, Mapping(folding, world_size, fsdp=fsdp), stage)
+    return model_state(workload, Mapping(folding, world_size), stage)
 
 
 def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
     """Return the largest size of Megatron's DDP buffers and distributed optimizer.
 
-    Adam keeps two fp32 moments per parameter, and an fp32 copy of each bf16 parameter.
+    Of an offloaded state, the part on the GPU is at most as large as returned: Megatron offloads
+    whole parameters until the fraction is reached.
     """
-    parameters = gradients = optimizer = 0
-    per_parameter = 12 if workload.precision == "bf16-mixed" else 8
+    parameters = gradients = own = 0
+    # Transformer Engine keeps weights in FP8 too, by rows and by columns.
+    held = workload.element_bytes + (2 if PRECISIONS[workload.precision].is_fp8 else 0)
     for buffer, count in Counter(workload.buffers(mapping.folding, stage)).items():
         ranks, _ = mapping.replicas(buffer)
         padded = buffer.padded(ranks)
-        held = padded // ranks if mapping.fsdp else padded
-        parameters += count * held * workload.element_bytes
-        gradients += count * held * 4
-        optimizer += count * min(padded // ranks, buffer.elements) * per_parameter
-    return ModelState(parameters, gradients, optimizer)
+        parameters += count * padded * held
+        gradients += count * padded * gradient_bytes(workload)
+        own += count * min(padded // ranks, buffer.elements)
+    state, passing = state_bytes(workload), passing_bytes(workload)
+    return ModelState(parameters, gradients, ceil(own * state), ceil(own * passing))
 
 
 class LayerBytes(NamedTuple):
@@ -123,13 +132,15 @@ class LayerBytes(NamedTuple):
 def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, LayerBytes]:
     """Return the bytes that a layer keeps, and the temporary bytes of a recompute."""
     arch, sizes, each = workload.arch, dimensions(workload.arch), workload.element_bytes
-    tokens = mapping.tokens(workload.seq_length)
+    tokens, factor = mapping.tokens(workload.seq_length), workload.factor_bytes
     # Norm's input and output, both split over TP: sequence parallelism.
-    norm = 2 * arch.hidden_size * each * tokens
+    norm = arch.hidden_size * (each + factor) * tokens
     # q, k, v after the rotary embedding, the output, and fp32 log-sum-exps.
     attention = (sizes["qkv"] + sizes["queries"]) * each + 4 * arch.num_attention_heads
+    if factor < each:
+        attention += sizes["queries"] * factor  # attention itself keeps its output in bf16
     attended = norm + attention * tokens
-    neurons = (arch.fc1_rows + 1) * each
+    neurons = arch.fc1_rows * each + factor
     dense = norm + arch.ffn_hidden_size * neurons * tokens
     routed, activated = _expert_bytes(workload, mapping, tokens)
     moe = norm + routed + (dense - norm if workload.upcycling.moe_shared_expert else 0)
@@ -145,6 +156,11 @@ def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, Laye
             return LayerBytes(attended + moe - activated, attended + dense), LayerBytes(
                 activated, 0
             )
+        case "norm_act":
+            # A norm's output, in front of the experts, is computed again too.
+            output = arch.hidden_size * factor * tokens
+            kept = attended + moe - activated - output
+            return LayerBytes(kept, attended + dense), LayerBytes(activated + output, 0)
     # Gradients of the widest activations exist at the same time.
     widest = routed if workload.is_moe else arch.ffn_hidden_size * neurons * tokens
     return LayerBytes(attended + moe, attended + dense), LayerBytes(widest, 0)
@@ -154,17 +170,19 @@ def _expert_bytes(workload: Workload, mapping: Mapping, tokens: float) -> tuple[
     """Return the activation bytes of a rank's experts, and the part of the activation function."""
     if not workload.is_moe:
         return 0, 0
-    arch, folding, each = workload.arch, mapping.folding, workload.element_bytes
+    arch, folding, factor = workload.arch, mapping.folding, workload.factor_bytes
     capacity = workload.upcycling.moe_expert_capacity_factor
     # A rank that has all experts gets all of its tokens' assignments and no more.
     worst = UNEVEN_ROUTING if folding.expert_model_parallel_size > 1 else 1.0
     uneven = min(worst, capacity or worst)
     assignments = tokens * workload.model.topk * uneven
     # Every expert-tensor-parallel rank has all of their tokens, and a part of the neurons.
-    inputs = arch.hidden_size * each * folding.expert_tensor_parallel_size
-    activated = workload.model.expert_width * each * assignments
+    inputs = arch.hidden_size * factor * folding.expert_tensor_parallel_size
+    neurons = workload.model.expert_width * assignments
+    activated = neurons * factor
+    before = arch.fc1_rows * neurons * workload.element_bytes
     router = 8 * workload.model.num_experts * tokens
-    return inputs * assignments + (arch.fc1_rows + 1) * activated + router, activated
+    return inputs * assignments + before + activated + router, activated
 
 
 def _layers_in_flight(workload: Workload, mapping: Mapping, stage: int) -> tuple[float, float]:
@@ -188,12 +206,3 @@ def _logits(workload: Workload, mapping: Mapping) -> float:
     """Return the bytes of the logits, of an fp32 copy and of the softmax."""
     tokens = mapping.tokens(workload.seq_length)
     return tokens * workload.arch.vocab_size * (workload.element_bytes + 8)
-
-
-def _gathered(workload: Workload, mapping: Mapping) -> float:
-    """Return the bytes of two layers' parameters (one prefetched) and one layer's gradients."""
-    buffers = workload.buffers(mapping.folding, 0)
-    layer = sum(buffer.elements for buffer in buffers) / max(
-        1, sum(workload.stages(mapping.folding)[0])
-    )
-    return layer * (2 * workload.element_bytes + 4)

@@ -1,4 +1,4 @@
-"""Nodes of a job: every node of a job has the same number of GPUs, and may use only some of them."""
+"""Nodes of a job: the same number of GPUs of every node, which need not be all."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,8 +62,8 @@ def with_nodes(hardware: Hardware, gpus_per_node: int) -> Hardware:
     whole, domain = hardware.gpus_per_node, hardware.nvlink_domain
     if not 1 <= gpus_per_node <= whole:
         raise UpcyclingError(
-            f"num_gpus_per_node is {gpus_per_node}, but a node of {hardware.name} has {whole} GPUs; "
-            f"use 1 to {whole}, or hardware with a larger gpus_per_node."
+            f"num_gpus_per_node is {gpus_per_node}, but a node of {hardware.name} has {whole} "
+            f"GPUs; use 1 to {whole}, or hardware with a larger gpus_per_node."
         )
     # An NVLink domain is some whole nodes, or a part of one.
     joined = domain // whole * gpus_per_node if domain >= whole else min(domain, gpus_per_node)

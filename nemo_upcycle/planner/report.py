@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nemo_upcycle.planner.efficiency import ACCURACY
+from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.memory import Memory
 from nemo_upcycle.planner.scaling import Point
 from nemo_upcycle.planner.search import HEADROOM, Prediction
@@ -18,11 +20,12 @@ GIB = 2**30
 
 WHERE = {
     "parameters": "parameters",
-    "gradients": "gradients, fp32",
+    "gradients": "gradients",
     "optimizer": "optimizer, this rank's part",
     "activations": "activations in flight",
     "working": "working memory",
     "reserved": "CUDA, NCCL, allocator",
+    "passing": "optimizer while loading, without activations",
 }
 """Uses of memory, in words."""
 
@@ -51,32 +54,45 @@ def render(tuning: Tuning, title: str, top: int) -> RenderableType:
         _parts("GiB per GPU", {n: _gib(one.memory) for n, one in named.items()}),
         Text("Why the first mapping", style="bold"),
         Text("\n".join(f"  {line}" for line in explain(tuning))),
+        *([Text(f"\n{_origin(hardware)}", style="dim")] if hardware.measured else []),
         Text(f"\n{_caveat(hardware.name)}", style="dim"),
     )
 
 
-def _caveat(hardware: str) -> str:
-    known = (
-        "Predicted from runs of other models, the MFU of 12 published H100 runs had a median error "
-        "of 6% and a largest error of 9% (14% with FSDP)"
+def _origin(hardware: Hardware) -> str:
+    """Say which figures were measured, and which are of a data sheet."""
+    measured = {*hardware.measured.split()}
+    values = {k: v for k, v in vars(hardware).items() if k not in ("name", "measured")}
+    said = ", ".join(f"{k} {v:g}" for k, v in values.items() if k in measured)
+    others = ", ".join(k for k in values if k not in measured)
+    return (
+        f"Measured by `nemo-upcycle check`, divided by the fractions that training reaches: {said} "
+        f"GB/s. Of the data sheet of {hardware.name}: {others}."
     )
+
+
+def _caveat(hardware: str) -> str:
+    known = ACCURACY
     if hardware != "H100":
-        known += f"; nothing was fitted to {hardware}"
-    return f"{known}. Differences below 5% are within this error: prefer the simpler mapping."
+        known += f" Nothing was fitted to {hardware}."
+    return f"{known} Differences below 5% are within this error: prefer the simpler mapping."
 
 
 def _mappings(shown: Iterable[Prediction], compared: dict[str, Prediction]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for name in ("", "mapping", "mb", "recomp."):
         table.add_column(name, no_wrap=True)
-    for name in ("GiB", "step", "MFU%", "MFU*"):
+    for name in ("GiB", "step", "even", "MFU%", "MFU*"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, one in enumerate(shown, 1):
         table.add_row(*_row(str(number), one))
     table.add_section()
     for name, one in compared.items():
         table.add_row(*_row(name, one), style="dim")
-    table.caption = "mb: microbatch; step in s; MFU*: as arXiv 2412.09952 counts; !: does not fit"
+    table.caption = (
+        "mb: microbatch; step in s; even: with tokens spread evenly over the experts; "
+        "MFU*: as arXiv 2412.09952 counts; !: does not fit"
+    )
     table.caption_justify = "left"
     return table
 
@@ -85,11 +101,12 @@ def _row(name: str, one: Prediction) -> list[str]:
     mapping = one.mapping
     return [
         name,
-        str(mapping.folding) if not mapping.fsdp else f"FSDP · EP{_ep(one)}",
+        str(mapping.folding),
         str(mapping.micro_batch_size),
         mapping.recompute,
         f"{one.memory.total / GIB:.0f}" + ("" if one.fits else "!"),
         seconds(one.time.total),
+        seconds(one.even_seconds),
         f"{100 * one.mfu:.1f}",
         f"{100 * one.mfu_full_attention:.1f}",
     ]
@@ -97,7 +114,7 @@ def _row(name: str, one: Prediction) -> list[str]:
 
 def seconds(value: float) -> str:
     """Return a step time as text."""
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+    return f"{value:.2g}" if value < 0.1 else f"{value:.{1 if value >= 10 else 2}f}"
 
 
 def _ep(one: Prediction) -> int:
@@ -136,7 +153,7 @@ def scaling_table(points: Iterable[Point]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("GPUs", justify="right")
     table.add_column("mapping", no_wrap=True)
-    for name in ("recompute", "GiB", "step", "MFU", "load"):
+    for name in ("recompute", "GiB", "step", "MFU", "load", "once"):
         table.add_column(name, justify="right", no_wrap=True)
     for point in points:
         best = point.best
@@ -151,8 +168,9 @@ def scaling_table(points: Iterable[Point]) -> Table:
             seconds(best.time.total),
             f"{best.mfu:.1%}",
             f"{point.loading.seconds:.1f}",
+            f"{point.loading.seconds_once:.1f}",
         )
-    table.caption = "step and load in s"
+    table.caption = "step and load in s; once: load with read_once"
     table.caption_justify = "left"
     return table
 
@@ -173,6 +191,7 @@ def to_json(tuning: Tuning, top: int) -> dict[str, Any]:
     Returns:
         - `fitting` and `tried`: numbers of mappings.
         - `best` (a list) and `compared` (by name): predictions as of `prediction_json`.
+        - `saving`: how memory was saved in the optimizer and what this costs: a sentence, or null.
         - `why`: sentences.
     """
     return {
@@ -180,6 +199,7 @@ def to_json(tuning: Tuning, top: int) -> dict[str, Any]:
         "tried": tuning.tried,
         "best": [prediction_json(one) for one in tuning.best[:top]],
         "compared": {name: prediction_json(one) for name, one in tuning.compared.items()},
+        "saving": tuning.saving,
         "why": explain(tuning),
     }
 
@@ -188,17 +208,21 @@ def prediction_json(one: Prediction) -> dict[str, Any]:
     """Return a prediction as a JSON object.
 
     Returns:
-        `folding` (Megatron's fields), `world_size`, `micro_batch_size`, `recompute`, `fsdp`,
-        `fits`, `memory` and `total_memory` (bytes), `time` and `step_time` (seconds), `mfu`,
-        `mfu_full_attention`, `tokens_per_second`.
+        `folding` (Megatron's fields), `world_size`, `micro_batch_size`, `recompute`,
+        `optimizer` (the fields of `OptimizerStorage`), `fits`, `memory` and `total_memory`
+        (bytes), `time`, `step_time` and `even_step_time` (seconds; even: tokens are spread evenly),
+        `mfu`, `mfu_full_attention`,
+        `tokens_per_second`.
     """
     return {
         **asdict(one.mapping),
+        "optimizer": vars(one.workload.optimizer),
         "fits": one.fits,
         "memory": vars(one.memory),
         "total_memory": one.memory.total,
         "time": vars(one.time),
         "step_time": one.time.total,
+        "even_step_time": one.even_seconds,
         "mfu": one.mfu,
         "mfu_full_attention": one.mfu_full_attention,
         "tokens_per_second": one.tokens_per_second,

@@ -44,6 +44,11 @@ class Prediction:
         return self.memory.total <= room(self.hardware)
 
     @cached_property
+    def even_seconds(self) -> float:
+        """Seconds per step if tokens were spread evenly over the experts."""
+        return step_time(self.workload, self.mapping, self.hardware, CALIBRATED.even).total
+
+    @cached_property
     def mfu(self) -> float:
         """Model-FLOPs utilisation with causal attention."""
         return mfu(self.workload, self.mapping, self.hardware, self.time.total)
@@ -114,7 +119,6 @@ def search(
     hardware: Hardware,
     allowed: Allowed = everything,
     efficiency: Efficiency = CALIBRATED,
-    fsdp: bool = False,
 ) -> list[Prediction]:
     """Return all mappings that fit, the fastest first, each with the least recompute that fits.
 
@@ -124,10 +128,9 @@ def search(
         hardware: The GPUs.
         allowed: Which mappings to consider.
         efficiency: Fractions of the data sheet that training reaches.
-        fsdp: Search FSDP instead: data parallelism with or without expert parallelism.
     """
     used = of_job(hardware, world_size)
-    every = mappings_of(workload, world_size, used, allowed, fsdp)
+    every = mappings_of(workload, world_size, used, allowed)
     return fitting(workload, used, every, efficiency)
 
 
@@ -187,7 +190,7 @@ def fastest(
 ) -> Prediction | None:
     """Return the first mapping of `search` in less time; None if none fits.
 
-    Mappings are looked at in the order of a lower bound of their time, until no other can be faster.
+    Mappings are looked at in the order of a lower bound of their time, until no other is faster.
     """
     used = of_job(hardware, world_size)
     bounds = [

@@ -61,7 +61,9 @@ class Given:
         """Return the same with one setting left open."""
         if name in self.folding:
             return replace(self, folding={k: v for k, v in self.folding.items() if k != name})
-        return replace(self, **{name: None})
+        recompute = None if name == "recompute" else self.recompute
+        batch = None if name == "micro_batch_size" else self.micro_batch_size
+        return Given(self.folding, batch, recompute)
 
 
 def given_by(allowed: Allowed) -> Given:
@@ -74,7 +76,6 @@ def mappings_of(
     world_size: int,
     hardware: Hardware,
     allowed: Allowed = everything,
-    fsdp: bool = False,
 ) -> Iterator[list[Mapping]]:
     """Yield all mappings of a model on a number of GPUs.
 
@@ -83,7 +84,6 @@ def mappings_of(
         world_size: Number of GPUs.
         hardware: The GPUs, with the nodes of the job.
         allowed: Which mappings to consider.
-        fsdp: Yield mappings of FSDP instead of Megatron.
 
     Yields:
         Groups of mappings that differ only in recompute, the least recompute first.
@@ -94,15 +94,11 @@ def mappings_of(
         names = [given.recompute]
     batches = MICRO_BATCH_SIZES if given.micro_batch_size is None else (given.micro_batch_size,)
     for folding in foldings(workload, world_size, hardware, given):
-        if fsdp and replace(folding, expert_model_parallel_size=1) != ParallelFolding():
-            continue
         for micro_batch_size in batches:
-            first = Mapping(folding, world_size, micro_batch_size, fsdp=fsdp)
+            first = Mapping(folding, world_size, micro_batch_size)
             if not divides(first, workload.global_batch_size) or _in_vain(first, allowed):
                 continue
-            mappings = (
-                Mapping(folding, world_size, micro_batch_size, name, fsdp) for name in names
-            )
+            mappings = (Mapping(folding, world_size, micro_batch_size, name) for name in names)
             wanted = list(mappings if allowed is everything else filter(allowed, mappings))
             if wanted:
                 yield wanted
@@ -128,9 +124,7 @@ def _in_vain(mapping: Mapping, allowed: Allowed) -> bool:
     if allowed is everything:
         return True
     if isinstance(allowed, Given):
-        return (
-            "context_parallel_size" not in allowed.folding and allowed.micro_batch_size is None
-        )
+        return "context_parallel_size" not in allowed.folding and allowed.micro_batch_size is None
     folding = replace(mapping.folding, context_parallel_size=cp // 2)
     half = replace(mapping, folding=folding, micro_batch_size=mapping.micro_batch_size // 2)
     return any(allowed(replace(half, recompute=name)) for name in RECOMPUTE)
@@ -185,9 +179,7 @@ class _Sizes:
 
     def _fits(self, **fields: Any) -> bool:
         try:
-            validate(
-                self.workload.arch, self.workload.upcycling, ParallelFolding.of(**fields)
-            )
+            validate(self.workload.arch, self.workload.upcycling, ParallelFolding.of(**fields))
         except UpcyclingError:
             return False
         return True

@@ -19,8 +19,18 @@ from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.families import dimensions
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import Hardware
-from nemo_upcycle.planner.machine import Machine
+from nemo_upcycle.planner.machine import Machine, distinct
+from nemo_upcycle.planner.optimizer import gradient_bytes, held, update_seconds
 from nemo_upcycle.planner.workload import Buffer, Mapping, Workload
+
+ADAM_BYTES = 50
+"""Bytes per parameter of an optimizer step in mixed precision: the gradient is read for its norm
+(4), scaled (8), read by Adam (4) and set to zero (4); Adam reads and writes two moments and the
+fp32 parameter (24); that is copied to bf16 (6)."""
+
+LAUNCHED_AGAIN = {"moe": 7 / 6, "full": 4 / 3}
+"""Kernels that the host launches with recompute over those without: the forward pass is a third of
+them, the MoE half of it."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +41,14 @@ class StepTime:
         matrices: Matrix multiplications, including recompute.
         attention: Fused attention.
         memory_bound: Norms, activations, permutation, residuals.
-        host: Waiting for the host.
+        host: Waiting for the host, which launches a layer's kernels.
         tensor_parallel: All-gathers and reduce-scatters around attention and dense layers.
         expert_parallel: All-to-alls, and the collectives of expert-TP.
         context_parallel: Exchange of keys and values that does not overlap with attention.
         pipeline: Bubble, uneven stages, sending between stages.
         data_parallel: Exchange of gradients and parameters that does not overlap with a
-            microbatch; with FSDP, gathering the parameters of every layer.
-        optimizer: Adam.
+            microbatch.
+        optimizer: Adam, and copies to and from the host if offloaded.
     """
 
     matrices: float = 0.0
@@ -121,6 +131,20 @@ def mfu(workload: Workload, mapping: Mapping, hardware: Hardware, seconds: float
     return work / (seconds * mapping.world_size * hardware.peak_tflops * 1e12)
 
 
+def fullest_rank(
+    workload: Workload, mapping: Mapping, hardware: Hardware, efficiency: Efficiency = CALIBRATED
+) -> float:
+    """Return the tokens of the fullest expert-parallel rank over the mean.
+
+    Args:
+        workload: Model and batch.
+        mapping: The parallel mapping.
+        hardware: The GPUs.
+        efficiency: Has the coefficient of variation of the tokens per expert.
+    """
+    return _Step(workload, mapping, hardware, efficiency).fullest
+
+
 class _Step:
     """A step on one mapping; repeated parts are computed once."""
 
@@ -145,10 +169,15 @@ class _Step:
         mean = sum((time * (count / self.pp) for time, count in stages.values()), StepTime())
         slowest = max(time.total for time, _ in stages.values())
         virtual = mapping.folding.virtual_pipeline_model_parallel_size or 1
-        bubble = (self.pp - 1) / virtual * mean.total
+        # While the pipeline fills and empties, nothing hides what is sent.
+        bubble = (self.pp - 1) * (mean.total / virtual + self.sending)
         uneven = microbatches * (slowest - mean.total)
-        once = self.gradients(mean.total) + self.optimizer()
-        return mean * microbatches + StepTime(pipeline=bubble + uneven) + once
+        exposed = self.exposed_sending(mean.total)
+        waiting = microbatches * exposed
+        # What is sent hides behind a stage, and gradients behind both: behind the stage alone,
+        # a faster stage would make the step slower.
+        once = self.gradients(mean.total + exposed) + self.optimizer()
+        return mean * microbatches + StepTime(pipeline=bubble + uneven + waiting) + once
 
     @property
     def stages(self) -> Counter[tuple[int, int, bool]]:
@@ -164,17 +193,13 @@ class _Step:
             time += layers.dense_layer * dense_layers
         if has_output:
             time += layers.output
-        if self.pp > 1:
-            time += self.sending
         return time
 
     # --- Layers ----------------------------------------------------------------------------------
 
     @cached_property
     def layers(self) -> "_Step":
-        """A step with the same layers: those of all numbers of stages and GPUs are computed once."""
-        if self.mapping.fsdp:
-            return self
+        """A step with the same layers, which are computed once for all numbers of stages."""
         one = self.mapping
         sizes = self.tp, self.cp, self.ep, self.etp, one.micro_batch_size, one.recompute
         return _same_layers(self.workload, self.machine, *sizes)
@@ -191,7 +216,24 @@ class _Step:
         experts = self.experts
         if self.workload.upcycling.moe_shared_expert:
             experts += self.feed_forward
-        return self._both_ways(self.around_attention, experts, self.mapping.recompute)
+        layer = self._both_ways(self.around_attention, experts, self.mapping.recompute)
+        return layer + StepTime(host=max(0.0, self.launching - layer.total))
+
+    @property
+    def launching(self) -> float:
+        """Seconds that the host takes for an MoE layer, forward and backward."""
+        upcycling, efficiency = self.workload.upcycling, self.efficiency
+        local = self.workload.model.num_experts // self.ep
+        seconds = efficiency.host_layer + efficiency.host_expert * local
+        # Neither padding to a capacity nor DeepEP needs the counts on the host.
+        padded = upcycling.moe_pad_expert_input_to_capacity
+        if not padded and upcycling.moe_token_dispatcher_type != "flex":
+            seconds += efficiency.host_sync
+        return (
+            seconds
+            * LAUNCHED_AGAIN.get(self.mapping.recompute, 1.0)
+            * self.machine.hardware.host_slowness
+        )
 
     @cached_property
     def dense_layer(self) -> StepTime:
@@ -205,11 +247,11 @@ class _Step:
         # Each multiplication has two gradients; a collective's backward is the mirror collective.
         backward = StepTime(
             *(
-                value * (1 if name.endswith("_parallel") or name == "host" else 2)
+                value * (1 if name.endswith("_parallel") else 2)
                 for name, value in vars(first + second).items()
             )
         )
-        time = forward + backward + self.core_attention(2.5) + self.fsdp_gather(forward)
+        time = forward + backward + self.core_attention(2.5)
         match recompute:
             case "full":
                 return time + forward
@@ -217,6 +259,8 @@ class _Step:
                 return time + second
             case "moe_act":
                 return time + StepTime(memory_bound=second.memory_bound / 3)
+            case "norm_act":
+                return time + StepTime(memory_bound=second.memory_bound / 3) + self.norm
         return time
 
     @cached_property
@@ -224,18 +268,28 @@ class _Step:
         """Projections, norms, rotary embedding and residuals, forward."""
         arch, sizes = self.workload.arch, dimensions(self.workload.arch)
         tokens, hidden = self.tokens * self.tp, arch.hidden_size
-        products = self.machine.product(tokens, sizes["qkv"] // self.tp, hidden)
-        products += self.machine.product(tokens, hidden, sizes["queries"] // self.tp)
+        products = self.product(tokens, sizes["qkv"] // self.tp, hidden)
+        products += self.product(tokens, hidden, sizes["queries"] // self.tp)
         # Two norms, two residuals, the rotary embedding: elements read and written.
         elements = (2 * 2 + 2 * 3) * hidden + 2 * (sizes["queries"] + sizes["keys"])
         return (
-            StepTime(
-                matrices=products,
-                memory_bound=self.moved(elements * self.tokens),
-                host=self.efficiency.layer_overhead,
-            )
+            StepTime(memory_bound=self.moved(elements * self.tokens))
+            + products
             + self.gather_sequence
         )
+
+    def product(self, m: float, n: float, k: float) -> StepTime:
+        """Return a layer's product of m×k by k×n, with the way to FP8 if there is one."""
+        seconds, part = self.machine.product(m, n, k), self.workload.fp8_layers
+        # Values are read in bf16, and written in FP8 by rows and by columns.
+        cast = self.machine.moved(4 * m * k * part)
+        faster = 1 - part + part / self.efficiency.fp8
+        return StepTime(matrices=seconds * faster, memory_bound=cast)
+
+    @cached_property
+    def norm(self) -> StepTime:
+        """The norm in front of a feed-forward layer, forward."""
+        return StepTime(memory_bound=self.moved(2 * self.workload.arch.hidden_size * self.tokens))
 
     def core_attention(self, factor: float) -> StepTime:
         """Return fused attention, `factor` times the forward operations; KV circulate meanwhile."""
@@ -259,10 +313,10 @@ class _Step:
         """A dense feed-forward layer, forward, without its collectives."""
         arch = self.workload.arch
         tokens, width = self.tokens * self.tp, arch.ffn_hidden_size // self.tp
-        products = self.machine.product(tokens, arch.fc1_rows * width, arch.hidden_size)
-        products += self.machine.product(tokens, arch.hidden_size, width)
+        products = self.product(tokens, arch.fc1_rows * width, arch.hidden_size)
+        products += self.product(tokens, arch.hidden_size, width)
         moved = self.moved((arch.fc1_rows + 1) * arch.ffn_hidden_size * self.tokens)
-        return StepTime(matrices=products, memory_bound=moved)
+        return products + StepTime(memory_bound=moved)
 
     @cached_property
     def experts(self) -> StepTime:
@@ -273,18 +327,16 @@ class _Step:
         assignments = self.tokens * workload.model.topk * self.fullest
         received = assignments * self.etp
         each = received / local
-        products = local * self.machine.product(each, arch.fc1_rows * width, hidden)
-        products += local * self.machine.product(each, hidden, width)
+        products = self.product(each, arch.fc1_rows * width, hidden) * local
+        products += self.product(each, hidden, width) * local
         sorted_by_expert = 2 if local > 1 and self.ep * self.etp > 1 else 1
         # Permute and back, sort by expert and back, activate.
         elements = 4 * hidden * assignments
         elements += 4 * hidden * received * (sorted_by_expert - 1)
         elements += (arch.fc1_rows + 1) * width * received
-        return StepTime(
-            matrices=products,
+        return products + StepTime(
             memory_bound=self.moved(elements),
-            host=self.efficiency.layer_overhead,
-            expert_parallel=2 * self.dispatch(assignments * hidden * workload.element_bytes),
+            expert_parallel=2 * self.dispatch(hidden * workload.element_bytes),
         )
 
     @cached_property
@@ -294,10 +346,11 @@ class _Step:
         capacity = upcycling.moe_expert_capacity_factor
         if capacity is not None and upcycling.moe_pad_expert_input_to_capacity:
             return capacity
-        local = workload.model.num_experts // self.ep
+        # Shards of one copy of the dense layer are chosen together; copies independently.
+        copies = max(1.0, workload.model.num_experts / upcycling.granularity / self.ep)
         # Blom's formula for the expected maximum of normal values.
         largest = NormalDist().inv_cdf((self.ep - 0.375) / (self.ep + 0.25))
-        uneven = max(0.0, largest) * self.efficiency.expert_load_cv / local**0.5
+        uneven = max(0.0, largest) * self.efficiency.expert_load_cv / copies**0.5
         return 1 + uneven if capacity is None else min(capacity, 1 + uneven)
 
     @cached_property
@@ -324,59 +377,76 @@ class _Step:
         sent = hidden * self.tokens * (self.tp - 1)
         return StepTime(tensor_parallel=2 * self.machine.collective(sent, 1, self.tp))
 
-    def dispatch(self, sent: float) -> float:
+    def dispatch(self, each: float) -> float:
         """Return the time to send tokens to their experts; the way back takes as long.
 
         Args:
-            sent: Bytes of a GPU's tokens, counted once per expert.
+            each: Bytes of a token.
         """
-        gathered = self.machine.collective(sent * (self.etp - 1), 1, self.etp)
-        return self.machine.all_to_all(sent, self.etp, self.ep) + gathered
+        machine, topk = self.machine, self.workload.model.topk
+        match self.workload.upcycling.moe_token_dispatcher_type:
+            case "allgather":
+                ranks = self.etp * self.ep
+                return machine.collective(each * self.tokens * (ranks - 1), 1, ranks)
+            case "flex":
+                # A token goes once to each rank, and once to each node, that has its experts.
+                sent = each * self.tokens * self.fullest
+                return machine.deduplicated(sent, topk, self.etp, self.ep) + self.gather_experts(
+                    sent * distinct(self.ep, topk)
+                )
+        sent = each * self.tokens * topk * self.fullest
+        return machine.all_to_all(sent, self.etp, self.ep) + self.gather_experts(sent)
+
+    def gather_experts(self, sent: float) -> float:
+        """Return the time of an all-gather over expert-TP.
+
+        Args:
+            sent: Bytes of a GPU's tokens, as often as they are sent.
+        """
+        return self.machine.collective(sent * (self.etp - 1), 1, self.etp)
 
     @cached_property
-    def sending(self) -> StepTime:
-        """Activations to the next stage and gradients back; overlapped if interleaved."""
-        if self.mapping.folding.virtual_pipeline_model_parallel_size:
-            return StepTime()
+    def sending(self) -> float:
+        """Seconds to send a microbatch's activations to the next stage, and gradients back."""
+        if self.pp == 1:
+            return 0.0
         size = self.workload.arch.hidden_size * self.workload.element_bytes * self.tokens
         stride = self.mapping.world_size // self.pp
-        return StepTime(pipeline=2 * self.machine.collective(size, stride, 2))
+        return 2 * self.machine.collective(size, stride, 2)
+
+    def exposed_sending(self, stage: float) -> float:
+        """Return the seconds per microbatch of sending that computation does not hide.
+
+        Interleaved stages send one chunk while the next is computed; other stages wait.
+
+        Args:
+            stage: Seconds of a microbatch in a stage.
+        """
+        virtual = self.mapping.folding.virtual_pipeline_model_parallel_size
+        if virtual is None:
+            return self.sending
+        return max(0.0, virtual * self.sending - stage)
 
     def gradients(self, microbatch: float) -> StepTime:
         """Return the time of gradient and parameter exchange that a microbatch does not overlap."""
-        if self.mapping.fsdp:
-            return StepTime()
         reduced = gathered = 0.0
         for buffer, count in Counter(self.buffers).items():
             ranks, stride = self.mapping.replicas(buffer)
             share = buffer.elements * (ranks - 1) / ranks
             each = self.workload.element_bytes
-            reduced += count * self.machine.collective(4 * share, stride, ranks)
+            reduced += count * self.machine.collective(
+                gradient_bytes(self.workload) * share, stride, ranks
+            )
             gathered += count * self.machine.collective(each * share, stride, ranks)
         forward = microbatch / 3
         exposed = max(0.0, reduced - 2 * forward) + max(0.0, gathered - forward)
         return StepTime(data_parallel=exposed)
 
-    def fsdp_gather(self, forward: StepTime) -> StepTime:
-        """Return the time of a layer's FSDP collectives that computation does not overlap.
-
-        Parameters are gathered twice, fp32 gradients are scattered once.
-        """
-        if not self.mapping.fsdp:
-            return StepTime()
-        moved, each = 0.0, self.workload.element_bytes
-        for buffer in self.buffers:
-            ranks, stride = self.mapping.replicas(buffer)
-            share = buffer.elements / self.workload.arch.num_layers * (ranks - 1) / ranks
-            moved += self.machine.sharded((2 * each + 4) * share, stride, ranks)
-        hidden = self.efficiency.fsdp_overlap * 3 * forward.total
-        return StepTime(data_parallel=max(0.0, moved - hidden))
-
     def optimizer(self) -> StepTime:
         """Return Adam's pass over this rank's part of the state."""
-        held = sum(buffer.elements / self.mapping.replicas(buffer)[0] for buffer in self.buffers)
-        # The gradient, three fp32 values read and written, the parameter.
-        return StepTime(optimizer=self.machine.moved(held * 30))
+        on_gpu = self.machine.moved(held(self.workload, self.mapping) * ADAM_BYTES)
+        hardware = self.machine.hardware
+        return StepTime(optimizer=update_seconds(self.workload, self.mapping, hardware, on_gpu))
 
     @cached_property
     def buffers(self) -> tuple[Buffer, ...]:

@@ -1,24 +1,26 @@
 """Choose a mapping: the fastest mappings that fit, alternatives, and reasons."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nemo_upcycle.config import OptimizerStorage
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.impossible import impossible
-from nemo_upcycle.planner.memory import Memory
+from nemo_upcycle.planner.memory import Memory, memory
 from nemo_upcycle.planner.nodes import of_job
 from nemo_upcycle.planner.remedies import remedies
+from nemo_upcycle.planner.savings import SAVINGS, cost, on_hosts, with_savings
 from nemo_upcycle.planner.search import (
     HEADROOM,
     Prediction,
     examined,
     least_memory,
     room,
-    search,
     unfolded,
 )
 from nemo_upcycle.planner.space import Allowed, everything, mappings_of
-from nemo_upcycle.planner.step_time import step_time
+from nemo_upcycle.planner.step_time import fullest_rank, step_time
 from nemo_upcycle.planner.workload import Mapping, Workload
 
 
@@ -31,9 +33,11 @@ class Tuning:
         fitting: Number of mappings that fit.
         tried: Number of mappings.
         compared: Alternatives by name: `recipe`, the recipe's own mapping; `unfolded`, the best
-            without folding; `PP1`, the best without pipeline; `FSDP`, the best with FSDP.
+            without folding; `PP1`, the best without pipeline.
         faster: A faster mapping that needs up to 1.5 times the available memory; None if there is
             none.
+        saving: How the optimizer is stored, if the planner had to save memory there, and what this
+            costs; None otherwise.
     """
 
     best: tuple[Prediction, ...]
@@ -41,6 +45,7 @@ class Tuning:
     tried: int
     compared: dict[str, Prediction]
     faster: Prediction | None
+    saving: str | None = None
 
 
 def tune(
@@ -49,6 +54,7 @@ def tune(
     hardware: Hardware,
     allowed: Allowed = everything,
     own: Prediction | None = None,
+    savings: Sequence[OptimizerStorage] = (),
 ) -> Tuning:
     """Find the fastest mappings that fit, and alternatives to compare.
 
@@ -58,6 +64,7 @@ def tune(
         hardware: The GPUs.
         allowed: Which mappings to consider.
         own: The prediction for the recipe's own mapping.
+        savings: Ways to store the optimizer that are tried if nothing fits: see `SAVINGS`.
 
     Raises:
         UpcyclingError: No mapping fits; the message has the least memory that any mapping needs,
@@ -67,16 +74,27 @@ def tune(
     every = list(mappings_of(workload, world_size, hardware, allowed))
     if not every:
         raise impossible(workload, world_size, whole, allowed)
-    found = examined(workload, hardware, every)
-    predictions = found.fitting
+    found = examined(workload, hardware, on_hosts(workload, hardware, every))
+    predictions, too_large, saving = found.fitting, found.too_large, None
     if not predictions:
-        raise _nothing_fits(workload, world_size, hardware, allowed)
+        predictions = with_savings(workload, hardware, every, savings)
+        if not predictions:
+            raise _nothing_fits(workload, world_size, whole, allowed, every)
+        would = remedies(workload, world_size, whole, allowed)
+        saving = cost(predictions[0], workload, every, would)
+        workload = predictions[0].workload
+        too_large = [
+            (one, used)
+            for one, *_ in every
+            if (used := memory(workload, one)).total > room(hardware)
+        ]
     return Tuning(
         best=tuple(_distinct(predictions)),
         fitting=len(predictions),
         tried=len(every),
         compared=_compared(workload, world_size, hardware, predictions, own),
-        faster=_faster(workload, hardware, found.too_large, predictions[0]),
+        faster=_faster(workload, hardware, too_large, predictions[0]),
+        saving=saving,
     )
 
 
@@ -107,8 +125,7 @@ def _compared(
         first = next((one for one in predictions if is_wanted(one.mapping)), None)
         if first is not None and first is not predictions[0]:
             compared[name] = first
-    fsdp = search(workload, world_size, hardware, fsdp=True)
-    return compared | ({"FSDP": fsdp[0]} if fsdp else {})
+    return compared
 
 
 def _faster(
@@ -129,12 +146,21 @@ def _faster(
 
 
 def _nothing_fits(
-    workload: Workload, world_size: int, hardware: Hardware, allowed: Allowed
+    workload: Workload,
+    world_size: int,
+    hardware: Hardware,
+    allowed: Allowed,
+    every: Sequence[list[Mapping]],
 ) -> UpcyclingError:
     least = least_memory(workload, world_size, hardware, allowed)
     assert least is not None  # some mapping is possible
     too_much = least.memory.total - room(hardware)
     would = remedies(workload, world_size, hardware, allowed)
+    if workload.precision == "bf16-mixed":
+        for one in with_savings(workload, of_job(hardware, world_size), every, SAVINGS)[:1]:
+            chosen = one.workload.optimizer.chosen.items()
+            arguments = ", ".join(f"{name}={value!r}" for name, value in chosen)
+            would.insert(0, f"{arguments} on the same GPUs")
     return UpcyclingError(
         f"Nothing fits into {HEADROOM:.0%} of {hardware.memory_gib:g} GiB on {world_size} GPUs: "
         f"{least.mapping} needs the least memory, {least.memory.total / 2**30:.0f} GiB, which is "
@@ -168,14 +194,16 @@ def differences(one: Prediction, other: Prediction) -> list[tuple[str, float]]:
 def explain(tuning: Tuning) -> list[str]:
     """Explain the first mapping in one sentence per alternative."""
     first, *others = tuning.best
-    lines = [
+    lines = [] if tuning.saving is None else [tuning.saving]
+    lines += [
         f"{name} ({other.mapping.folding}) is {_explained(first, other)}"
         for name, other in {
             **({"2": others[0]} if others else {}),
-            **{name: one for name, one in tuning.compared.items() if name != "FSDP"},
+            **tuning.compared,
         }.items()
         if other.mapping != first.mapping
     ]
+    lines += _routing(first)
     if tuning.faster is not None:
         faster = tuning.faster
         lines.append(
@@ -183,6 +211,19 @@ def explain(tuning: Tuning) -> list[str]:
             f"{faster.mapping}, {faster.memory.total / 2**30:.0f} GiB."
         )
     return lines
+
+
+def _routing(one: Prediction) -> list[str]:
+    """Return what is assumed of the routing, where the mapping depends on it."""
+    fullest = fullest_rank(one.workload, one.mapping, one.hardware) if one.workload.is_moe else 1
+    if fullest == 1:
+        return []
+    ranks = one.mapping.folding.expert_model_parallel_size
+    return [
+        f"Assumed: the fullest of {ranks} expert-parallel ranks has {fullest - 1:.0%} more tokens "
+        "than the mean. Spread evenly, a step takes "
+        f"{1 - one.even_seconds / one.time.total:.1%} less."
+    ]
 
 
 def _explained(first: Prediction, other: Prediction) -> str:

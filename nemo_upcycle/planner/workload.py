@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import product
 from math import lcm, prod
@@ -11,7 +11,9 @@ from typing import Any
 
 from nemo_upcycle.config import (
     ACCOUNTED_LAYERS,
+    PRECISIONS,
     UNEVEN_STAGES,
+    OptimizerStorage,
     ParallelFolding,
     UpcyclingConfig,
 )
@@ -44,7 +46,8 @@ class Workload:
         upcycling: What the dense feed-forward layers become.
         seq_length: Tokens per sequence.
         global_batch_size: Sequences per step.
-        precision: `bf16-mixed` or `32`.
+        precision: A name of `config.PRECISIONS`.
+        optimizer: How Adam's state and the gradients are kept.
     """
 
     arch: Architecture
@@ -52,6 +55,7 @@ class Workload:
     seq_length: int
     global_batch_size: int
     precision: str = "bf16-mixed"
+    optimizer: OptimizerStorage = field(default_factory=OptimizerStorage)
 
     @cached_property
     def model(self) -> MoEModel:
@@ -61,7 +65,8 @@ class Workload:
     @cached_property
     def flops(self) -> Flops:
         """Operations per sequence."""
-        return flops(self.model, self.seq_length)
+        capacity = self.upcycling.moe_expert_capacity_factor if self.is_moe else None
+        return flops(self.model, self.seq_length, capacity)
 
     @property
     def is_moe(self) -> bool:
@@ -71,11 +76,31 @@ class Workload:
     @property
     def element_bytes(self) -> int:
         """Bytes per parameter and per activation."""
-        return 2 if self.precision == "bf16-mixed" else 4
+        return 2 if PRECISIONS[self.precision].is_bf16 else 4
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes per value of a product's factor that is kept for the backward pass."""
+        return 1 if PRECISIONS[self.precision].is_fp8 else self.element_bytes
+
+    @property
+    def fp8_layers(self) -> float:
+        """Fraction of the layers whose matrix products are in FP8."""
+        precision = PRECISIONS[self.precision]
+        ends = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        left = self.arch.num_layers - sum(precision.fields.get(name, 0) for name in ends)
+        return max(0, left) / self.arch.num_layers if precision.is_fp8 else 0.0
+
+    def storing(self, optimizer: OptimizerStorage) -> "Workload":
+        """Return the same workload with the optimizer stored in another way."""
+        other = replace(self, optimizer=optimizer)
+        # The same ranks own the same parameters, which takes long to find out.
+        vars(other)["_laid_out"] = vars(self).get("_laid_out", self)
+        return other
 
     def stages(self, folding: ParallelFolding) -> list[tuple[int, int]]:
         """Return the number of MoE layers and dense layers in each pipeline stage."""
-        return self._stages(_of_stages(folding))
+        return vars(self).get("_laid_out", self)._stages(_of_stages(folding))
 
     @cache  # noqa: B019 - a workload lives as long as its plan
     def _stages(self, stages: tuple[Any, ...]) -> list[tuple[int, int]]:
@@ -98,7 +123,8 @@ class Workload:
             folding.expert_tensor_parallel_size,
             folding.expert_model_parallel_size,
         )
-        return self._buffers(sizes, _of_stages(folding), stage)
+        laid_out = vars(self).get("_laid_out", self)
+        return laid_out._buffers(sizes, _of_stages(folding), stage)
 
     @cache  # noqa: B019
     def _buffers(
@@ -175,9 +201,7 @@ class Buffer:
         return _pad(self.aligned, lcm(ranks, 128))
 
 
-def _buffers(
-    parts: dict[tuple[str, bool], Buffer], counts: dict[str, int]
-) -> Iterator[Buffer]:
+def _buffers(parts: dict[tuple[str, bool], Buffer], counts: dict[str, int]) -> Iterator[Buffer]:
     """Yield the buffers of a virtual stage.
 
     Args:
@@ -204,21 +228,17 @@ class Mapping:
         world_size: Number of GPUs.
         micro_batch_size: Sequences of a microbatch.
         recompute: What is computed again instead of kept: a key of `config.RECOMPUTE`.
-        fsdp: Parameters and gradients are sharded over data-parallel ranks too (ZeRO-3), and
-            gathered layer by layer. Not offered by the recipes: for comparison.
     """
 
     folding: ParallelFolding
     world_size: int
     micro_batch_size: int = 1
     recompute: str = "none"
-    fsdp: bool = False
 
     def __str__(self) -> str:
         """Return the papers' notation: TP2 CP1 PP4 · ETP1 EP8 · microbatch 1 · no recompute."""
         recompute = "no recompute" if self.recompute == "none" else f"recompute {self.recompute}"
-        sharding = "FSDP · " if self.fsdp else ""
-        return f"{sharding}{self.folding} · microbatch {self.micro_batch_size} · {recompute}"
+        return f"{self.folding} · microbatch {self.micro_batch_size} · {recompute}"
 
     @property
     def data_parallel(self) -> int:

@@ -1,5 +1,6 @@
 """README.md and docs/ are true: their commands are the demo's, and they run."""
 
+import json
 import re
 import shutil
 import sys
@@ -16,7 +17,7 @@ from tests.distributed import scenarios
 from tests.distributed.pool import RankPool
 from tests.end_to_end import cli
 from tests.readme.documents import PAGES, ROOT, Command, code, commands, text
-from tests.tiny import tokens, write_llama
+from tests.tiny import LLAMA_400M, tokens, write_llama
 
 ALL = [command for page in PAGES for command in commands(page)]
 STEPS = commands("docs/demo.md")
@@ -24,7 +25,15 @@ AFTERWARDS = commands("docs/export-and-evaluate.md")
 """Run by the slow test, after the demo."""
 
 OURS = [command for command in ALL if "nemo-upcycle" in command.words[:1]]
-PREDICTED = [command for command in OURS if command.words[1] in ("plan", "groups", "tune")]
+SHOWS = {
+    "plan": "step 0",
+    "groups": "expert",
+    "tune": "nemo llm pretrain --factory",
+    "worth": "Sunk and not counted",
+}
+"""What commands that predict print."""
+
+PREDICTED = [command for command in OURS if command.words[1] in SHOWS]
 TRAININGS = [command for command in ALL if command.line.startswith("nemo llm pretrain")]
 EXPERIMENTS = [command for command in ALL if "examples/experiment.py" in command.line]
 
@@ -108,10 +117,12 @@ def test_options_of_the_experiment_exist(command: Command) -> None:
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:
-    """A directory with the config of the model that the documents take for any model."""
+    """A directory with the configs of the models that the documents take for any model."""
     (tmp_path / "Qwen3-8B").mkdir()
     config = ROOT / "tests" / "integration" / "recipes" / "configs" / "qwen3_8b.json"
     shutil.copyfile(config, tmp_path / "Qwen3-8B" / "config.json")
+    (tmp_path / "my-400m").mkdir()
+    (tmp_path / "my-400m" / "config.json").write_text(json.dumps(LLAMA_400M))
     return tmp_path
 
 
@@ -126,9 +137,6 @@ def test_trainings_are_configured_as_written(tmp_path: Path, command: Command) -
         steps = 100 if "llama_tiny" in words[4] else 23842
         assert f"max_steps={steps}," in output
         assert "UpcyclingCallback" in output
-
-
-SHOWS = {"plan": "step 0", "groups": "expert", "tune": "nemo llm pretrain --factory"}
 
 
 @pytest.mark.parametrize("command", PREDICTED, ids=str)
@@ -162,6 +170,12 @@ def test_the_mappings_are_those_shown(tmp_path: Path) -> None:
     command = "nemo-upcycle tune --gpus 128"
     assert f"`{command}`" in text("docs/planner.md")
     same_lines(shown, cli.run(tmp_path, *command.split()))
+
+
+@pytest.mark.usefixtures("models")
+def test_the_comparison_is_the_one_shown(tmp_path: Path) -> None:
+    (shown,) = (block for block in code("docs/worth.md") if "dense on" in block)
+    same_lines(shown, cli.run(tmp_path, *commands("docs/worth.md")[0].words))
 
 
 def test_the_hardware_shown_is_taken(tmp_path: Path) -> None:

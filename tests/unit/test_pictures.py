@@ -10,8 +10,12 @@ from nemo_upcycle.cli import app
 
 @pytest.mark.parametrize(
     "words",
-    [["groups", "--world-size", "512", "--out"], ["tune", "--scaling"]],
-    ids=["groups", "tune"],
+    [
+        ["groups", "--world-size", "512", "--out"],
+        ["tune", "--scaling"],
+        ["worth", "--dense", "DIR", "--dense-tokens", "1B", "--tokens", "1B", "--out"],
+    ],
+    ids=["groups", "tune", "worth"],
 )
 def test_a_picture_that_cannot_be_written_is_one_line_before_the_work(
     tmp_path: Path, words: list[str]

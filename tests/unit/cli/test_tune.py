@@ -26,7 +26,7 @@ def test_the_command_shows_times_memory_and_why(tmp_path: Path) -> None:
     assert command.startswith('nemo llm pretrain --factory "llama3_8b_e8t2(num_nodes=2')
     for words in (*list(COMPONENTS.values())[:3], "optimizer, this rank's part", "Why the first"):
         assert words in result.output
-    assert "nothing was fitted to slow network" in " ".join(result.output.split())
+    assert "Nothing was fitted to slow network" in " ".join(result.output.split())
     assert "…" not in result.output
 
 
@@ -96,9 +96,14 @@ def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 CLEAR: list[tuple[list[str], str]] = [
     (["--hardware", "nope"], "There is no hardware 'nope'; expected one of: a100"),
-    (["--gpus", "8"], "Nothing fits into 94%"),
+    (["--gpus", "8", "optimizer_offload_fraction=0"], "Nothing fits into 94%"),
+    (["optimizer_state=int8"], "optimizer_state is 'int8'; expected one of: fp32, bf16, fp8"),
+    (["precision=32", "optimizer_state=bf16"], "this is supported only with bf16-mixed"),
     (["--recipe", "nope"], "There is no recipe 'nope'"),
-    (["recompute=some"], "recompute is 'some'; expected one of: none, moe_act, moe, full"),
+    (
+        ["recompute=some"],
+        "recompute is 'some'; expected one of: none, moe_act, norm_act, moe, full",
+    ),
     (["global_batch_size=0"], "global_batch_size is 0; expected 1 or more"),
     (["--recipe", "llama3_8b_dense", "recompute=moe"], "has no experts"),
     (["--gpus", "96"], "Possible: global_batch_size=480 or 576; or 64 or 128 GPUs."),
@@ -109,18 +114,31 @@ CLEAR: list[tuple[list[str], str]] = [
     (["--gpus", "64", "num_gpus_per_node=6"], "num_gpus_per_node=6 does not make 64; expected 60"),
     (["--gpus", "64", "num_gpus_per_node=16"], "but a node of H100 has 8 GPUs; use 1 to 8"),
     (["--gpus", "64", "num_nodes=128"], "num_nodes=128 does not make 64; expected 128 GPUs"),
-    (["--gpus", "64", "tensor_model_parallel_size=3"],
-     "num_attention_heads=32 does not divide by tensor_model_parallel_size=3; choose a divisor of "
-     "32. Possible: tensor_model_parallel_size=1, 2, 4 or 8."),
+    (
+        ["--gpus", "64", "tensor_model_parallel_size=3"],
+        "num_attention_heads=32 does not divide by tensor_model_parallel_size=3; choose a "
+        "divisor of 32. Possible: tensor_model_parallel_size=1, 2, 4 or 8.",
+    ),
     (["--gpus", "64", "context_parallel_size=6"], "Possible: context_parallel_size=1, 2, 4 or 8."),
-    (["--gpus", "64", "expert_model_parallel_size=3"],
-     "8 experts do not divide over expert_model_parallel_size=3; choose a divisor of 8. Possible: "),
-    (["--gpus", "64", "virtual_pipeline_model_parallel_size=7"],
-     "do not divide over virtual_pipeline_model_parallel_size=7; choose a divisor of 16, or other "
-     "stages. Possible: virtual_pipeline_model_parallel_size=2, 4, 8 or 16."),
-    (["--gpus", "72", "pipeline_model_parallel_size=9"], "32 layers do not divide over the pipelin"),
+    (
+        ["--gpus", "64", "expert_model_parallel_size=3"],
+        "8 experts do not divide over expert_model_parallel_size=3; choose a divisor of 8. "
+        "Possible: expert_model_parallel_size=1, 2, 4 or 8.",
+    ),
+    (
+        ["--gpus", "64", "virtual_pipeline_model_parallel_size=7"],
+        "do not divide over virtual_pipeline_model_parallel_size=7; choose a divisor of 16, or "
+        "other stages. Possible: virtual_pipeline_model_parallel_size=2, 4, 8 or 16.",
+    ),
+    (
+        ["--gpus", "72", "pipeline_model_parallel_size=9"],
+        "32 layers do not divide over the pipelin",
+    ),
     (["--gpus", "64", "micro_batch_size=3"], "Possible: micro_batch_size=1, 2 or 4; or global_ba"),
-    (["--gpus", "64", "seq_length=8190", "context_parallel_size=4"], "seq_length=8190 does not div"),
+    (
+        ["--gpus", "64", "seq_length=8190", "context_parallel_size=4"],
+        "seq_length=8190 does not div",
+    ),
 ]
 
 
@@ -193,11 +211,23 @@ def test_the_printed_command_trains_on_exactly_these_gpus(
 
 def test_what_would_fit_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B_E8T2.config))
-    result = run("--dense", str(tmp_path), "--gpus", "8")
-    assert "GiB too much. This would fit: num_moe_experts=4 on the same GPUs; or 16 GPUs." in (
-        result.output
-    )
+    result = run("--dense", str(tmp_path), "--gpus", "8", "optimizer_offload_fraction=0")
+    assert (
+        "GiB too much. This would fit: optimizer_offload_fraction=1.0 on the same GPUs; or "
+        "num_moe_experts=4 on the same GPUs; or 16 GPUs."
+    ) in result.output
     assert run("--dense", str(tmp_path), "--gpus", "8", "--experts", "4").exit_code == 0
     words = ("--dense", str(tmp_path), "--gpus", "16", "pipeline_model_parallel_size=1")
     fixed = run(*words, "expert_model_parallel_size=1", "expert_tensor_parallel_size=1")
     assert "the same GPUs, with mapping and recompute left to the planner" in fixed.output
+
+
+def test_one_node_gets_a_command_with_the_optimizer_on_the_host(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA3_8B_E8T2.config))
+    found = trained_with("--dense", str(tmp_path), "--gpus", "8")
+    assert (found["num_nodes"], found["num_gpus_per_node"]) == ("1", "8")
+    assert float(found["optimizer_offload_fraction"]) >= 0.75
+    assert "optimizer_state" not in found
+    given = ("--gpus", "8", "optimizer_offload_fraction=0.8")
+    kept = trained_with("--dense", str(tmp_path), *given)
+    assert kept["optimizer_offload_fraction"] == "0.8"

@@ -96,7 +96,7 @@ def getattr_of(recipe: Recipe, name: str) -> Any:
 
 
 def check_mapping(one: Prediction, asked: Draw) -> None:
-    """Check that a mapping is for all GPUs, fits the model and the memory, and is predicted right."""
+    """Check that a mapping is for all GPUs, fits model and memory, and is predicted right."""
     work = one.workload
     assert one.mapping.world_size == asked.gpus
     validate(work.arch, work.upcycling, one.mapping.folding, asked.gpus)

@@ -50,3 +50,15 @@ def test_bad_hardware_is_one_error(tmp_path: Path, text: str, message: str) -> N
     with pytest.raises(UpcyclingError, match=message) as raised:
         hardware(str(tmp_path / "mine.yaml"))
     assert "mine.yaml" in str(raised.value)
+
+
+def test_a_file_need_not_know_the_host(tmp_path: Path) -> None:
+    fields = vars(hardware("h100"))
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "\n".join(f"{name}: {value}" for name, value in fields.items() if "host" not in name)
+    )
+    mine = hardware(str(path))
+    assert mine.peak_tflops == fields["peak_tflops"]
+    for name in ("host_memory_gib", "host_memory_bandwidth", "host_link_bandwidth"):
+        assert 0 < getattr(mine, name) < fields[name]

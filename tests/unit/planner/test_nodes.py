@@ -11,8 +11,8 @@ from tests.planning import H100
 
 
 @pytest.mark.parametrize(
-    ("gpus", "nodes"), [(1, (1, 1)), (4, (1, 4)), (7, (1, 7)), (8, (1, 8)), (12, (2, 6)), (20, (4, 5))]
-)  # fmt: skip
+    ("gpus", "nodes"), [(1, (1, 1)), (4, (1, 4)), (7, (1, 7)), (12, (2, 6)), (20, (4, 5))]
+)
 def test_nodes_have_exactly_these_gpus(gpus: int, nodes: tuple[int, int]) -> None:
     assert nodes_of(gpus, 8) == nodes
 

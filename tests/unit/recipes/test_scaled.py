@@ -8,7 +8,6 @@ from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
 from nemo_upcycle_recipes.scaled import scaled_recipe, scaled_schedule, why
 
 from nemo_upcycle.checkpoint.described import Dense
-from nemo_upcycle.errors import UpcyclingError
 
 
 def dense(name: str) -> Dense:

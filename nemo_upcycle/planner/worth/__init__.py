@@ -1,0 +1,1 @@
+"""Whether upcycling pays: its cost, and its loss by a published scaling law."""
