@@ -117,10 +117,6 @@ def seconds(value: float) -> str:
     return f"{value:.2g}" if value < 0.1 else f"{value:.{1 if value >= 10 else 2}f}"
 
 
-def _ep(one: Prediction) -> int:
-    return one.mapping.folding.expert_model_parallel_size
-
-
 def _seconds(one: Prediction) -> dict[str, float]:
     return {COMPONENTS[name]: value for name, value in vars(one.time).items()}
 

@@ -1,6 +1,7 @@
 """`nemo-upcycle tune`: what it shows, keeps and refuses."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,36 @@ def test_uneven_stages_that_are_said_are_searched() -> None:
 )
 def test_nodes_that_are_said_are_kept(said: list[str], nodes: tuple[int, int]) -> None:
     line = run("--gpus", "64", *said).stdout.splitlines()[-1]
-    assert f"num_nodes={nodes[0]}, num_gpus_per_node={nodes[1]}," in line
+    assert f"num_nodes={nodes[0]}," in line
+    assert f"num_gpus_per_node={nodes[1]}," in line
+
+
+def test_measured_hardware(tmp_path: Path) -> None:
+    """Measured and assumed figures are told apart, and the printed command plans with the same."""
+    file, model = tmp_path / "hardware.yaml", tmp_path / "a model"
+    file.write_text("base: h200\nnvlink_bandwidth: 300\nmeasured: nvlink_bandwidth\n")
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIG | {"model_type": "llama"}))
+    result = run("--measured", str(file), "--dense", str(model), "--gpus", "8")
+    shown = " ".join(result.output.split())
+    assert "Measured by `nemo-upcycle check`" in shown
+    assert "nvlink_bandwidth 300 GB/s. Of the data sheet of H200: peak_tflops," in shown
+    line = result.output.splitlines()[-1]
+    assert f"upcycle(dense_checkpoint='{model}', " in line
+    assert f", hardware='{file}')" in line
+    both = run("--measured", str(file), "--hardware", "h100")
+    assert "are given; give one of them" in both.output
+
+
+@pytest.mark.parametrize("name", ["a $HOME", "a 'b'", 'a "b"', "a`b`", "a!b", "a\\b"])
+def test_a_shell_reads_the_path_of_the_printed_command(tmp_path: Path, name: str) -> None:
+    model = tmp_path / name
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIG | {"model_type": "llama"}))
+    line = run("--dense", str(model), "--gpus", "2").output.splitlines()[-1]
+    factory = shlex.split(line)[-1]
+    quote = '"' if "'" in name else "'"
+    assert factory.startswith(f"upcycle(dense_checkpoint={quote}{model}{quote}, ")
 
 
 def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +158,7 @@ CLEAR: list[tuple[list[str], str]] = [
     (
         ["--gpus", "64", "virtual_pipeline_model_parallel_size=7"],
         "do not divide over virtual_pipeline_model_parallel_size=7; choose a divisor of 16, or "
-        "other stages. Possible: virtual_pipeline_model_parallel_size=2, 4, 8 or 16.",
+        "other stages. Possible: virtual_pipeline_model_parallel_size=None, 2, 4, 8",
     ),
     (
         ["--gpus", "72", "pipeline_model_parallel_size=9"],
