@@ -6,11 +6,13 @@ arXiv 2205.05198 §4, extended to grouped queries, gated layers and experts. `be
 compares the formula with layers on a GPU.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 
-from nemo_upcycle.config import PRECISIONS
+from nemo_upcycle.config import PRECISIONS, ParallelFolding
 from nemo_upcycle.families import dimensions
 from nemo_upcycle.planner.optimizer import gradient_bytes, passing_bytes, state_bytes
 from nemo_upcycle.planner.workload import Mapping, Workload
@@ -68,7 +70,7 @@ def memory(workload: Workload, mapping: Mapping) -> Memory:
 
 def of_stage(workload: Workload, mapping: Mapping, stage: int) -> Memory:
     """Return the memory of a GPU in a pipeline stage."""
-    state = model_state(workload, mapping, stage)
+    state = _state(workload, mapping.folding, mapping.world_size, stage)
     kept, computed = _layer_bytes(workload, mapping)
     activations = kept.of(*_layers_in_flight(workload, mapping, stage))
     working = max(computed.moe, computed.dense)
@@ -90,6 +92,12 @@ class ModelState(NamedTuple):
     passing: int = 0
 
 
+@lru_cache(maxsize=16)
+def _state(workload: Workload, folding: ParallelFolding, world_size: int, stage: int) -> ModelState:
+    """Return the state, which neither the microbatch nor recompute changes."""
+    return model_state(workload, Mapping(folding, world_size), stage)
+
+
 def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
     """Return the largest size of Megatron's DDP buffers and distributed optimizer.
 
@@ -99,12 +107,12 @@ def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
     parameters = gradients = own = 0
     # Transformer Engine keeps weights in FP8 too, by rows and by columns.
     held = workload.element_bytes + (2 if PRECISIONS[workload.precision].is_fp8 else 0)
-    for buffer in workload.buffers(mapping.folding, stage):
+    for buffer, count in Counter(workload.buffers(mapping.folding, stage)).items():
         ranks, _ = mapping.replicas(buffer)
         padded = buffer.padded(ranks)
-        parameters += padded * held
-        gradients += padded * gradient_bytes(workload)
-        own += min(padded // ranks, buffer.elements)
+        parameters += count * padded * held
+        gradients += count * padded * gradient_bytes(workload)
+        own += count * min(padded // ranks, buffer.elements)
     state, passing = state_bytes(workload), passing_bytes(workload)
     return ModelState(parameters, gradients, ceil(own * state), ceil(own * passing))
 
@@ -120,6 +128,7 @@ class LayerBytes(NamedTuple):
         return self.moe * moe_layers + self.dense * dense_layers
 
 
+@lru_cache(maxsize=8)
 def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, LayerBytes]:
     """Return the bytes that a layer keeps, and the temporary bytes of a recompute."""
     arch, sizes, each = workload.arch, dimensions(workload.arch), workload.element_bytes

@@ -10,10 +10,12 @@ Source: arXiv 2104.04473 §2 (interleaved schedule), arXiv 2504.14960 §3 (what 
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from math import lcm
 from operator import add
 from statistics import NormalDist
 
+from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.families import dimensions
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import Hardware
@@ -89,6 +91,33 @@ def step_time(
     return _Step(workload, mapping, hardware, efficiency).time()
 
 
+def least_time(
+    workload: Workload, mapping: Mapping, hardware: Hardware, efficiency: Efficiency = CALIBRATED
+) -> float:
+    """Return a lower bound of a step's seconds, in a fraction of the time that `step_time` takes.
+
+    All microbatches pass an even share of the layers, and the pipeline fills and empties; nothing
+    else takes time.
+
+    Args:
+        workload: Model and batch.
+        mapping: The parallel mapping; its microbatches must divide the batch.
+        hardware: The GPUs.
+        efficiency: Fractions of the data sheet that training reaches.
+    """
+    layers = _Step(workload, mapping, hardware, efficiency).layers
+    moe = sum(workload.model.is_moe)
+    dense = len(workload.model.is_moe) - moe
+    seconds = layers.moe_layer.total * moe + layers.output.total
+    if dense:
+        seconds += layers.dense_layer.total * dense
+    stages = mapping.folding.pipeline_model_parallel_size
+    bubble = (stages - 1) / (mapping.folding.virtual_pipeline_model_parallel_size or 1)
+    passes = mapping.microbatches(workload.global_batch_size) + bubble
+    # Less by more than the error of rounding.
+    return seconds / stages * passes * (1 - 1e-9)
+
+
 def mfu(workload: Workload, mapping: Mapping, hardware: Hardware, seconds: float) -> float:
     """Return model-FLOPs utilisation with causal attention.
 
@@ -143,8 +172,11 @@ class _Step:
         # While the pipeline fills and empties, nothing hides what is sent.
         bubble = (self.pp - 1) * (mean.total / virtual + self.sending)
         uneven = microbatches * (slowest - mean.total)
-        waiting = microbatches * self.exposed_sending(mean.total)
-        once = self.gradients(mean.total) + self.optimizer()
+        exposed = self.exposed_sending(mean.total)
+        waiting = microbatches * exposed
+        # What is sent hides behind a stage, and gradients behind both: behind the stage alone,
+        # a faster stage would make the step slower.
+        once = self.gradients(mean.total + exposed) + self.optimizer()
         return mean * microbatches + StepTime(pipeline=bubble + uneven + waiting) + once
 
     @property
@@ -155,14 +187,22 @@ class _Step:
 
     def stage(self, moe_layers: int, dense_layers: int, has_output: bool) -> StepTime:
         """Return the time of a microbatch in a stage, forward and backward."""
-        time = self.moe_layer * moe_layers
+        layers = self.layers
+        time = layers.moe_layer * moe_layers
         if dense_layers:
-            time += self.dense_layer * dense_layers
+            time += layers.dense_layer * dense_layers
         if has_output:
-            time += self.output
+            time += layers.output
         return time
 
     # --- Layers ----------------------------------------------------------------------------------
+
+    @cached_property
+    def layers(self) -> "_Step":
+        """A step with the same layers, which are computed once for all numbers of stages."""
+        one = self.mapping
+        sizes = self.tp, self.cp, self.ep, self.etp, one.micro_batch_size, one.recompute
+        return _same_layers(self.workload, self.machine, *sizes)
 
     @cached_property
     def tokens(self) -> float:
@@ -390,11 +430,14 @@ class _Step:
     def gradients(self, microbatch: float) -> StepTime:
         """Return the time of gradient and parameter exchange that a microbatch does not overlap."""
         reduced = gathered = 0.0
-        for buffer in self.buffers:
+        for buffer, count in Counter(self.buffers).items():
             ranks, stride = self.mapping.replicas(buffer)
             share = buffer.elements * (ranks - 1) / ranks
-            reduced += self.machine.collective(gradient_bytes(self.workload) * share, stride, ranks)
-            gathered += self.machine.collective(self.workload.element_bytes * share, stride, ranks)
+            each = self.workload.element_bytes
+            reduced += count * self.machine.collective(
+                gradient_bytes(self.workload) * share, stride, ranks
+            )
+            gathered += count * self.machine.collective(each * share, stride, ranks)
         forward = microbatch / 3
         exposed = max(0.0, reduced - 2 * forward) + max(0.0, gathered - forward)
         return StepTime(data_parallel=exposed)
@@ -409,3 +452,20 @@ class _Step:
     def buffers(self) -> tuple[Buffer, ...]:
         """Parameters of the first stage, which has the embedding."""
         return self.workload.buffers(self.mapping.folding, 0)
+
+
+@lru_cache(maxsize=4096)
+def _same_layers(
+    workload: Workload,
+    machine: Machine,
+    tp: int,
+    cp: int,
+    ep: int,
+    etp: int,
+    micro_batch_size: int,
+    recompute: str,
+) -> _Step:
+    """Return a step with one pipeline stage, to take its layers from."""
+    folding = ParallelFolding.of(tp=tp, cp=cp, ep=ep, etp=etp)
+    mapping = Mapping(folding, lcm(tp * cp, ep * etp), micro_batch_size, recompute)
+    return _Step(workload, mapping, machine.hardware, machine.efficiency)

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from nemo_upcycle.config import OptimizerStorage
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
-from nemo_upcycle.planner.memory import memory
+from nemo_upcycle.planner.impossible import impossible
+from nemo_upcycle.planner.memory import Memory, memory
+from nemo_upcycle.planner.nodes import of_job
 from nemo_upcycle.planner.remedies import remedies
 from nemo_upcycle.planner.savings import SAVINGS, cost, on_hosts, with_savings
 from nemo_upcycle.planner.search import (
     HEADROOM,
-    Allowed,
     Prediction,
-    everything,
-    fitting,
+    examined,
     least_memory,
-    mappings_of,
     room,
     unfolded,
 )
+from nemo_upcycle.planner.space import Allowed, everything, mappings_of
 from nemo_upcycle.planner.step_time import fullest_rank, step_time
 from nemo_upcycle.planner.workload import Mapping, Workload
 
@@ -68,24 +68,32 @@ def tune(
 
     Raises:
         UpcyclingError: No mapping fits; the message has the least memory that any mapping needs,
-            and what would fit.
+            and what would fit. Or no mapping is possible; the message says why, and what is.
     """
+    whole, hardware = hardware, of_job(hardware, world_size)
     every = list(mappings_of(workload, world_size, hardware, allowed))
-    predictions = fitting(workload, hardware, on_hosts(workload, hardware, every))
-    saving = None
+    if not every:
+        raise impossible(workload, world_size, whole, allowed)
+    found = examined(workload, hardware, on_hosts(workload, hardware, every))
+    predictions, too_large, saving = found.fitting, found.too_large, None
     if not predictions:
         predictions = with_savings(workload, hardware, every, savings)
         if not predictions:
-            raise _nothing_fits(workload, world_size, hardware, allowed, every)
-        would = remedies(workload, world_size, hardware, allowed)
+            raise _nothing_fits(workload, world_size, whole, allowed, every)
+        would = remedies(workload, world_size, whole, allowed)
         saving = cost(predictions[0], workload, every, would)
         workload = predictions[0].workload
+        too_large = [
+            (one, used)
+            for one, *_ in every
+            if (used := memory(workload, one)).total > room(hardware)
+        ]
     return Tuning(
         best=tuple(_distinct(predictions)),
         fitting=len(predictions),
         tried=len(every),
         compared=_compared(workload, world_size, hardware, predictions, own),
-        faster=_faster(workload, hardware, every, predictions[0]),
+        faster=_faster(workload, hardware, too_large, predictions[0]),
         saving=saving,
     )
 
@@ -121,13 +129,15 @@ def _compared(
 
 
 def _faster(
-    workload: Workload, hardware: Hardware, every: list[list[Mapping]], best: Prediction
+    workload: Workload,
+    hardware: Hardware,
+    too_large: list[tuple[Mapping, Memory]],
+    best: Prediction,
 ) -> Prediction | None:
     """Return the fastest mapping that nearly fits, if faster than the best that fits."""
     fastest = None
-    for mapping, *_ in every:
-        used = memory(workload, mapping)
-        if not 1 < used.total / room(hardware) <= 1.5:
+    for mapping, used in too_large:
+        if used.total / room(hardware) > 1.5:
             continue
         time = step_time(workload, mapping, hardware)
         if time.total < (fastest or best).time.total:
@@ -143,16 +153,11 @@ def _nothing_fits(
     every: Sequence[list[Mapping]],
 ) -> UpcyclingError:
     least = least_memory(workload, world_size, hardware, allowed)
-    if least is None:
-        return UpcyclingError(
-            f"No mapping of the model and {workload.global_batch_size} sequences onto "
-            f"{world_size} GPUs is possible with these settings; use a number of GPUs with more "
-            "divisors, another global_batch_size, or fewer settings."
-        )
+    assert least is not None  # some mapping is possible
     too_much = least.memory.total - room(hardware)
     would = remedies(workload, world_size, hardware, allowed)
     if workload.precision == "bf16-mixed":
-        for one in with_savings(workload, hardware, every, SAVINGS)[:1]:
+        for one in with_savings(workload, of_job(hardware, world_size), every, SAVINGS)[:1]:
             chosen = one.workload.optimizer.chosen.items()
             arguments = ", ".join(f"{name}={value!r}" for name, value in chosen)
             would.insert(0, f"{arguments} on the same GPUs")
