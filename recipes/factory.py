@@ -19,8 +19,6 @@ from nemo_upcycle_recipes.arguments import arguments, defaults
 from nemo_upcycle_recipes.recipe import OF_OPTIMIZER, Recipe, Schedule
 
 from nemo_upcycle.checkpoint.branches import split_sources
-from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
-from nemo_upcycle.checkpoint.tokenizer_files import NEEDED
 from nemo_upcycle.config import PRECISIONS, RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.checks import check_on_login
@@ -222,7 +220,6 @@ def pretrain(
     prefixes = [path.prefix for path in paths or ()]
     _check_inputs_outside(components.run_directory(dir, name), [tokenizer, *prefixes])
     source = tokenizer or (sources[0] if sources else None)
-    _check_tokenizer(source)
     model_of_tokenizer = {"model": sources[0]} if tokenizer and sources else {}
     tokenizer_config = (
         run.Config(checkpoint_tokenizer, source=source, **model_of_tokenizer) if source else None
@@ -259,15 +256,6 @@ def pretrain(
         optim=components.optim(schedule, recipe.precision, recipe.optimizer),
         resume=run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
     )
-
-
-def _check_tokenizer(source: str | None) -> None:
-    """Refuse a directory without tokenizer; one that is elsewhere is checked by the run."""
-    if source and Path(source).expanduser().is_dir() and tokenizer_directory(source) is None:
-        raise UpcyclingError(
-            f"{source} holds no tokenizer; expected one of {', '.join(NEEDED)}. Name the directory "
-            "that has the model's, by tokenizer='DIR'."
-        )
 
 
 def _fp8(recipe: Recipe, cpu_only: bool) -> dict[str, Any]:

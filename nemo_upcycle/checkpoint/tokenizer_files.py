@@ -110,8 +110,8 @@ def load_alone(directory: Path) -> "tuple[PreTrainedTokenizerBase, Path]":
         )
     if not any((directory / name).is_file() for name in NEEDED):
         raise UpcyclingError(
-            f"{directory} holds no tokenizer; expected one of {', '.join(NEEDED)}. Give the "
-            "directory that has the model's tokenizer."
+            f"{directory} holds no tokenizer; expected one of {', '.join(NEEDED)}. Name the "
+            "directory that has the model's tokenizer; in a recipe, by tokenizer='DIR'."
         )
     said = _read(directory / SETTINGS)
     settings = _settings(directory, said)

@@ -175,7 +175,7 @@ def nothing(directory: Path) -> Path:
         (no_json, "cannot be read as JSON"),
         (damaged, "cannot be loaded"),
         (damaged_model, "cannot be loaded"),
-        (nothing, "holds no tokenizer; expected one of .* Give the directory"),
+        (nothing, "holds no tokenizer; expected one of .* Name the directory"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
