@@ -204,10 +204,11 @@ def _mixtral(
     source: str = "Megatron-MoE-ModelZoo",
     full: bool = False,
     even: bool = False,
+    role: str = CALIBRATED,
 ) -> Published:
     gpus = mapping.world_size
     seconds = _seconds(work, gpus, tflops, full=full)
-    return Published(source, label, "coarse", CALIBRATED, work, gpus, mapping, seconds, even)
+    return Published(source, label, "coarse", role, work, gpus, mapping, seconds, even)
 
 
 _ZOO = Mapping(ParallelFolding.of(tp=2, pp=8, vpp=7, ep=8), 128)
@@ -226,6 +227,14 @@ MIXTRAL = [
     _mixtral("Mixtral 8x22B, dropless", _DROPLESS_22B, _ZOO, 445),
     _mixtral("Mixtral 8x22B, dropless, forced balance", _DROPLESS_22B, _ZOO, 465, even=True),
     _mixtral("Mixtral 8x22B, CF 1", _PADDED_22B, _ZOO, 470),
+    _mixtral(
+        "Mixtral 8x22B, FP8, forced balance",
+        replace(_DROPLESS_22B, precision="fp8"),
+        _ZOO,
+        560,
+        even=True,
+        role=LEFT_OUT,
+    ),
 ]
 """Megatron-LM megatron/core/transformer/moe/README.md (Megatron-Core 0.9), attention counted in
 full; yanring/Megatron-MoE-ModelZoo best_practice/mixtral, counted causally."""

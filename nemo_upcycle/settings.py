@@ -1,6 +1,7 @@
 """YAML files of settings: those that the package has, by name, and a user's own, by path."""
 
 from dataclasses import fields
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,14 +41,16 @@ def read(kind: type[T], path: Path, directory: Path) -> T:
         directory: Where the package has its own.
 
     Raises:
-        UpcyclingError: A field is missing, unknown, or not of its type.
+        UpcyclingError: A field is missing, unknown, not of its type, or not finite.
     """
     from omegaconf import OmegaConf  # 0.15 s
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(kind), *_layers(path, directory))
+        layers = _layers(path, directory)
+        _check_numbers(kind, layers)
+        merged = OmegaConf.merge(OmegaConf.structured(kind), *layers)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError, OSError) as error:
         expected = ", ".join(field.name for field in fields(kind))  # type: ignore[arg-type]
@@ -55,6 +58,22 @@ def read(kind: type[T], path: Path, directory: Path) -> T:
         raise UpcyclingError(f"{path}: {first}. Expected the fields {expected}.") from None
     except UpcyclingError as error:
         raise UpcyclingError(f"{path}: {error}") from None
+
+
+def _check_numbers(kind: type[Any], layers: list[Any]) -> None:
+    """Refuse what is no finite number where a number is expected; OmegaConf converts texts."""
+    from omegaconf import DictConfig
+
+    wanted = {field.name: field.type for field in fields(kind) if field.type in (int, float)}
+    for layer in layers:
+        for name in wanted if isinstance(layer, DictConfig) else ():
+            if name not in layer:
+                continue
+            value, whole = layer[name], wanted[name] is int
+            number = isinstance(value, int if whole else int | float)
+            if not number or isinstance(value, bool) or not isfinite(value):
+                expected = "whole number" if whole else "finite number"
+                raise UpcyclingError(f"{name} is {value!r}; expected a {expected}.")
 
 
 def _layers(path: Path, directory: Path) -> list[Any]:

@@ -19,6 +19,7 @@ from nemo_upcycle.engine.launch import fewest_ranks
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware, device_hardware
 from nemo_upcycle.planner.hardware import hardware as read_hardware
+from nemo_upcycle.planner.nodes import with_nodes
 from nemo_upcycle.planner.tuning import explain
 
 OF_GPUS = ("num_nodes", "num_gpus_per_node")
@@ -78,9 +79,11 @@ def upcycle(
             choice for GPUs with unlimited memory.
         fn: The function that the run calls.
         numbers: Fields of `UpcyclingConfig` and `ParallelFolding`, seq_length, global_batch_size,
-            micro_batch_size, num_nodes, num_gpus_per_node, precision, recompute (none, moe_act,
-            moe, full), and expansion_rate. What is not given is chosen. On CPU the executor's
-            ranks count.
+            micro_batch_size, num_nodes, num_gpus_per_node, precision (bf16-mixed, fp8,
+            mxfp8, 32), recompute (none, moe_act, norm_act, moe, full), optimizer_state (fp32,
+            bf16, fp8: precision of Adam's moments), optimizer_offload_fraction (0 to 1:
+            part of the optimizer on the CPUs), grad_reduce_in_fp32, and expansion_rate. What is
+            not given is chosen. On CPU the executor's ranks count.
 
     Returns:
         The configuration.
@@ -136,15 +139,13 @@ def _for_gpus(
 ) -> Recipe:
     """Return the recipe with the planner's mapping, and print the reasons."""
     hardware = _hardware(named)
-    here = 0 if named else torch.cuda.device_count()
-    there = here or hardware.gpus_per_node
-    per_node = given.get("num_gpus_per_node", there)
+    per_node = given.get("num_gpus_per_node", hardware.gpus_per_node)
     gpus = given.get("num_nodes", 1) * per_node
     dense = open_dense(dense_checkpoint)
     recipe = scaled.scaled_recipe(dense, gpus, per_node, given, max_steps)
     if not check_memory:
         hardware = replace(hardware, memory_gib=1e6)
-    found = tuned(recipe, given, gpus, replace(hardware, gpus_per_node=per_node))
+    found = tuned(recipe, given, gpus, hardware)
     _say(recipe, [*_reasons(found), *scaled.why(recipe)])
     return found.recipe
 
@@ -180,7 +181,11 @@ def _hardware(named: str | None) -> Hardware:
     if known is None:
         _write(f"{device.name} is not known: the speed of H100 is assumed (hardware=FILE.yaml).")
     base = known or replace(read_hardware("h100"), name=device.name)
-    return replace(base, memory_gib=device.total_memory / 2**30)
+    here = replace(base, memory_gib=device.total_memory / 2**30)
+    count = torch.cuda.device_count()
+    if count > here.gpus_per_node:
+        return replace(here, gpus_per_node=count)
+    return with_nodes(here, count)
 
 
 def _reasons(found: Tuned) -> list[str]:

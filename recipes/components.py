@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nemo_run as run
 import torch
@@ -13,6 +14,7 @@ from nemo import lightning as nl
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from nemo_upcycle_recipes.recipe import Recipe, Schedule
 
+from nemo_upcycle.config import PRECISIONS, OptimizerStorage
 from nemo_upcycle.data.paths import DataPath, words_of
 from nemo_upcycle.nemo import cpu
 from nemo_upcycle.nemo.data_module import MockDataModule, PreTrainingDataModule
@@ -26,21 +28,24 @@ def trainer(
     recipe: Recipe, *, max_steps: int, cpu_only: bool, callbacks: list[run.Config]
 ) -> run.Config:
     """Configure the trainer and its Megatron strategy."""
-    folding, precision = recipe.folding, recipe.precision
+    folding, precision = recipe.folding, PRECISIONS[recipe.precision]
     strategy = run.Config(
         cpu.CpuMegatronStrategy if cpu_only else MegatronStrategy,
         **folding.strategy_arguments,
-        pipeline_dtype=torch.bfloat16 if precision == "bf16-mixed" else torch.float32,
+        pipeline_dtype=torch.bfloat16 if precision.is_bf16 else torch.float32,
         gradient_as_bucket_view=True,
         ckpt_async_save=not cpu_only,
         ckpt_parallel_load=True,
         # This lets a run continue under another mapping.
         ckpt_optim_fully_reshardable=True,
+        # Otherwise saving gathers whole buffers on the GPUs, which have little memory left if the
+        # optimizer's state had to be made smaller.
+        distrib_optim_fully_reshardable_mem_efficient=not recipe.optimizer.is_default,
         ddp=run.Config(
             DistributedDataParallelConfig,
             use_distributed_optimizer=True,
             check_for_nan_in_grad=True,
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=recipe.grad_reduce_in_fp32,
             overlap_grad_reduce=not cpu_only,
             overlap_param_gather=not cpu_only,
         ),
@@ -58,7 +63,10 @@ def trainer(
         log_every_n_steps=1,
         use_distributed_sampler=False,
         plugins=run.Config(
-            nl.MegatronMixedPrecision, precision=precision, grad_reduce_in_fp32=True
+            nl.MegatronMixedPrecision,
+            precision="bf16-mixed" if precision.is_bf16 else "32",
+            **precision.fields,
+            grad_reduce_in_fp32=recipe.grad_reduce_in_fp32,
         ),
         strategy=strategy,
         callbacks=callbacks,
@@ -90,7 +98,7 @@ def data(
     )
 
 
-def optim(schedule: Schedule, precision: str) -> run.Config:
+def optim(schedule: Schedule, precision: str, storage: OptimizerStorage) -> run.Config:
     """Configure Adam, ZeRO-1, and a cosine schedule after a linear warm-up."""
     return run.Config(
         MegatronOptimizerModule,
@@ -104,8 +112,9 @@ def optim(schedule: Schedule, precision: str) -> run.Config:
             adam_beta2=0.95,
             adam_eps=1e-8,
             clip_grad=1.0,
-            bf16=precision == "bf16-mixed",
+            bf16=PRECISIONS[precision].is_bf16,
             use_distributed_optimizer=True,
+            **stored(storage),
         ),
         lr_scheduler=run.Config(
             CosineAnnealingScheduler,
@@ -114,6 +123,33 @@ def optim(schedule: Schedule, precision: str) -> run.Config:
             min_lr=schedule.min_lr,
         ),
     )
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.uint8}
+
+
+def stored(storage: OptimizerStorage) -> dict[str, Any]:
+    """Return Megatron's fields for a way to store the optimizer."""
+    if storage.is_default:
+        return {}
+    moments = _DTYPES[storage.optimizer_state]
+    fields: dict[str, Any] = {
+        "use_precision_aware_optimizer": True,
+        # Checkpoints that continue under another mapping store fp32 parameters, from which Megatron
+        # cannot load remainders.
+        "store_param_remainders": False,
+        "exp_avg_dtype": moments,
+        "exp_avg_sq_dtype": moments,
+        "main_grads_dtype": torch.float32 if storage.grad_reduce_in_fp32 else torch.bfloat16,
+    }
+    if storage.optimizer_offload_fraction:
+        # Not overlap_cpu_optimizer_d2h_h2d: in Megatron-Core 0.15.3 the next forward pass would not
+        # wait for the parameters.
+        fields |= {
+            "optimizer_cpu_offload": True,
+            "optimizer_offload_fraction": storage.optimizer_offload_fraction,
+        }
+    return fields
 
 
 def run_directory(dir: str | None, name: str) -> Path:

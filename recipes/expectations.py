@@ -33,6 +33,7 @@ def workload(recipe: Recipe, arch: Architecture | None = None) -> Workload:
         schedule.seq_length,
         schedule.global_batch_size,
         recipe.precision,
+        recipe.optimizer,
     )
 
 

@@ -16,10 +16,12 @@ from nemo.lightning.pytorch.callbacks.megatron_comm_overlap import MegatronCommO
 from nemo.utils.exp_manager import TimingCallback
 from nemo_upcycle_recipes import components, executors, on_host
 from nemo_upcycle_recipes.arguments import arguments, defaults
-from nemo_upcycle_recipes.recipe import Recipe, Schedule
+from nemo_upcycle_recipes.recipe import OF_OPTIMIZER, Recipe, Schedule
 
 from nemo_upcycle.checkpoint.branches import split_sources
-from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
+from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
+from nemo_upcycle.checkpoint.tokenizer_files import NEEDED
+from nemo_upcycle.config import PRECISIONS, RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.checks import check_on_login
 from nemo_upcycle.data.paths import parse
@@ -39,6 +41,7 @@ from nemo_upcycle.nemo.model import (
     is_llama,
 )
 from nemo_upcycle.nemo.moe_health import MoEHealthCallback
+from nemo_upcycle.nemo.offloaded_optimizer import OffloadedOptimizer
 from nemo_upcycle.nemo.preemption import PreemptionCallback
 from nemo_upcycle.nemo.provenance import Provenance
 from nemo_upcycle.nemo.run_numbers import check_max_steps
@@ -201,10 +204,16 @@ def pretrain(
     if upcycles:
         _warn(upcycling, arch, len(sources))
     overrides |= RECOMPUTE[recipe.recompute]
-    if cpu_only and recipe.recompute == "moe_act":
+    if cpu_only and recipe.recompute in ("moe_act", "norm_act"):
         raise UpcyclingError(
-            "recompute is 'moe_act', which needs grouped GEMM and therefore a GPU; on CPU use "
-            "'none', 'moe' or 'full'."
+            f"recompute is {recipe.recompute!r}, which needs grouped GEMM and therefore a GPU; on "
+            "CPU use 'none', 'moe' or 'full'."
+        )
+    overrides |= _fp8(recipe, cpu_only)
+    if cpu_only and not recipe.optimizer.is_default:
+        raise UpcyclingError(
+            f"The recipe says {recipe.optimizer}, to save GPU memory, which needs a GPU and "
+            f"Transformer Engine. On CPU leave {', '.join(OF_OPTIMIZER)} out."
         )
     if cpu_only:
         overrides |= cpu.MODEL_OVERRIDES | {"transformer_layer_spec": cpu_layer_spec}
@@ -213,11 +222,14 @@ def pretrain(
     prefixes = [path.prefix for path in paths or ()]
     _check_inputs_outside(components.run_directory(dir, name), [tokenizer, *prefixes])
     source = tokenizer or (sources[0] if sources else None)
+    _check_tokenizer(source)
     model_of_tokenizer = {"model": sources[0]} if tokenizer and sources else {}
     tokenizer_config = (
         run.Config(checkpoint_tokenizer, source=source, **model_of_tokenizer) if source else None
     )
     all_callbacks = [*_observers(upcycling, schedule), *(callbacks or [])]
+    if recipe.optimizer_offload_fraction:
+        all_callbacks.append(run.Config(OffloadedOptimizer))
     if export_every_n is not None:
         all_callbacks.append(_export_callback(upcycling, export_every_n))
     if performance_mode:
@@ -244,9 +256,44 @@ def pretrain(
         ),
         data=components.data(schedule, paths, tokenizer_config, cpu_only),
         log=components.log(dir, name, schedule, wandb_project),
-        optim=components.optim(schedule, recipe.precision),
+        optim=components.optim(schedule, recipe.precision, recipe.optimizer),
         resume=run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
     )
+
+
+def _check_tokenizer(source: str | None) -> None:
+    """Refuse a directory without tokenizer; one that is elsewhere is checked by the run."""
+    if source and Path(source).expanduser().is_dir() and tokenizer_directory(source) is None:
+        raise UpcyclingError(
+            f"{source} holds no tokenizer; expected one of {', '.join(NEEDED)}. Name the directory "
+            "that has the model's, by tokenizer='DIR'."
+        )
+
+
+def _fp8(recipe: Recipe, cpu_only: bool) -> dict[str, Any]:
+    """Return the model's fields for matrix products in FP8.
+
+    Raises:
+        UpcyclingError: The run is on CPU, or the dispatcher cannot pad for FP8.
+    """
+    fields = PRECISIONS[recipe.precision].fields
+    if not fields:
+        return {}
+    if cpu_only:
+        raise UpcyclingError(
+            f"precision is {recipe.precision!r}, which needs a GPU and Transformer Engine; on CPU "
+            "use '32' or 'bf16-mixed'."
+        )
+    if recipe.upcycling.num_moe_experts is None:
+        return fields
+    dispatcher = recipe.upcycling.moe_token_dispatcher_type
+    if dispatcher == "allgather":
+        raise UpcyclingError(
+            f"precision is {recipe.precision!r}, moe_token_dispatcher_type {dispatcher!r}, which "
+            "cannot pad the experts' tokens for FP8; use 'alltoall' or 'flex'."
+        )
+    # Products in FP8 need numbers of tokens that 16 or 32 divides.
+    return {**fields, "moe_router_padding_for_fp8": True}
 
 
 def _check_inputs_outside(run_directory: Path, inputs: Iterable[str | None]) -> None:

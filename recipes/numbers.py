@@ -91,7 +91,7 @@ LLAMA32_3B_E8T2 = _sibling(
     "Llama 3.2 3B",
     "meta-llama/Llama-3.2-3B",
     num_nodes=2,
-    folding=ParallelFolding.of(cp=2, ep=4),
+    folding=ParallelFolding.of(ep=8),
 )
 MISTRAL_7B_E8T2 = _sibling(
     "mistral_7b",
@@ -112,7 +112,7 @@ LLAMA31_70B_E8T2 = _sibling(
     "Llama 3.1 70B",
     "meta-llama/Llama-3.1-70B",
     num_nodes=64,
-    folding=ParallelFolding.of(tp=4, cp=4, pp=16, vpp=5, ep=8),
+    folding=ParallelFolding.of(tp=4, cp=2, pp=16, vpp=5, ep=8),
 )
 
 # arXiv 2410.07524, §4. The dense model is Nemotron-4 15B of arXiv 2402.16819. Layers, widths,
@@ -155,7 +155,7 @@ NEMOTRON4_15B_E8G1T2 = Recipe(
         moe_expert_capacity_factor=None,
     ),
     # Chosen with `nemo-upcycle tune`; the paper states neither GPUs nor mapping.
-    folding=ParallelFolding.of(tp=2, pp=4, vpp=8, ep=8),
+    folding=ParallelFolding.of(tp=2, pp=2, vpp=16, ep=8),
     schedule=_NEMOTRON4_SCHEDULE,
     num_nodes=64,
     num_gpus_per_node=8,

@@ -2,18 +2,25 @@
 
 import json
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.checkpoint.described import Dense, architecture_here, dense_of_config
-from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
+from nemo_upcycle.config import (
+    PRECISIONS,
+    RECOMPUTE,
+    OptimizerStorage,
+    ParallelFolding,
+    UpcyclingConfig,
+)
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, architecture_of
 
 CONFIGS = Path(__file__).parent / "configs"
-OF_RECIPE = ("num_nodes", "num_gpus_per_node", "precision", "recompute")
+OF_OPTIMIZER = tuple(field.name for field in fields(OptimizerStorage))
+OF_RECIPE = ("num_nodes", "num_gpus_per_node", "precision", "recompute", *OF_OPTIMIZER)
 OF_SCHEDULE = ("seq_length", "global_batch_size", "micro_batch_size")
 """Fields that are arguments of a recipe's factory."""
 
@@ -60,8 +67,11 @@ class Recipe:
         schedule: Tokens, batch sizes and learning rates.
         num_nodes: Number of nodes.
         num_gpus_per_node: GPUs per node.
-        precision: `bf16-mixed` or `32`.
+        precision: A name of `config.PRECISIONS`.
         recompute: What the backward pass recomputes: a key of `config.RECOMPUTE`.
+        optimizer_state: As in `OptimizerStorage`, like the two that follow.
+        optimizer_offload_fraction: See there.
+        grad_reduce_in_fp32: See there.
         checkpoint: The dense checkpoint's name on the hub.
         title: What the recipe does: a sentence.
         described: The dense model, if not one of `configs/`.
@@ -76,6 +86,9 @@ class Recipe:
     num_gpus_per_node: int = 1
     precision: str = "bf16-mixed"
     recompute: str = "none"
+    optimizer_state: str = "fp32"
+    optimizer_offload_fraction: float = 0.0
+    grad_reduce_in_fp32: bool = True
     checkpoint: str | None = None
     title: str = ""
     described: Dense | None = field(default=None, repr=False, compare=False)
@@ -85,16 +98,30 @@ class Recipe:
             raise UpcyclingError(
                 f"recompute is {self.recompute!r}; expected one of: {', '.join(RECOMPUTE)}."
             )
-        if self.recompute.startswith("moe") and self.upcycling.num_moe_experts is None:
+        if self.precision not in PRECISIONS:
+            raise UpcyclingError(
+                f"precision is {self.precision!r}; expected one of: {', '.join(PRECISIONS)}."
+            )
+        if self.recompute not in ("none", "full") and self.upcycling.num_moe_experts is None:
             raise UpcyclingError(
                 f"recompute is {self.recompute!r}, but the model has no experts "
                 "(num_moe_experts is None); use 'none' or 'full'."
+            )
+        if self.precision != "bf16-mixed" and not self.optimizer.is_default:
+            raise UpcyclingError(
+                f"The precision is {self.precision}, with {self.optimizer}; this is "
+                f"supported only with bf16-mixed. Leave {', '.join(OF_OPTIMIZER)} out."
             )
         for name in OF_SCHEDULE:
             if getattr(self.schedule, name) < 1:
                 raise UpcyclingError(
                     f"{name} is {getattr(self.schedule, name)}; expected 1 or more."
                 )
+
+    @property
+    def optimizer(self) -> OptimizerStorage:
+        """How Adam's state and the gradients are kept."""
+        return OptimizerStorage(**{name: getattr(self, name) for name in OF_OPTIMIZER})
 
     @cached_property
     def config(self) -> dict[str, Any]:

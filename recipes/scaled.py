@@ -22,11 +22,11 @@ from typing import Any
 
 from nemo_upcycle_recipes.arguments import with_arguments
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
-from nemo_upcycle_recipes.recipe import Recipe, Schedule
+from nemo_upcycle_recipes.recipe import OF_OPTIMIZER, Recipe, Schedule
 
 from nemo_upcycle.checkpoint.described import Dense
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.planner.nodes import nodes_of
 
 NAME = "upcycle"
 """The recipe's name for `--factory`."""
@@ -35,7 +35,7 @@ PAPER = LLAMA3_8B_E8T2
 """The recipe whose numbers are scaled."""
 
 CHOSEN = (
-    *("num_nodes", "num_gpus_per_node", "precision", "recompute"),
+    *("num_nodes", "num_gpus_per_node", "precision", "recompute", *OF_OPTIMIZER),
     *("seq_length", "global_batch_size", "micro_batch_size"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size"),
@@ -141,18 +141,6 @@ def scaled_batch(share: float, seq_length: int) -> int:
         seq_length: Tokens per sequence.
     """
     return 2 ** max(0, round(log2(PAPER.schedule.tokens_per_step * sqrt(share) / seq_length)))
-
-
-def nodes_of(gpus: int, gpus_per_node: int) -> tuple[int, int]:
-    """Return nodes and GPUs per node for exactly this number of GPUs, with the fewest nodes.
-
-    Raises:
-        UpcyclingError: A number is less than 1.
-    """
-    if min(gpus, gpus_per_node) < 1:
-        raise UpcyclingError(f"{gpus} GPUs on nodes of {gpus_per_node}; expected 1 or more.")
-    nodes = next(n for n in range(-(-gpus // gpus_per_node), gpus + 1) if gpus % n == 0)
-    return nodes, gpus // nodes
 
 
 def _rounded(value: float) -> float:

@@ -82,8 +82,10 @@ def _doc(recipe: Recipe) -> str:
         export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         fn: The function that the run calls.
         numbers: Fields of `UpcyclingConfig` and `ParallelFolding`, seq_length, global_batch_size,
-            micro_batch_size, num_nodes, num_gpus_per_node, precision, recompute (none, moe_act,
-            moe, full), and expansion_rate.
+            micro_batch_size, num_nodes, num_gpus_per_node, precision (bf16-mixed, fp8,
+            mxfp8, 32), recompute (none, moe_act, norm_act, moe, full), optimizer_state (fp32,
+            bf16, fp8: precision of Adam's moments), optimizer_offload_fraction (0 to 1:
+            part of the optimizer on the CPUs), grad_reduce_in_fp32, and expansion_rate.
 
     Returns:
         The configuration.

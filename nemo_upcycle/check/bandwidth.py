@@ -164,7 +164,7 @@ def findings(bandwidths: list[Bandwidth]) -> Iterator[Finding]:
 
 
 def write_hardware(known: Hardware, bandwidths: list[Bandwidth], per_node: int, path: Path) -> None:
-    """Write the hardware with the measured bandwidths, for `nemo-upcycle tune --hardware`.
+    """Write the hardware with the measured bandwidths, for `nemo-upcycle tune --measured`.
 
     The planner multiplies a data sheet's bandwidth by the fraction that training reaches. The file
     has the measured bandwidth divided by this fraction, so that the planner counts with what was
@@ -178,8 +178,10 @@ def write_hardware(known: Hardware, bandwidths: list[Bandwidth], per_node: int, 
     """
     nvlink = _slowest(bandwidths, over_network=False)
     network = _slowest(bandwidths, over_network=True)
+    found = {"nvlink_bandwidth": nvlink, "network_bandwidth": network}
     measured = replace(
         known,
+        measured=" ".join(name for name, value in found.items() if value is not None),
         gpus_per_node=per_node,
         nvlink_bandwidth=_divided(nvlink, CALIBRATED.nvlink) or known.nvlink_bandwidth,
         network_bandwidth=_divided(network, CALIBRATED.network) or known.network_bandwidth,

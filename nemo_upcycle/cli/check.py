@@ -71,7 +71,7 @@ def check(
 
     For each mapping: process groups, step 0, export, loading what another mapping saved, loss and
     gradient norm. Then a training is killed and resumed, and the bandwidth of collectives is
-    measured. Writes `check.json`, and `hardware.yaml` for `tune --hardware`. A failure names the
+    measured. Writes `check.json`, and `hardware.yaml` for `tune --measured`. A failure names the
     mapping, what was found and what was expected, and gives exit code 1.
 
     \b
@@ -137,4 +137,4 @@ def _show(outcome: "Outcome", as_json: bool) -> None:
     for line in lines(outcome):
         typer.echo(line)
     if outcome.hardware_file:
-        typer.echo(f"nemo-upcycle tune --hardware {outcome.hardware_file}")
+        typer.echo(f"nemo-upcycle tune --measured {outcome.hardware_file}")

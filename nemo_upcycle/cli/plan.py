@@ -1,8 +1,8 @@
 """`nemo-upcycle plan` and `groups`: the work of a job, before launch."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -102,8 +102,8 @@ def plan(
         from nemo_upcycle_recipes.tuned import tuned
 
         kind = read_hardware(hardware)
-        fitted, names = recipe_for(dense, words, world_size, kind)
-        chosen = tuned(fitted, names, fitted.world_size, kind).recipe
+        fitted, values = recipe_for(dense, words, world_size, kind)
+        chosen = tuned(fitted, values, fitted.world_size, kind).recipe
     else:
         chosen = _recipe(recipe, words, world_size)
     job = plan_job(
@@ -126,8 +126,8 @@ def dense_model(recipe: "Recipe", source: str | None) -> "DenseModel":
 
 def recipe_for(
     dense: str, settings: list[str], gpus: int | None, hardware: "Hardware"
-) -> "tuple[Recipe, Collection[str]]":
-    """Return the recipe for any dense model, before the mapping, and the names that were given.
+) -> "tuple[Recipe, Mapping[str, Any]]":
+    """Return the recipe for any dense model, before the mapping, and the values that were given.
 
     Args:
         dense: The dense checkpoint.

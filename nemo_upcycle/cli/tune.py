@@ -1,8 +1,8 @@
 """`nemo-upcycle tune`: which mapping to train with, and the predicted memory and step time."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,13 +10,13 @@ from nemo_upcycle.cli.experts import Experts, Granularity, Layers, TopK, expert_
 from nemo_upcycle.cli.plan import (
     DEFAULT,
     Dense,
-    HardwareName,
     RecipeName,
     Settings,
     dense_model,
     recipe_for,
 )
 from nemo_upcycle.cli.tools import check_picture, one_line_errors
+from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.progress import progress
 
 if TYPE_CHECKING:
@@ -47,7 +47,21 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    hardware: HardwareName = "h100",
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            help="h100, h200, a100, b200, gb200, or a YAML file of your own. Default: h100.",
+            show_default=False,
+        ),
+    ] = None,
+    measured: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --hardware: what `nemo-upcycle check` measured on your cluster, its "
+            "hardware.yaml or its directory.",
+            show_default=False,
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(help="Number of mappings to show.", min=1)] = 5,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     scaling: Annotated[
@@ -77,6 +91,7 @@ def tune(
       nemo-upcycle tune --dense /models/Qwen3-8B --gpus 8 --experts 4
       nemo-upcycle tune --recipe llama31_70b_e8t2 --gpus 512 --hardware h200
       nemo-upcycle tune --gpus 64 moe_expert_capacity_factor=1 recompute=none
+      nemo-upcycle tune --measured check/hardware.yaml --gpus 64
       nemo-upcycle tune --hardware our.yaml --scaling scaling.png
     """
     import json as json_module
@@ -84,28 +99,37 @@ def tune(
     from nemo_upcycle_recipes.arguments import parse, with_arguments
     from nemo_upcycle_recipes.expectations import workload
     from nemo_upcycle_recipes.numbers import recipe_named
-    from nemo_upcycle_recipes.tuned import as_given, command, tuned
+    from nemo_upcycle_recipes.tuned import DEFAULT_HARDWARE, as_given, command, tuned
     from rich.console import Console
 
     from nemo_upcycle.planner.hardware import hardware as read_hardware
+    from nemo_upcycle.planner.hardware import measured_hardware
     from nemo_upcycle.planner.report import point_json, render, scaling_table, to_json
 
     if scaling is not None:
         check_picture(scaling)
-    kind = read_hardware(hardware)
+    if measured is not None and hardware is not None:
+        raise UpcyclingError(
+            f"Both --hardware {hardware} and --measured {measured} are given; give one of them. "
+            "The measured file has the rest of the data sheet too."
+        )
+    kind = measured_hardware(measured) if measured else read_hardware(hardware or DEFAULT_HARDWARE)
+    file = measured and str(
+        Path(measured) / "hardware.yaml" if Path(measured).is_dir() else measured
+    )
     given = expert_settings(experts=experts, topk=topk, granularity=granularity, layers=layers)
     words = [*given, *(settings or [])]
-    names: Collection[str]
+    values: Mapping[str, Any]
     if recipe is None and dense is not None:
-        chosen, names = recipe_for(dense, words, gpus, kind)
+        chosen, values = recipe_for(dense, words, gpus, kind)
     else:
         own = recipe_named(recipe or DEFAULT)
-        names = parse(own, words)
-        chosen = with_arguments(own, names)
+        values = parse(own, words)
+        chosen = with_arguments(own, values)
     model = dense_model(chosen, dense)
     world_size = chosen.world_size if gpus is None else gpus
-    found = tuned(chosen, names, world_size, kind, model.arch)
-    trained, allowed = workload(chosen, model.arch), as_given(chosen, names)
+    found = tuned(chosen, values, world_size, kind, model.arch)
+    trained, allowed = workload(chosen, model.arch), as_given(chosen, values)
     points = _scaling(chosen, trained, model, kind, allowed, scaling) if scaling else []
     if json:
         shown = to_json(found.tuning, top)
@@ -116,8 +140,10 @@ def tune(
     title = (
         f"{chosen.name} on {world_size} {kind.name}, {trained.global_batch_size} sequences per step"
     )
-    line = command(found.recipe, names, dense)
-    console.print(render(found.tuning, title, line, top))
+    line = command(found.recipe, values, dense, file or hardware or DEFAULT_HARDWARE)
+    console.print(render(found.tuning, title, top))
+    console.print("\nTrain with the first mapping:", style="bold")
+    typer.echo(line)  # on one line, whatever the terminal's width: a break would be copied
     if scaling:
         console.print(scaling_table(points))
         typer.echo(scaling)
@@ -132,13 +158,13 @@ def _scaling(
     path: Path,
 ) -> "list[Point]":
     from nemo_upcycle.planner.picture import draw_scaling
-    from nemo_upcycle.planner.scaling import GPUS, scaling
+    from nemo_upcycle.planner.scaling import scaling, sizes
 
-    points = []
+    points, every = [], sizes(hardware)
     with progress("scaling") as show:
-        for point in scaling(trained, dense, hardware, GPUS, allowed):
+        for point in scaling(trained, dense, hardware, every, allowed):
             points.append(point)
-            show(len(points), len(GPUS))
+            show(len(points), len(every))
     batch = recipe.schedule.global_batch_size
     title = f"{recipe.name} on {hardware.name}, {batch} sequences per step"
     draw_scaling(points, title, path)

@@ -72,6 +72,7 @@ def upcycle(
     """
     from nemo_upcycle.engine.upcycled_directory import plan_directory, upcycle_directory
     from nemo_upcycle.errors import UpcyclingError
+    from nemo_upcycle.trained.outputs import check_new
 
     if dtype is not None and dtype not in _DTYPES:
         raise UpcyclingError(f"--dtype is {dtype}; expected one of: {', '.join(_DTYPES)}.")
@@ -90,7 +91,9 @@ def upcycle(
     )
     stored = None if dtype is None else _DTYPES[dtype]
     if dry_run:
-        _show(plan_directory(dense, upcycling, stored), f"would be written to {directory}")
+        plan = plan_directory(dense, upcycling, stored)
+        check_new(directory.expanduser(), plan.inputs)
+        _show(plan, f"would be written to {directory}")
         return
     with progress(directory.name, in_bytes=True) as show:
         plan, report = upcycle_directory(dense, directory, upcycling, stored, show)

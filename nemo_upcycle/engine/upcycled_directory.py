@@ -10,7 +10,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 
-from nemo_upcycle.checkpoint import DenseCheckpoint, TensorInfo
+from nemo_upcycle.checkpoint import DTYPE_BYTES, DenseCheckpoint, TensorInfo
 from nemo_upcycle.checkpoint.beside import UPCYCLED_FROM
 from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.megatron import VOCABULARY
@@ -32,6 +32,7 @@ from nemo_upcycle.trained.model_card import hub_name, write_model_card
 from nemo_upcycle.trained.outputs import (
     SHARD_BYTES,
     Output,
+    check_new,
     files_of,
     new_directory,
     outputs_of,
@@ -60,6 +61,11 @@ class UpcycledDirectory:
     shapes: Mapping[str, tuple[int, ...]]
     outputs: Mapping[str, Output]
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The directories of the dense checkpoints."""
+        return [branch.directory for branch in self.prepared.checkpoint.branches]
 
     @cached_property
     def bytes(self) -> int:
@@ -114,10 +120,16 @@ def plan_directory(
         stored_name(shard.name): shard.global_shape
         for shard in shards(arch, upcycling, ParallelFolding(), world_size=1, rank=0)
     }
-    dtype = dtype or _dtype_of_embeddings(dense)
+    own = _dtype_of_embeddings(dense)
+    dtype = dtype or own
     infos = {name: TensorInfo(shape, dtype) for name, shape in shapes.items()}
     outputs = outputs_of(infos, model, family)
-    return UpcycledDirectory(prepared, model, family, dtype, shapes, outputs)
+    notes = []
+    if DTYPE_BYTES[dtype] < DTYPE_BYTES[own]:
+        notes.append(
+            f"weights are rounded from {own} to {dtype}; step 0 is that of rounded weights"
+        )
+    return UpcycledDirectory(prepared, model, family, dtype, shapes, outputs, notes)
 
 
 def _dtype_of_embeddings(dense: DenseCheckpoint) -> str:
@@ -152,6 +164,7 @@ def upcycle_directory(
     """
     plan = plan_directory(dense_checkpoint, upcycling, dtype)
     directory = Path(directory).expanduser()
+    check_new(directory, plan.inputs)
     with new_directory(directory, plan.bytes) as partial:
         # Small files first: errors appear before the weights are written.
         plan.notes.extend(_write_small_files(plan, partial, directory.name))
@@ -162,7 +175,7 @@ def upcycle_directory(
 def _write_small_files(plan: UpcycledDirectory, directory: Path, title: str) -> list[str]:
     """Write configs, tokenizer, model card, and what the directory was made of; return notes."""
     prepared = plan.prepared
-    branches = [branch.directory for branch in prepared.checkpoint.branches]
+    branches = plan.inputs
     names = [hub_name(branch) for branch in branches]
     origin = Origin.of("; ".join(names), prepared.fingerprint, prepared.upcycling)
     (directory / UPCYCLED_FROM).write_text(origin.to_json())

@@ -35,6 +35,9 @@ def _paths_of(paths: Any) -> dict[str, list[DataPath]]:
 class MockDataModule(llm.MockDataModule):
     """NeMo's mock data, with a check that the model has embeddings for all ids.
 
+    NeMo passes the wish for an attention mask on as the seed. Without Transformer Engine the model
+    would get no mask, and refuse to run.
+
     Takes the arguments of NeMo's class.
     """
 
@@ -48,6 +51,11 @@ class MockDataModule(llm.MockDataModule):
         if rows is not None:
             check_random_ids_fit(self.tokenizer, rows)
         super().setup(stage)
+        for name in ("_train_ds", "_validation_ds", "_test_ds"):
+            made = getattr(self, name)
+            sizes = made.name, made.length, made.seq_length
+            masked = {"create_attention_mask": self.create_attention_mask}
+            setattr(self, name, type(made)(self.tokenizer, *sizes, **masked))
 
 
 def _rows_of(module: Any) -> int | None:

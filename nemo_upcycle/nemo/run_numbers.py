@@ -96,7 +96,22 @@ def check_numbers(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
             value = getattr(owner, name, None)
             if isinstance(value, int | float) and not value >= 0:
                 raise UpcyclingError(f"{place}.{name} is {value}; expected 0 or more.")
+    _check_remainders(trainer, config)
     return list(_check_schedule(config, scheduler, trainer.max_steps))
+
+
+def _check_remainders(trainer: pl.Trainer, config: Any) -> None:
+    """Check that a checkpoint's optimizer can be loaded again."""
+    remainders = getattr(config, "use_precision_aware_optimizer", False) and getattr(
+        config, "store_param_remainders", False
+    )
+    strategy = getattr(trainer, "strategy", None)
+    if remainders and getattr(strategy, "ckpt_optim_fully_reshardable", False):
+        raise UpcyclingError(
+            "optim.config.store_param_remainders is True with "
+            "trainer.strategy.ckpt_optim_fully_reshardable=True; Megatron would save checkpoints "
+            "that it cannot load. Set optim.config.store_param_remainders=False."
+        )
 
 
 def _value(trainer: pl.Trainer, name: str) -> Any:

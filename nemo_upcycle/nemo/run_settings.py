@@ -1,8 +1,8 @@
 """Settings that determine the result of a training, named as on the command line.
 
 A run records its settings in its checkpoints. On a resume they are compared with the command's: a
-change is either refused by name, or applied and reported. The parallel mapping and options that
-only affect speed are not settings.
+change is either refused by name, or applied and reported. The parallel mapping, offloading of the
+optimizer and options that only affect speed are not settings.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from nemo_upcycle.errors import UpcyclingError, listing
 
@@ -60,6 +61,7 @@ _OF_OPTIMIZER = (
     *("optimizer", "lr", "decoupled_lr", "decoupled_min_lr", "weight_decay", "clip_grad"),
     "use_distributed_optimizer",
     *("adam_beta1", "adam_beta2", "adam_eps", "decoupled_weight_decay", "sgd_momentum"),
+    *("exp_avg_dtype", "exp_avg_sq_dtype", "main_grads_dtype"),
 )
 _SAMPLE_BYTES = 2**16
 
@@ -115,7 +117,7 @@ def _of_plugins(trainer: pl.Trainer) -> Settings:
 def _of_optimizer(optim: Any) -> Settings:
     config, scheduler = getattr(optim, "config", None), getattr(optim, "lr_scheduler", None)
     settings = {
-        f"optim.config.{name}": getattr(config, name)
+        f"optim.config.{name}": _plain(getattr(config, name))
         for name in _OF_OPTIMIZER
         if hasattr(config, name)
     }
@@ -176,6 +178,8 @@ def _is_plain(value: Any) -> bool:
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
+    if isinstance(value, torch.dtype):
+        return str(value)
     return value if _is_plain(value) else getattr(value, "__name__", type(value).__name__)
 
 

@@ -6,10 +6,15 @@ arXiv 2205.05198 §4, extended to grouped queries, gated layers and experts. `be
 compares the formula with layers on a GPU.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
 from typing import NamedTuple
 
+from nemo_upcycle.config import PRECISIONS, ParallelFolding
 from nemo_upcycle.families import dimensions
+from nemo_upcycle.planner.optimizer import gradient_bytes, passing_bytes, state_bytes
 from nemo_upcycle.planner.workload import Mapping, Workload
 
 UNEVEN_ROUTING = 1.2
@@ -26,12 +31,14 @@ class Memory:
     """Bytes per GPU.
 
     Attributes:
-        parameters: Parameters in the training precision.
-        gradients: Gradients in fp32.
-        optimizer: Adam's two moments, and fp32 copies of bf16 parameters.
+        parameters: Parameters in the training precision, and their copies in FP8.
+        gradients: Gradients, in fp32 or bf16.
+        optimizer: Adam's two moments and fp32 copies of bf16 parameters, less what is offloaded.
         activations: Activations of all microbatches in flight.
         working: Temporary memory: a recomputed layer, logits.
         reserved: Memory that no tensor uses.
+        passing: Temporary memory of the optimizer while Adam steps or a checkpoint is loaded,
+            beyond the activations and working memory, which are free then.
     """
 
     parameters: int
@@ -40,6 +47,7 @@ class Memory:
     activations: float
     working: float
     reserved: int = RESERVED
+    passing: float = 0
 
     @property
     def total(self) -> float:
@@ -62,37 +70,51 @@ def memory(workload: Workload, mapping: Mapping) -> Memory:
 
 def of_stage(workload: Workload, mapping: Mapping, stage: int) -> Memory:
     """Return the memory of a GPU in a pipeline stage."""
-    state = model_state(workload, mapping, stage)
+    state = _state(workload, mapping.folding, mapping.world_size, stage)
     kept, computed = _layer_bytes(workload, mapping)
     activations = kept.of(*_layers_in_flight(workload, mapping, stage))
     working = max(computed.moe, computed.dense)
     if stage == mapping.folding.pipeline_model_parallel_size - 1:
         working = max(working, _logits(workload, mapping))
-    return Memory(state.parameters, state.gradients, state.optimizer, activations, working)
+    passing = max(0, state.passing - activations - working)
+    return Memory(*state[:3], activations, working, passing=passing)
 
 
 class ModelState(NamedTuple):
-    """Bytes of a GPU's parameters, gradients and optimizer state."""
+    """Bytes of a GPU's parameters, gradients and optimizer state.
+
+    `passing` are further bytes while Adam steps or a checkpoint is loaded.
+    """
 
     parameters: int
     gradients: int
     optimizer: int
+    passing: int = 0
+
+
+@lru_cache(maxsize=16)
+def _state(workload: Workload, folding: ParallelFolding, world_size: int, stage: int) -> ModelState:
+    """Return the state, which neither the microbatch nor recompute changes."""
+    return model_state(workload, Mapping(folding, world_size), stage)
 
 
 def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
     """Return the largest size of Megatron's DDP buffers and distributed optimizer.
 
-    Adam keeps two fp32 moments per parameter, and an fp32 copy of each bf16 parameter.
+    Of an offloaded state, the part on the GPU is at most as large as returned: Megatron offloads
+    whole parameters until the fraction is reached.
     """
-    parameters = gradients = optimizer = 0
-    per_parameter = 12 if workload.precision == "bf16-mixed" else 8
-    for buffer in workload.buffers(mapping.folding, stage):
+    parameters = gradients = own = 0
+    # Transformer Engine keeps weights in FP8 too, by rows and by columns.
+    held = workload.element_bytes + (2 if PRECISIONS[workload.precision].is_fp8 else 0)
+    for buffer, count in Counter(workload.buffers(mapping.folding, stage)).items():
         ranks, _ = mapping.replicas(buffer)
         padded = buffer.padded(ranks)
-        parameters += padded * workload.element_bytes
-        gradients += padded * 4
-        optimizer += min(padded // ranks, buffer.elements) * per_parameter
-    return ModelState(parameters, gradients, optimizer)
+        parameters += count * padded * held
+        gradients += count * padded * gradient_bytes(workload)
+        own += count * min(padded // ranks, buffer.elements)
+    state, passing = state_bytes(workload), passing_bytes(workload)
+    return ModelState(parameters, gradients, ceil(own * state), ceil(own * passing))
 
 
 class LayerBytes(NamedTuple):
@@ -106,16 +128,19 @@ class LayerBytes(NamedTuple):
         return self.moe * moe_layers + self.dense * dense_layers
 
 
+@lru_cache(maxsize=8)
 def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, LayerBytes]:
     """Return the bytes that a layer keeps, and the temporary bytes of a recompute."""
     arch, sizes, each = workload.arch, dimensions(workload.arch), workload.element_bytes
-    tokens = mapping.tokens(workload.seq_length)
+    tokens, factor = mapping.tokens(workload.seq_length), workload.factor_bytes
     # Norm's input and output, both split over TP: sequence parallelism.
-    norm = 2 * arch.hidden_size * each * tokens
+    norm = arch.hidden_size * (each + factor) * tokens
     # q, k, v after the rotary embedding, the output, and fp32 log-sum-exps.
     attention = (sizes["qkv"] + sizes["queries"]) * each + 4 * arch.num_attention_heads
+    if factor < each:
+        attention += sizes["queries"] * factor  # attention itself keeps its output in bf16
     attended = norm + attention * tokens
-    neurons = (arch.fc1_rows + 1) * each
+    neurons = arch.fc1_rows * each + factor
     dense = norm + arch.ffn_hidden_size * neurons * tokens
     routed, activated = _expert_bytes(workload, mapping, tokens)
     moe = norm + routed + (dense - norm if workload.upcycling.moe_shared_expert else 0)
@@ -133,7 +158,7 @@ def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, Laye
             )
         case "norm_act":
             # A norm's output, in front of the experts, is computed again too.
-            output = norm / 2
+            output = arch.hidden_size * factor * tokens
             kept = attended + moe - activated - output
             return LayerBytes(kept, attended + dense), LayerBytes(activated + output, 0)
     # Gradients of the widest activations exist at the same time.
@@ -145,17 +170,19 @@ def _expert_bytes(workload: Workload, mapping: Mapping, tokens: float) -> tuple[
     """Return the activation bytes of a rank's experts, and the part of the activation function."""
     if not workload.is_moe:
         return 0, 0
-    arch, folding, each = workload.arch, mapping.folding, workload.element_bytes
+    arch, folding, factor = workload.arch, mapping.folding, workload.factor_bytes
     capacity = workload.upcycling.moe_expert_capacity_factor
     # A rank that has all experts gets all of its tokens' assignments and no more.
     worst = UNEVEN_ROUTING if folding.expert_model_parallel_size > 1 else 1.0
     uneven = min(worst, capacity or worst)
     assignments = tokens * workload.model.topk * uneven
     # Every expert-tensor-parallel rank has all of their tokens, and a part of the neurons.
-    inputs = arch.hidden_size * each * folding.expert_tensor_parallel_size
-    activated = workload.model.expert_width * each * assignments
+    inputs = arch.hidden_size * factor * folding.expert_tensor_parallel_size
+    neurons = workload.model.expert_width * assignments
+    activated = neurons * factor
+    before = arch.fc1_rows * neurons * workload.element_bytes
     router = 8 * workload.model.num_experts * tokens
-    return inputs * assignments + (arch.fc1_rows + 1) * activated + router, activated
+    return inputs * assignments + before + activated + router, activated
 
 
 def _layers_in_flight(workload: Workload, mapping: Mapping, stage: int) -> tuple[float, float]:

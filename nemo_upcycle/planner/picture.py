@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.pictures import require_matplotlib, write_picture
-from nemo_upcycle.planner.report import WHERE
+from nemo_upcycle.planner.report import WHERE, seconds
 from nemo_upcycle.planner.scaling import Point
 from nemo_upcycle.planner.search import HEADROOM, Prediction
 from nemo_upcycle.planner.tuning import COMPONENTS
@@ -44,9 +44,12 @@ def draw_scaling(points: Sequence[Point], title: str, path: Path) -> None:
     _step_times(step, best)
     _utilisation(use, best)
     _memory(memory, best)
-    seconds = {n: point.loading.seconds for n, point in enumerate(points) if point.loading}
-    loading.plot(list(seconds), list(seconds.values()), marker="o")
+    loads = {n: point.loading for n, point in enumerate(points) if point.loading}
+    loading.plot(list(loads), [one.seconds for one in loads.values()], marker="o", label="default")
+    once = [one.seconds_once for one in loads.values()]
+    loading.plot(list(loads), once, marker="s", label="read_once, not measured on GPUs")
     loading.set_ylim(bottom=0)
+    loading.legend()
     loading.set_title("read the dense checkpoint and fill the MoE, s")
     for axes in panels.flat:
         axes.set_xticks(range(len(points)), [str(point.gpus) for point in points])
@@ -68,8 +71,13 @@ def _step_times(axes: "Axes", points: Found) -> None:
     ideal = [total[0] * gpus[0] / number for number in gpus]
     axes.plot(places, ideal, linestyle="--", color="0.6", label=f"as on {gpus[0]}, divided")
     for place, value in zip(places, total, strict=True):
-        axes.annotate(f"{value:.2g}", (place, value), xytext=(6, 4), textcoords="offset points")
+        axes.annotate(seconds(value), (place, value), xytext=(0, 6), ha="center",
+                      textcoords="offset points")  # fmt: skip
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, 1.4 * high)  # room for the labels
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
     axes.set_title("step time, s; constant global batch")
     axes.legend()
 

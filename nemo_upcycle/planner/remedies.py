@@ -6,8 +6,9 @@ from dataclasses import replace
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
-from nemo_upcycle.planner.memory import memory
-from nemo_upcycle.planner.search import Allowed, everything, mappings_of, room
+from nemo_upcycle.planner.nodes import of_job
+from nemo_upcycle.planner.search import any_fits
+from nemo_upcycle.planner.space import Allowed, everything, mappings_of
 from nemo_upcycle.planner.workload import Workload
 
 MOST_TIMES = 64
@@ -18,10 +19,8 @@ def fits(
     workload: Workload, world_size: int, hardware: Hardware, allowed: Allowed = everything
 ) -> bool:
     """Return whether any mapping fits."""
-    return any(
-        memory(workload, mappings[-1]).total <= room(hardware)  # the last recomputes the most
-        for mappings in mappings_of(workload, world_size, hardware, allowed)
-    )
+    used = of_job(hardware, world_size)
+    return any_fits(workload, used, mappings_of(workload, world_size, used, allowed))
 
 
 def fewest_gpus(

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_upcycle.planner.efficiency import ACCURACY
+from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.memory import Memory
 from nemo_upcycle.planner.scaling import Point
 from nemo_upcycle.planner.search import HEADROOM, Prediction
@@ -19,22 +20,22 @@ GIB = 2**30
 
 WHERE = {
     "parameters": "parameters",
-    "gradients": "gradients, fp32",
+    "gradients": "gradients",
     "optimizer": "optimizer, this rank's part",
     "activations": "activations in flight",
     "working": "working memory",
     "reserved": "CUDA, NCCL, allocator",
+    "passing": "optimizer while loading, without activations",
 }
 """Uses of memory, in words."""
 
 
-def render(tuning: Tuning, title: str, command: str, top: int) -> RenderableType:
-    """Show the fastest mappings, their use of time and memory, the reasons, and a command.
+def render(tuning: Tuning, title: str, top: int) -> RenderableType:
+    """Show the fastest mappings, their use of time and memory, and the reasons.
 
     Args:
         tuning: The result of the search.
         title: Title of the report.
-        command: The command that trains with the first mapping.
         top: Number of mappings to show.
     """
     shown = tuning.best[:top]
@@ -53,9 +54,20 @@ def render(tuning: Tuning, title: str, command: str, top: int) -> RenderableType
         _parts("GiB per GPU", {n: _gib(one.memory) for n, one in named.items()}),
         Text("Why the first mapping", style="bold"),
         Text("\n".join(f"  {line}" for line in explain(tuning))),
+        *([Text(f"\n{_origin(hardware)}", style="dim")] if hardware.measured else []),
         Text(f"\n{_caveat(hardware.name)}", style="dim"),
-        Text("\nTrain with the first mapping:", style="bold"),
-        Text(f"  {command}", overflow="fold"),
+    )
+
+
+def _origin(hardware: Hardware) -> str:
+    """Say which figures were measured, and which are of a data sheet."""
+    measured = {*hardware.measured.split()}
+    values = {k: v for k, v in vars(hardware).items() if k not in ("name", "measured")}
+    said = ", ".join(f"{k} {v:g}" for k, v in values.items() if k in measured)
+    others = ", ".join(k for k in values if k not in measured)
+    return (
+        f"Measured by `nemo-upcycle check`, divided by the fractions that training reaches: {said} "
+        f"GB/s. Of the data sheet of {hardware.name}: {others}."
     )
 
 
@@ -105,10 +117,6 @@ def seconds(value: float) -> str:
     return f"{value:.2g}" if value < 0.1 else f"{value:.{1 if value >= 10 else 2}f}"
 
 
-def _ep(one: Prediction) -> int:
-    return one.mapping.folding.expert_model_parallel_size
-
-
 def _seconds(one: Prediction) -> dict[str, float]:
     return {COMPONENTS[name]: value for name, value in vars(one.time).items()}
 
@@ -141,7 +149,7 @@ def scaling_table(points: Iterable[Point]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("GPUs", justify="right")
     table.add_column("mapping", no_wrap=True)
-    for name in ("recompute", "GiB", "step", "MFU", "load"):
+    for name in ("recompute", "GiB", "step", "MFU", "load", "once"):
         table.add_column(name, justify="right", no_wrap=True)
     for point in points:
         best = point.best
@@ -156,8 +164,9 @@ def scaling_table(points: Iterable[Point]) -> Table:
             seconds(best.time.total),
             f"{best.mfu:.1%}",
             f"{point.loading.seconds:.1f}",
+            f"{point.loading.seconds_once:.1f}",
         )
-    table.caption = "step and load in s"
+    table.caption = "step and load in s; once: load with read_once"
     table.caption_justify = "left"
     return table
 
@@ -178,6 +187,7 @@ def to_json(tuning: Tuning, top: int) -> dict[str, Any]:
     Returns:
         - `fitting` and `tried`: numbers of mappings.
         - `best` (a list) and `compared` (by name): predictions as of `prediction_json`.
+        - `saving`: how memory was saved in the optimizer and what this costs: a sentence, or null.
         - `why`: sentences.
     """
     return {
@@ -185,6 +195,7 @@ def to_json(tuning: Tuning, top: int) -> dict[str, Any]:
         "tried": tuning.tried,
         "best": [prediction_json(one) for one in tuning.best[:top]],
         "compared": {name: prediction_json(one) for name, one in tuning.compared.items()},
+        "saving": tuning.saving,
         "why": explain(tuning),
     }
 
@@ -194,12 +205,14 @@ def prediction_json(one: Prediction) -> dict[str, Any]:
 
     Returns:
         `folding` (Megatron's fields), `world_size`, `micro_batch_size`, `recompute`,
-        `fits`, `memory` and `total_memory` (bytes), `time`, `step_time` and
-        `even_step_time` (seconds; even: tokens are spread evenly), `mfu`, `mfu_full_attention`,
+        `optimizer` (the fields of `OptimizerStorage`), `fits`, `memory` and `total_memory`
+        (bytes), `time`, `step_time` and `even_step_time` (seconds; even: tokens are spread evenly),
+        `mfu`, `mfu_full_attention`,
         `tokens_per_second`.
     """
     return {
         **asdict(one.mapping),
+        "optimizer": vars(one.workload.optimizer),
         "fits": one.fits,
         "memory": vars(one.memory),
         "total_memory": one.memory.total,

@@ -6,11 +6,20 @@ from functools import partial
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
-from nemo_upcycle.planner.search import Allowed, Prediction, everything, least_memory, search
+from nemo_upcycle.planner.search import Prediction, fastest, least_memory
+from nemo_upcycle.planner.space import Allowed, everything
 from nemo_upcycle.planner.workload import Workload
 from nemo_upcycle.plans.job import Dense, plan_job
 
 GPUS = tuple(2**power for power in range(3, 13))
+
+
+def sizes(hardware: Hardware) -> tuple[int, ...]:
+    """Return the numbers of GPUs to compare: those of `GPUS` that fill nodes, or nodes doubled."""
+    filled = tuple(gpus for gpus in GPUS if gpus % hardware.gpus_per_node == 0)
+    each = hardware.gpus_per_node
+    return filled or tuple(each << n for n in range(13) if GPUS[0] <= each << n <= GPUS[-1])
+
 
 FILL_BANDWIDTH = 10e9
 """Bytes of parameters that a rank fills per second from a file in the node's page cache. Measured:
@@ -25,11 +34,14 @@ class Loading:
         bytes_of_node: Bytes that the busiest node reads from the file system.
         bytes_of_job: Bytes that all nodes read.
         seconds: Time of loading.
+        seconds_once: The same with `read_once`: all nodes together read each byte once, and GPUs
+            send what others need over the network. No network of GPUs was measured.
     """
 
     bytes_of_node: int
     bytes_of_job: int
     seconds: float
+    seconds_once: float
 
 
 @dataclass(frozen=True)
@@ -69,9 +81,9 @@ def scaling(
     for number in gpus:
         if number % hardware.gpus_per_node:
             continue
-        predictions = search(workload, number, hardware, allowed)
-        if predictions:
-            yield Point(number, predictions[0], None, loading(predictions[0], dense))
+        best = fastest(workload, number, hardware, allowed)
+        if best is not None:
+            yield Point(number, best, None, loading(best, dense))
         else:
             yield Point(number, None, least_memory(workload, number, hardware, allowed), None)
 
@@ -98,4 +110,9 @@ def loading(prediction: Prediction, dense: Dense) -> Loading:
     each, every = max(job.bytes_of_nodes), sum(job.bytes_of_nodes)
     reading = max(each / hardware.storage_bandwidth, every / hardware.storage_total) / 1e9
     filling = max(owner.bytes_to_write for owner in job.owners) / FILL_BANDWIDTH
-    return Loading(each, every, reading + filling)
+    once = job.bytes_read_once
+    reading_once = max(once / nodes / hardware.storage_bandwidth, once / hardware.storage_total)
+    link = hardware.nvlink_bandwidth if nodes == 1 else hardware.network_bandwidth
+    sending = max(owner.bytes_to_read for owner in job.owners) / link
+    seconds_once = (reading_once + sending) / 1e9 + filling
+    return Loading(each, every, reading + filling, seconds_once)

@@ -1,33 +1,23 @@
 """Find the fastest mappings that fit: all foldings of a number of GPUs, predicted and ranked."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from operator import itemgetter
 
-from nemo_upcycle.config import RECOMPUTE, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.memory import Memory, memory
-from nemo_upcycle.planner.step_time import StepTime, mfu, step_time
+from nemo_upcycle.planner.nodes import of_job
+from nemo_upcycle.planner.space import Allowed, everything, mappings_of
+from nemo_upcycle.planner.step_time import StepTime, least_time, mfu, step_time
 from nemo_upcycle.planner.workload import Mapping, Workload
 from nemo_upcycle.plans.layout import validate
-
-SIZES = (1, 2, 4, 8, 16)
-MICRO_BATCH_SIZES = (1, 2, 4)
 
 HEADROOM = 0.94
 """Fraction of a GPU's memory that a mapping may fill. With this fraction the prediction agrees with
 all published runs on whether they fit."""
-
-
-Allowed = Callable[[Mapping], bool]
-
-
-def everything(mapping: Mapping) -> bool:
-    """Allow any mapping."""
-    return True
 
 
 @dataclass(frozen=True)
@@ -139,8 +129,50 @@ def search(
         allowed: Which mappings to consider.
         efficiency: Fractions of the data sheet that training reaches.
     """
-    every = mappings_of(workload, world_size, hardware, allowed)
-    return fitting(workload, hardware, every, efficiency)
+    used = of_job(hardware, world_size)
+    every = mappings_of(workload, world_size, used, allowed)
+    return fitting(workload, used, every, efficiency)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Mappings whose memory is known.
+
+    Attributes:
+        fitting: The mappings that fit, the fastest first, each with the least recompute.
+        too_large: The other mappings with the least recompute, and their memory.
+    """
+
+    fitting: list[Prediction]
+    too_large: list[tuple[Mapping, Memory]]
+
+
+def examined(
+    workload: Workload,
+    hardware: Hardware,
+    every: Iterable[list[Mapping]],
+    efficiency: Efficiency = CALIBRATED,
+) -> Examined:
+    """Predict the memory of mappings, and the step time of those that fit.
+
+    Args:
+        workload: Model and batch.
+        hardware: The GPUs, with the nodes of the job.
+        every: Groups of mappings that differ in recompute, the least recompute first.
+        efficiency: Fractions of the data sheet that training reaches.
+    """
+    predictions, too_large, limit = [], [], room(hardware)
+    for mappings in every:
+        for number, mapping in enumerate(mappings):
+            used = memory(workload, mapping)
+            if used.total <= limit:
+                time = step_time(workload, mapping, hardware, efficiency)
+                predictions.append(Prediction(workload, mapping, hardware, used, time))
+                break
+            if number == 0:
+                too_large.append((mapping, used))
+    predictions.sort(key=lambda prediction: prediction.time.total)
+    return Examined(predictions, too_large)
 
 
 def fitting(
@@ -150,106 +182,53 @@ def fitting(
     efficiency: Efficiency = CALIBRATED,
 ) -> list[Prediction]:
     """Return the mappings that fit, the fastest first, each with the least recompute."""
-    predictions = []
-    for mappings in every:
-        for mapping in mappings:
-            used = memory(workload, mapping)
-            if used.total <= room(hardware):
-                time = step_time(workload, mapping, hardware, efficiency)
-                predictions.append(Prediction(workload, mapping, hardware, used, time))
-                break
-    return sorted(predictions, key=lambda prediction: prediction.time.total)
+    return examined(workload, hardware, every, efficiency).fitting
+
+
+def fastest(
+    workload: Workload, world_size: int, hardware: Hardware, allowed: Allowed = everything
+) -> Prediction | None:
+    """Return the first mapping of `search` in less time; None if none fits.
+
+    Mappings are looked at in the order of a lower bound of their time, until no other is faster.
+    """
+    used = of_job(hardware, world_size)
+    bounds = [
+        (least_time(workload, mappings[0], used), number, mappings)
+        for number, mappings in enumerate(mappings_of(workload, world_size, used, allowed))
+    ]
+    found: list[tuple[float, int, Prediction]] = []
+    for bound, number, mappings in sorted(bounds, key=itemgetter(0)):
+        if found and bound > found[0][0]:
+            break
+        for one in fitting(workload, used, [mappings]):
+            # As in `search`, the first of equally fast mappings.
+            found = [min([*found, (one.time.total, number, one)], key=itemgetter(0, 1))]
+    return found[0][2] if found else None
+
+
+def any_fits(workload: Workload, hardware: Hardware, every: Iterable[list[Mapping]]) -> bool:
+    """Return whether a mapping fits, with as much recompute as there is.
+
+    Args:
+        workload: Model and batch.
+        hardware: The GPUs.
+        every: Groups of mappings that differ in recompute, the most recompute last.
+    """
+    limit = room(hardware)
+    return any(memory(workload, mappings[-1]).total <= limit for mappings in every)
 
 
 def least_memory(
     workload: Workload, world_size: int, hardware: Hardware, allowed: Allowed = everything
 ) -> Prediction | None:
     """Return the mapping that needs the least memory, even if the mapping does not fit."""
+    used = of_job(hardware, world_size)
     every = [
         (memory(workload, mappings[-1]), mappings[-1])
-        for mappings in mappings_of(workload, world_size, hardware, allowed)
+        for mappings in mappings_of(workload, world_size, used, allowed)
     ]
     if not every:
         return None
-    used, mapping = min(every, key=lambda pair: pair[0].total)
-    return Prediction(workload, mapping, hardware, used, step_time(workload, mapping, hardware))
-
-
-def mappings_of(
-    workload: Workload,
-    world_size: int,
-    hardware: Hardware,
-    allowed: Allowed = everything,
-) -> Iterator[list[Mapping]]:
-    """Yield all mappings of a model on a number of GPUs.
-
-    Args:
-        workload: Model and batch.
-        world_size: Number of GPUs.
-        hardware: The GPUs.
-        allowed: Which mappings to consider.
-
-    Yields:
-        Groups of mappings that differ only in recompute, the least recompute first.
-    """
-    names = RECOMPUTE if workload.is_moe else ("none", "full")
-    for folding in foldings(workload, world_size, hardware):
-        for micro_batch_size in MICRO_BATCH_SIZES:
-            first = Mapping(folding, world_size, micro_batch_size)
-            if not _divides(first, workload) or _in_vain(first, allowed):
-                continue
-            mappings = (replace(first, recompute=name) for name in names)
-            if wanted := list(filter(allowed, mappings)):
-                yield wanted
-
-
-def _divides(mapping: Mapping, workload: Workload) -> bool:
-    microbatches = mapping.microbatches(workload.global_batch_size)
-    virtual = mapping.folding.virtual_pipeline_model_parallel_size
-    # Megatron interleaves groups of as many microbatches as there are stages.
-    left = microbatches % mapping.folding.pipeline_model_parallel_size if virtual else 0
-    return microbatches > 0 and left == 0
-
-
-def _in_vain(mapping: Mapping, allowed: Allowed) -> bool:
-    """Return whether half the context parallelism with half the microbatch is allowed too.
-
-    That mapping makes the same pieces, with less communication.
-    """
-    cp = mapping.folding.context_parallel_size
-    if cp == 1 or mapping.micro_batch_size == 1:
-        return False
-    folding = replace(mapping.folding, context_parallel_size=cp // 2)
-    half = replace(mapping, folding=folding, micro_batch_size=mapping.micro_batch_size // 2)
-    return any(allowed(replace(half, recompute=name)) for name in RECOMPUTE)
-
-
-def foldings(workload: Workload, world_size: int, hardware: Hardware) -> Iterator[ParallelFolding]:
-    """Yield all even foldings of a model; tensor parallelism stays inside an NVLink domain."""
-    layers, experts = workload.arch.num_layers, workload.upcycling.num_moe_experts or 1
-    inside = [size for size in SIZES if size <= hardware.nvlink_domain]
-    stages = [
-        size for size in range(1, layers + 1) if layers % size == 0 and world_size % size == 0
-    ]
-    expert_parallel = [size for size in range(1, experts + 1) if experts % size == 0]
-    expert_tensor = inside if workload.is_moe else [1]
-    for tp, cp, pp, ep, etp in product(inside, inside, stages, expert_parallel, expert_tensor):
-        if world_size % (tp * cp * pp) or world_size % (etp * ep * pp):
-            continue
-        for virtual in range(1, layers // pp + 1):
-            if (layers // pp) % virtual or (virtual > 1 and pp == 1):
-                continue
-            vpp = virtual if virtual > 1 else None
-            folding = ParallelFolding.of(tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp)
-            if _fits_model(workload, folding, world_size):
-                yield folding
-
-
-def _fits_model(workload: Workload, folding: ParallelFolding, world_size: int) -> bool:
-    try:
-        validate(workload.arch, workload.upcycling, folding, world_size)
-    except UpcyclingError:
-        return False
-    # Megatron splits a sequence into two parts per context-parallel rank, then over TP.
-    split = 2 * folding.context_parallel_size * folding.tensor_model_parallel_size
-    return workload.seq_length % split == 0
+    needed, mapping = min(every, key=lambda pair: pair[0].total)
+    return Prediction(workload, mapping, used, needed, step_time(workload, mapping, used))

@@ -10,14 +10,17 @@ Source: arXiv 2104.04473 §2 (interleaved schedule), arXiv 2504.14960 §3 (what 
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from math import lcm
 from operator import add
 from statistics import NormalDist
 
+from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.families import dimensions
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.machine import Machine, distinct
+from nemo_upcycle.planner.optimizer import gradient_bytes, held, update_seconds
 from nemo_upcycle.planner.workload import Buffer, Mapping, Workload
 
 ADAM_BYTES = 50
@@ -45,7 +48,7 @@ class StepTime:
         pipeline: Bubble, uneven stages, sending between stages.
         data_parallel: Exchange of gradients and parameters that does not overlap with a
             microbatch.
-        optimizer: Adam.
+        optimizer: Adam, and copies to and from the host if offloaded.
     """
 
     matrices: float = 0.0
@@ -86,6 +89,33 @@ def step_time(
         efficiency: Fractions of the data sheet that training reaches.
     """
     return _Step(workload, mapping, hardware, efficiency).time()
+
+
+def least_time(
+    workload: Workload, mapping: Mapping, hardware: Hardware, efficiency: Efficiency = CALIBRATED
+) -> float:
+    """Return a lower bound of a step's seconds, in a fraction of the time that `step_time` takes.
+
+    All microbatches pass an even share of the layers, and the pipeline fills and empties; nothing
+    else takes time.
+
+    Args:
+        workload: Model and batch.
+        mapping: The parallel mapping; its microbatches must divide the batch.
+        hardware: The GPUs.
+        efficiency: Fractions of the data sheet that training reaches.
+    """
+    layers = _Step(workload, mapping, hardware, efficiency).layers
+    moe = sum(workload.model.is_moe)
+    dense = len(workload.model.is_moe) - moe
+    seconds = layers.moe_layer.total * moe + layers.output.total
+    if dense:
+        seconds += layers.dense_layer.total * dense
+    stages = mapping.folding.pipeline_model_parallel_size
+    bubble = (stages - 1) / (mapping.folding.virtual_pipeline_model_parallel_size or 1)
+    passes = mapping.microbatches(workload.global_batch_size) + bubble
+    # Less by more than the error of rounding.
+    return seconds / stages * passes * (1 - 1e-9)
 
 
 def mfu(workload: Workload, mapping: Mapping, hardware: Hardware, seconds: float) -> float:
@@ -142,8 +172,11 @@ class _Step:
         # While the pipeline fills and empties, nothing hides what is sent.
         bubble = (self.pp - 1) * (mean.total / virtual + self.sending)
         uneven = microbatches * (slowest - mean.total)
-        waiting = microbatches * self.exposed_sending(mean.total)
-        once = self.gradients(mean.total) + self.optimizer()
+        exposed = self.exposed_sending(mean.total)
+        waiting = microbatches * exposed
+        # What is sent hides behind a stage, and gradients behind both: behind the stage alone,
+        # a faster stage would make the step slower.
+        once = self.gradients(mean.total + exposed) + self.optimizer()
         return mean * microbatches + StepTime(pipeline=bubble + uneven + waiting) + once
 
     @property
@@ -154,14 +187,22 @@ class _Step:
 
     def stage(self, moe_layers: int, dense_layers: int, has_output: bool) -> StepTime:
         """Return the time of a microbatch in a stage, forward and backward."""
-        time = self.moe_layer * moe_layers
+        layers = self.layers
+        time = layers.moe_layer * moe_layers
         if dense_layers:
-            time += self.dense_layer * dense_layers
+            time += layers.dense_layer * dense_layers
         if has_output:
-            time += self.output
+            time += layers.output
         return time
 
     # --- Layers ----------------------------------------------------------------------------------
+
+    @cached_property
+    def layers(self) -> "_Step":
+        """A step with the same layers, which are computed once for all numbers of stages."""
+        one = self.mapping
+        sizes = self.tp, self.cp, self.ep, self.etp, one.micro_batch_size, one.recompute
+        return _same_layers(self.workload, self.machine, *sizes)
 
     @cached_property
     def tokens(self) -> float:
@@ -227,17 +268,23 @@ class _Step:
         """Projections, norms, rotary embedding and residuals, forward."""
         arch, sizes = self.workload.arch, dimensions(self.workload.arch)
         tokens, hidden = self.tokens * self.tp, arch.hidden_size
-        products = self.machine.product(tokens, sizes["qkv"] // self.tp, hidden)
-        products += self.machine.product(tokens, hidden, sizes["queries"] // self.tp)
+        products = self.product(tokens, sizes["qkv"] // self.tp, hidden)
+        products += self.product(tokens, hidden, sizes["queries"] // self.tp)
         # Two norms, two residuals, the rotary embedding: elements read and written.
         elements = (2 * 2 + 2 * 3) * hidden + 2 * (sizes["queries"] + sizes["keys"])
         return (
-            StepTime(
-                matrices=products,
-                memory_bound=self.moved(elements * self.tokens),
-            )
+            StepTime(memory_bound=self.moved(elements * self.tokens))
+            + products
             + self.gather_sequence
         )
+
+    def product(self, m: float, n: float, k: float) -> StepTime:
+        """Return a layer's product of m×k by k×n, with the way to FP8 if there is one."""
+        seconds, part = self.machine.product(m, n, k), self.workload.fp8_layers
+        # Values are read in bf16, and written in FP8 by rows and by columns.
+        cast = self.machine.moved(4 * m * k * part)
+        faster = 1 - part + part / self.efficiency.fp8
+        return StepTime(matrices=seconds * faster, memory_bound=cast)
 
     @cached_property
     def norm(self) -> StepTime:
@@ -266,10 +313,10 @@ class _Step:
         """A dense feed-forward layer, forward, without its collectives."""
         arch = self.workload.arch
         tokens, width = self.tokens * self.tp, arch.ffn_hidden_size // self.tp
-        products = self.machine.product(tokens, arch.fc1_rows * width, arch.hidden_size)
-        products += self.machine.product(tokens, arch.hidden_size, width)
+        products = self.product(tokens, arch.fc1_rows * width, arch.hidden_size)
+        products += self.product(tokens, arch.hidden_size, width)
         moved = self.moved((arch.fc1_rows + 1) * arch.ffn_hidden_size * self.tokens)
-        return StepTime(matrices=products, memory_bound=moved)
+        return products + StepTime(memory_bound=moved)
 
     @cached_property
     def experts(self) -> StepTime:
@@ -280,15 +327,14 @@ class _Step:
         assignments = self.tokens * workload.model.topk * self.fullest
         received = assignments * self.etp
         each = received / local
-        products = local * self.machine.product(each, arch.fc1_rows * width, hidden)
-        products += local * self.machine.product(each, hidden, width)
+        products = self.product(each, arch.fc1_rows * width, hidden) * local
+        products += self.product(each, hidden, width) * local
         sorted_by_expert = 2 if local > 1 and self.ep * self.etp > 1 else 1
         # Permute and back, sort by expert and back, activate.
         elements = 4 * hidden * assignments
         elements += 4 * hidden * received * (sorted_by_expert - 1)
         elements += (arch.fc1_rows + 1) * width * received
-        return StepTime(
-            matrices=products,
+        return products + StepTime(
             memory_bound=self.moved(elements),
             expert_parallel=2 * self.dispatch(hidden * workload.element_bytes),
         )
@@ -384,21 +430,42 @@ class _Step:
     def gradients(self, microbatch: float) -> StepTime:
         """Return the time of gradient and parameter exchange that a microbatch does not overlap."""
         reduced = gathered = 0.0
-        for buffer in self.buffers:
+        for buffer, count in Counter(self.buffers).items():
             ranks, stride = self.mapping.replicas(buffer)
             share = buffer.elements * (ranks - 1) / ranks
-            reduced += self.machine.collective(4 * share, stride, ranks)
-            gathered += self.machine.collective(self.workload.element_bytes * share, stride, ranks)
+            each = self.workload.element_bytes
+            reduced += count * self.machine.collective(
+                gradient_bytes(self.workload) * share, stride, ranks
+            )
+            gathered += count * self.machine.collective(each * share, stride, ranks)
         forward = microbatch / 3
         exposed = max(0.0, reduced - 2 * forward) + max(0.0, gathered - forward)
         return StepTime(data_parallel=exposed)
 
     def optimizer(self) -> StepTime:
         """Return Adam's pass over this rank's part of the state."""
-        held = sum(buffer.elements / self.mapping.replicas(buffer)[0] for buffer in self.buffers)
-        return StepTime(optimizer=self.machine.moved(held * ADAM_BYTES))
+        on_gpu = self.machine.moved(held(self.workload, self.mapping) * ADAM_BYTES)
+        hardware = self.machine.hardware
+        return StepTime(optimizer=update_seconds(self.workload, self.mapping, hardware, on_gpu))
 
     @cached_property
     def buffers(self) -> tuple[Buffer, ...]:
         """Parameters of the first stage, which has the embedding."""
         return self.workload.buffers(self.mapping.folding, 0)
+
+
+@lru_cache(maxsize=4096)
+def _same_layers(
+    workload: Workload,
+    machine: Machine,
+    tp: int,
+    cp: int,
+    ep: int,
+    etp: int,
+    micro_batch_size: int,
+    recompute: str,
+) -> _Step:
+    """Return a step with one pipeline stage, to take its layers from."""
+    folding = ParallelFolding.of(tp=tp, cp=cp, ep=ep, etp=etp)
+    mapping = Mapping(folding, lcm(tp * cp, ep * etp), micro_batch_size, recompute)
+    return _Step(workload, mapping, machine.hardware, machine.efficiency)

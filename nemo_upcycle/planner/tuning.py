@@ -1,22 +1,25 @@
 """Choose a mapping: the fastest mappings that fit, alternatives, and reasons."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nemo_upcycle.config import OptimizerStorage
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
-from nemo_upcycle.planner.memory import memory
+from nemo_upcycle.planner.impossible import impossible
+from nemo_upcycle.planner.memory import Memory, memory
+from nemo_upcycle.planner.nodes import of_job
 from nemo_upcycle.planner.remedies import remedies
+from nemo_upcycle.planner.savings import SAVINGS, cost, on_hosts, with_savings
 from nemo_upcycle.planner.search import (
     HEADROOM,
-    Allowed,
     Prediction,
-    everything,
-    fitting,
+    examined,
     least_memory,
-    mappings_of,
     room,
     unfolded,
 )
+from nemo_upcycle.planner.space import Allowed, everything, mappings_of
 from nemo_upcycle.planner.step_time import fullest_rank, step_time
 from nemo_upcycle.planner.workload import Mapping, Workload
 
@@ -33,6 +36,8 @@ class Tuning:
             without folding; `PP1`, the best without pipeline.
         faster: A faster mapping that needs up to 1.5 times the available memory; None if there is
             none.
+        saving: How the optimizer is stored, if the planner had to save memory there, and what this
+            costs; None otherwise.
     """
 
     best: tuple[Prediction, ...]
@@ -40,6 +45,7 @@ class Tuning:
     tried: int
     compared: dict[str, Prediction]
     faster: Prediction | None
+    saving: str | None = None
 
 
 def tune(
@@ -48,6 +54,7 @@ def tune(
     hardware: Hardware,
     allowed: Allowed = everything,
     own: Prediction | None = None,
+    savings: Sequence[OptimizerStorage] = (),
 ) -> Tuning:
     """Find the fastest mappings that fit, and alternatives to compare.
 
@@ -57,21 +64,37 @@ def tune(
         hardware: The GPUs.
         allowed: Which mappings to consider.
         own: The prediction for the recipe's own mapping.
+        savings: Ways to store the optimizer that are tried if nothing fits: see `SAVINGS`.
 
     Raises:
         UpcyclingError: No mapping fits; the message has the least memory that any mapping needs,
-            and what would fit.
+            and what would fit. Or no mapping is possible; the message says why, and what is.
     """
+    whole, hardware = hardware, of_job(hardware, world_size)
     every = list(mappings_of(workload, world_size, hardware, allowed))
-    predictions = fitting(workload, hardware, every)
+    if not every:
+        raise impossible(workload, world_size, whole, allowed)
+    found = examined(workload, hardware, on_hosts(workload, hardware, every))
+    predictions, too_large, saving = found.fitting, found.too_large, None
     if not predictions:
-        raise _nothing_fits(workload, world_size, hardware, allowed)
+        predictions = with_savings(workload, hardware, every, savings)
+        if not predictions:
+            raise _nothing_fits(workload, world_size, whole, allowed, every)
+        would = remedies(workload, world_size, whole, allowed)
+        saving = cost(predictions[0], workload, every, would)
+        workload = predictions[0].workload
+        too_large = [
+            (one, used)
+            for one, *_ in every
+            if (used := memory(workload, one)).total > room(hardware)
+        ]
     return Tuning(
         best=tuple(_distinct(predictions)),
         fitting=len(predictions),
         tried=len(every),
         compared=_compared(workload, world_size, hardware, predictions, own),
-        faster=_faster(workload, hardware, every, predictions[0]),
+        faster=_faster(workload, hardware, too_large, predictions[0]),
+        saving=saving,
     )
 
 
@@ -106,13 +129,15 @@ def _compared(
 
 
 def _faster(
-    workload: Workload, hardware: Hardware, every: list[list[Mapping]], best: Prediction
+    workload: Workload,
+    hardware: Hardware,
+    too_large: list[tuple[Mapping, Memory]],
+    best: Prediction,
 ) -> Prediction | None:
     """Return the fastest mapping that nearly fits, if faster than the best that fits."""
     fastest = None
-    for mapping, *_ in every:
-        used = memory(workload, mapping)
-        if not 1 < used.total / room(hardware) <= 1.5:
+    for mapping, used in too_large:
+        if used.total / room(hardware) > 1.5:
             continue
         time = step_time(workload, mapping, hardware)
         if time.total < (fastest or best).time.total:
@@ -121,17 +146,21 @@ def _faster(
 
 
 def _nothing_fits(
-    workload: Workload, world_size: int, hardware: Hardware, allowed: Allowed
+    workload: Workload,
+    world_size: int,
+    hardware: Hardware,
+    allowed: Allowed,
+    every: Sequence[list[Mapping]],
 ) -> UpcyclingError:
     least = least_memory(workload, world_size, hardware, allowed)
-    if least is None:
-        return UpcyclingError(
-            f"No mapping of the model and {workload.global_batch_size} sequences onto "
-            f"{world_size} GPUs is possible with these settings; use a number of GPUs with more "
-            "divisors, another global_batch_size, or fewer settings."
-        )
+    assert least is not None  # some mapping is possible
     too_much = least.memory.total - room(hardware)
     would = remedies(workload, world_size, hardware, allowed)
+    if workload.precision == "bf16-mixed":
+        for one in with_savings(workload, of_job(hardware, world_size), every, SAVINGS)[:1]:
+            chosen = one.workload.optimizer.chosen.items()
+            arguments = ", ".join(f"{name}={value!r}" for name, value in chosen)
+            would.insert(0, f"{arguments} on the same GPUs")
     return UpcyclingError(
         f"Nothing fits into {HEADROOM:.0%} of {hardware.memory_gib:g} GiB on {world_size} GPUs: "
         f"{least.mapping} needs the least memory, {least.memory.total / 2**30:.0f} GiB, which is "
@@ -165,7 +194,8 @@ def differences(one: Prediction, other: Prediction) -> list[tuple[str, float]]:
 def explain(tuning: Tuning) -> list[str]:
     """Explain the first mapping in one sentence per alternative."""
     first, *others = tuning.best
-    lines = [
+    lines = [] if tuning.saving is None else [tuning.saving]
+    lines += [
         f"{name} ({other.mapping.folding}) is {_explained(first, other)}"
         for name, other in {
             **({"2": others[0]} if others else {}),

@@ -1,15 +1,40 @@
 """The planner's input: a model with a batch, and a parallel mapping."""
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from itertools import product
 from math import lcm, prod
+from operator import attrgetter
+from typing import Any
 
-from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.config import (
+    ACCOUNTED_LAYERS,
+    PRECISIONS,
+    UNEVEN_STAGES,
+    OptimizerStorage,
+    ParallelFolding,
+    UpcyclingConfig,
+)
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.model import MoEModel, upcycled_model
 from nemo_upcycle.planner.flops import Flops, flops
 from nemo_upcycle.plans.layout import Coordinates, shards_at, stage_layers
+
+KINDS = ("moe", "dense", "before", "after", "copy")
+"""Kinds of parameters: of an MoE layer, of a dense layer, before and after the layers, and the copy
+of the embedding."""
+
+OF_STAGES = (
+    ParallelFolding.NAMES["pp"],
+    ParallelFolding.NAMES["vpp"],
+    *UNEVEN_STAGES,
+    *ACCOUNTED_LAYERS,
+)
+"""The fields of a folding that decide which layers are in a stage."""
+
+_of_stages = attrgetter(*OF_STAGES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +46,8 @@ class Workload:
         upcycling: What the dense feed-forward layers become.
         seq_length: Tokens per sequence.
         global_batch_size: Sequences per step.
-        precision: `bf16-mixed` or `32`.
+        precision: A name of `config.PRECISIONS`.
+        optimizer: How Adam's state and the gradients are kept.
     """
 
     arch: Architecture
@@ -29,6 +55,7 @@ class Workload:
     seq_length: int
     global_batch_size: int
     precision: str = "bf16-mixed"
+    optimizer: OptimizerStorage = field(default_factory=OptimizerStorage)
 
     @cached_property
     def model(self) -> MoEModel:
@@ -49,43 +76,106 @@ class Workload:
     @property
     def element_bytes(self) -> int:
         """Bytes per parameter and per activation."""
-        return 2 if self.precision == "bf16-mixed" else 4
+        return 2 if PRECISIONS[self.precision].is_bf16 else 4
 
-    @cache  # noqa: B019 - a workload lives as long as its plan
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes per value of a product's factor that is kept for the backward pass."""
+        return 1 if PRECISIONS[self.precision].is_fp8 else self.element_bytes
+
+    @property
+    def fp8_layers(self) -> float:
+        """Fraction of the layers whose matrix products are in FP8."""
+        precision = PRECISIONS[self.precision]
+        ends = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+        left = self.arch.num_layers - sum(precision.fields.get(name, 0) for name in ends)
+        return max(0, left) / self.arch.num_layers if precision.is_fp8 else 0.0
+
+    def storing(self, optimizer: OptimizerStorage) -> "Workload":
+        """Return the same workload with the optimizer stored in another way."""
+        other = replace(self, optimizer=optimizer)
+        # The same ranks own the same parameters, which takes long to find out.
+        vars(other)["_laid_out"] = vars(self).get("_laid_out", self)
+        return other
+
     def stages(self, folding: ParallelFolding) -> list[tuple[int, int]]:
         """Return the number of MoE layers and dense layers in each pipeline stage."""
+        return vars(self).get("_laid_out", self)._stages(_of_stages(folding))
+
+    @cache  # noqa: B019 - a workload lives as long as its plan
+    def _stages(self, stages: tuple[Any, ...]) -> list[tuple[int, int]]:
         counts = []
-        for chunks in stage_layers(self.arch.num_layers, folding):
+        for chunks in self._layers(stages):
             layers = [self.model.is_moe[layer] for chunk in chunks for layer in chunk]
             counts.append((sum(layers), len(layers) - sum(layers)))
         return counts
 
+    @cache  # noqa: B019
+    def _layers(self, stages: tuple[Any, ...]) -> list[list[range]]:
+        """Return the layers of each stage, per virtual stage."""
+        folding = ParallelFolding(**dict(zip(OF_STAGES, stages, strict=True)))
+        return stage_layers(self.arch.num_layers, folding)
+
     def buffers(self, folding: ParallelFolding, stage: int) -> "tuple[Buffer, ...]":
         """Return a rank's buffers: per virtual stage, one for experts and one for all else."""
-        # Context parallelism does not split parameters.
-        return self._buffers(replace(folding, context_parallel_size=1), stage)
+        sizes = (
+            folding.tensor_model_parallel_size,
+            folding.expert_tensor_parallel_size,
+            folding.expert_model_parallel_size,
+        )
+        laid_out = vars(self).get("_laid_out", self)
+        return laid_out._buffers(sizes, _of_stages(folding), stage)
 
     @cache  # noqa: B019
-    def _buffers(self, folding: ParallelFolding, stage: int) -> "tuple[Buffer, ...]":
-        place = Coordinates(tp=0, cp=0, dp=0, pp=stage, etp=0, ep=0, edp=0)
-        chunk_of = {
-            layer: number
-            for number, layers in enumerate(stage_layers(self.arch.num_layers, folding)[stage])
-            for layer in layers
+    def _buffers(
+        self, sizes: tuple[int, int, int], stages: tuple[Any, ...], stage: int
+    ) -> "tuple[Buffer, ...]":
+        found: list[Buffer] = []
+        made: dict[tuple[int, ...], list[Buffer]] = {}
+        every = self._layers(stages)
+        chunks = every[stage]
+        for number, layers in enumerate(chunks):
+            moe = sum(map(self.model.is_moe.__getitem__, layers))
+            before = stage == 0 and number == 0
+            after = stage == len(every) - 1 and number == len(chunks) - 1
+            # Where the embedding is the output layer too, the last stage has a copy.
+            counts = (moe, len(layers) - moe, before, after, after and stage > 0)
+            if counts not in made:
+                parts = self._parts(*sizes)
+                made[counts] = list(_buffers(parts, dict(zip(KINDS, counts, strict=True))))
+            found += made[counts]
+        return tuple(found)
+
+    @cache  # noqa: B019
+    def _parts(self, tp: int, etp: int, ep: int) -> "dict[tuple[str, bool], Buffer]":
+        """Return the parameters of each of `KINDS`, and of experts or all else."""
+        layers = self.arch.num_layers
+        # Each layer is a stage, so that a layer can be looked at alone.
+        folding = ParallelFolding.of(tp=tp, etp=etp, ep=ep, pp=layers)
+        wanted = {0, layers - 1, *(self.model.is_moe.index(kind) for kind in {*self.model.is_moe})}
+        sizes: dict[tuple[str, bool], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        for stage in wanted:
+            place = Coordinates(tp=0, cp=0, dp=0, pp=stage, etp=0, ep=0, edp=0)
+            named = shards_at(self.arch, self.upcycling, folding, place)
+            kind = "moe" if self.model.is_moe[stage] else "dense"
+            sizes[kind, False].clear()
+            sizes[kind, True].clear()
+            for shard in named:
+                parts = shard.name.split(".")
+                where = kind
+                if parts[0] == "embedding":
+                    where = "before" if stage == 0 else "copy"
+                elif parts[1] != "layers":
+                    where = "after"
+                sizes[where, "experts" in parts][shard.name] += prod(shard.shape)
+        return {
+            (kind, is_expert): Buffer(
+                is_expert,
+                sum(sizes[kind, is_expert].values()),
+                sum(_pad(size, 64) for size in sizes[kind, is_expert].values()),
+            )
+            for kind, is_expert in product(KINDS, (False, True))
         }
-        last = max(chunk_of.values(), default=0)
-        sizes: dict[tuple[int, bool], dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        for shard in shards_at(self.arch, self.upcycling, folding, place):
-            parts = shard.name.split(".")
-            # Before the first layer and after the last.
-            chunk = 0 if parts[0] == "embedding" and stage == 0 else last
-            if parts[1] == "layers":
-                chunk = chunk_of[int(parts[2])]
-            sizes[chunk, "experts" in parts][shard.name] += prod(shard.shape)
-        return tuple(
-            Buffer(is_expert, sum(named.values()), sum(_pad(size, 64) for size in named.values()))
-            for (_, is_expert), named in sorted(sizes.items())
-        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +199,20 @@ class Buffer:
             ranks: Ranks that share the optimizer's state.
         """
         return _pad(self.aligned, lcm(ranks, 128))
+
+
+def _buffers(parts: dict[tuple[str, bool], Buffer], counts: dict[str, int]) -> Iterator[Buffer]:
+    """Yield the buffers of a virtual stage.
+
+    Args:
+        parts: Parameters by kind, and by whether they belong to experts.
+        counts: How many of each kind the virtual stage has.
+    """
+    for is_expert in (False, True):
+        each = [(parts[kind, is_expert], n) for kind, n in counts.items() if n]
+        elements = sum(part.elements * n for part, n in each)
+        if elements:
+            yield Buffer(is_expert, elements, sum(part.aligned * n for part, n in each))
 
 
 def _pad(number: int, to: int) -> int:

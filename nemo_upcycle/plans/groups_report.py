@@ -1,5 +1,6 @@
 """The process groups of a folding as a table and as a figure."""
 
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DRAWN_NODES = 16
+NAMED_COLOURS = 64
+"""The most colours that the legend names; the text of each rank says the same."""
+
+COPIES = ("dp", "edp", "cp")
+"""Axes along which ranks hold the same parameters."""
 COLUMNS = ("groups", "of ranks", "the first", "where", "for")
 
 
@@ -68,7 +74,8 @@ def draw(folding: ParallelFolding, world_size: int, gpus_per_node: int, path: Pa
     """Write a figure of the ranks on their nodes, once for attention and once for experts.
 
     Colours show what a rank holds: the pipeline stage and tensor-parallel part in attention, the
-    stage and experts in MoE layers. Frames show the groups that communicate most: TP and ETP·EP.
+    stage and experts in MoE layers. No two have the same colour. Frames show the groups that
+    communicate most: TP and ETP·EP.
 
     Args:
         folding: The parallel mapping.
@@ -85,7 +92,9 @@ def draw(folding: ParallelFolding, world_size: int, gpus_per_node: int, path: Pa
     from matplotlib.figure import Figure
 
     nodes = drawn_nodes(folding, world_size, gpus_per_node)
-    figure = Figure(figsize=(2.2 * gpus_per_node, 1.8 + 0.75 * len(nodes)), layout="tight")
+    columns = min(gpus_per_node, world_size)
+    size = max(9, 2.4 * columns), 3.2 + 0.85 * len(nodes)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, names in zip(figure.subplots(1, 2), (ATTENTION, EXPERTS), strict=True):
         _panel(axes, folding, world_size, gpus_per_node, nodes, names)
@@ -155,9 +164,19 @@ def seats(
             rank = node * gpus_per_node + gpu
             at = coordinates(folding, world_size, rank)
             place = {name: getattr(at, name) for name in names}
-            own = tuple(value for name, value in place.items() if name not in ("dp", "edp", "cp"))
+            own = tuple(value for name, value in place.items() if name not in COPIES)
             found.append(Seat(rank, gpu, row, place, held.setdefault(own, len(held))))
     return found
+
+
+def colours_of(number: int) -> list[tuple[float, float, float]]:
+    """Return light colours, as many as asked for and no two alike: hues in up to three tones."""
+    tones = ((0.5, 1.0), (0.2, 0.95), (0.45, 0.75)) if number > 12 else ((0.45, 1.0),)
+    hues = -(-number // len(tones))
+    return [
+        hsv_to_rgb(n // len(tones) / hues, *tones[n % len(tones)])
+        for n in range(number)
+    ]  # fmt: skip
 
 
 def _panel(
@@ -168,23 +187,37 @@ def _panel(
     nodes: list[int],
     names: tuple[str, ...],
 ) -> None:
-    from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    colours = colormaps["tab20"]
     cells: dict[int, tuple[int, int]] = {}
-    for seat in seats(folding, world_size, gpus_per_node, nodes, names):
+    seated = seats(folding, world_size, gpus_per_node, nodes, names)
+    colours = colours_of(1 + max(seat.held for seat in seated))
+    sizes = {name: 1 + max(seat.place[name] for seat in seated) for name in names}
+    legend: dict[str, Rectangle] = {}
+    for seat in seated:
         cells[seat.rank] = gpu, row = seat.gpu, seat.row
-        colour = colours(seat.held % 20)
-        axes.add_patch(Rectangle((gpu, row), 1, 1, facecolor=colour, edgecolor="white"))
-        text = "\n".join(f"{name.upper()} {value}" for name, value in seat.place.items())
-        axes.text(gpu + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6)
+        colour = colours[seat.held]
+        cell = Rectangle((gpu, row), 1, 1, facecolor=colour, edgecolor="white")
+        axes.add_patch(cell)
+        words = [f"{name.upper()} {value}" for name, value in seat.place.items()]
+        text = "\n".join(["  ".join(words[:2]), "  ".join(words[2:])])
+        axes.text(gpu + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8)
+        split = [name for name in seat.place if name not in COPIES and sizes[name] > 1]
+        held = " ".join(f"{name.upper()} {seat.place[name]}" for name in reversed(split))
+        legend.setdefault(held or "all", cell)
+    if len(legend) <= NAMED_COLOURS:
+        axes.legend(
+            legend.values(), legend, title="one colour: the same parameters", fontsize=8,
+            ncols=min(8, len(legend)), loc="upper center", bbox_to_anchor=(0.5, -0.4 / len(nodes)),
+            columnspacing=1, handlelength=1.2,
+        )  # fmt: skip
     inner = rank_groups(folding, world_size)["ETP·EP" if names is EXPERTS else "TP"]
     for group in inner.ranks:
         _frame(axes, [cells[rank] for rank in group if rank in cells])
-    axes.set_xlim(0, gpus_per_node)
+    columns = min(gpus_per_node, world_size)
+    axes.set_xlim(0, columns)
     axes.set_ylim(len(nodes), 0)
-    gpus = range(gpus_per_node)
+    gpus = range(columns)
     axes.set_xticks([gpu + 0.5 for gpu in gpus], [str(gpu) for gpu in gpus])
     axes.set_yticks([row + 0.5 for row in range(len(nodes))], [f"node {node}" for node in nodes])
     axes.set_title("MoE layers" if names is EXPERTS else "attention and dense layers")

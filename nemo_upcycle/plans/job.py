@@ -9,7 +9,7 @@ from math import prod
 
 from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo
 from nemo_upcycle.checkpoint.described import Dense
-from nemo_upcycle.config import Exactness, ParallelFolding, UpcyclingConfig
+from nemo_upcycle.config import PRECISIONS, Exactness, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.plans.layout import (
     Coordinates,
@@ -28,9 +28,6 @@ from nemo_upcycle.plans.rank import (
     peak_bytes,
     read_bytes,
 )
-
-PARAMETER_DTYPES = {"bf16-mixed": "BF16", "32": "F32"}
-"""The parameters' dtype, by training precision."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +184,7 @@ def plan_job(
         folding: The parallel mapping.
         num_nodes: Nodes.
         num_gpus_per_node: Ranks per node.
-        precision: `bf16-mixed` or `32`.
+        precision: A name of `config.PRECISIONS`.
 
     Raises:
         UpcyclingError: The mapping does not fit the model.
@@ -197,16 +194,16 @@ def plan_job(
         raise UpcyclingError(
             f"num_nodes is {num_nodes}, num_gpus_per_node {num_gpus_per_node}; expected 1 or more."
         )
-    if precision not in PARAMETER_DTYPES:
+    if precision not in PRECISIONS:
         raise UpcyclingError(
-            f"precision is {precision!r}; expected one of: {', '.join(PARAMETER_DTYPES)}."
+            f"precision is {precision!r}; expected one of: {', '.join(PRECISIONS)}."
         )
     validate(dense.arch, upcycling, folding, world_size)
     places: dict[object, list[tuple[int, Coordinates]]] = defaultdict(list)
     for rank in range(world_size):
         place = coordinates(folding, world_size, rank)
         places[place.owner].append((rank, place))
-    dtype = PARAMETER_DTYPES[precision]
+    dtype = PRECISIONS[precision].dtype
     owners = tuple(_rank_plan(dense, upcycling, folding, dtype, ranks) for ranks in places.values())
     return JobPlan(dense, upcycling, folding, num_nodes, num_gpus_per_node, dtype, owners)
 

@@ -7,7 +7,7 @@ backwards, the operations say where the parameter's rows go.
 import json
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +20,7 @@ from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe import MoEFamily
 from nemo_upcycle.families.names import expert_of, layer_of, pattern_of
+from nemo_upcycle.progress import size
 from nemo_upcycle.trained.configs import write_json
 
 SHARD_BYTES = 5 * 10**9
@@ -203,26 +204,44 @@ def write_index(files: Sequence[OutputFile], directory: Path) -> None:
 
 
 @contextmanager
-def new_directory(directory: Path, size: int) -> Iterator[Path]:
+def new_directory(directory: Path, bytes_written: int) -> Iterator[Path]:
     """Yield a temporary directory that gets its name when complete, or is removed after an error.
 
     Args:
         directory: The directory to make.
-        size: Bytes that will be written.
+        bytes_written: Bytes that will be written.
 
     Raises:
         UpcyclingError: `directory` exists, or cannot be written.
     """
-    if directory.exists() or directory.is_symlink():
-        raise UpcyclingError(f"{directory} exists; expected a new directory. Give another name.")
+    check_new(directory)
     try:
         with _made_whole(directory) as partial:
             yield partial
     except OSError as error:
         raise UpcyclingError(
             f"{directory} cannot be written: {error.strerror or error}. Name a directory that may "
-            f"be written, on a disk with {size / 2**30:.1f} GiB free."
+            f"be written, on a disk with {size(bytes_written)} free."
         ) from error
+
+
+def check_new(directory: Path, inputs: Iterable[Path] = ()) -> None:
+    """Check that a directory is to be made, and outside of what is read.
+
+    Args:
+        directory: The directory to make.
+        inputs: Directories that are read.
+
+    Raises:
+        UpcyclingError: `directory` exists, or lies in an input.
+    """
+    if directory.exists() or directory.is_symlink():
+        raise UpcyclingError(f"{directory} exists; expected a new directory. Give another name.")
+    for given in inputs:
+        if given.resolve() in directory.resolve().parents:
+            raise UpcyclingError(
+                f"{directory} lies in the input {given}; expected a directory outside of it."
+            )
 
 
 @contextmanager

@@ -232,7 +232,8 @@ def start_mock(tokenizer: Path) -> Any:
         module.setup()
     except UpcyclingError as error:
         return str(error)
-    return len(module._train_ds[0]["tokens"])
+    item = module._train_ds[0]
+    return len(item["tokens"]), list(item["attention_mask"].shape)
 
 
 def test_mock_data_of_a_larger_tokenizer_are_refused(
@@ -242,7 +243,8 @@ def test_mock_data_of_a_larger_tokenizer_are_refused(
     said = "mock data are random ids of the tokenizer's 513 tokens, and the model has 512"
     for answer in ranks.run(start_mock, 2, tokenizer=tokenizer):
         assert said in answer
-    assert ranks.run(start_mock, 1, tokenizer=workspace / "tokenizer") == [SEQ_LENGTH]
+    (fits,) = ranks.run(start_mock, 1, tokenizer=workspace / "tokenizer")
+    assert fits == (SEQ_LENGTH, [1, SEQ_LENGTH, SEQ_LENGTH])  # without a mask the model refuses
 
 
 # --- What is not ---------------------------------------------------------------------------------

@@ -53,6 +53,19 @@ def test_a_run_gets_more_steps(runs: Runs, resumable: Path) -> None:
     assert len(losses[0]) == STEPS + 1 - STOPPED
 
 
+def test_a_run_goes_on_whose_state_is_gathered_on_the_host(
+    runs: Runs, resumable: Path, expected: list[float]
+) -> None:
+    """As recipes save that keep less of the optimizer on the GPUs."""
+    strategy = "trainer.strategy.distrib_optim_fully_reshardable_mem_efficient"
+    losses, _ = runs.start(resumable, overrides={strategy: True})
+    assert losses[0] == pytest.approx(expected[STOPPED:], rel=1e-5)
+    more, _ = runs.start(
+        resumable, options=EP2 | {"max_steps": STEPS + 1}, overrides={strategy: True}
+    )
+    assert len(more[0]) == 1
+
+
 def test_the_record_of_loads_goes_on(runs: Runs, resumable: Path) -> None:
     """Without the steps that a killed run has measured after its last checkpoint."""
     path = resumable / "run" / LOADS

@@ -48,6 +48,14 @@ def test_usual_numbers_are_not_mentioned() -> None:
         ({"config__weight_decay": -0.1}, "optim.config.weight_decay is -0.1"),
         ({"scheduler__warmup_steps": -3}, "optim.lr_scheduler.warmup_steps is -3"),
         ({"config__lr": 1e-6}, "below optim.lr_scheduler.min_lr"),
+        (
+            {
+                "config__use_precision_aware_optimizer": True,
+                "config__store_param_remainders": True,
+                "trainer__strategy": SimpleNamespace(ckpt_optim_fully_reshardable=True),
+            },
+            "checkpoints that it cannot load. Set optim.config.store_param_remainders=False",
+        ),
     ],
 )
 def test_nonsense_is_refused(change: dict[str, Any], message: str) -> None:

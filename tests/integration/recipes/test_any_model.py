@@ -64,14 +64,25 @@ def test_mappings_are_those_that_megatron_and_the_plan_accept(published: Path, g
     assert "UpcyclingCallback" in callbacks(recipe)
 
 
+def test_on_8_gpus_e8_has_its_optimizer_on_the_host(
+    published: Path, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = built(published, hardware="h100")
+    checked(recipe, published, 8)
+    config = recipe.optim.config
+    assert (config.optimizer_cpu_offload, config.optimizer_offload_fraction >= 0.75) == (True, True)
+    assert "OffloadedOptimizer" in callbacks(recipe)
+    said = capsys.readouterr().err
+    assert "of the optimizer on the CPUs, which costs" in said
+    assert "Without it, this would fit: num_moe_experts=4 on the same GPUs; or 16 GPUs." in said
+
+
 def test_on_8_gpus_e8_is_refused_with_what_fits_and_that_fits(
     published: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(UpcyclingError) as told:
-        built(published, hardware="h100")
-    assert "GiB too much. This would fit: num_moe_experts=4 on the same GPUs; or 16 GPUs." in str(
-        told.value
-    )
+        built(published, hardware="h100", optimizer_offload_fraction=0.0)
+    assert "num_moe_experts=4 on the same GPUs; or 16 GPUs." in str(told.value)
     checked(built(published, hardware="h100", num_moe_experts=4), published, 8)
     said = capsys.readouterr().err
     for words in ("E4T2 of ", "the fastest of ", "On 8 H100: ", "learning rate ", "warm-up steps"):

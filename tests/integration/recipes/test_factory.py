@@ -1,6 +1,7 @@
 """What the recipes say."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_DENSE, LLAMA3_8B_E8T2
@@ -264,11 +265,42 @@ def test_the_dense_control_has_the_same_data_and_schedule() -> None:
     assert dense.trainer.callbacks[-1].dense_checkpoint == "meta-llama/Meta-Llama-3-8B"
 
 
+@pytest.mark.parametrize(
+    "storage",
+    [
+        {"optimizer_state": "bf16"},
+        {"optimizer_offload_fraction": 0.5},
+        {"grad_reduce_in_fp32": False},
+    ],
+)
+def test_savings_in_the_optimizer_are_refused_on_cpu(storage: dict[str, Any]) -> None:
+    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+
+    with pytest.raises(UpcyclingError, match=r"needs a GPU and Transformer Engine\. On CPU leave"):
+        upcycled_recipe(accelerator="cpu", precision="bf16-mixed", **storage)
+
+
+def test_a_checkpoint_without_tokenizer_is_refused_before_the_launch(tmp_path: Path) -> None:
+    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+
+    with pytest.raises(UpcyclingError, match=r"holds no tokenizer.*by tokenizer='DIR'"):
+        upcycled_recipe(accelerator="cpu", tokenizer=str(tmp_path))
+    assert upcycled_recipe(accelerator="cpu", tokenizer="/on/the/cluster").model.tokenizer
+
+
+def test_fp8_is_refused_on_cpu() -> None:
+    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+
+    with pytest.raises(UpcyclingError, match="needs a GPU and Transformer Engine; on CPU use '32'"):
+        upcycled_recipe(accelerator="cpu", precision="fp8")
+
+
 def test_recompute_on_cpu() -> None:
     """Megatron recomputes the activation function of grouped experts alone, which need a GPU."""
     from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
 
     config = upcycled_recipe(accelerator="cpu", recompute="moe").model.config
     assert config.recompute_modules == ["moe"]
-    with pytest.raises(UpcyclingError, match="moe_act', which needs grouped GEMM"):
-        upcycled_recipe(accelerator="cpu", recompute="moe_act")
+    for name in ("moe_act", "norm_act"):
+        with pytest.raises(UpcyclingError, match=f"{name}', which needs grouped GEMM"):
+            upcycled_recipe(accelerator="cpu", recompute=name)

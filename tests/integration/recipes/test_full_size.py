@@ -7,7 +7,7 @@ import pytest
 from nemo_upcycle_recipes.expectations import expected, workload
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
 
-from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.config import RECOMPUTE, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.tuning import tune
@@ -160,6 +160,7 @@ def test_performance_mode_needs_gpus() -> None:
     [
         ({}, {"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
         ({"recompute": "moe_act"}, {"recompute_modules": ["moe_act"]}),
+        ({"recompute": "norm_act"}, {"recompute_modules": ["layernorm", "moe_act"]}),
         ({"recompute": "full"}, {"recompute_granularity": "full", "recompute_num_layers": 1}),
         ({"recompute": "none"}, {"recompute_granularity": None}),
         ({}, {"moe_grouped_gemm": True, "moe_permute_fusion": True}),
@@ -203,6 +204,63 @@ def test_bad_recompute_is_refused() -> None:
         replace(RECIPES["llama3_8b_dense"], recompute="moe")
 
 
+@pytest.mark.parametrize(
+    ("precision", "fields"),
+    [
+        ("fp8", {"fp8": "hybrid", "fp8_recipe": "tensorwise", "num_layers_at_end_in_bf16": 1}),
+        ("mxfp8", {"fp8": "e4m3", "fp8_recipe": "mxfp8"}),
+    ],
+)
+def test_fp8_is_of_the_model_and_of_the_precision(precision: str, fields: dict[str, Any]) -> None:
+    """NeMo's plug-in overwrites the model's fields with its own; parameters stay in bf16."""
+    built = recipe(precision=precision)
+    for name, value in fields.items():
+        assert getattr(built.model.config, name) == getattr(built.trainer.plugins, name) == value
+    assert built.model.config.moe_router_padding_for_fp8
+    assert built.trainer.plugins.precision == "bf16-mixed"
+    assert built.optim.config.bf16
+    dense = recipe("llama3_8b_dense", precision=precision).model.config
+    assert dense.fp8
+    assert not dense.moe_router_padding_for_fp8
+    assert recipe().model.config.fp8 is None
+
+
+def test_fp8_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(UpcyclingError, match="precision is 'fp4'; expected one of: bf16-mixed"):
+        recipe(precision="fp4")
+    with pytest.raises(UpcyclingError, match="cannot pad the experts' tokens for FP8"):
+        recipe(precision="fp8", moe_token_dispatcher_type="allgather")
+
+
+def test_the_optimizer_is_stored_as_told() -> None:
+    import torch
+
+    built = recipe()
+    assert not hasattr(built.optim.config, "optimizer_cpu_offload") or (
+        not built.optim.config.optimizer_cpu_offload
+    )
+    assert not built.trainer.strategy.distrib_optim_fully_reshardable_mem_efficient
+    assert "OffloadedOptimizer" not in callbacks(built)
+
+    built = recipe(optimizer_offload_fraction=0.75, grad_reduce_in_fp32=False)
+    config, strategy = built.optim.config, built.trainer.strategy
+    assert config.use_precision_aware_optimizer and config.optimizer_cpu_offload
+    assert not config.store_param_remainders
+    assert config.optimizer_offload_fraction == 0.75
+    assert config.main_grads_dtype == torch.bfloat16
+    assert not strategy.ddp.grad_reduce_in_fp32
+    assert not built.trainer.plugins.grad_reduce_in_fp32
+    assert strategy.distrib_optim_fully_reshardable_mem_efficient
+    names = callbacks(built)
+    assert names.index("OffloadedOptimizer") < names.index("UpcyclingCallback")
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp8", torch.uint8)):
+        config = recipe(optimizer_state=name).optim.config
+        assert config.exp_avg_dtype == config.exp_avg_sq_dtype == dtype
+        assert config.use_precision_aware_optimizer and not config.store_param_remainders
+        assert not config.optimizer_cpu_offload
+
+
 def megatrons_config(built: Any) -> Any:
     """Make Megatron's config, which checks itself, without the kernels that this machine lacks."""
     import fiddle
@@ -219,7 +277,7 @@ def megatrons_config(built: Any) -> Any:
     return fiddle.build(config)
 
 
-@pytest.mark.parametrize("recompute", ["none", "moe_act", "moe", "full"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", [*MODULES, *NEMOTRON])
 def test_megatron_takes_every_recipe(name: str, recompute: str) -> None:
     config = megatrons_config(recipe(name, recompute=recompute, performance_mode=True))

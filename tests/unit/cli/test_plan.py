@@ -252,7 +252,7 @@ def test_padding_is_shown_as_zeros(tmp_path: Path) -> None:
         (["num_nodes=True"], "num_nodes is True; expected int."),
         (["moe_expert_capacity_factor=x"], "expected float or None"),
         (["num_nodes=0"], "expected 1 or more"),
-        (["precision=fp8"], "precision is 'fp8'"),
+        (["precision=fp4"], "precision is 'fp4'"),
         (["num_nodes=3"], "24 ranks do not divide by TP·CP·PP = 16"),
         (["tensor_model_parallel_size=16"], "num_query_groups=8 does not divide"),
         (["num_moe_experts=4"], "4 experts do not divide"),

@@ -107,7 +107,8 @@ def test_several_files_hold_the_same(dense: Path, tmp_path: Path) -> None:
 
 
 def test_another_dtype_is_rounded_once(dense: Path, tmp_path: Path) -> None:
-    upcycle_directory(str(dense), tmp_path / "moe", dtype="BF16")
+    plan, _ = upcycle_directory(str(dense), tmp_path / "moe", dtype="BF16")
+    assert "weights are rounded from F32 to BF16" in " ".join(plan.notes)
     moe = load_file(tmp_path / "moe" / "model.safetensors")
     assert {values.dtype for values in moe.values()} == {torch.bfloat16}
     up = load_file(dense / "model.safetensors")["model.layers.2.mlp.up_proj.weight"]
@@ -174,6 +175,17 @@ def test_a_directory_that_exists_is_kept(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "moe").mkdir()
     with pytest.raises(UpcyclingError, match="exists"):
         upcycle_directory(str(dense), tmp_path / "moe")
+
+
+@pytest.mark.parametrize(("name", "message"), [(".", "exists"), ("inside", "lies in the input")])
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_the_dry_run_refuses_what_the_run_refuses(
+    dense: Path, name: str, message: str, option: list[str]
+) -> None:
+    shown = CliRunner().invoke(app, ["upcycle", str(dense), str(dense / name), *option])
+    assert shown.exit_code == 1
+    assert message in shown.output
+    assert not (dense / "inside").exists()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.plans.groups import rank_groups
-from nemo_upcycle.plans.groups_report import drawn_nodes
+from nemo_upcycle.plans.groups_report import colours_of, drawn_nodes
 
 
 def test_what_stays_inside_a_node() -> None:
@@ -58,3 +58,9 @@ def test_more_stages_than_there_is_room_for() -> None:
 def test_a_world_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UpcyclingError, match="do not divide"):
         rank_groups(LLAMA3_8B_E8T2.folding, 100)
+
+
+@pytest.mark.parametrize("number", [1, 2, 20, 32, 128, 500])
+def test_no_two_parts_have_the_same_colour(number: int) -> None:
+    shown = {tuple(round(255 * part) for part in colour) for colour in colours_of(number)}
+    assert len(shown) == number

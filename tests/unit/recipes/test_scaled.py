@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
-from nemo_upcycle_recipes.scaled import nodes_of, scaled_recipe, scaled_schedule, why
+from nemo_upcycle_recipes.scaled import scaled_recipe, scaled_schedule, why
 
 from nemo_upcycle.checkpoint.described import Dense
-from nemo_upcycle.errors import UpcyclingError
 
 
 def dense(name: str) -> Dense:
@@ -87,15 +86,3 @@ def test_every_number_has_its_reason() -> None:
     ):
         assert words in text
     assert "per step: a trial on CPU" in "\n".join(why(recipe, on_cpu=True))
-
-
-@pytest.mark.parametrize(
-    ("gpus", "nodes"), [(8, (1, 8)), (4, (1, 4)), (12, (2, 6)), (20, (4, 5)), (13, (13, 1))]
-)
-def test_nodes_have_exactly_these_gpus(gpus: int, nodes: tuple[int, int]) -> None:
-    assert nodes_of(gpus, 8) == nodes
-
-
-def test_no_gpus_is_an_error() -> None:
-    with pytest.raises(UpcyclingError, match="0 GPUs"):
-        nodes_of(0, 8)

@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, saved: Path) -> None:
     def full(done: int, total: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(UpcyclingError, match=r"No space left on device.* GiB free"):
+    with pytest.raises(UpcyclingError, match=r"No space left on device.* KiB free"):
         export(saved, tmp_path / "new" / "hf", full)
     assert not list(tmp_path.iterdir())
 
