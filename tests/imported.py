@@ -6,6 +6,8 @@ would spend a quarter of its time on looking at them again and again.
 """
 
 import gc
+import os
+from functools import partial
 
 import torch
 
@@ -17,5 +19,8 @@ else:
     import megatron.core  # noqa: F401
 
 torch.set_num_threads(1)  # threads of OpenMP would not survive a fork
+# A fork replaces torch's pool of threads at the first use. Two threads that are first at once may
+# find none: "Invalid thread pool!" So the first use is here, while there is one thread.
+os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 gc.collect()
 gc.freeze()

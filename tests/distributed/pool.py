@@ -178,6 +178,18 @@ def pretend_torchrun(rank: int, world_size: int, store: Path) -> None:
     }
 
 
+def destroy_groups() -> None:
+    """Destroy all process groups but that of all ranks; each has threads that keep polling.
+
+    Megatron only forgets the groups of a mapping. After 30 mappings, 1,700 threads would poll.
+    """
+    import torch.distributed as dist
+
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def _forget() -> None:
     """Undo what Megatron and NeMo keep in the process."""
     import torch

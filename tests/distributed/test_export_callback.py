@@ -32,22 +32,19 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_every_nth_checkpoint_and_the_last_are_exported(ranks: RankPool, tmp_path: Path) -> None:
+def test_every_nth_checkpoint_what_is_missing_and_the_last_are_exported(
+    ranks: RankPool, tmp_path: Path
+) -> None:
     make_workspace(tmp_path)
-    exported = run(ranks, tmp_path, "every", max_steps=5, every_n=2)
+    exported = run(ranks, tmp_path, "run", max_steps=4, every_n=2)
+    assert names(exported) == ["step=1", "step=3"]
+    expected = files(exported / "step=3")
+    shutil.rmtree(exported / "step=3")
+
+    run(ranks, tmp_path, "run", max_steps=5, every_n=2)  # a resume
     assert names(exported) == ["step=1", "step=3", "step=4"]
+    assert files(exported / "step=3") == expected
     weights = [files(exported / name)["model.safetensors"] for name in names(exported)]
     assert len(set(weights)) == 3
-    export(tmp_path / "every", tmp_path / "last")
+    export(tmp_path / "run", tmp_path / "last")
     assert files(exported / "step=4") == files(tmp_path / "last")
-
-
-def test_a_resume_exports_what_is_missing(ranks: RankPool, tmp_path: Path) -> None:
-    make_workspace(tmp_path)
-    exported = run(ranks, tmp_path, "resumed", max_steps=2, every_n=1)
-    assert names(exported) == ["step=0", "step=1"]
-    expected = files(exported / "step=1")
-    shutil.rmtree(exported / "step=1")
-    run(ranks, tmp_path, "resumed", max_steps=3, every_n=1)
-    assert names(exported) == ["step=0", "step=1", "step=2"]
-    assert files(exported / "step=1") == expected

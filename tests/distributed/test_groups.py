@@ -9,7 +9,7 @@ from nemo_upcycle.check.process_groups import groups_of_rank
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.plans.groups import KINDS, rank_groups
 from tests.distributed.foldings import FOLDINGS
-from tests.distributed.pool import RankPool, nemo_recipe
+from tests.distributed.pool import RankPool, destroy_groups, nemo_recipe
 from tests.workspace import make_workspace
 
 PAPERS_SHAPE = ParallelFolding.of(tp=2, pp=2, vpp=2, ep=2, etp=1)
@@ -24,6 +24,7 @@ def groups_of(foldings: list[ParallelFolding]) -> list[dict[str, tuple[int, ...]
         parallel_state.initialize_model_parallel(**folding.parallel_sizes)
         found.append(groups_of_rank())
         parallel_state.destroy_model_parallel()
+        destroy_groups()
     return found
 
 

@@ -1,7 +1,8 @@
 """Commands from a process that has imported NeMo already: each is a fork of it.
 
-Importing NeMo takes 10 to 16 s, most of what a light command takes. What the command does from
-there on is the same; `cli.run` starts it as a user does unless the command is to be forked.
+Importing NeMo takes 10 to 16 s, most of what a light command takes. The process is itself a fork of
+the one from which the tests' ranks come. What the command does from there on is the same; `cli.run`
+starts it as a user does unless the command is to be forked.
 """
 
 import atexit
@@ -16,12 +17,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.distributed.pool import forks
+
 
 class Zygote:
     """A process that forks one command at a time."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forks()
         self._connection, theirs = context.Pipe()
         context.Process(target=_serve, args=(theirs, environment)).start()
         theirs.close()
@@ -49,14 +52,12 @@ def _serve(connection: Connection, environment: dict[str, str]) -> None:
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
-    import torch
-
-    torch.set_num_threads(1)  # threads of OpenMP would not survive the fork
     import nemo_run.__main__
 
     from nemo_upcycle.cli import nemo_run as plugin
+    from tests import imported
 
-    assert nemo_run.__main__ and plugin
+    assert imported and nemo_run.__main__ and plugin
     gc.freeze()  # no garbage collection of a command looks at the imported
     context: Any = multiprocessing.get_context("fork")
     with contextlib.suppress(EOFError):

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import progress
+
 RANK = """
 import signal, sys, time
 from pathlib import Path
@@ -29,6 +31,10 @@ sys.exit(rank.wait())
 """
 NEMO = """
 import subprocess, sys
+from types import ModuleType
+local = ModuleType("nemo_run.run.torchx_backend.schedulers.local")
+local.PersistentLocalScheduler = type("PersistentLocalScheduler", (), {"schedule": None})
+sys.modules[local.__name__] = local  # importing NeMo-Run takes 5 s
 from nemo_upcycle.cli import interrupt
 interrupt.listen()
 launched = subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)
@@ -64,8 +70,14 @@ class Command:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def end(self) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=60)
-        return self.process.returncode, output
+        code = progress.exit_code(self.process)
+        return code, self.process.communicate()[0]
+
+
+def all_end(processes: list[psutil.Process]) -> bool:
+    """Wait for processes that are to end."""
+    pids = [process.pid for process in processes]
+    return progress.until(lambda: not psutil.wait_procs(processes, timeout=0)[1], pids)
 
 
 def test_ranks_that_train_are_told(tmp_path: Path) -> None:
@@ -91,14 +103,14 @@ def test_ranks_that_train_are_told_of_a_schedulers_signal(
     assert "NeMo-Run ends" in output
     assert code == 143
     assert command.state.read_text() == f"signal {signal.SIGTERM:d}"
-    assert not psutil.wait_procs(started, timeout=10)[1]
+    assert all_end(started)
 
 
 def test_ranks_save_where_nemo_is_killed(tmp_path: Path) -> None:
     command = Command(tmp_path, "trains", "saves")
     started = command.descendants()
     command.process.kill()
-    assert not psutil.wait_procs(started, timeout=10)[1]
+    assert all_end(started)
     assert command.state.read_text() == f"signal {signal.SIGTERM:d}"
 
 
@@ -108,7 +120,7 @@ def test_a_job_that_has_ended_leaves_no_watcher(tmp_path: Path) -> None:
     (rank,) = next(p for p in started if p.children()).children()
     rank.terminate()
     assert command.end()[0] == 0
-    assert not psutil.wait_procs(started, timeout=10)[1]
+    assert all_end(started)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -120,7 +132,7 @@ def test_without_a_job_a_signal_ends_nemo_as_ever(tmp_path: Path, number: int) -
     )
     assert process.stdout is not None and process.stdout.readline()
     process.send_signal(number)
-    assert process.wait(timeout=60) == -number
+    assert progress.exit_code(process) == -number
     process.stdout.close()
 
 

@@ -1,8 +1,8 @@
 """A Hugging Face directory of an MoE, straight from a dense one."""
 
 import json
-import subprocess
-import sys
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -188,15 +188,22 @@ def test_the_dry_run_refuses_what_the_run_refuses(
     assert not (dense / "inside").exists()
 
 
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process can grow beyond 100 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_files")
 def test_a_full_disk_is_one_error(dense: Path, tmp_path: Path) -> None:
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-        "from nemo_upcycle.cli import main; main()"
-    )
-    words = [sys.executable, "-c", code, "upcycle", str(dense), str(tmp_path / "moe")]
-    ended = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert "cannot be written: File too large" in ended.stderr and "Traceback" not in ended.stderr
+    ended = CliRunner().invoke(app, ["upcycle", str(dense), str(tmp_path / "moe")])
+    assert ended.exit_code == 1
+    assert "cannot be written: File too large" in ended.output
+    assert len([line for line in ended.output.splitlines() if line.startswith("Error: ")]) == 1
+    assert "Traceback" not in ended.output
     assert not list(tmp_path.glob("moe*"))
 
 
