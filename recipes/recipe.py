@@ -107,7 +107,7 @@ class Recipe:
                 f"recompute is {self.recompute!r}, but the model has no experts "
                 "(num_moe_experts is None); use 'none' or 'full'."
             )
-        if self.precision != "bf16-mixed" and not self.optimizer.is_default:
+        if not (PRECISIONS[self.precision].has_savings or self.optimizer.is_default):
             raise UpcyclingError(
                 f"The precision is {self.precision}, with {self.optimizer}; this is "
                 f"supported only with bf16-mixed. Leave {', '.join(OF_OPTIMIZER)} out."

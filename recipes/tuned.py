@@ -11,7 +11,7 @@ from nemo_upcycle_recipes.expectations import mapping, workload
 from nemo_upcycle_recipes.recipe import OF_OPTIMIZER, Recipe
 
 from nemo_upcycle.checkpoint.described import config_alone
-from nemo_upcycle.config import OptimizerStorage
+from nemo_upcycle.config import PRECISIONS, OptimizerStorage
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.planner.hardware import Hardware
@@ -136,7 +136,7 @@ def as_given(recipe: Recipe, names: Collection[str]) -> Allowed:
 
 def _savings(recipe: Recipe, names: Collection[str]) -> list[OptimizerStorage]:
     """Return the ways to store the optimizer that keep the arguments that were given."""
-    if recipe.precision != "bf16-mixed":
+    if not PRECISIONS[recipe.precision].has_savings:
         return []
     given = {*names} & {*OF_OPTIMIZER}
     return [

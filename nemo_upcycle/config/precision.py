@@ -26,6 +26,11 @@ class Precision:
         """Whether matrix products are in FP8."""
         return bool(self.fields)
 
+    @property
+    def has_savings(self) -> bool:
+        """Whether Adam's state may be kept in less precision or on the host."""
+        return self.is_bf16 and not self.is_fp8
+
 
 PRECISIONS = {
     "bf16-mixed": Precision("BF16"),

@@ -32,7 +32,6 @@ from nemo_upcycle.trained.model_card import hub_name, write_model_card
 from nemo_upcycle.trained.outputs import (
     SHARD_BYTES,
     Output,
-    check_new,
     files_of,
     new_directory,
     outputs_of,
@@ -164,8 +163,7 @@ def upcycle_directory(
     """
     plan = plan_directory(dense_checkpoint, upcycling, dtype)
     directory = Path(directory).expanduser()
-    check_new(directory, plan.inputs)
-    with new_directory(directory, plan.bytes) as partial:
+    with new_directory(directory, plan.bytes, plan.inputs) as partial:
         # Small files first: errors appear before the weights are written.
         plan.notes.extend(_write_small_files(plan, partial, directory.name))
         report = _write_weights(plan, partial, progress or no_progress, shard_bytes)

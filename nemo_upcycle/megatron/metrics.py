@@ -9,9 +9,8 @@ from megatron.core.num_microbatches_calculator import get_current_global_batch_s
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.health import MoEHealth
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.fields import megatron_model
 from nemo_upcycle.megatron.model import Chunks, described
-from nemo_upcycle.planner.flops import flops
+from nemo_upcycle.planner.flops import flops_of_config
 from nemo_upcycle.planner.step_clock import StepClock
 
 
@@ -62,8 +61,7 @@ class TrainingMetrics:
         """
         chunks = [_unwrapped(chunk) for chunk in model]
         config = described(chunks, vocab_size_divisible_by=1)
-        capacity = config.moe_expert_capacity_factor
-        counted = flops(megatron_model(vars(config)), config.seq_length, capacity)
+        counted = flops_of_config(config)
         self._clock = StepClock(counted, *self._timing)
         if config.num_moe_experts is not None:
             self._health = MoEHealth()

@@ -4,9 +4,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from nemo_upcycle.families.fields import megatron_model
 from nemo_upcycle.nemo.recorded import Recorded
-from nemo_upcycle.planner.flops import flops
+from nemo_upcycle.planner.flops import flops_of_config
 from nemo_upcycle.planner.step_clock import StepClock
 
 
@@ -32,8 +31,7 @@ class MFUCallback(pl.Callback, Recorded):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count the operations per sequence."""
         config = pl_module.config
-        capacity = config.moe_expert_capacity_factor
-        counted = flops(megatron_model(vars(config)), config.seq_length, capacity)
+        counted = flops_of_config(config)
         self._clock = StepClock(counted, self.peak_tflops, self.warm_up_steps)
 
     def on_train_batch_end(

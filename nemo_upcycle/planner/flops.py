@@ -7,8 +7,10 @@ the router do not count. Backward is twice forward.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from nemo_upcycle.families import dimensions
+from nemo_upcycle.families.fields import megatron_model
 from nemo_upcycle.families.model import MoEModel
 
 
@@ -63,6 +65,12 @@ def flops(model: MoEModel, seq_length: int, capacity_factor: float | None = None
         feed_forward=2 * hidden * _neurons(model, done) * (arch.fc1_rows + 1) * seq_length,
         output=2 * hidden * arch.vocab_size * seq_length,
     )
+
+
+def flops_of_config(config: Any) -> Flops:
+    """Count the operations of a forward pass over one sequence of a Megatron config."""
+    model = megatron_model(vars(config))
+    return flops(model, config.seq_length, config.moe_expert_capacity_factor)
 
 
 def _seen(seq_length: int, window: int | None) -> float:

@@ -13,14 +13,13 @@ from nemo_upcycle.planner.nodes import near, of_job
 from nemo_upcycle.planner.search import any_fits
 from nemo_upcycle.planner.space import (
     MICRO_BATCH_SIZES,
-    STAGES,
     Allowed,
     Given,
     foldings,
     given_by,
     mappings_of,
 )
-from nemo_upcycle.planner.workload import Mapping, Workload
+from nemo_upcycle.planner.workload import OF_STAGES, STAGES, Mapping, Workload
 from nemo_upcycle.plans.layout import validate
 
 PP, VPP = ParallelFolding.NAMES["pp"], ParallelFolding.NAMES["vpp"]
@@ -100,7 +99,7 @@ def _of_sizes(workload: Workload, world_size: int, given: Given) -> str | None:
     """Say which given sizes contradict the model, the GPUs or the sequence; None if none does."""
     fields = given.folding
     for name, value in fields.items():
-        if name not in (PP, VPP, *STAGES) and (error := _error(workload, None, {name: value})):
+        if name not in OF_STAGES and (error := _error(workload, None, {name: value})):
             return error
     if error := _of_stages(workload, world_size, fields):
         return error

@@ -4,9 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from nemo_upcycle.config import OptimizerStorage
 from nemo_upcycle.planner.hardware import Hardware
-from nemo_upcycle.planner.memory import memory
 from nemo_upcycle.planner.optimizer import host_bytes, host_suffices
-from nemo_upcycle.planner.search import Prediction, fitting
+from nemo_upcycle.planner.search import Prediction, fitting, least_of
 from nemo_upcycle.planner.workload import Mapping, Workload
 
 GIB = 2**30
@@ -87,7 +86,7 @@ def cost(
         would_fit: What would fit without the saving, in words.
     """
     storage, mapping = best.workload.optimizer, best.mapping
-    least = min(memory(workload, group[-1]).total for group in every) / GIB
+    least = least_of(workload, best.hardware, every).memory.total / GIB
     costs = []
     if storage.optimizer_offload_fraction:
         node = host_bytes(best.workload, mapping, best.hardware) / GIB

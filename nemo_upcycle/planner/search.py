@@ -224,11 +224,18 @@ def least_memory(
 ) -> Prediction | None:
     """Return the mapping that needs the least memory, even if the mapping does not fit."""
     used = of_job(hardware, world_size)
-    every = [
-        (memory(workload, mappings[-1]), mappings[-1])
-        for mappings in mappings_of(workload, world_size, used, allowed)
-    ]
-    if not every:
-        return None
-    needed, mapping = min(every, key=lambda pair: pair[0].total)
-    return Prediction(workload, mapping, used, needed, step_time(workload, mapping, used))
+    every = list(mappings_of(workload, world_size, used, allowed))
+    return least_of(workload, used, every) if every else None
+
+
+def least_of(workload: Workload, hardware: Hardware, every: Iterable[list[Mapping]]) -> Prediction:
+    """Return the mapping that needs the least memory, of one group or more.
+
+    Args:
+        workload: Model and batch.
+        hardware: The GPUs, with the nodes of the job.
+        every: Groups of mappings that differ in recompute, the most recompute last.
+    """
+    needs = ((memory(workload, mappings[-1]), mappings[-1]) for mappings in every)
+    needed, mapping = min(needs, key=lambda pair: pair[0].total)
+    return Prediction(workload, mapping, hardware, needed, step_time(workload, mapping, hardware))

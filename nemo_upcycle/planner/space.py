@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from nemo_upcycle.config import ACCOUNTED_LAYERS, RECOMPUTE, UNEVEN_STAGES, ParallelFolding
+from nemo_upcycle.config import RECOMPUTE, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
-from nemo_upcycle.planner.workload import Mapping, Workload
+from nemo_upcycle.planner.workload import STAGES, Mapping, Workload
 from nemo_upcycle.plans.layout import validate
 
 SIZES = (1, 2, 4, 8, 16)
@@ -19,8 +19,6 @@ MICRO_BATCH_SIZES = (1, 2, 4)
 
 FEWEST_TOKENS = 4096
 """Tokens per sequence and rank from which CP is tried beyond the NVLink domain."""
-
-STAGES = (*UNEVEN_STAGES, *ACCOUNTED_LAYERS)
 
 Allowed = Callable[[Mapping], bool]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_upcycle.config import OptimizerStorage
+from nemo_upcycle.config import PRECISIONS, OptimizerStorage
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.impossible import impossible
@@ -15,7 +15,7 @@ from nemo_upcycle.planner.search import (
     HEADROOM,
     Prediction,
     examined,
-    least_memory,
+    least_of,
     room,
     unfolded,
 )
@@ -152,12 +152,12 @@ def _nothing_fits(
     allowed: Allowed,
     every: Sequence[list[Mapping]],
 ) -> UpcyclingError:
-    least = least_memory(workload, world_size, hardware, allowed)
-    assert least is not None  # some mapping is possible
+    used = of_job(hardware, world_size)
+    least = least_of(workload, used, every)
     too_much = least.memory.total - room(hardware)
     would = remedies(workload, world_size, hardware, allowed)
-    if workload.precision == "bf16-mixed":
-        for one in with_savings(workload, of_job(hardware, world_size), every, SAVINGS)[:1]:
+    if PRECISIONS[workload.precision].has_savings:
+        for one in with_savings(workload, used, every, SAVINGS)[:1]:
             chosen = one.workload.optimizer.chosen.items()
             arguments = ", ".join(f"{name}={value!r}" for name, value in chosen)
             would.insert(0, f"{arguments} on the same GPUs")

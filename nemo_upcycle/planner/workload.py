@@ -26,12 +26,10 @@ KINDS = ("moe", "dense", "before", "after", "copy")
 """Kinds of parameters: of an MoE layer, of a dense layer, before and after the layers, and the copy
 of the embedding."""
 
-OF_STAGES = (
-    ParallelFolding.NAMES["pp"],
-    ParallelFolding.NAMES["vpp"],
-    *UNEVEN_STAGES,
-    *ACCOUNTED_LAYERS,
-)
+STAGES = (*UNEVEN_STAGES, *ACCOUNTED_LAYERS)
+"""The fields of a folding that make stages uneven."""
+
+OF_STAGES = (ParallelFolding.NAMES["pp"], ParallelFolding.NAMES["vpp"], *STAGES)
 """The fields of a folding that decide which layers are in a stage."""
 
 _of_stages = attrgetter(*OF_STAGES)

@@ -204,17 +204,20 @@ def write_index(files: Sequence[OutputFile], directory: Path) -> None:
 
 
 @contextmanager
-def new_directory(directory: Path, bytes_written: int) -> Iterator[Path]:
+def new_directory(
+    directory: Path, bytes_written: int, inputs: Iterable[Path] = ()
+) -> Iterator[Path]:
     """Yield a temporary directory that gets its name when complete, or is removed after an error.
 
     Args:
         directory: The directory to make.
         bytes_written: Bytes that will be written.
+        inputs: Directories that are read.
 
     Raises:
-        UpcyclingError: `directory` exists, or cannot be written.
+        UpcyclingError: `directory` exists, lies in an input, or cannot be written.
     """
-    check_new(directory)
+    check_new(directory, inputs)
     try:
         with _made_whole(directory) as partial:
             yield partial
