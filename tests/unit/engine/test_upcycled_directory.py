@@ -3,6 +3,7 @@
 import json
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,18 +189,23 @@ def test_the_dry_run_refuses_what_the_run_refuses(
     assert not (dense / "inside").exists()
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file of this process can grow beyond 100 kB."""
+    """No file of this process can grow beyond 100 kB.
+
+    Not a fixture: pytest reports a test before its fixtures end, and its own log may be larger.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_full_disk_is_one_error(dense: Path, tmp_path: Path) -> None:
-    ended = CliRunner().invoke(app, ["upcycle", str(dense), str(tmp_path / "moe")])
+    with small_files():
+        ended = CliRunner().invoke(app, ["upcycle", str(dense), str(tmp_path / "moe")])
     assert ended.exit_code == 1
     assert "cannot be written: File too large" in ended.output
     assert len([line for line in ended.output.splitlines() if line.startswith("Error: ")]) == 1
