@@ -44,7 +44,10 @@ from nemo_upcycle.nemo.preemption import PreemptionCallback
 from nemo_upcycle.nemo.provenance import Provenance
 from nemo_upcycle.nemo.run_numbers import check_max_steps
 from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer
+from nemo_upcycle.nemo.versions import check_pretrain
 from nemo_upcycle.plans import layout
+
+check_pretrain(llm)
 
 F = TypeVar("F", bound=Callable[..., run.Partial])
 

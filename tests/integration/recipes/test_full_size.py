@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from nemo_upcycle_recipes.expectations import expected, workload
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
+from nemo_upcycle_recipes.scaled import scaled_schedule
 
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
@@ -13,7 +14,9 @@ from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.tuning import tune
 
 NEMOTRON = ("nemotron4_15b_e8g1t2", "nemotron4_15b_e8g8t8")
-MODULES = {name: name for name in RECIPES if name.endswith("e8t2") and "tiny" not in name}
+SMOLLM2 = ("smollm2_135m_e8t2", "smollm2_135m_dense")
+MODULES = [name for name in RECIPES if name.endswith("e8t2") and "tiny" not in name]
+SIBLINGS = [name for name in MODULES if name not in SMOLLM2]
 
 
 def factory(name: str) -> Any:
@@ -59,7 +62,7 @@ def test_models_are_nemos(name: str, nemo: str, same: list[str]) -> None:
         assert getattr(config, field) == getattr(by_hand, field), field
 
 
-@pytest.mark.parametrize("name", [*MODULES, *NEMOTRON])
+@pytest.mark.parametrize("name", [*MODULES, *NEMOTRON, "smollm2_135m_dense"])
 def test_each_says_its_gpus_memory_and_step_time(name: str) -> None:
     numbers = RECIPES[name]
     prediction = expected(numbers, hardware("h100"))
@@ -70,7 +73,7 @@ def test_each_says_its_gpus_memory_and_step_time(name: str) -> None:
     assert str(numbers.folding) in text
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", SIBLINGS)
 def test_siblings_differ_from_the_paper_in_model_and_mapping_alone(name: str) -> None:
     built, paper = recipe(name), recipe()
     numbers = RECIPES[name]
@@ -84,6 +87,24 @@ def test_siblings_differ_from_the_paper_in_model_and_mapping_alone(name: str) ->
         assert getattr(strategy, field) == value
     assert built.trainer.num_nodes * built.trainer.devices == numbers.world_size
     assert built.trainer.callbacks[-1].dense_checkpoint == numbers.checkpoint
+
+
+def test_smollm2_is_scaled_from_the_paper_and_its_control_sees_the_same_tokens() -> None:
+    """One GPU, the learning rate by the rule of the recipe `upcycle`, 100M tokens."""
+    moe, control = (recipe(name) for name in SMOLLM2)
+    schedule = RECIPES[SMOLLM2[0]].schedule
+    dense = RECIPES[SMOLLM2[0]].dense_model
+    rule = scaled_schedule(dense, 1, {"seq_length": 2048}, max_steps=schedule.max_steps)
+    assert (schedule.lr, schedule.min_lr) == (rule.lr, rule.min_lr)
+    assert schedule.warmup_steps == rule.warmup_steps
+    assert 0 <= schedule.max_steps * 64 * 2048 - 100e6 < 64 * 2048
+    assert dense.parameters == pytest.approx(134.5e6, rel=1e-3)
+    assert (moe.trainer.num_nodes, moe.trainer.devices) == (1, 1)
+    assert (moe.model.config.num_moe_experts, control.model.config.num_moe_experts) == (8, None)
+    assert moe.model.config.share_embeddings_and_output_weights
+    assert moe.data == control.data
+    assert moe.optim == control.optim
+    assert moe.trainer.max_steps == control.trainer.max_steps == schedule.max_steps
 
 
 @pytest.mark.parametrize(
@@ -278,7 +299,7 @@ def megatrons_config(built: Any) -> Any:
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("name", [*MODULES, *NEMOTRON])
+@pytest.mark.parametrize("name", [*MODULES, *NEMOTRON, "smollm2_135m_dense"])
 def test_megatron_takes_every_recipe(name: str, recompute: str) -> None:
     config = megatrons_config(recipe(name, recompute=recompute, performance_mode=True))
     assert config.moe_grouped_gemm
