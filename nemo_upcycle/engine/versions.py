@@ -57,8 +57,8 @@ def mend_permutation(permutation: Any) -> None:
     Args:
         permutation: Transformer Engine's module.
     """
-    core = getattr(permutation, "core", None)
-    evaluated = getattr(getattr(permutation, "triton", None), "constexpr_function", None)
+    core: Any = getattr(permutation, "core", None)
+    evaluated: Any = getattr(getattr(permutation, "triton", None), "constexpr_function", None)
     if core is None or evaluated is None or core is not sys.modules.get(core.__name__):
         return
     own = ModuleType(core.__name__)  # Triton knows modules by their very type

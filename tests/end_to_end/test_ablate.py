@@ -13,6 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoModelForCausalLM
 
 from nemo_upcycle.ablations import studies
+from nemo_upcycle.ablations.bases import BATCH
 from nemo_upcycle.ablations.results import Workspace, jobs_of
 from tests import progress
 from tests.end_to_end import cli
@@ -82,7 +83,7 @@ def test_the_recipes_are_the_factorys_with_what_the_arms_say(tmp_path: Path) -> 
         recipe = made[job.name]
         assert recipe.trainer.max_steps == job.steps == STEPS
         assert (recipe.data.seed, recipe.data.num_train_samples) == (job.seed, job.samples)
-        assert recipe.data.global_batch_size == studies.BATCH["global_batch_size"]
+        assert recipe.data.global_batch_size == BATCH["global_batch_size"]
         upcycles = [c for c in recipe.trainer.callbacks if hasattr(c, "dense_checkpoint")]
         assert len(upcycles) == (job.arm.start != "scratch")
         if job.arm.start == "upcycled":
