@@ -38,6 +38,7 @@ def upcycle(
     from_scratch: bool = False,
     read_once: bool = False,
     performance_mode: bool = False,
+    cuda_graphs: bool = False,
     wandb_project: Optional[str] = None,
     export_every_n: Optional[int] = None,
     accelerator: str = "auto",
@@ -69,6 +70,7 @@ def upcycle(
         from_scratch: The same model from random weights.
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
         performance_mode: As in the other recipes.
+        cuda_graphs: As in the other recipes.
         wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
         export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         accelerator: `gpu`, `cpu`, or `auto`: the GPU if there is one, if the executor is Slurm
@@ -124,6 +126,7 @@ def upcycle(
         from_scratch=from_scratch,
         read_once=read_once,
         performance_mode=performance_mode,
+        cuda_graphs=cuda_graphs,
         wandb_project=wandb_project,
         export_every_n=export_every_n,
         fn=fn,

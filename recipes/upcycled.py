@@ -31,6 +31,7 @@ def pretrain_recipe_of(recipe: Recipe) -> Callable[..., run.Partial]:
         from_scratch: bool = False,
         read_once: bool = False,
         performance_mode: bool = False,
+        cuda_graphs: bool = False,
         wandb_project: Optional[str] = None,
         export_every_n: Optional[int] = None,
         fn: Callable = llm.pretrain,
@@ -48,6 +49,7 @@ def pretrain_recipe_of(recipe: Recipe) -> Callable[..., run.Partial]:
             from_scratch=from_scratch,
             read_once=read_once,
             performance_mode=performance_mode,
+            cuda_graphs=cuda_graphs,
             wandb_project=wandb_project,
             export_every_n=export_every_n,
             fn=fn,
@@ -78,6 +80,8 @@ def _doc(recipe: Recipe) -> str:
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
         performance_mode: Overlap tensor-parallel collectives with matrix multiplications
             (Transformer Engine's user buffers); larger gradient buckets, manual garbage collection.
+        cuda_graphs: Record each layer's kernels once and replay them: less work for the host. Needs
+            experts padded to a capacity. Without MoE health metrics and fused weight gradients.
         wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
         export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         fn: The function that the run calls.

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from nemo_upcycle_recipes.arguments import with_arguments
 from nemo_upcycle_recipes.expectations import expected, workload
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
 from nemo_upcycle_recipes.scaled import scaled_schedule
@@ -136,10 +137,52 @@ def test_the_nemotron_control_sees_the_same_tokens() -> None:
 
 def test_what_watches_a_run() -> None:
     watching = ["TimingCallback", "MFUCallback", "PreemptionCallback"]
-    moe = ["MoEHealthCallback", "UpcyclingCallback"]
-    assert callbacks(recipe()) == [*watching, *moe]
+    then = ["FusedWeightGradients", "UpcyclingCallback"]
+    assert callbacks(recipe()) == [*watching, "MoEHealthCallback", *then]
     dense = factory("llama3_8b_dense")()
-    assert callbacks(dense) == [*watching, "UpcyclingCallback"]
+    assert callbacks(dense) == [*watching, *then]
+
+
+STATIC = {"moe_expert_capacity_factor": 2.0, "moe_pad_expert_input_to_capacity": True}
+
+
+def test_cuda_graphs_are_megatrons_for_static_shapes() -> None:
+    numbers = STATIC | {"recompute": "none", "cuda_graphs": True}
+    built = recipe(**numbers)
+    config = megatrons_config(recipe(**numbers, performance_mode=True))
+    assert (config.cuda_graph_impl, config.cuda_graph_scope) == ("local", "full")
+    assert config.use_te_rng_tracker
+    assert built.trainer.strategy.use_te_rng_tracker
+    # The Python of hooks is not replayed, and Megatron asks its own config about fusion.
+    assert not {"MoEHealthCallback", "FusedWeightGradients"} & {*callbacks(built)}
+    dense = factory("llama3_8b_dense")(cuda_graphs=True)
+    assert dense.model.config.cuda_graph_impl == "local"
+    assert "cuda_graph_impl" not in recipe().model.config.__arguments__
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"recompute": "none"}, "tokens per expert varies.*moe_pad_expert_input_to_capacity=True"),
+        (STATIC, "recompute='moe', which Megatron-Core does not"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_shapes_vary(numbers: dict[str, Any], message: str) -> None:
+    with pytest.raises(UpcyclingError, match=message):
+        recipe(**numbers, cuda_graphs=True)
+
+
+def test_cuda_graphs_are_refused_on_cpu_and_without_megatrons(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nemo_upcycle_recipes import factory as of_all
+
+    padded = with_arguments(LLAMA3_8B_E8T2, STATIC | {"recompute": "none"})
+    with pytest.raises(UpcyclingError, match="cuda_graphs is set on CPU"):
+        of_all._cuda_graphs(padded, cpu_only=True)
+    monkeypatch.setattr(of_all, "fields", lambda _: ())
+    with pytest.raises(UpcyclingError, match="has no cuda_graph_impl"):
+        of_all._cuda_graphs(padded, cpu_only=False)
 
 
 def test_performance_mode_hides_collectives() -> None:
