@@ -59,7 +59,10 @@ def mend_permutation(permutation: Any) -> None:
     """
     core: Any = getattr(permutation, "core", None)
     evaluated: Any = getattr(getattr(permutation, "triton", None), "constexpr_function", None)
-    if core is None or evaluated is None or core is not sys.modules.get(core.__name__):
+    if core is None or evaluated is None:
+        return
+    tritons: Any = sys.modules.get(core.__name__)
+    if core is not tritons:  # mended before
         return
     own = ModuleType(core.__name__)  # Triton knows modules by their very type
     vars(own).update(vars(core), get_int_dtype=evaluated(core.get_int_dtype))
