@@ -36,7 +36,7 @@ from tests.workspace import make_workspace
 
 ON_GPU = torch.cuda.is_available()
 SMALL = ("seq_length=64", "global_batch_size=4", "micro_batch_size=2", "precision=32")
-WARM_UP, TIMED, PROFILED = 4, 8, 2
+WARM_UP, TIMED, PROFILED = 4, 8, 1
 """Steps: not counted, timed, then profiled for kernels, and as many for the host's Python."""
 
 WAITS = re.compile("cuda(Stream|Device|Event)Synchronize|^cudaMemcpy$|aten::_local_scalar_dense")
