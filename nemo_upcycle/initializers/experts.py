@@ -2,9 +2,9 @@
 
 import math
 
-from nemo_upcycle.config.upcycling import LARGEST_NUMBER
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers.neurons import Neurons
+from nemo_upcycle.initializers.options import check_fraction, check_positive
 from nemo_upcycle.initializers.registry import Initializer, register
 
 
@@ -25,8 +25,8 @@ def noise(std: float = 0.02, fraction: float = 0.5) -> Initializer:
         std: Standard deviation of the noise.
         fraction: Probability that a weight is changed.
     """
-    _check_positive("noise", "std", std)
-    _check_fraction("noise", "fraction", fraction)
+    check_positive("noise", "std", std)
+    check_fraction("noise", "fraction", fraction)
 
     def initialize(neurons: Neurons) -> None:
         for part, values in neurons.values.items():
@@ -48,7 +48,7 @@ def drop(ratio: float = 0.5) -> Initializer:
 
     Source: Drop-Upcycling, arXiv 2502.19261 §3.
     """
-    _check_fraction("drop", "ratio", ratio)
+    check_fraction("drop", "ratio", ratio)
 
     def initialize(neurons: Neurons) -> None:
         dropped = neurons.choose(ratio)
@@ -68,7 +68,7 @@ def random(std: float | None = None) -> Initializer:
             model's `init_method_std`.
     """
     if std is not None:
-        _check_positive("random", "std", std)
+        check_positive("random", "std", std)
 
     def initialize(neurons: Neurons) -> None:
         of_input = neurons.init_method_std if std is None else std
@@ -96,20 +96,3 @@ def hybrid(*initializers: Initializer) -> Initializer:
         initializers[neurons.copy % len(initializers)](neurons)
 
     return initialize
-
-
-def _check_fraction(name: str, option: str, value: float) -> None:
-    if not _is_number(value) or not 0 <= value <= 1:
-        raise UpcyclingError(f"{name}: {option} is {value!r}; expected a number from 0 to 1.")
-
-
-def _check_positive(name: str, option: str, value: float) -> None:
-    if not _is_number(value) or not 0 <= value <= LARGEST_NUMBER:
-        raise UpcyclingError(
-            f"{name}: {option} is {value!r}; expected a number of 0 or more, up to "
-            f"{LARGEST_NUMBER:g}."
-        )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

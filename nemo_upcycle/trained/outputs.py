@@ -156,18 +156,27 @@ class OutputFile:
     @cached_property
     def head(self) -> bytes:
         """What stands before the tensors."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name, output in self.outputs.items():
-            header[name] = {
-                "dtype": output.info.dtype,
-                "shape": list(output.info.shape),
-                "data_offsets": [position, position + output.bytes],
-            }
-            position += output.bytes
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        return struct.pack("<Q", len(raw)) + raw
+        infos = {name: output.info for name, output in self.outputs.items()}
+        return header(infos, {"format": "pt"})
+
+
+def header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the tensors of a safetensors file.
+
+    Args:
+        infos: The tensors, by name, in the file's order.
+        metadata: Texts by name.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, info in infos.items():
+        stop = position + info.bytes
+        offsets = [position, stop]
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+        position = stop
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
 
 
 def files_of(outputs: Mapping[str, Output], shard_bytes: int) -> list[OutputFile]:
