@@ -134,7 +134,7 @@ def test_any_number_of_processes_writes_the_same_bytes(
         out.unlink()
 
 
-@pytest.mark.parametrize("lane", [0, 17, 40, 100])
+@pytest.mark.parametrize("lane", [0, 17, 40, 71])
 def test_goes_on_after_a_kill(
     lane: int,
     statistics: Path,
@@ -158,11 +158,10 @@ def test_goes_on_after_a_kill(
     with pytest.raises(KeyboardInterrupt):
         calibrated(model, texts, tmp_path / "out", **options)
     monkeypatch.setattr(lanes, "_compute", lambda *args: (done.append(1), real(*args)))
-    before = len(done)
     calibrated(model, texts, tmp_path / "out", **options)
     assert (tmp_path / "out").read_bytes() == statistics.read_bytes()
-    per_layer = 24 + 2  # lanes of the two texts, which have 11 sequences each, and of the prompts
-    assert before == lane and len(done) <= 3 * per_layer
+    # Each text has 11 sequences in as many lanes, each of two experts has a lane of prompts.
+    assert len(done) == 3 * (2 * 11 + 2)
     monkeypatch.setattr(lanes, "_compute", lambda *args: pytest.fail("computed again"))
     calibrated(model, texts, tmp_path / "out", **options)
 
@@ -225,7 +224,7 @@ def test_what_cannot_be_calibrated(
     with pytest.raises(UpcyclingError, match="prompts:1: expected the prompts of an expert"):
         calibrated(model, texts, tmp_path / "out", prompts=prompts)
     monkeypatch.setattr(calibration.shutil, "disk_usage", lambda _: type("", (), {"free": 1000})())
-    with pytest.raises(UpcyclingError, match="the disk has 1000 B. Give fewer --tokens"):
+    with pytest.raises(UpcyclingError, match=r"the disk has 1000 B\. Give fewer --tokens"):
         calibrated(model, texts, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
 

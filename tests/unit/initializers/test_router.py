@@ -154,7 +154,7 @@ def test_statistics_of_another_model_are_refused(
     for message, other in others.items():
         with pytest.raises(UpcyclingError, match=message):
             check(text, other)
-    with pytest.raises(UpcyclingError, match="has 8 clusters per layer; expected 4.*--clusters 4"):
+    with pytest.raises(UpcyclingError, match=r"has 8 clusters per layer; expected 4.*--clusters 4"):
         check(text, num_moe_experts=4)
     with pytest.raises(UpcyclingError, match="prompts of 8 experts; expected 4"):
         check(f"prompts(stats={str(statistics)!r})", num_moe_experts=4)
