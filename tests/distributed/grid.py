@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.config import UpcyclingConfig
+from tests.calibrations import write_statistics
 from tests.distributed import scenarios
 from tests.distributed.foldings import DENSE, FOLDINGS, ONE_RANK, Spread, spread
 from tests.distributed.megatron_dense import save_dense
@@ -23,7 +24,16 @@ INITIALIZERS = (
     "random",
     "hybrid(copy, drop, noise(std=0.5), random)",
 )
-WAYS = (*INITIALIZERS, "branches", "branches, dropped", "read once", "megatron", "huggingface")
+ROUTERS = ("centroids", "prompts", "ridge")
+WAYS = (
+    *INITIALIZERS,
+    *ROUTERS,
+    "branches",
+    "branches, dropped",
+    "read once",
+    "megatron",
+    "huggingface",
+)
 
 
 class Shown:
@@ -91,6 +101,14 @@ class Grid:
             )
         return self._megatron[name]
 
+    def statistics(self, name: str) -> Path:
+        """Return a file of statistics that fits a dense model of `DENSE`."""
+        file = self._directory / "statistics" / name
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            write_statistics(file, self.dense(name))
+        return file
+
     def saved(self, name: str) -> Path:
         """Return the directory of the checkpoint that a mapping saves."""
         return self._directory / "saved" / name
@@ -115,6 +133,13 @@ class Grid:
         ways = {
             initializer: scenarios.Way(dense, upcycling={"initializer": initializer})
             for initializer in INITIALIZERS
+        }
+        ways |= {
+            router: scenarios.Way(
+                dense,
+                upcycling={"router_initializer": f"{router}(stats={str(self.statistics(name))!r})"},
+            )
+            for router in ROUTERS
         }
         return ways | {
             "branches": scenarios.Way(f"{dense},{self.branch(name)}"),
