@@ -318,7 +318,7 @@ class UpcyclingConfig:
                 f"experts come from {dense_checkpoints} dense models, and all other weights are "
                 "averages"
             )
-        if self.initializer != "copy":
+        if self.initializer.partition("(")[0].strip() not in _REARRANGING:
             yield f"the initializer {self.initializer} makes experts unlike the dense layer"
         if self.moe_shared_expert and self.scaling != "exact":
             yield (
@@ -369,6 +369,9 @@ class UpcyclingConfig:
                 "above, or with None, none is dropped)"
             )
 
+
+_REARRANGING = ("copy", "activation_sorted")
+"""Initialisers whose experts are neurons of the dense layer, all of them in each copy."""
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "weight_scaling": (None, "exact", "paper", "none"),

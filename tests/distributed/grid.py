@@ -24,10 +24,15 @@ INITIALIZERS = (
     "random",
     "hybrid(copy, drop, noise(std=0.5), random)",
 )
-ROUTERS = ("centroids", "prompts", "ridge")
+OF_STATISTICS = {
+    **dict.fromkeys(("centroids", "prompts", "ridge"), "router_initializer"),
+    **dict.fromkeys(("activation_sorted", "partial"), "initializer"),
+}
+"""Initialisers with a file of statistics, and the option that takes them."""
+
 WAYS = (
     *INITIALIZERS,
-    *ROUTERS,
+    *OF_STATISTICS,
     "branches",
     "branches, dropped",
     "read once",
@@ -135,11 +140,10 @@ class Grid:
             for initializer in INITIALIZERS
         }
         ways |= {
-            router: scenarios.Way(
-                dense,
-                upcycling={"router_initializer": f"{router}(stats={str(self.statistics(name))!r})"},
+            initializer: scenarios.Way(
+                dense, upcycling={option: f"{initializer}(stats={str(self.statistics(name))!r})"}
             )
-            for router in ROUTERS
+            for initializer, option in OF_STATISTICS.items()
         }
         return ways | {
             "branches": scenarios.Way(f"{dense},{self.branch(name)}"),

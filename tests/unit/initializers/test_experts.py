@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.experts import initialize_experts
+from nemo_upcycle.engine.initializers import check_initializers
 from nemo_upcycle.engine.owned_shards import OwnedShard
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers import make_initializer, names
 from nemo_upcycle.plans.rank import Shard
+from tests.calibrations import write_statistics
 from tests.third_party import install_flip
 from tests.tiny import write_llama
 
@@ -242,3 +245,69 @@ def test_another_packages_initializer(
         flipped = (parts["down"] == -down).all(dim=1)
         assert int(flipped.sum()) == FFN // 4
         assert torch.equal(parts["down"][~flipped], down[~flipped])
+
+
+# --- With statistics -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def statistics(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_statistics(tmp_path_factory.mktemp("statistics") / "file", dense)
+
+
+def most_active(statistics: Path, layer: int) -> list[int]:
+    found = load_numpy(statistics)
+    rate, size = (found[f"layers.{layer}.neurons.{name}"] for name in ("rate", "magnitude"))
+    return sorted(range(FFN), key=lambda neuron: (-rate[neuron], -size[neuron], neuron))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_shards_get_neurons_by_activity(
+    dense: Path, tensors: Weights, statistics: Path, parts: int
+) -> None:
+    text = f"activation_sorted(stats={str(statistics)!r})"
+    experts = initialized(dense, text, parts, granularity=2, weight_scaling="none")
+    for (layer, expert), found in experts.items():
+        order = most_active(statistics, layer)
+        own = order[: FFN // 2] if expert % 2 == 0 else order[FFN // 2 :]
+        for kind, values in neurons_of(tensors, layer).items():
+            assert torch.equal(found[kind], values[own])
+    config = UpcyclingConfig(num_moe_experts=4, granularity=2, initializer=text)
+    assert config.exactness(gated=True, dense_checkpoints=1).exact
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_partial_keeps_the_most_active(
+    dense: Path, tensors: Weights, statistics: Path, shared: float, granularity: int
+) -> None:
+    text = f"partial(stats={str(statistics)!r}, shared={shared})"
+    width = FFN // granularity
+    options: dict[str, Any] = {"granularity": granularity, "weight_scaling": "none"}
+    one, two = (initialized(dense, text, parts, **options) for parts in (1, 5))
+    for (layer, expert), found in one.items():
+        first = expert % granularity * width
+        own = [n - first for n in most_active(statistics, layer) if first <= n < first + width]
+        kept = own[: int(shared * width)]
+        for kind, values in neurons_of(tensors, layer).items():
+            same = (found[kind] == values[first : first + width]).all(dim=1)
+            assert same.nonzero().flatten().tolist() == sorted(kept)
+            assert torch.equal(found[kind], two[layer, expert][kind])
+    assert shared == 1 or not torch.equal(one[0, 0]["up"], one[0, granularity]["up"])
+
+
+def test_initializers_check_their_statistics(dense: Path, statistics: Path, tmp_path: Path) -> None:
+    other = open_branches(
+        str(write_llama(tmp_path, intermediate_size=FFN, num_hidden_layers=LAYERS, seed=1))
+    )
+    for text in (
+        "activation_sorted(stats={})",
+        "partial(stats={})",
+        "hybrid(copy, partial(stats={}))",
+    ):
+        config = UpcyclingConfig(initializer=text.format(repr(str(statistics))))
+        check_initializers(config, open_branches(str(dense)))
+        with pytest.raises(UpcyclingError, match="is of another dense checkpoint"):
+            check_initializers(config, other)
+    with pytest.raises(UpcyclingError, match="partial: shared is 2; expected a number from 0 to 1"):
+        make_initializer("partial(stats='a', shared=2)")
