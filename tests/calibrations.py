@@ -63,7 +63,7 @@ def write_statistics(
         "hidden_size": hidden,
         "ffn_hidden_size": ffn,
         "texts": [{"name": str(n), "tokens": 100 + n} for n in range(sources)],
-        "prompts": ["digest"] * 8,
+        "prompts": [f"digest {expert}" for expert in range(8)],
         "clusters": 8,
         "second_moment": "full",
     } | manifest

@@ -12,6 +12,9 @@ from nemo_upcycle.initializers.registry import RouterInitializer, register_route
 from nemo_upcycle.initializers.rows import RouterRows, Values
 from nemo_upcycle.initializers.statistics import Statistics, Target
 
+_APART = 0.01
+"""What of a random row tells the rows of a source apart."""
+
 
 @register_router("random")
 def random() -> RouterInitializer:
@@ -97,6 +100,11 @@ class _Prompts:
                 f"{self._stats.file} has the prompts of {found} experts; expected {expected}, one "
                 f"per row of the router. Calibrate with --prompts FILE, a file of {expected} lines."
             )
+        if len(set(self._stats.manifest["prompts"])) < found:
+            raise UpcyclingError(
+                f"Two experts have the same prompts in {self._stats.file}: the router could not "
+                "tell them apart. Give each expert prompts of its own."
+            )
 
     def __call__(self, rows: RouterRows) -> Values:
         positive, negative = (
@@ -110,9 +118,12 @@ class _Prompts:
 def ridge(stats: str, penalty: float = 0.01, scale: float | None = None) -> RouterInitializer:
     """Regress from which source of text an input is, in closed form.
 
+    W = (XᵀX + penalty·I)⁻¹ XᵀY for inputs X and indicators Y. The paper's regression has a constant,
+    which becomes a bias; Megatron's router has none.
+
     Row r is that of source r mod the number of sources; with several dense checkpoints, experts and
-    sources are in the same order. W = (XᵀX + penalty·I)⁻¹ XᵀY for inputs X and indicators Y. The
-    paper's regression has a constant, which becomes a bias; Megatron's router has none.
+    sources are in the same order. A further row of a source is the same plus 1% of a random row:
+    equal logits would give all tokens to the first of them, and mix the shards of copies.
 
     Args:
         stats: File of statistics of two sources or more, with --second-moment full.
@@ -155,7 +166,10 @@ class _Ridge:
         )
         gram = sum(counts) * moment + self._penalty * np.eye(rows.hidden_size)
         solved = _unit(_solve(gram, of_sources.T).T) * _norm(rows, self._scale)
-        return solved[np.arange(rows.count) % len(counts)]
+        values = solved[np.arange(rows.count) % len(counts)]
+        further = np.arange(rows.count) >= len(counts)
+        values[further] += _APART * _norm(rows, self._scale) * _unit(rows.normal())[further]
+        return values
 
 
 def _solve(matrix: Values, right: Values) -> Values:

@@ -12,6 +12,13 @@ from tests.distributed.pool import RankPool
 from tests.distributed.step0 import FOLDED, TOLERANCE, difference
 from tests.distributed.training import EP2, WITHOUT_LEARNING, train
 from tests.distributed.whole import whole
+from tests.workspace import make_workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
 
 GRANULAR = {"num_moe_experts": 32, "granularity": 4, "moe_router_topk": 8}
 
@@ -28,7 +35,11 @@ def test_copies_are_exact_whatever_the_router(
 
 def test_a_recipe_takes_statistics(ranks: RankPool, workspace: Path, tmp_path: Path) -> None:
     file = calibrated(
-        workspace / "dense_hf", write_texts(tmp_path), tmp_path / "statistics", clusters=8
+        workspace / "dense_hf",
+        write_texts(tmp_path),
+        tmp_path / "statistics",
+        clusters=8,
+        tokenizer=str(workspace / "tokenizer"),
     )
     text = f"centroids(stats={str(file)!r})"
     run = {

@@ -93,7 +93,9 @@ def test_ridge_is_the_papers_formula(dense: Path, tmp_path: Path, penalty: float
     weights = np.linalg.solve(x.T @ x + penalty * np.eye(HIDDEN), x.T @ y).T
     expected = weights / np.linalg.norm(weights, axis=1, keepdims=True)
     rows = rows_of(f"ridge(stats={str(file)!r}, penalty={penalty}, scale=1)")
-    assert np.allclose(rows, expected[np.arange(8) % 3], atol=1e-5)
+    assert np.allclose(rows[:3], expected, atol=1e-5)
+    apart = np.linalg.norm(rows - expected[np.arange(8) % 3], axis=1)
+    assert np.allclose(apart[3:], 0.01, atol=1e-4)
     assert ((x @ rows[:3].T).argmax(1) == y.argmax(1)).mean() > 0.9
 
 
@@ -111,7 +113,8 @@ def test_rows_have_the_length_of_random_rows(statistics: Path, name: str) -> Non
     text = f"{name}(stats={str(statistics)!r})"
     for std in (0.02, 0.1):
         squares = (rows_of(text, router_init_std=std).astype(float) ** 2).sum(1)
-        assert np.isclose(np.sqrt(squares.mean()), std * HIDDEN**0.5, rtol=1e-5)
+        near = 1e-2 if name == "ridge" else 1e-5  # further rows of a source have something added
+        assert np.isclose(np.sqrt(squares.mean()), std * HIDDEN**0.5, rtol=near)
 
 
 @pytest.mark.parametrize("name", ["centroids", "prompts", "ridge"])
@@ -158,6 +161,9 @@ def test_statistics_of_another_model_are_refused(
         check(text, num_moe_experts=4)
     with pytest.raises(UpcyclingError, match="prompts of 8 experts; expected 4"):
         check(f"prompts(stats={str(statistics)!r})", num_moe_experts=4)
+    same = write_statistics(tmp_path / "same", dense, prompts=["a"] * 8)
+    with pytest.raises(UpcyclingError, match="Two experts have the same prompts"):
+        check(f"prompts(stats={str(same)!r})")
     one = write_statistics(tmp_path / "one", dense, sources=1)
     with pytest.raises(UpcyclingError, match="of 1 source of text; expected two or more"):
         check(f"ridge(stats={str(one)!r})")
