@@ -56,9 +56,11 @@ def write_statistics(
     checkpoint = open_branches(str(dense))
     arch = checkpoint.architecture
     hidden, ffn = arch.hidden_size, arch.ffn_hidden_size
+    of_source = {"input.mean": hidden, "neurons.rate": ffn, "neurons.magnitude": ffn}
     values = {
         "format": FORMAT,
         "fingerprint": fingerprint(checkpoint),
+        "branches": len(checkpoint.branches),
         "num_layers": arch.num_layers,
         "hidden_size": hidden,
         "ffn_hidden_size": ffn,
@@ -81,8 +83,9 @@ def write_statistics(
             "prompts.positive": random.standard_normal((len(values["prompts"]), hidden)),
             "prompts.negative": random.standard_normal((len(values["prompts"]), hidden)),
             **{
-                f"sources.{source}.input.mean": random.standard_normal(hidden)
+                f"sources.{source}.{name}": random.standard_normal(size)
                 for source in range(sources)
+                for name, size in of_source.items()
             },
         }
         tensors |= {f"layers.{layer}.{k}": v.astype(np.float32) for k, v in of_layer.items()}

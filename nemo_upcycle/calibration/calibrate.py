@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors.numpy import save
 
-from nemo_upcycle.calibration.clusters import Values, cluster
 from nemo_upcycle.calibration.lanes import Lane, Work, lanes_of
 from nemo_upcycle.calibration.layer import check_computable
 from nemo_upcycle.calibration.processes import Processes
-from nemo_upcycle.calibration.sums import DIAGONAL, SECOND_MOMENTS, Arrays, Totals
+from nemo_upcycle.calibration.reduce import reduce
+from nemo_upcycle.calibration.sums import DIAGONAL, SECOND_MOMENTS
 from nemo_upcycle.calibration.text import Prompts, Source, read_prompts, read_sources
 from nemo_upcycle.checkpoint import DenseCheckpoint, Piece, TensorInfo
 from nemo_upcycle.checkpoint.branches import open_branches
@@ -245,62 +243,13 @@ def _compute_layers(
                     progress(layer * per_layer + done, layers * per_layer, note)
 
                 run.compute(work, layer, lanes, show)
-                arrays = _reduce(calibration, work, sources, prompts, lanes, layer)
+                arrays = reduce(
+                    work, sources, prompts, lanes, layer, calibration.clusters, calibration.seed
+                )
                 new = file.with_suffix(".partial")
                 new.write_bytes(save({f"layers.{layer}.{k}": v for k, v in arrays.items()}))
                 os.replace(new, file)
             work.remove(layer)
-
-
-def _reduce(
-    calibration: Calibration,
-    work: Work,
-    sources: Sequence[Source],
-    prompts: Sequence[Prompts],
-    lanes: Sequence[Lane],
-    layer: int,
-) -> Arrays:
-    """Add the lanes' sums in order, and cluster the sampled inputs."""
-    arrays: Arrays = {}
-    of_sources = []
-    for number, source in enumerate(sources):
-        own = (work.arrays(layer, lane) for lane in lanes if lane.source == number)
-        of_sources.append(Totals.of(source.tokens, own))
-        if len(sources) > 1:
-            means = of_sources[-1].means()
-            means.pop("input.second_moment", None)
-            arrays |= {f"sources.{number}.{name}": values for name, values in means.items()}
-    tokens = sum(source.tokens for source in sources)
-    arrays |= Totals.of(tokens, (each.sums for each in of_sources)).means()
-    sample = np.concatenate(
-        [work.arrays(layer, lane)["sample"] for lane in lanes if lane.source is not None]
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    centroids, shares = cluster(sample, calibration.clusters, calibration.seed, layer)
-    torch.set_num_threads(threads)
-    arrays |= {"clusters.centroids": centroids, "clusters.share": shares}
-    of_prompts = [work.arrays(layer, lane)["means"] for lane in lanes if lane.source is None]
-    return arrays | _of_prompts(prompts, of_prompts)
-
-
-def _of_prompts(prompts: Sequence[Prompts], means: Sequence[Values]) -> Arrays:
-    """Return the mean input of each expert's positive and negative prompts, a prompt counting once.
-
-    Args:
-        prompts: The prompts of each expert.
-        means: The mean inputs of each expert's prompts, the positive ones first.
-    """
-    if not prompts:
-        return {}
-    none = np.zeros((1, means[0].shape[1]), np.float32)
-    counts = [len(each.positive) for each in prompts]
-    positive = [own[:count].mean(0) for own, count in zip(means, counts, strict=True)]
-    negative = [
-        (own[count:] if len(own) > count else none).mean(0)
-        for own, count in zip(means, counts, strict=True)
-    ]
-    return {"prompts.positive": np.stack(positive), "prompts.negative": np.stack(negative)}
 
 
 # --- The file ------------------------------------------------------------------------------------

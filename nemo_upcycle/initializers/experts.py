@@ -135,7 +135,7 @@ class _ActivationSorted:
         self._stats.check(target)
 
     def __call__(self, neurons: Neurons) -> None:
-        order = most_active(self._stats, neurons.layer)[neurons.ids.start : neurons.ids.stop]
+        order = _most_active(self._stats, neurons)[neurons.ids.start : neurons.ids.stop]
         for part, values in neurons.values.items():
             values[:] = neurons.dense(part, order)
 
@@ -162,7 +162,7 @@ class _Partial:
         self._stats.check(target)
 
     def __call__(self, neurons: Neurons) -> None:
-        order = most_active(self._stats, neurons.layer)
+        order = _most_active(self._stats, neurons)
         own = order[(order >= neurons.expert_ids.start) & (order < neurons.expert_ids.stop)]
         kept = own[: int(self._shared * len(own))]
         redrawn = ~np.isin(np.arange(neurons.ids.start, neurons.ids.stop), kept)
@@ -171,7 +171,14 @@ class _Partial:
             values[redrawn] = mean + std * neurons.normal(part, redrawn)
 
 
-def most_active(stats: Statistics, layer: int) -> npt.NDArray[np.int64]:
-    """Return a layer's neurons from the most to the least active, with ties by number."""
-    rate, magnitude = (stats.get(layer, f"neurons.{name}") for name in ("rate", "magnitude"))
+def _most_active(stats: Statistics, neurons: Neurons) -> npt.NDArray[np.int64]:
+    """Return the dense layer's neurons from the most to the least active, with ties by number.
+
+    Of several dense checkpoints, the layer is that of the copy's checkpoint, over its own text.
+    """
+    branches = stats.manifest["branches"]
+    where = f"sources.{neurons.copy % branches}." if branches > 1 else ""
+    rate, magnitude = (
+        stats.get(neurons.layer, f"{where}neurons.{name}") for name in ("rate", "magnitude")
+    )
     return np.lexsort((-magnitude, -rate)).astype(np.int64)

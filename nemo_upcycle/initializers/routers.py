@@ -118,8 +118,8 @@ class _Prompts:
 def ridge(stats: str, penalty: float = 0.01, scale: float | None = None) -> RouterInitializer:
     """Regress from which source of text an input is, in closed form.
 
-    W = (XᵀX + penalty·I)⁻¹ XᵀY for inputs X and indicators Y. The paper's regression has a constant,
-    which becomes a bias; Megatron's router has none.
+    W = (XᵀX + penalty·I)⁻¹ XᵀY for inputs X and indicators Y. The paper's regression has a
+    constant, which becomes a bias; Megatron's router has none.
 
     Row r is that of source r mod the number of sources; with several dense checkpoints, experts and
     sources are in the same order. A further row of a source is the same plus 1% of a random row:

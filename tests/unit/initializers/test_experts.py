@@ -46,7 +46,7 @@ def neurons_of(tensors: Weights, layer: int) -> Weights:
 
 
 def initialized(
-    dense: Path, initializer: str, parts: int = 1, **config: Any
+    dense: Path | str, initializer: str, parts: int = 1, **config: Any
 ) -> dict[tuple[int, int], Weights]:
     """Return the experts' parts by layer and expert, after copies of the layer were initialised.
 
@@ -59,7 +59,7 @@ def initialized(
     upcycling = UpcyclingConfig(num_moe_experts=EXPERTS, initializer=initializer, **config)
     checkpoint = open_branches(str(dense))
     width = FFN // upcycling.granularity
-    tensors = load_file(dense / "model.safetensors")
+    tensors = load_file(checkpoint.directory / "model.safetensors")
     result: dict[tuple[int, int], Weights] = {}
     for part in range(parts):
         rows = slice(part * width // parts, (part + 1) * width // parts)
@@ -274,6 +274,20 @@ def test_shards_get_neurons_by_activity(
             assert torch.equal(found[kind], values[own])
     config = UpcyclingConfig(num_moe_experts=4, granularity=2, initializer=text)
     assert config.exactness(gated=True, dense_checkpoints=1).exact
+
+
+def test_each_branch_is_sorted_by_its_own_text(dense: Path, tmp_path: Path) -> None:
+    other = write_llama(tmp_path / "other", intermediate_size=FFN, num_hidden_layers=LAYERS, seed=1)
+    both = f"{dense}; {other}"
+    file = write_statistics(tmp_path / "file", both)
+    found = load_numpy(file)
+    experts = initialized(both, f"activation_sorted(stats={str(file)!r})", granularity=2)
+    for (layer, expert), parts in experts.items():
+        branch = expert // 2 % 2
+        rate = found[f"layers.{layer}.sources.{branch}.neurons.rate"]
+        order = (-rate).argsort(kind="stable")[expert % 2 * FFN // 2 :][: FFN // 2].copy()
+        weights = load_file(Path((dense, other)[branch]) / "model.safetensors")
+        assert torch.equal(parts["gate"], neurons_of(weights, layer)["gate"][order])
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.3, 1.0])
