@@ -1,8 +1,12 @@
 """Changes to Megatron-Core's GPT models that no config field can make."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+
+from nemo_upcycle.errors import UpcyclingError
 
 
 def mark_experts(model: torch.nn.Module) -> None:
@@ -48,8 +52,50 @@ def leave_padding_out(model: torch.nn.Module, vocab_size: int) -> None:
     layer.register_forward_hook(mask)
 
 
+def multiply(model: torch.nn.Module, factors: Mapping[str, float]) -> None:
+    """Multiply embeddings, what layers add to the residual, and logits, as a Granite does.
+
+    Must be called before `leave_padding_out`.
+
+    Args:
+        model: A Megatron-Core GPT model.
+        factors: `Architecture.multipliers`.
+
+    Raises:
+        UpcyclingError: The model's schedule runs parts of a layer past its modules.
+    """
+    model.multipliers = dict(factors)
+    if factors["embedding_multiplier"] != 1 and model.pre_process:
+        model.embedding.register_forward_hook(_times(factors["embedding_multiplier"]))
+    if factors["residual_multiplier"] != 1:
+        if getattr(model.config, "overlap_moe_expert_parallel_comm", False):
+            raise UpcyclingError(
+                "overlap_moe_expert_parallel_comm runs parts of a layer in another order, without "
+                "the model's residual_multiplier; set it to False."
+            )
+        for layer in model.decoder.layers:
+            for part in (layer.self_attention, layer.mlp):
+                part.register_forward_hook(_times(factors["residual_multiplier"]))
+    if factors["logits_scaling"] != 1 and model.post_process:
+        model.output_layer.register_forward_hook(_times(1.0, factors["logits_scaling"]))
+
+
+def _times(factor: float, divisor: float = 1.0) -> Callable[..., Any]:
+    """Return a hook that multiplies a module's output, and its bias if there is one."""
+
+    def scaled(value: torch.Tensor | None) -> torch.Tensor | None:
+        if value is None:
+            return None
+        return value * factor if divisor == 1 else value / divisor
+
+    def hook(_: torch.nn.Module, __: object, output: Any) -> Any:
+        return tuple(map(scaled, output)) if isinstance(output, tuple) else scaled(output)
+
+    return hook
+
+
 def rope_frequencies(
-    model: torch.nn.Module, head_size: int, base: float, scaling: Mapping[str, float] | None
+    model: torch.nn.Module, head_size: int, base: float, scaling: Mapping[str, Any] | None
 ) -> torch.Tensor:
     """Return the inverse frequencies of a dense model's RoPE, as Megatron computes them.
 
@@ -57,7 +103,7 @@ def rope_frequencies(
         model: A Megatron-Core GPT model, which gives the arithmetic and the device.
         head_size: Rotated dimensions per head.
         base: RoPE's base.
-        scaling: Llama 3.1's scaling, see `Architecture.rope_scaling`; None for no scaling.
+        scaling: The scaling, see `Architecture.rope_scaling`; None for no scaling.
 
     Returns:
         Frequencies [head_size / 2].
@@ -67,8 +113,32 @@ def rope_frequencies(
     frequencies = 1.0 / (base ** (exponents / head_size))
     if scaling is None:
         return frequencies
+    if scaling["rope_type"] == "yarn":
+        return _yarn(frequencies, base, scaling)
     numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return rope._apply_scaling(frequencies, **{name: scaling[name] for name in numbers})
+
+
+def _yarn(frequencies: torch.Tensor, base: float, scaling: Mapping[str, Any]) -> torch.Tensor:
+    """Scale frequencies by YaRN (arXiv 2309.00071, section 3.2).
+
+    Frequencies that turn often over the original context stay; those that turn rarely are divided
+    by the factor; between them both are mixed. Megatron's own embedding for YaRN ignores partial
+    rotation, and its attention factor is lost in Transformer Engine's fused kernel.
+    """
+    size, length = 2 * len(frequencies), scaling["original_max_position_embeddings"]
+
+    def dimension(turns: float) -> float:
+        return size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dimension(scaling["beta_fast"]), dimension(scaling["beta_slow"])
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    high += 0.001 if low == high else 0
+    positions = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
+    scaled = ((positions - low) / (high - low)).clamp(0, 1)
+    return frequencies / scaling["factor"] * scaled + frequencies * (1 - scaled)
 
 
 def two_stages_fields(stages: int, virtual_stages: int | None) -> dict[str, bool]:

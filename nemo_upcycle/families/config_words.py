@@ -14,8 +14,12 @@ from nemo_upcycle.families.defaults import DEFAULTS
 _ROPE_WORDS = ("rope_theta", "partial_rotary_factor")
 """Keys at the top level in transformers 4, and in `rope_parameters` in transformers 5."""
 
-UNSCALED_ROPE = ("nemotron",)
-"""Families whose RoPE transformers 5 scales and transformers 4 does not."""
+UNSCALED_ROPE = {
+    "nemotron": "a Nemotron, which transformers 5 computes and transformers 4 does not",
+    "phi3": "a Phi-3, for which transformers computes only 'longrope', whose frequencies depend on "
+    "a sequence's length; Megatron cannot compute that",
+}
+"""Families whose RoPE cannot be scaled, and why."""
 
 
 def in_words_of_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,8 +139,8 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, An
         return {"rope_scaling": None} if rope or "rope_scaling" in config else {}
     if family in UNSCALED_ROPE:
         raise UpcyclingError(
-            f"config.json asks for RoPE scaling {kind!r} in a Nemotron, which transformers 5 "
-            "computes and transformers 4 does not; only none can be upcycled."
+            f"config.json asks for RoPE scaling {kind!r} in {UNSCALED_ROPE[family]}. Only none can "
+            "be upcycled."
         )
     scaling = {key: value for key, value in rope.items() if key not in _ROPE_WORDS}
     if kind in ("llama3", "yarn", "longrope"):
@@ -157,7 +161,13 @@ def _original_length(
                 "level, of which transformers 4 and 5 read different ones; expected one."
             )
         return {}
-    length = config.get(longest, defaults.get(longest)) if outside is None else outside
+    context = config.get(longest, defaults.get(longest))
+    if scaling.get("rope_type") == "yarn" and outside not in (None, context):
+        raise UpcyclingError(
+            f"config.json says {word}={outside!r} beside RoPE's scaling by YaRN, where "
+            f"transformers 5 reads it and transformers 4 does not; say {word} in rope_scaling."
+        )
+    length = context if outside is None else outside
     return {} if length is None else {word: length}
 
 

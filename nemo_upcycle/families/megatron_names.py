@@ -65,6 +65,9 @@ def dense_family(config: Mapping[str, Any], families: Collection[Family]) -> Fam
         "window_size": (config.get("window_size"), None),
         "seq_len_interpolation_factor": (arch.seq_len_interpolation_factor, None),
         "scale_factor": (config.get("scale_factor"), None),
+        "no_rope_freq": (config.get("no_rope_freq"), None),
+        "attention_multiplier": (arch.attention_multiplier, None),
+        **{name: (value, 1.0) for name, value in arch.multipliers.items()},
     }
     said = ", ".join(
         f"{name}={value!r}" for name, (value, usual) in unusual.items() if value != usual
@@ -78,12 +81,15 @@ def dense_family(config: Mapping[str, Any], families: Collection[Family]) -> Fam
 def _beyond(family: Family, arch: Architecture) -> bool:
     """Return whether a family computes something else than a model with these numbers."""
     defaults = DEFAULTS[family.model_type]
+    multiplied = {*arch.multipliers.values()} != {1.0} or arch.attention_multiplier is not None
     scaled = arch.rope_scaling is not None or arch.seq_len_interpolation_factor is not None
     return (
         family.parameters.keys() != LLAMA_PARAMETERS.keys() | _own_parameters(arch)
         or isinstance(family.parameters[_FC1], UpMLP) == arch.gated_linear_unit
         or (arch.sliding_window is not None and "sliding_window" not in defaults)
         or (arch.rotary_percent != 1 and "partial_rotary_factor" not in defaults)
+        or (multiplied and "residual_multiplier" not in defaults)
+        or (bool(arch.nope_layers) and "no_rope_layers" not in defaults)
         or (scaled and family.model_type in UNSCALED_ROPE)
     )
 

@@ -191,6 +191,7 @@ def moe_family_of(model: MoEModel) -> MoEFamily:
     arch = model.arch
     _refuse(not arch.gated_linear_unit, "experts with squared ReLU and no gate")
     _refuse(arch.norm_has_bias, "LayerNorm with biases")
+    _refuse(bool(arch.nope_layers), f"layers without RoPE, {list(arch.nope_layers)},")
     _refuse(arch.rotary_percent != 1, f"rotary_percent={arch.rotary_percent}")
     if arch.qk_layernorm:
         _refuse(arch.add_qkv_bias, "norms of queries and keys together with their biases")

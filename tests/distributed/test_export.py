@@ -102,6 +102,7 @@ def test_many_files(ranks: RankPool, tmp_path: Path) -> None:
     ("family", "upcycling", "message"),
     [
         ("nemotron", {}, "squared ReLU"),
+        ("smollm3", {}, r"layers without RoPE, \[3\],"),
         ("qwen3", {"moe_shared_expert": True}, "with a shared expert"),
         ("mistral, window", {"moe_router_pre_softmax": True}, "a sliding window"),
     ],
