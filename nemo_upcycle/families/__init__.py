@@ -14,6 +14,7 @@ from nemo_upcycle.families.phi3 import PHI3
 from nemo_upcycle.families.qwen2 import QWEN2
 from nemo_upcycle.families.qwen3 import QWEN3
 from nemo_upcycle.families.smollm3 import SMOLLM3
+from nemo_upcycle.families.unfit import DENSE, feature_of
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -36,7 +37,7 @@ def family_of(config: dict[str, Any]) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UpcyclingError(
             f"config.json says model_type={model_type!r}; "
-            f"families that can be upcycled: {', '.join(FAMILIES)}."
+            f"families that can be upcycled: {', '.join(FAMILIES)}." + feature_of(model_type, DENSE)
         )
     return FAMILIES[model_type]
 

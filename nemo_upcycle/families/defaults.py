@@ -75,6 +75,11 @@ _GRANITE: dict[str, Any] = {
     "attention_multiplier": 1.0,
     "logits_scaling": 1.0,
 }
+_GRANITE_MOE: dict[str, Any] = {
+    **{key: value for key, value in _GRANITE.items() if key != "mlp_bias"},
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
@@ -125,6 +130,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": None,
     },
     "granite": _GRANITE,
+    "granitemoe": _GRANITE_MOE,
+    "granitemoeshared": {**_GRANITE_MOE, "shared_intermediate_size": 0},
     "mixtral": {
         **_MISTRAL,
         "rms_norm_eps": 1e-5,

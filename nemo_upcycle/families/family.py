@@ -96,6 +96,11 @@ class Architecture:
         return {name: getattr(self, name) for name in MULTIPLIERS}
 
     @property
+    def is_multiplied(self) -> bool:
+        """Whether any multiplier, of the scores too, changes what a Llama computes."""
+        return self.attention_multiplier is not None or {*self.multipliers.values()} != {1.0}
+
+    @property
     def softmax_scale(self) -> float | None:
         """The factor of the attention's scores in Megatron; None for 1/√width of a head.
 

@@ -81,14 +81,13 @@ def dense_family(config: Mapping[str, Any], families: Collection[Family]) -> Fam
 def _beyond(family: Family, arch: Architecture) -> bool:
     """Return whether a family computes something else than a model with these numbers."""
     defaults = DEFAULTS[family.model_type]
-    multiplied = {*arch.multipliers.values()} != {1.0} or arch.attention_multiplier is not None
     scaled = arch.rope_scaling is not None or arch.seq_len_interpolation_factor is not None
     return (
         family.parameters.keys() != LLAMA_PARAMETERS.keys() | _own_parameters(arch)
         or isinstance(family.parameters[_FC1], UpMLP) == arch.gated_linear_unit
         or (arch.sliding_window is not None and "sliding_window" not in defaults)
         or (arch.rotary_percent != 1 and "partial_rotary_factor" not in defaults)
-        or (multiplied and "residual_multiplier" not in defaults)
+        or (arch.is_multiplied and "residual_multiplier" not in defaults)
         or (bool(arch.nope_layers) and "no_rope_layers" not in defaults)
         or (scaled and family.model_type in UNSCALED_ROPE)
     )

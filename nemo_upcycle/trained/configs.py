@@ -10,13 +10,16 @@ from nemo_upcycle.checkpoint.kept import CHAT_TEMPLATES, CONFIG, default_tokens
 from nemo_upcycle.checkpoint.tokenizer_files import copy_tokenizer
 from nemo_upcycle.families.family import ACTIVATIONS
 from nemo_upcycle.families.model import MoEModel
-from nemo_upcycle.families.moe import MoEFamily
+from nemo_upcycle.families.moe_family import MoEFamily
 
 _TOKENIZERS = {
     "llama": "LlamaTokenizer",
     "mistral": "LlamaTokenizer",
     "mixtral": "LlamaTokenizer",
     "phi3": "LlamaTokenizer",
+    "granite": "GPT2Tokenizer",
+    "granitemoe": "GPT2Tokenizer",
+    "granitemoeshared": "GPT2Tokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen2_moe": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",

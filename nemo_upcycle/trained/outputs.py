@@ -18,7 +18,7 @@ from typing import Any
 from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.model import MoEModel
-from nemo_upcycle.families.moe import MoEFamily
+from nemo_upcycle.families.moe_family import MoEFamily
 from nemo_upcycle.families.names import expert_of, layer_of, pattern_of
 from nemo_upcycle.progress import size
 from nemo_upcycle.trained.configs import write_json
@@ -44,11 +44,19 @@ class Output:
         info: Shape and dtype.
         parts: Parts by the first row that each fills.
         doubled: Whether the values are twice Megatron's.
+        stack: Matrices, one after another, that are the first axis of the stored shape; 1 for none.
     """
 
     info: TensorInfo
     parts: dict[int, Part] = field(default_factory=dict)
     doubled: bool = False
+    stack: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The stored shape."""
+        rows, *columns = self.info.shape
+        return self.info.shape if self.stack == 1 else (self.stack, rows // self.stack, *columns)
 
     @property
     def bytes(self) -> int:
@@ -93,9 +101,8 @@ def _add(
 ) -> None:
     """Add a parameter's rows to the tensors that hold them."""
     numbers = {"layer": layer_of(name), "expert": expert_of(name)}
-    width = model.expert_width if numbers["expert"] is not None else model.arch.ffn_hidden_size
     position = 0
-    for rows in family.parameters[pattern_of(name)].rows(model.arch, (0, width)):
+    for rows in family.rows(pattern_of(name), model, numbers["expert"]):
         start, stop = rows.span(info.shape[0])
         count = stop - start
         tensor = rows.tensor.format(**numbers)
@@ -103,6 +110,7 @@ def _add(
         output.parts[start] = Part(name, position, count)
         end = max(output.info.shape[0], stop)
         output.info = TensorInfo((end, *info.shape[1:]), info.dtype)
+        output.stack = family.stack(tensor, model)
         output.doubled = family.doubled is not None and tensor.endswith(family.doubled)
         position += count
     if position != info.shape[0]:
@@ -161,7 +169,7 @@ class OutputFile:
         for name, output in self.outputs.items():
             header[name] = {
                 "dtype": output.info.dtype,
-                "shape": list(output.info.shape),
+                "shape": list(output.shape),
                 "data_offsets": [position, position + output.bytes],
             }
             position += output.bytes

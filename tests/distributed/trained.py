@@ -44,6 +44,13 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {"rope_scaling": YARN},
         {**G4, **PARTLY, "moe_shared_expert": True, "moe_router_pre_softmax": True},
     ),
+    "multipliers": ("granitemoe", "granite", {"tie_word_embeddings": True}, {}),
+    "multipliers, shared expert": (
+        "granitemoeshared",
+        "granite",
+        {"rope_scaling": YARN},
+        {**G4, "moe_shared_expert": True},
+    ),
     "q and k norm": ("qwen3_moe", "qwen3", {}, {}),
     "q and k norm, softmax first, partly dense": (
         "qwen3_moe",
@@ -52,6 +59,29 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {**G4, **PARTLY, "moe_router_pre_softmax": True},
     ),
 }
+
+
+NOT_EXPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "squared ReLU": ("nemotron", {}, "squared ReLU"),
+    "some layers without RoPE": ("smollm3", {}, r"layers without RoPE \(\[3\]\), which"),
+    "a part rotated": ("phi3", {}, r"rotary_percent=0\.75"),
+    "q and k norm, shared expert": (
+        "qwen3",
+        {"moe_shared_expert": True},
+        "with a shared expert",
+    ),
+    "window, softmax first": (
+        "mistral, window",
+        {"moe_router_pre_softmax": True},
+        "a sliding window",
+    ),
+    "multipliers, softmax first": (
+        "granite",
+        {"moe_router_pre_softmax": True},
+        "multipliers together with softmax before top-k",
+    ),
+}
+"""What no architecture of transformers computes: a family, the upcycling, and what is said."""
 
 
 def trained(
