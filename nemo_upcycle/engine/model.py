@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.family import MULTIPLIERS
 
 
 def mark_experts(model: torch.nn.Module) -> None:
@@ -55,43 +55,46 @@ def leave_padding_out(model: torch.nn.Module, vocab_size: int) -> None:
 def multiply(model: torch.nn.Module, factors: Mapping[str, float]) -> None:
     """Multiply embeddings, what layers add to the residual, and logits, as a Granite does.
 
-    Must be called before `leave_padding_out`.
+    The residual's factor is applied where attention and feed-forward are added, which all of
+    Megatron's schedules and graphs share. Must be called before `leave_padding_out`.
 
     Args:
         model: A Megatron-Core GPT model.
         factors: `Architecture.multipliers`.
-
-    Raises:
-        UpcyclingError: The model's schedule runs parts of a layer past its modules.
     """
     model.multipliers = dict(factors)
-    if factors["embedding_multiplier"] != 1 and model.pre_process:
-        model.embedding.register_forward_hook(_times(factors["embedding_multiplier"]))
-    if factors["residual_multiplier"] != 1:
-        if getattr(model.config, "overlap_moe_expert_parallel_comm", False):
-            raise UpcyclingError(
-                "overlap_moe_expert_parallel_comm runs parts of a layer in another order, without "
-                "the model's residual_multiplier; set it to False."
-            )
+    embeddings, residual, logits = (factors[name] for name in MULTIPLIERS)
+    if embeddings != 1 and model.pre_process:
+        model.embedding.register_forward_hook(lambda _, __, output: output * embeddings)
+    if residual != 1:
         for layer in model.decoder.layers:
-            for part in (layer.self_attention, layer.mlp):
-                part.register_forward_hook(_times(factors["residual_multiplier"]))
-    if factors["logits_scaling"] != 1 and model.post_process:
-        model.output_layer.register_forward_hook(_times(1.0, factors["logits_scaling"]))
+            for name in ("self_attn_bda", "mlp_bda"):
+                setattr(layer, name, _with_factor(getattr(layer, name), residual))
+    if logits != 1 and model.post_process:
+        model.output_layer.register_forward_hook(
+            lambda _, __, output: (output[0] / logits, *output[1:])
+        )
 
 
-def _times(factor: float, divisor: float = 1.0) -> Callable[..., Any]:
-    """Return a hook that multiplies a module's output, and its bias if there is one."""
+def _with_factor(bias_dropout_add: Callable[..., Any], factor: float) -> Callable[..., Any]:
+    """Return Megatron's sum of a layer's output and the residual, with a factor of the output."""
 
-    def scaled(value: torch.Tensor | None) -> torch.Tensor | None:
-        if value is None:
-            return None
-        return value * factor if divisor == 1 else value / divisor
+    def choose(*settings: bool) -> Callable[..., torch.Tensor]:
+        add = bias_dropout_add(*settings)
 
-    def hook(_: torch.nn.Module, __: object, output: Any) -> Any:
-        return tuple(map(scaled, output)) if isinstance(output, tuple) else scaled(output)
+        def multiplied(
+            output_with_bias: tuple[torch.Tensor, torch.Tensor | None],
+            residual: torch.Tensor,
+            dropout: float,
+        ) -> torch.Tensor:
+            output, bias = output_with_bias
+            return add(
+                (output * factor, None if bias is None else bias * factor), residual, dropout
+            )
 
-    return hook
+        return multiplied
+
+    return choose
 
 
 def rope_frequencies(
