@@ -1,6 +1,7 @@
-"""Phi-3, Phi-3.5 and Phi-4 (`Phi3ForCausalLM`): a Llama with fused tensors.
+"""Phi-3 of 4,096 tokens and Phi-4 (`Phi3ForCausalLM`): a Llama with fused tensors.
 
 Queries, keys and values are one tensor, and so are gate and up. RoPE may rotate a part of a head.
+The models of 128k tokens have LongRoPE, which is refused.
 """
 
 from dataclasses import replace
