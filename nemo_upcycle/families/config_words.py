@@ -14,13 +14,6 @@ from nemo_upcycle.families.defaults import DEFAULTS
 _ROPE_WORDS = ("rope_theta", "partial_rotary_factor")
 """Keys at the top level in transformers 4, and in `rope_parameters` in transformers 5."""
 
-UNSCALED_ROPE = {
-    "nemotron": "a Nemotron, which transformers 5 computes and transformers 4 does not",
-    "phi3": "a Phi-3, for which transformers computes only 'longrope', whose frequencies depend on "
-    "a sequence's length; Megatron cannot compute that",
-}
-"""Families whose RoPE cannot be scaled, and why."""
-
 
 def in_words_of_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with the keys of transformers 4.
@@ -137,10 +130,10 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, An
     family = str(config.get("model_type"))
     if kind == "default":
         return {"rope_scaling": None} if rope or "rope_scaling" in config else {}
-    if family in UNSCALED_ROPE:
+    if family == "nemotron":
         raise UpcyclingError(
-            f"config.json asks for RoPE scaling {kind!r} in {UNSCALED_ROPE[family]}. Only none can "
-            "be upcycled."
+            f"config.json asks for RoPE scaling {kind!r} in a Nemotron, which transformers 5 "
+            "computes and transformers 4 does not; only none can be upcycled."
         )
     scaling = {key: value for key, value in rope.items() if key not in _ROPE_WORDS}
     if kind in ("llama3", "yarn", "longrope"):

@@ -65,7 +65,7 @@ def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> 
         sliding_window=_window(values, family),
         nope_layers=nope_layers(values, _layers(values)),
         **_multipliers(values, head_width),
-        **rope_scaling(values),
+        **rope_scaling(values, family),
         **fields,
     )
     factor = (arch.rope_scaling or {}).get("attention_factor", 1.0)

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.config_words import UNSCALED_ROPE
 from nemo_upcycle.families.defaults import DEFAULTS
 from nemo_upcycle.families.family import (
     Architecture,
@@ -22,6 +21,7 @@ from nemo_upcycle.families.family import (
 from nemo_upcycle.families.llama import MEGATRON_LAYER
 from nemo_upcycle.families.llama import PARAMETERS as LLAMA_PARAMETERS
 from nemo_upcycle.families.megatron import MODEL_TYPE, architecture
+from nemo_upcycle.families.rope import UNSCALED_ROPE
 
 _ATTENTION = MEGATRON_LAYER + "self_attention."
 _MLP = MEGATRON_LAYER + "mlp."

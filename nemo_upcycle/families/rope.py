@@ -36,6 +36,10 @@ ROPE_SCALING_FIELDS = tuple(
 )
 """All fields for RoPE scaling."""
 
+UNSCALED_ROPE = ("nemotron", "phi3")
+"""Families whose RoPE cannot be scaled. Of a Nemotron only transformers 5 computes a scaling; of a
+Phi-3 both versions compute `longrope` alone, by whatever name."""
+
 _OF_LENGTH = {
     "dynamic": "remove rope_scaling: up to max_position_embeddings tokens, the model computes the "
     "same without it",
@@ -64,8 +68,12 @@ def rotary_percent(values: Values, head_width: int) -> float:
     return part
 
 
-def rope_scaling(values: Values) -> dict[str, Any]:
+def rope_scaling(values: Values, family: str) -> dict[str, Any]:
     """Return the fields of an architecture for RoPE scaling.
+
+    Args:
+        values: The config.
+        family: The model type.
 
     Raises:
         UpcyclingError: A number is missing, or Megatron cannot compute the type.
@@ -73,7 +81,7 @@ def rope_scaling(values: Values) -> dict[str, Any]:
     scaling = values.said.get("rope_scaling")
     if scaling is None:
         return {"rope_scaling": None}
-    kind = scaling["rope_type"]
+    kind = "longrope" if family == "phi3" else scaling["rope_type"]
     if kind == "linear":  # as in Code Llama
         return {"rope_scaling": None, "seq_len_interpolation_factor": _number(scaling, "factor")}
     if kind == "llama3":
@@ -87,9 +95,10 @@ def rope_scaling(values: Values) -> dict[str, Any]:
         if way_out
         else ""
     )
+    said = scaling["rope_type"]
+    known = "only none" if family == "phi3" else "only 'llama3', 'yarn', 'linear' or none"
     raise UpcyclingError(
-        f"config.json asks for RoPE scaling {kind!r}; only 'llama3', 'yarn', 'linear' or none can "
-        f"be upcycled.{why}"
+        f"config.json asks for RoPE scaling {said!r}; {known} can be upcycled.{why}"
     )
 
 
