@@ -9,16 +9,15 @@ import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo
+from nemo_upcycle.checkpoint import TensorInfo
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.model import MoEModel
-from nemo_upcycle.families.moe import MoEFamily
+from nemo_upcycle.families.moe_family import MoEFamily
 from nemo_upcycle.families.names import expert_of, layer_of, pattern_of
 from nemo_upcycle.progress import size
 from nemo_upcycle.trained.configs import write_json
@@ -44,16 +43,26 @@ class Output:
         info: Shape and dtype.
         parts: Parts by the first row that each fills.
         doubled: Whether the values are twice Megatron's.
+        stack: Matrices, one after another, that are the first axis of the stored shape; 1 for none.
     """
 
     info: TensorInfo
     parts: dict[int, Part] = field(default_factory=dict)
     doubled: bool = False
+    stack: int = 1
+
+    @property
+    def stored(self) -> TensorInfo:
+        """The tensor as the file describes it."""
+        if self.stack == 1:
+            return self.info
+        rows, *columns = self.info.shape
+        return replace(self.info, shape=(self.stack, rows // self.stack, *columns))
 
     @property
     def bytes(self) -> int:
         """Its size."""
-        return prod(self.info.shape) * DTYPE_BYTES[self.info.dtype]
+        return self.info.bytes
 
 
 def outputs_of(
@@ -93,9 +102,8 @@ def _add(
 ) -> None:
     """Add a parameter's rows to the tensors that hold them."""
     numbers = {"layer": layer_of(name), "expert": expert_of(name)}
-    width = model.expert_width if numbers["expert"] is not None else model.arch.ffn_hidden_size
     position = 0
-    for rows in family.parameters[pattern_of(name)].rows(model.arch, (0, width)):
+    for rows in family.rows(pattern_of(name), model, numbers["expert"]):
         start, stop = rows.span(info.shape[0])
         count = stop - start
         tensor = rows.tensor.format(**numbers)
@@ -103,6 +111,7 @@ def _add(
         output.parts[start] = Part(name, position, count)
         end = max(output.info.shape[0], stop)
         output.info = TensorInfo((end, *info.shape[1:]), info.dtype)
+        output.stack = family.stack(tensor, model)
         output.doubled = family.doubled is not None and tensor.endswith(family.doubled)
         position += count
     if position != info.shape[0]:
@@ -156,7 +165,7 @@ class OutputFile:
     @cached_property
     def head(self) -> bytes:
         """What stands before the tensors."""
-        infos = {name: output.info for name, output in self.outputs.items()}
+        infos = {name: output.stored for name, output in self.outputs.items()}
         return header(infos, {"format": "pt"})
 
 
