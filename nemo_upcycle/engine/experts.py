@@ -200,7 +200,7 @@ class _Statistics:
             buffer = torch.empty((span[1] - span[0], info.width), dtype=dtype)
             raw = memoryview(buffer.view(-1).view(torch.uint8).numpy())
             self._checkpoint.read_into(raw, rows.tensor, span, None)
-            self.bytes_read += len(raw)
+            self.bytes_read += info.stored(len(raw))
             values = buffer.double().numpy()
             sums.append(values.sum(axis=1))
             squares.append(np.square(values).sum(axis=1))
