@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 """Start and stop of a range."""
 
+DEQUANTISING_BYTES = 2**21
+"""Memory of dequantising, at most, beside the values themselves and one scale per row."""
+
 
 @dataclass(frozen=True)
 class TensorInfo:

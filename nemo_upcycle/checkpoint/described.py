@@ -94,10 +94,10 @@ def open_dense(source: str) -> Dense:
     checkpoint = open_branches(source)
     check_whole(checkpoint)
     packed = sum(info.packed is not None for info in checkpoint.tensors.values())
-    fp8 = f"; {packed} weights in FP8, dequantised while read" if packed else ""
+    more = f"; {packed} quantised weights, dequantised while read" if packed else ""
     return Dense(
         source,
-        f"headers read and checked{fp8}",
+        f"headers read and checked{more}",
         checkpoint.family,
         checkpoint.architecture,
         checkpoint.tensors,

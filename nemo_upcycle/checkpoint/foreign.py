@@ -46,8 +46,9 @@ _KINDS = (
     _Kind(
         r".+\.gguf",
         "GGUF, llama.cpp's format, quantised as a rule ({names})",
-        "Get the original weights; or load the file with from_pretrained(..., gguf_file=...), "
-        "which dequantises it, and save_pretrained that.",
+        "Get the original weights; or, for a Llama or Qwen, `pip install gguf` and give the file "
+        "in a directory without config.json; or load the file with "
+        "from_pretrained(..., gguf_file=...), which dequantises it, and save_pretrained that.",
     ),
     _Kind(
         r"global_step\d+|zero_to_fp32\.py|.*zero_pp_rank_.+",

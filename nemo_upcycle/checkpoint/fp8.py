@@ -31,9 +31,6 @@ SCALE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E8M0": 1}
 STRIP = 2**15
 """Values that are dequantised at a time: below it torch starts no threads of its own."""
 
-STRIP_BYTES = 16 * STRIP
-"""Memory of a strip: stored, in fp32, the scales, and the product."""
-
 _UNUSED = re.compile(r"\.(input_scale|input_scale_ub|activation_scale|output_scale|[qkv]_scale)$")
 """Scales of activations and of the cache, which the dequantised model has no use for."""
 

@@ -55,7 +55,8 @@ def find_directory(source: str | Path) -> Path | None:
     """Return the local directory of a checkpoint, None if there is none on this machine.
 
     Args:
-        source: An absolute or relative path, also with `~`, or a hub name already downloaded.
+        source: An absolute or relative path, also with `~`, or a hub name already downloaded. A
+            GGUF file means its directory, if there is no other in it.
 
     Raises:
         UpcyclingError: The source is a file, or cannot be read.
@@ -71,9 +72,12 @@ def find_directory(source: str | Path) -> Path | None:
         raise UpcyclingError(
             f"{error.filename or path} cannot be read: {error.strerror}. Check the permissions."
         ) from error
+    if exists and path.suffix == ".gguf" and list(path.parent.glob("*.gguf")) == [path]:
+        return path.parent
     if exists:
         raise UpcyclingError(
-            f"{path} is a file; expected the directory that holds config.json and *.safetensors."
+            f"{path} is a file; expected the directory that holds config.json and *.safetensors, "
+            "or one GGUF file alone."
         )
     return None if path.is_absolute() else _cached_snapshot(str(source))
 
