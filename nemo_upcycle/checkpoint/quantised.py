@@ -25,6 +25,7 @@ KEYS = ("quantization_config", "compression_config")
 
 _TENSORS = {
     r"\.(weight_scale_inv|weight_scale|input_scale|activation_scale)": "FP8",
+    r"\.biases": "MLX",
     r"\.(qweight|qzeros|scales|g_idx)": "GPTQ or AWQ",
     r"\.(SCB|(weight\.)?(nested_)?(absmax|quant_map)|(weight\.)?quant_state\..+)": "bitsandbytes",
     r"\.weight_(packed|shape|zero_point|global_scale)": "compressed-tensors",

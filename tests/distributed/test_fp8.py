@@ -1,10 +1,10 @@
 """A dense model in FP8 computes what its dequantised weights compute, as in transformers 5."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nemo_upcycle.config import UpcyclingConfig
 from tests.distributed import scenarios, transformers5
@@ -33,17 +33,27 @@ def test_logits_are_those_of_the_dequantised_model(
     assert (evaluated - dense_logits(plain, IDS)).abs().max() <= TOLERANCE
 
 
+DEQUANTISED = """
+import sys, torch, transformers
+assert transformers.__version__ >= "5", transformers.__version__
+for directory in sys.argv[1:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    torch.save(model.state_dict(), directory + "/dequantised")
+"""
+WAYS = ("blocks", "blocks, scales in bf16", "one scale per tensor")
+
+
 def test_transformers_5_dequantises_alike(
     transformers_5: Path, dense: Path, tmp_path: Path
 ) -> None:
-    ways = {name: tmp_path / str(i) for i, name in enumerate(("blocks", "one scale per tensor"))}
-    plain = {name: write_fp8(dense, path, name, torch.float32) for name, path in ways.items()}
-    torch.save(IDS, tmp_path / "ids")
-    arguments = (
-        json.dumps(list(map(str, ways.values()))),
-        *map(str, (tmp_path / "ids", tmp_path / "out")),
-    )
-    transformers5.end(transformers5.start(transformers_5, transformers5.LOGITS, *arguments))
-    found = torch.load(tmp_path / "out")
+    """Without a GPU, transformers 5 dequantises as it loads."""
+    ways = {name: tmp_path / str(number) for number, name in enumerate(WAYS)}
+    plain = {name: write_fp8(dense, path, name) for name, path in ways.items()}
+    transformers5.end(transformers5.start(transformers_5, DEQUANTISED, *map(str, ways.values())))
     for name, path in ways.items():
-        assert (found[str(path)] - dense_logits(plain[name], IDS)).abs().max() <= TOLERANCE
+        expected, found = (
+            load_file(plain[name] / "model.safetensors"),
+            torch.load(path / "dequantised"),
+        )
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[each], expected[each]) for each in expected), name

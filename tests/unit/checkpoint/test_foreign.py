@@ -94,20 +94,21 @@ def _in_integers(method: str) -> Damage:
 
 
 METHODS: dict[str, tuple[str, str]] = {
-    "GPTQ": ("gptq", "qweight"),
-    "AWQ": ("awq", "qzeros"),
-    "AutoRound": ("auto-round", "scales"),
-    "bitsandbytes in 4 bits": ("bitsandbytes", "weight.absmax"),
-    "bitsandbytes in 8 bits": ("bitsandbytes", "SCB"),
-    "HQQ": ("hqq", "W_q"),
-    "AQLM": ("aqlm", "codebooks"),
-    "VPTQ": ("vptq", "centroids.weight"),
-    "quanto": ("quanto", "weight._data"),
-    "EETQ": ("eetq", "weight_scales"),
-    "torchao": ("torchao", "_weight_qdata"),
-    "compressed-tensors in 4 bits": ("compressed-tensors", "weight_packed"),
-    "ModelOpt": ("modelopt", "weight_scale_2"),
-    "MXFP4": ("mxfp4", "weight_blocks"),
+    "GPTQ by config and tensors": ("gptq", "qweight"),
+    "AWQ by config and tensors": ("awq", "qzeros"),
+    "AutoRound by config and tensors": ("auto-round", "scales"),
+    "bitsandbytes in 4 bits by config and tensors": ("bitsandbytes", "weight.absmax"),
+    "bitsandbytes in 8 bits by config and tensors": ("bitsandbytes", "SCB"),
+    "HQQ by config and tensors": ("hqq", "W_q"),
+    "AQLM by config and tensors": ("aqlm", "codebooks"),
+    "VPTQ by config and tensors": ("vptq", "centroids.weight"),
+    "quanto by config and tensors": ("quanto", "weight._data"),
+    "EETQ by config and tensors": ("eetq", "weight_scales"),
+    "torchao by config and tensors": ("torchao", "_weight_qdata"),
+    "compressed-tensors in 4 bits by config and tensors": ("compressed-tensors", "weight_packed"),
+    "ModelOpt by config and tensors": ("modelopt", "weight_scale_2"),
+    "MXFP4 by config and tensors": ("mxfp4", "weight_blocks"),
+    "MLX by config and tensors": ("mlx", "biases"),
 }
 """Quantisation methods and one of their tensors."""
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -117,16 +118,17 @@ MOE_PART = {"model_type": "llama4", "text_config": {"num_local_experts": 16}}
 
 REFUSED: dict[str, tuple[Damage, str]] = {
     **{
-        f"{name} by config and tensors": (
-            _quantised_by(method, tensor),
-            f"quantised by {method} (its",
-        )
-        for name, (method, tensor) in METHODS.items()
+        case: (_quantised_by(method, tensor), f"quantised by {method} (its")
+        for case, (method, tensor) in METHODS.items()
     },
     **{
-        f"{name} by tensors": (_quantised(tensor), "is quantised by ")
-        for name, (_, tensor) in METHODS.items()
+        case.replace("config and tensors", "tensors alone"): (
+            _quantised(tensor),
+            "is quantised by ",
+        )
+        for case, (_, tensor) in METHODS.items()
     },
+    "GPTQ by tensors": (_quantised("qweight", torch.int32), "quantised by GPTQ or AWQ"),
     "integers by config": (_in_integers("eetq"), "model.layers.0.mlp.up_proj.weight in I8"),
     "a method that computes otherwise": (
         _config(quantization_config={"quant_method": "bitnet"}),
@@ -262,8 +264,9 @@ def test_refused_by_name(dense: Path, tmp_path: Path, case: str) -> None:
     ids=["GGUF", "an adapter", "a tokenizer", "nothing"],
 )
 def test_what_runs_a_model_or_exports_it_calls_it_by_name_too(
-    tmp_path: Path, names: tuple[str, ...], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], message: str
 ) -> None:
+    monkeypatch.setattr("nemo_upcycle.checkpoint.gguf_file.find_spec", lambda name: None)
     for name in names:
         (tmp_path / name).touch()
     for look in (check_there, open_trained):
