@@ -78,7 +78,7 @@ class DenseParts:
         buffer = torch.empty((span[1] - span[0], info.width), dtype=torch_dtype(info.dtype))
         raw = memoryview(buffer.view(-1).view(torch.uint8).numpy())
         self._checkpoint.read_into(raw, rows.tensor, span, None)
-        self.bytes_read += len(raw)
+        self.bytes_read += info.stored(len(raw))
         return buffer
 
     def _read_statistics(self, rows: Rows) -> tuple[float, float]:

@@ -207,7 +207,8 @@ def _copy(
         sharers = sharing(blocks, checkpoint.tensors)
     with sharers as shared:
         for chunk in copy_blocks(checkpoint, blocks, device, shared, write):
-            size = chunk_bytes(chunk, checkpoint) * checkpoint.tensors[chunk.block.tensor].sources
+            info = checkpoint.tensors[chunk.block.tensor]
+            size = info.stored(chunk_bytes(chunk, checkpoint)) * info.sources
             done += size
             if chunk.block not in shared or shared[chunk.block].this_rank_reads:
                 bytes_read += size
