@@ -79,7 +79,7 @@ def ablate(
         chosen = _plan(question, workspace, out, workers, deadline, show)
         arms = [arm for arm in question.arms if arm.name in chosen.arms]
         jobs = jobs_of(arms, chosen.seeds, chosen.steps, workspace, out / "results")
-        costs = _costs(out, jobs) if deadline is not None else {}
+        costs = _costs(arms, workspace, out) if deadline is not None else {}
         _train(jobs, workers, out / "logs", deadline, costs, show)
         done = [job for job in jobs if job.result() is not None]
         late = [job.name for job in jobs if job.result() is None]
@@ -154,7 +154,8 @@ def _plan(
     at_once = workers if question.base.accelerator == "cpu" else 1
     left = at_once * (deadline - time.time())
     arch = workspace.architecture
-    chosen = plan(arms, question.seeds, left, _costs(out, trials), arch, question.least_steps)
+    costs = _costs(arms, workspace, out)
+    chosen = plan(arms, question.seeds, left, costs, arch, question.least_steps)
     keep_plan(out / "plan.json", asked, chosen)
     return chosen
 
@@ -169,19 +170,17 @@ def _trials(arms: Sequence[Arm], workspace: Workspace, out: Path) -> list[Job]:
     return [Job(arm, 1, TRIAL_STEPS, samples, workspace, results) for arm in first]
 
 
-def _costs(out: Path, jobs: Sequence[Job]) -> dict[str, Cost]:
-    """Return the measured costs of all arms: of a trial of the same kind of model."""
-    arch = jobs[0].workspace.architecture
-    arms = {job.arm.name: job.arm for job in jobs}
+def _costs(arms: Sequence[Arm], workspace: Workspace, out: Path) -> dict[str, Cost]:
+    """Return the measured costs of arms: of a trial of the same kind of model."""
+    arch = workspace.architecture
     found: dict[str, Cost] = {}
-    for trial in _trials(list(arms.values()), jobs[0].workspace, out):
+    for trial in _trials(arms, workspace, out):
         result = trial.result()
         if result is not None and result.step_seconds is not None:
             cost = Cost(result.step_seconds, result.other_seconds or 0.0)
             found[same_model(trial.arm, arch)] = cost
-    return {
-        name: found[kind] for name, arm in arms.items() if (kind := same_model(arm, arch)) in found
-    }
+    kinds = {arm.name: same_model(arm, arch) for arm in arms}
+    return {name: found[kind] for name, kind in kinds.items() if kind in found}
 
 
 @contextmanager
