@@ -224,14 +224,8 @@ def test_a_process_that_starts_as_on_a_gpu_comes_to_the_same(tmp_path: Path) -> 
     for name, base in (("forked", TINY), ("spawned", Spawned(**vars(TINY)))):
         jobs = jobs_of([replace(arm, base=base)], 1, STEPS, workspace, tmp_path / name)
         late = [replace(jobs[0], seed=2)]  # would end after the deadline, and is not started
-        took = {1: 0.0, 2: 1e9}
-        done = train_all(
-            [*late, *jobs],
-            1,
-            tmp_path / f"{name}-logs",
-            time.time() + 1e6,
-            lambda job: took[job.seed],
-        )
+        deadline, logs = time.time() + 1e6, tmp_path / f"{name}-logs"
+        done = train_all([*late, *jobs], 1, logs, deadline, lambda job: 1e9 * (job.seed == 2))
         assert [job.seed for job in done] == [1]
         result = jobs[0].result()
         assert result is not None
