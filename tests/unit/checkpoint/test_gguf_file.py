@@ -120,6 +120,10 @@ def _two(dense: Path, file: Path) -> None:
     file.with_name("other.gguf").touch()
 
 
+def _part(dense: Path, file: Path) -> None:
+    write_gguf(dense, file, "Q8_0", {"add_uint16": ("split.count", 3)})
+
+
 def _of_another_kind(dense: Path, file: Path) -> None:
     from gguf import GGUFWriter
 
@@ -139,6 +143,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a window": (_with(add_sliding_window=16), "llama.attention.sliding_window=16"),
     "experts": (_with(add_expert_count=8), "llama.expert_count=8"),
     "heads of another width": (_with(add_key_length=16), "llama.attention.key_length=16"),
+    "a part of a file": (_part, "it is one of 3 parts; `llama-gguf-split --merge` joins them"),
     "a file that was cut": (_cut, "cannot be read as GGUF"),
     "two files": (_two, "holds several GGUF files (other.gguf, tiny.gguf)"),
     "another architecture": (_of_another_kind, "general.architecture is 'mamba'"),
