@@ -159,12 +159,13 @@ def _pair(value: Any) -> tuple[int, int]:
     return rows, columns
 
 
-_Group = tuple[list[str], Blocks]
+_Group = tuple[list["str | re.Pattern[str]"], Blocks]
 
 
 def _group(group: Mapping[str, Any]) -> _Group:
     """Return the targets of a group of compressed-tensors, and its blocks."""
-    targets, weights = list(group["targets"]), group.get("weights") or {}
+    targets = [re.compile(t[3:]) if t.startswith("re:") else t for t in group["targets"]]
+    weights = group.get("weights") or {}
     strategy, size = weights.get("strategy"), weights.get("group_size")
     if strategy is None:
         strategy = "tensor" if size is None else "group" if size > 0 else "channel"
@@ -194,11 +195,11 @@ def _of_groups(
     return None
 
 
-def _is_target(target: str, module: str) -> bool:
+def _is_target(target: "str | re.Pattern[str]", module: str) -> bool:
     """Return whether a target of compressed-tensors means a linear layer."""
-    if target.startswith("re:"):
-        return re.match(target[3:], module) is not None
-    return target in ("Linear", module)
+    if isinstance(target, str):
+        return target in ("Linear", module)
+    return target.match(module) is not None
 
 
 def scaled_weights(

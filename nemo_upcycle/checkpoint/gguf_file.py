@@ -161,14 +161,17 @@ class GGUFCheckpoint(DenseCheckpoint):
         for name, placed in self._placed.items():
             if placed.kind not in _PLAIN and not _is_dequantised(placed.kind):
                 raise self._error(f"{name} is in {placed.kind}, which gguf does not dequantise")
-            entries[_name(name)] = placed, self._heads(name)
+            heads = self._heads(name)
+            if heads and placed.shape[0] % (2 * heads):
+                raise self._error(f"{name} is {list(placed.shape)}, with {heads} heads")
+            entries[_name(name)] = placed, heads
         return entries
 
     def _heads(self, name: str) -> int:
         if self._architecture != "llama" or not re.search(r"\.attn_[qk]\.(weight|bias)$", name):
             return 0
-        key = "num_attention_heads" if ".attn_q." in name else "num_key_value_heads"
-        return int(self.config.get(key) or self.config["num_attention_heads"])
+        arch = self.architecture
+        return arch.num_attention_heads if ".attn_q." in name else arch.num_query_groups
 
     @property
     def _architecture(self) -> str:
@@ -211,15 +214,14 @@ class GGUFCheckpoint(DenseCheckpoint):
             for key, value in self._fields.items()
             if key.startswith(prefix)
         }
-        hidden, heads = said.get("embedding_length", 0), said.get("attention.head_count", 1)
-        width = self.config.get("head_dim") or hidden // heads
+        width = self.architecture.kv_channels
         wrong = [
             f"{prefix}{key}={value!r}"
             for key, value in said.items()
             if (key not in (*_CONFIG, *_WIDTHS, *_IDLE) and value not in (0, "none"))
             or (key in _WIDTHS and value != width)
         ]
-        if (parts := self._fields.get("split.count", 1)) > 1:
+        if (parts := self._fields.get("split.count", 1)) not in (0, 1):
             raise self._error(f"it is one of {parts} parts; `llama-gguf-split --merge` joins them")
         if "rope_freqs.weight" in self._placed:
             wrong.append("RoPE scaling as a tensor (rope_freqs.weight)")

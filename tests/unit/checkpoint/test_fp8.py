@@ -188,6 +188,11 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
         _said(config_groups={"g": {"targets": ["Linear"], "weights": {"num_bits": 4}}}),
         "no config group says how",
     ),
+    "a pattern that is none": (
+        "compressed-tensors, channel",
+        _said(config_groups={"g": {"targets": ["re:("], "weights": {}}}),
+        "cannot be read as compressed-tensors",
+    ),
     "a group of other layers": (
         "compressed-tensors, channel",
         _said(

@@ -1,6 +1,7 @@
 """A GGUF file is the model that transformers loads from it."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,23 @@ def test_the_plan_counts_the_bytes_of_the_file(tmp_path: Path) -> None:
     source = write_gguf(dense, tmp_path / "gguf" / "tiny.gguf", "Q4_0")
     size, file = open_dense(str(source)).bytes, (source / "tiny.gguf").stat().st_size
     assert 0.8 * file < size < file
+
+
+def test_no_damage_is_another_error(tmp_path: Path) -> None:
+    """A flipped byte of the header, or a file that ends there, is read or refused by name."""
+    write_gguf(write_dense(tmp_path / "dense", "llama"), tmp_path / "tiny.gguf", "Q8_0")
+    file, draw = tmp_path / "tiny.gguf", random.Random(0)
+    good, refused = file.read_bytes(), 0
+    header = good.index(b"output_norm.weight")
+    for number in range(300):
+        damaged = bytearray(good)
+        damaged[draw.randrange(header)] = draw.choice((0, 255, draw.randrange(256)))
+        file.write_bytes(damaged if number % 3 else good[: draw.randrange(header)])
+        try:
+            open_dense(str(tmp_path))
+        except UpcyclingError:
+            refused += 1
+    assert refused > 100
 
 
 Change = Callable[[Path, Path], object]
