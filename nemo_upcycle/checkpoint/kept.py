@@ -29,12 +29,17 @@ CHAT_TEMPLATES = "additional_chat_templates"
 """Directory of named chat templates, beside transformers' `chat_template.jinja`."""
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# First and last token; other families have none.
-_DEFAULT_TOKENS: dict[str, tuple[int, int]] = {
-    "llama": (1, 2),
-    "mistral": (1, 2),
-    "mixtral": (1, 2),
-    "nemotron": (2, 3),
+# First, last and padding token; other families have none.
+_DEFAULT_TOKENS: dict[str, tuple[int, int, int | None]] = {
+    "llama": (1, 2, None),
+    "mistral": (1, 2, None),
+    "mixtral": (1, 2, None),
+    "nemotron": (2, 3, None),
+    "smollm3": (128000, 128001, 128004),
+    "phi3": (1, 32000, 32000),
+    "granite": (1, 2, None),
+    "granitemoe": (1, 2, None),
+    "granitemoeshared": (1, 2, None),
 }
 _OTHERS = ("unk_token_id", "sep_token_id", "tokenizer_class", "attention_dropout", "use_cache")
 CONFIG = _TOKENS + _OTHERS
@@ -118,8 +123,7 @@ def _context(arch: Architecture) -> dict[str, Any]:
 
 def default_tokens(model_type: str) -> dict[str, int | None]:
     """Return transformers' default special tokens, for a config.json without them."""
-    bos, eos = _DEFAULT_TOKENS.get(model_type, (None, None))
-    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None}
+    return dict(zip(_TOKENS, _DEFAULT_TOKENS.get(model_type, (None,) * 3), strict=True))
 
 
 def _generation_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
