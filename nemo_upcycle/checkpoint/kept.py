@@ -9,7 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.checkpoint import DenseCheckpoint, HuggingFaceCheckpoint, MegatronCheckpoint
+from nemo_upcycle.checkpoint import (
+    DenseCheckpoint,
+    GGUFCheckpoint,
+    HuggingFaceCheckpoint,
+    MegatronCheckpoint,
+    gguf_in,
+)
 from nemo_upcycle.checkpoint.beside import FIELD, record_beside
 from nemo_upcycle.checkpoint.common_state import read_common_state
 from nemo_upcycle.checkpoint.huggingface import is_huggingface, resolve_directory
@@ -71,15 +77,15 @@ def kept_of(source: DenseCheckpoint | str | Path) -> dict[str, Any]:
 
     Returns:
         Plain data: `max_position_embeddings` and `sliding_window` (None for no window). From a
-        Hugging Face directory also `model_type`; `config`, the keys of config.json that an
-        exported MoE keeps; `generation_config`; `chat_templates`, files beside the tokenizer's
-        own template, by name.
+        Hugging Face directory or a GGUF file also `model_type`; `config`, the keys of config.json
+        that an exported MoE keeps; `generation_config`; `chat_templates`, files beside the
+        tokenizer's own template, by name.
 
     Raises:
         UpcyclingError: A file cannot be read.
     """
     checkpoint = source if isinstance(source, DenseCheckpoint) else _open(resolve_directory(source))
-    if not isinstance(checkpoint, HuggingFaceCheckpoint):
+    if not isinstance(checkpoint, HuggingFaceCheckpoint | GGUFCheckpoint):
         return kept_in(checkpoint.directory) or _context(_architecture(checkpoint.config))
     config, kind = checkpoint.config, str(checkpoint.config.get("model_type"))
     templates = sorted(checkpoint.directory.glob(f"{CHAT_TEMPLATES}/*.jinja"))
@@ -93,6 +99,8 @@ def kept_of(source: DenseCheckpoint | str | Path) -> dict[str, Any]:
 
 
 def _open(directory: Path) -> DenseCheckpoint:
+    if (file := gguf_in(directory)) is not None:
+        return GGUFCheckpoint(file)
     if is_huggingface(directory):
         return HuggingFaceCheckpoint(directory)
     return MegatronCheckpoint(directory, experts=True)

@@ -9,13 +9,12 @@ import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo
+from nemo_upcycle.checkpoint import TensorInfo
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe_family import MoEFamily
@@ -53,15 +52,17 @@ class Output:
     stack: int = 1
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The stored shape."""
+    def stored(self) -> TensorInfo:
+        """The tensor as the file describes it."""
+        if self.stack == 1:
+            return self.info
         rows, *columns = self.info.shape
-        return self.info.shape if self.stack == 1 else (self.stack, rows // self.stack, *columns)
+        return replace(self.info, shape=(self.stack, rows // self.stack, *columns))
 
     @property
     def bytes(self) -> int:
         """Its size."""
-        return prod(self.info.shape) * DTYPE_BYTES[self.info.dtype]
+        return self.info.bytes
 
 
 def outputs_of(
@@ -164,18 +165,27 @@ class OutputFile:
     @cached_property
     def head(self) -> bytes:
         """What stands before the tensors."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name, output in self.outputs.items():
-            header[name] = {
-                "dtype": output.info.dtype,
-                "shape": list(output.shape),
-                "data_offsets": [position, position + output.bytes],
-            }
-            position += output.bytes
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        return struct.pack("<Q", len(raw)) + raw
+        infos = {name: output.stored for name, output in self.outputs.items()}
+        return header(infos, {"format": "pt"})
+
+
+def header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the tensors of a safetensors file.
+
+    Args:
+        infos: The tensors, by name, in the file's order.
+        metadata: Texts by name.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, info in infos.items():
+        stop = position + info.bytes
+        offsets = [position, stop]
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+        position = stop
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
 
 
 def files_of(outputs: Mapping[str, Output], shard_bytes: int) -> list[OutputFile]:
