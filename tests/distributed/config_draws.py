@@ -55,8 +55,8 @@ def config_of(family: str, seed: int) -> tuple[dict[str, Any], Sizes]:
         "max_position_embeddings": [128, 128, 64, 32, ABSENT],
         "pad_token_id": [0 if family in ("smollm3", "phi3") else ABSENT] * 16
         + [None, ABSENT, 0, -1, VOCABULARY],
-        "attention_bias": [ABSENT] * 12 + [False, False, True],
-        "mlp_bias": [ABSENT] * 10 + [False, False, True],
+        "attention_bias": [ABSENT] * 12 + [False] * 8 + [True],
+        "mlp_bias": [ABSENT] * 10 + [False] * 8 + [True],
         "attention_dropout": [ABSENT, ABSENT, 0.0, 0.1],
         "pretraining_tp": [ABSENT, ABSENT, 1, 2],
         **_multipliers(family),
@@ -94,7 +94,8 @@ def _rotating(family: str, layers: int) -> list[Any]:
     if family != "smollm3":
         return [ABSENT] * 5 + [[1, 0]]
     mixed = [int(layer % 2 == 0) for layer in range(layers)]
-    return [ABSENT, ABSENT, None, [1] * layers, [0] * layers, mixed, mixed[1:]]
+    usual = [ABSENT, ABSENT, None, [1] * layers, [0] * layers, mixed]
+    return [*usual * 3, mixed[1:]]
 
 
 def _say(config: dict[str, Any], key: str, value: Any) -> None:
@@ -270,11 +271,11 @@ def _windows(random: Random, family: str, layers: int) -> dict[str, Any]:
     if random.random() < reads.get(family, 0.9):
         _say(found, "sliding_window", random.choice([ABSENT, None, 4, 8, 36, 4096]))
     if family.startswith("qwen") or family == "smollm3":
-        often = 0.05 if family == "qwen2_moe" else 0.5
+        often = {"qwen2_moe": 0.05, "smollm3": 0.2}.get(family, 0.5)
         is_used = random.random() < often or random.choice([ABSENT, False])
         _say(found, "use_sliding_window", is_used)
         _say(found, "max_window_layers", random.choice([ABSENT, 0, 0, 1, layers]))
-    if random.random() < (0.3 if family in ("qwen2", "qwen3", "smollm3") else 0.1):
+    if random.random() < (0.3 if family in ("qwen2", "qwen3") else 0.1):
         kinds = ["full_attention", "sliding_attention"]
         one = random.choice([*kinds, *kinds, "chunked_attention", "attention"])
         found["layer_types"] = random.choice(
