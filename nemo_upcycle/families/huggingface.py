@@ -41,7 +41,8 @@ def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> 
     """
     values = Values(config, family)
     for bias in ("attention_bias", "mlp_bias"):
-        if bias in values.defaults and values.flag(bias):
+        can_have = bias == "attention_bias" and "add_qkv_bias" in fields
+        if bias in values.defaults and not can_have and values.flag(bias):
             raise unfit(bias, True, "false: only a model without it can be upcycled")
     head_width = _head_width(values)
     arch = Architecture(
@@ -111,7 +112,7 @@ def _activation(values: Values) -> str:
 
 
 def _rotary_percent(values: Values, head_width: int) -> float:
-    """Return the fraction of a head that is rotated; below 1 only for a Nemotron."""
+    """Return the fraction of a head that is rotated; below 1 for a Nemotron or a GLM-4-MoE."""
     key = "partial_rotary_factor"
     part = values.number(key) if key in values.said else 1.0
     if key not in values.defaults and part != 1:

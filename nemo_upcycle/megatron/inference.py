@@ -37,7 +37,7 @@ def inference_model(
     length = arch.max_position_embeddings
     values: dict[str, Any] = {
         **fields_of_architecture(arch, seq_length=None),  # a text may be longer than the context
-        **experts_fields(model, arch.ffn_hidden_size),
+        **experts_fields(model),
         "moe_router_dtype": "fp32",  # routing decides by small differences
         "moe_token_dispatcher_type": "alltoall",
         "attention_dropout": 0.0,

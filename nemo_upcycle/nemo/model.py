@@ -215,11 +215,7 @@ def trained_config(model: MoEModel, dtype: torch.dtype, **others: Any) -> Upcycl
     """
     arch, length = model.arch, model.arch.max_position_embeddings
     on_cpu = MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
-    of_model = (
-        architecture_fields(arch)
-        | fields.window_fields(arch)
-        | fields.experts_fields(model, arch.ffn_hidden_size)
-    )
+    of_model = architecture_fields(arch) | fields.window_fields(arch) | fields.experts_fields(model)
     return UpcycledGPTConfig(
         **(of_model if torch.cuda.is_available() else of_model | on_cpu),
         **others,

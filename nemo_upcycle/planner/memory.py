@@ -143,7 +143,7 @@ def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, Laye
     neurons = arch.fc1_rows * each + factor
     dense = norm + arch.ffn_hidden_size * neurons * tokens
     routed, activated = _expert_bytes(workload, mapping, tokens)
-    moe = norm + routed + (dense - norm if workload.upcycling.moe_shared_expert else 0)
+    moe = norm + routed + workload.model.shared_width * neurons * tokens
     match mapping.recompute:
         case "full":
             kept = arch.hidden_size * each * tokens

@@ -214,8 +214,8 @@ class _Step:
         if not self.workload.is_moe:
             return StepTime()
         experts = self.experts
-        if self.workload.upcycling.moe_shared_expert:
-            experts += self.feed_forward
+        if shared := self.workload.model.shared_width:
+            experts += self.feed_forward(shared)
         layer = self._both_ways(self.around_attention, experts, self.mapping.recompute)
         return layer + StepTime(host=max(0.0, self.launching - layer.total))
 
@@ -238,7 +238,8 @@ class _Step:
     @cached_property
     def dense_layer(self) -> StepTime:
         recompute = "full" if self.mapping.recompute == "full" else "none"
-        feed_forward = self.feed_forward + self.gather_sequence
+        width = self.workload.arch.ffn_hidden_size
+        feed_forward = self.feed_forward(width) + self.gather_sequence
         return self._both_ways(self.around_attention, feed_forward, recompute)
 
     def _both_ways(self, first: StepTime, second: StepTime, recompute: str) -> StepTime:
@@ -308,14 +309,13 @@ class _Step:
         """Return the time to read or write `elements` activations."""
         return self.machine.moved(elements * self.workload.element_bytes)
 
-    @cached_property
-    def feed_forward(self) -> StepTime:
-        """A dense feed-forward layer, forward, without its collectives."""
+    def feed_forward(self, neurons: int) -> StepTime:
+        """A dense feed-forward layer or shared expert, forward, without its collectives."""
         arch = self.workload.arch
-        tokens, width = self.tokens * self.tp, arch.ffn_hidden_size // self.tp
+        tokens, width = self.tokens * self.tp, neurons // self.tp
         products = self.product(tokens, arch.fc1_rows * width, arch.hidden_size)
         products += self.product(tokens, arch.hidden_size, width)
-        moved = self.moved((arch.fc1_rows + 1) * arch.ffn_hidden_size * self.tokens)
+        moved = self.moved((arch.fc1_rows + 1) * neurons * self.tokens)
         return products + StepTime(memory_bound=moved)
 
     @cached_property

@@ -64,7 +64,6 @@ class Trained:
             UpcyclingError: The checkpoint has nothing for it.
         """
         layer, expert = layer_of(parameter), expert_of(parameter)
-        width = self.model.arch.ffn_hidden_size if expert is None else self.model.expert_width
 
         def missing(tensor: str) -> UpcyclingError:
             return UpcyclingError(
@@ -73,7 +72,7 @@ class Trained:
             )
 
         return segments(
-            self._operation(parameter).rows(self.model.arch, (0, width)),
+            self._operation(parameter).rows(self.model.arch, (0, self.model.neurons_of(parameter))),
             self.checkpoint.tensors,
             lambda tensor: tensor.format(layer=layer, expert=expert),
             missing,

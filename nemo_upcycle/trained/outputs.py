@@ -93,9 +93,8 @@ def _add(
 ) -> None:
     """Add a parameter's rows to the tensors that hold them."""
     numbers = {"layer": layer_of(name), "expert": expert_of(name)}
-    width = model.expert_width if numbers["expert"] is not None else model.arch.ffn_hidden_size
     position = 0
-    for rows in family.parameters[pattern_of(name)].rows(model.arch, (0, width)):
+    for rows in family.parameters[pattern_of(name)].rows(model.arch, (0, model.neurons_of(name))):
         start, stop = rows.span(info.shape[0])
         count = stop - start
         tensor = rows.tensor.format(**numbers)

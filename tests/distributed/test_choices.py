@@ -16,6 +16,8 @@ from tests.distributed.whole import differing, whole
 from tests.tiny import write_dense
 
 G4 = {"num_moe_experts": 32, "granularity": 4, "moe_router_topk": 8}
+SIGMOID = {"moe_router_score_function": "sigmoid"}
+BIAS = SIGMOID | {"moe_router_enable_expert_bias": True}
 EXACT: dict[str, dict[str, Any]] = {
     "E8G2T2": {"num_moe_experts": 16, "granularity": 2, "moe_router_topk": 2},
     "E8G2T4": {"num_moe_experts": 16, "granularity": 2, "moe_router_topk": 4},
@@ -27,6 +29,14 @@ EXACT: dict[str, dict[str, Any]] = {
     "every 2nd layer": {"moe_layer_freq": 2},
     "all but the first": {"moe_layer_freq": "skip_first=1"},
     "a list of layers": {"moe_layer_freq": "[1]+[0]*2+[1]"},
+    "sigmoid": SIGMOID,
+    "sigmoid, expert bias": BIAS,
+    "E8G4T8, sigmoid, shared expert": G4 | SIGMOID | {"moe_shared_expert": True},
+    "a part shared": {"moe_shared_expert_intermediate_size": 32},
+    "E8G4T8, a quarter shared": G4 | {"moe_shared_expert_intermediate_size": 0.25},
+    "E8G4T8, a quarter shared, sigmoid": G4
+    | SIGMOID
+    | {"moe_shared_expert_intermediate_size": 0.25},
     "all together": G4 | {"moe_shared_expert": True, "moe_layer_freq": (0, 1, 0, 1)},
     "padded to capacity 4": {
         "moe_expert_capacity_factor": 4.0,
@@ -42,6 +52,9 @@ INEXACT: dict[str, dict[str, Any]] = {
     "softmax first": {"moe_router_pre_softmax": True},
     "G4, softmax first": G4 | {"moe_router_pre_softmax": True},
     "shared expert, no scaling": {"moe_shared_expert": True, "weight_scaling": "none"},
+    "sigmoid, one expert": SIGMOID | {"moe_router_topk": 1},
+    "G4, a quarter shared, no scaling": G4
+    | {"moe_shared_expert_intermediate_size": 0.25, "weight_scaling": "none"},
     "capacity 0.5": {"moe_expert_capacity_factor": 0.5},
     "noise": {"initializer": "noise"},
     "drop": {"initializer": "drop"},

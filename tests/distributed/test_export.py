@@ -21,7 +21,7 @@ from nemo_upcycle.trained.export import export, plan_export
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.step0 import FOLDED, IDS, TOLERANCE, error
-from tests.distributed.trained import KINDS, trained
+from tests.distributed.trained import KINDS, SIGMOID, trained
 from tests.distributed.training import train
 from tests.distributed.whole import whole
 from tests.tiny import write_dense
@@ -104,6 +104,9 @@ def test_many_files(ranks: RankPool, tmp_path: Path) -> None:
         ("nemotron", {}, "squared ReLU"),
         ("qwen3", {"moe_shared_expert": True}, "with a shared expert"),
         ("mistral, window", {"moe_router_pre_softmax": True}, "a sliding window"),
+        ("mistral, window", SIGMOID, "sigmoid scores with a sliding window"),
+        ("llama", {**SIGMOID, "moe_layer_freq": (1, 0, 1, 1)}, "dense layers after MoE layers"),
+        ("llama", {**SIGMOID, "moe_shared_expert_intermediate_size": 32}, "no multiple of the 64"),
     ],
 )
 def test_what_no_architecture_computes_is_refused(
@@ -128,7 +131,7 @@ def test_routers_that_transformers_has_not_are_refused(ranks: RankPool, tmp_path
     model = saved / "context" / "model.yaml"
     text = model.read_text()
     for name, usual, value in (
-        ("moe_router_score_function", "softmax", "sigmoid"),
+        ("moe_router_score_function", "softmax", "sqrtsoftplus"),
         ("moe_router_topk_scaling_factor", "null", "2.5"),
     ):
         assert f"{name}: {usual}" in text

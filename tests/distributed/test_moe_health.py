@@ -32,6 +32,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "moe_router_topk": 4,
         "moe_layer_freq": (0, 1, 1, 1),
     },
+    "sigmoid, expert bias, part shared": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 1e-2,
+        "moe_router_load_balancing_type": "none",
+        "moe_shared_expert_intermediate_size": 0.25,
+    },
 }
 
 

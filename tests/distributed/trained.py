@@ -23,6 +23,8 @@ def import_ckpt(source: Path, output: Path) -> None:
 
 
 G4 = {"num_moe_experts": 16, "granularity": 4, "moe_router_topk": 8}
+SIGMOID = {"moe_router_score_function": "sigmoid"}
+BIAS = {**SIGMOID, "moe_router_enable_expert_bias": True}
 PARTLY = {"moe_layer_freq": (0, 1, 1, 0)}
 KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "plain": ("mixtral", "llama", {}, {}),
@@ -41,6 +43,16 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         "qwen2, tied",
         {},
         {**G4, **PARTLY, "moe_shared_expert": True, "moe_router_pre_softmax": True},
+    ),
+    "part shared": ("qwen2_moe", "llama", {}, {**G4, "moe_shared_expert_intermediate_size": 0.25}),
+    "sigmoid": ("glm4_moe", "llama", {"rope_scaling": LLAMA31_ROPE}, SIGMOID),
+    "sigmoid, expert bias": ("glm4_moe", "qwen3", {"tie_word_embeddings": True}, BIAS),
+    "sigmoid, one expert": ("glm4_moe", "llama", {}, {**SIGMOID, "moe_router_topk": 1}),
+    "sigmoid, everything": (
+        "glm4_moe",
+        "qwen2, tied",
+        {},
+        {**G4, **BIAS, "moe_layer_freq": (0, 1, 1, 1), "moe_shared_expert": True},
     ),
     "q and k norm": ("qwen3_moe", "qwen3", {}, {}),
     "q and k norm, softmax first, partly dense": (
