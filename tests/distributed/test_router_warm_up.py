@@ -140,12 +140,19 @@ def test_a_recipe_freezes_all_but_routers(ranks: RankPool, workspace: Path) -> N
 
 
 def test_a_resumed_run_continues_the_warm_up(runs: Runs, tmp_path: Path) -> None:
-    options = EP2 | {"router_warmup_steps": 3}
+    """With the biases of experts, which steps of 0.1 make decide on the routing."""
+    biased = {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.1,
+        "initializer": "drop",
+    }
+    options = EP2 | biased | {"router_warmup_steps": 3}
     expected, said = runs.start(tmp_path / "whole", options=options)
     assert "[router warm-up] step 3: all parameters are trained from here on" in said
     stopped = tmp_path / "stopped"
     runs.start(stopped, options=options, accident=("StopAfter", {"step": STOPPED}))
-    errors, _ = runs.start(stopped, options=EP2 | {"router_warmup_steps": 4})
+    errors, _ = runs.start(stopped, options=options | {"router_warmup_steps": 4})
     assert "was trained with router_warmup_steps=3; now router_warmup_steps=4" in errors[0]
     losses, _ = runs.start(stopped, options=options)
     assert losses[0] == pytest.approx(expected[0][STOPPED:], rel=1e-6)

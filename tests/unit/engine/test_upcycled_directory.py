@@ -27,6 +27,14 @@ EXACT = {
     "E4G2T4": UpcyclingConfig(num_moe_experts=8, granularity=2, moe_router_topk=4),
     "some layers": UpcyclingConfig(num_moe_experts=4, moe_layer_freq=2),
     "shared expert": UpcyclingConfig(num_moe_experts=4, moe_shared_expert=True),
+    "part shared": UpcyclingConfig(num_moe_experts=4, moe_shared_expert_intermediate_size=0.25),
+    "sigmoid": UpcyclingConfig(num_moe_experts=4, moe_router_score_function="sigmoid"),
+    "sigmoid, expert bias, part shared": UpcyclingConfig(
+        num_moe_experts=4,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_shared_expert_intermediate_size=0.5,
+    ),
 }
 TOKENS = torch.arange(40)[None] * 5 % 250
 
