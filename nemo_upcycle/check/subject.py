@@ -120,7 +120,8 @@ def build(subject: Subject, folding: ParallelFolding) -> Chunks:
         _chunk(config, fields, stage).to(device(), subject.dtype)
         for stage in (range(stages) if stages else [None])
     ]
-    return FinishModel(subject.architecture)(chunks)
+    normalization = subject.upcycling.router_logit_normalization
+    return FinishModel(subject.architecture, normalization)(chunks)
 
 
 def _chunk(

@@ -20,7 +20,12 @@ FIELD = "kept"
 MODEL_FIELDS = "model_fields"
 """Key, in that record, of Megatron's fields that the programs' configs do not record."""
 
-_UNSAID = ("vocab_size", "activation_func", *ROPE_SCALING_FIELDS)
+_UNSAID = (
+    "vocab_size",
+    "activation_func",
+    "router_logit_normalization",
+    *ROPE_SCALING_FIELDS,
+)
 """These fields: the vocabulary without padding, functions, RoPE scaling other than Megatron's."""
 
 

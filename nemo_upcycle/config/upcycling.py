@@ -35,6 +35,9 @@ class UpcyclingConfig:
             with `moe_router_load_balancing_type="none"`.
         moe_router_bias_update_rate: What a step adds to the bias of an expert with less than the
             mean load, and takes from that of an expert with more.
+        router_logit_normalization: λ: for each token, the experts' logits become λ times their
+            distances from the mean in standard deviations, before softmax or sigmoid. None leaves
+            the logits. 1 is arXiv 2406.06563's choice.
         moe_router_load_balancing_type: `aux_loss`, `seq_aux_loss`, `global_aux_loss`, or `none`.
         moe_aux_loss_coeff: Factor of the auxiliary loss. 1e-2 is arXiv 2410.07524's best.
         moe_z_loss_coeff: Factor of the router's z-loss; None disables the z-loss.
@@ -76,6 +79,7 @@ class UpcyclingConfig:
     moe_router_score_function: str = "softmax"
     moe_router_enable_expert_bias: bool = False
     moe_router_bias_update_rate: float = 1e-3
+    router_logit_normalization: float | None = None
     moe_router_load_balancing_type: str = "aux_loss"
     moe_aux_loss_coeff: float = 1e-2
     moe_z_loss_coeff: float | None = None
@@ -154,6 +158,12 @@ class UpcyclingConfig:
                 raise UpcyclingError(f"{name} is {value!r}; expected one of: {expected}.")
 
     def _check_scores(self) -> None:
+        normalization = self.router_logit_normalization
+        if normalization is not None and not 0 < normalization <= LARGEST_NUMBER:  # also for NaN
+            raise UpcyclingError(
+                f"router_logit_normalization is {normalization}; expected a number above 0, such "
+                "as 1, or None to leave the logits."
+            )
         if self.moe_router_score_function == "sigmoid" and self.moe_router_pre_softmax:
             raise UpcyclingError(
                 "moe_router_pre_softmax is True with moe_router_score_function='sigmoid'; expected "

@@ -36,6 +36,9 @@ Score function and expert bias are not among them: `UpcyclingConfig` has both.
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 """Score functions that upcycled models have; newer versions of Megatron-Core have more."""
 
+LOGIT_NORMALIZATION = "router_logit_normalization"
+"""The one field of experts that Megatron's own configs do not have."""
+
 _OF_TRAINING = (
     "moe_router_load_balancing_type",
     "moe_aux_loss_coeff",
@@ -113,7 +116,9 @@ def experts_fields(experts: Experts) -> dict[str, Any]:
     """Return the fields that describe the experts."""
     if not any(experts.is_moe):
         return {"num_moe_experts": None}
+    normalization = experts.logit_normalization
     return {
+        **({} if normalization is None else {LOGIT_NORMALIZATION: normalization}),
         "num_moe_experts": experts.num_experts,
         "moe_router_topk": experts.topk,
         "moe_router_pre_softmax": experts.pre_softmax,
@@ -167,6 +172,7 @@ def experts_in(config: Mapping[str, Any]) -> Experts:
         shared_width=shared,
         score_function=score_function,
         has_expert_bias=bool(config.get("moe_router_enable_expert_bias")),
+        logit_normalization=config.get(LOGIT_NORMALIZATION),
     )
 
 

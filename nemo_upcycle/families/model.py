@@ -24,6 +24,7 @@ class Experts:
             that the routed experts leave, or 0 if there is none.
         score_function: `softmax` or `sigmoid`; see `UpcyclingConfig`.
         has_expert_bias: Whether the choice of experts has a bias per expert.
+        logit_normalization: Factor of the normalised logits; None if they are not normalised.
     """
 
     num_experts: int
@@ -34,6 +35,7 @@ class Experts:
     shared_width: int = 0
     score_function: str = "softmax"
     has_expert_bias: bool = False
+    logit_normalization: float | None = None
 
     @property
     def has_shared_expert(self) -> bool:
@@ -80,6 +82,7 @@ def experts_of(upcycling: UpcyclingConfig, num_layers: int, dense_width: int) ->
         shared_width=upcycling.shared_width(dense_width),
         score_function=upcycling.moe_router_score_function,
         has_expert_bias=upcycling.moe_router_enable_expert_bias,
+        logit_normalization=upcycling.router_logit_normalization,
     )
 
 
@@ -119,6 +122,7 @@ def upcycling_of(experts: Experts, dense_width: int, **chosen: Any) -> Upcycling
         moe_shared_expert_intermediate_size=None if is_whole else experts.shared_width,
         moe_router_score_function=experts.score_function,
         moe_router_enable_expert_bias=experts.has_expert_bias,
+        router_logit_normalization=experts.logit_normalization,
         **chosen,
     )
 

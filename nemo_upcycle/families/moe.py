@@ -261,6 +261,7 @@ def moe_family_of(model: MoEModel) -> MoEFamily:
     arch = model.arch
     _refuse(not arch.gated_linear_unit, "experts with squared ReLU and no gate")
     _refuse(arch.norm_has_bias, "LayerNorm with biases")
+    _refuse(model.logit_normalization is not None, "normalised router logits")
     if model.score_function == "sigmoid":
         return _with_sigmoid(model)
     _refuse(arch.rotary_percent != 1, f"rotary_percent={arch.rotary_percent}")

@@ -65,7 +65,7 @@ def inference_model(
         rotary_base=arch.rotary_base,
         seq_len_interpolation_factor=arch.seq_len_interpolation_factor,
     )
-    FinishModel(arch)([chunk])
+    FinishModel(arch, model.logit_normalization)([chunk])
     return chunk.cuda() if on_gpu else chunk
 
 

@@ -15,12 +15,18 @@ from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
 from nemo_upcycle.engine.model import (
     leave_padding_out,
     mark_experts,
+    normalize_router_logits,
     rope_frequencies,
     two_stages_fields,
 )
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
-from nemo_upcycle.families.fields import architecture_fields, moe_fields, window_fields
+from nemo_upcycle.families.fields import (
+    LOGIT_NORMALIZATION,
+    architecture_fields,
+    moe_fields,
+    window_fields,
+)
 from nemo_upcycle.families.megatron import LLAMA_FIELDS, MEGATRON_ROPE_SCALING, ROPE_SCALING_FIELDS
 from nemo_upcycle.plans.layout import padded_vocabulary
 
@@ -65,15 +71,17 @@ def gpt_model_config(
     """
     gpt, transformer = _config_classes()
     arch = open_branches(dense_checkpoint).architecture
-    folding = folding or ParallelFolding()
+    folding, upcycling = folding or ParallelFolding(), upcycling or UpcyclingConfig()
+    normalization = upcycling.router_logit_normalization
     values = {
-        **model_fields(arch, upcycling or UpcyclingConfig(), folding, dtype, seq_length),
+        **model_fields(arch, upcycling, folding, dtype, seq_length),
         "autocast_dtype": dtype,
-        "pre_wrap_hooks": [FinishModel(arch)],
-        "extra_checkpoint_metadata": {MODEL_FIELDS: fields_beside_config(arch)},
+        "pre_wrap_hooks": [FinishModel(arch, normalization)],
+        "extra_checkpoint_metadata": {MODEL_FIELDS: fields_beside_config(arch, normalization)},
         **_of_machine(),
         **others,
     }
+    values.pop(LOGIT_NORMALIZATION, None)  # no field of Megatron's: a hook sets it
     of_gpt = {field.name for field in fields_of(gpt)}
     of_transformer = {field.name for field in fields_of(transformer)}
     if unknown := sorted(values.keys() - of_gpt - of_transformer):
@@ -181,14 +189,20 @@ class FinishModel:
 
     Attributes:
         arch: The dense model's architecture.
+        logit_normalization: See `UpcyclingConfig.router_logit_normalization`.
     """
 
     arch: Architecture
+    logit_normalization: float | None = None
 
     def __call__(self, chunks: Chunks) -> Chunks:
         for chunk in chunks:
             mark_experts(chunk)
             chunk.rotary_pos_emb.inv_freq = _frequencies(chunk, self.arch)
+            if self.logit_normalization is not None:
+                normalize_router_logits(chunk, self.logit_normalization)
+                # `described` reads it; Megatron's own configs have no such field.
+                setattr(chunk.config, LOGIT_NORMALIZATION, self.logit_normalization)
             if chunk.post_process:
                 leave_padding_out(chunk, self.arch.vocab_size)
         return chunks
@@ -269,10 +283,20 @@ def with_rope_of(
     return SimpleNamespace(**{**vars(config), **_rope_scaling(arch)})
 
 
-def fields_beside_config(arch: Architecture) -> dict[str, Any]:
-    """Return the fields of a dense model that Megatron-LM's and Bridge's configs do not record."""
+def fields_beside_config(
+    arch: Architecture, logit_normalization: float | None = None
+) -> dict[str, Any]:
+    """Return the fields of a model that Megatron-LM's and Bridge's configs do not record.
+
+    Args:
+        arch: The dense model's architecture.
+        logit_normalization: See `UpcyclingConfig.router_logit_normalization`.
+    """
     function = architecture_fields(arch).get("activation_func", "silu")
-    return {"vocab_size": arch.vocab_size, "activation_func": function, **_rope_scaling(arch)}
+    found = {"vocab_size": arch.vocab_size, "activation_func": function, **_rope_scaling(arch)}
+    if logit_normalization is not None:
+        found[LOGIT_NORMALIZATION] = logit_normalization
+    return found
 
 
 def _rope_scaling(arch: Architecture) -> dict[str, Any]:

@@ -20,7 +20,12 @@ from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES
 from nemo_upcycle.engine.loadable import open_loadable
-from nemo_upcycle.engine.model import leave_padding_out, mark_experts, two_stages_fields
+from nemo_upcycle.engine.model import (
+    leave_padding_out,
+    mark_experts,
+    normalize_router_logits,
+    two_stages_fields,
+)
 from nemo_upcycle.families import Architecture, fields
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.nemo import cpu
@@ -64,6 +69,7 @@ class UpcycledGPTConfig(LlamaConfig):
     moe_expert_capacity_factor: float | None = None
     transformer_layer_spec: Callable[..., Any] = layer_spec
 
+    router_logit_normalization: float | None = None
     vocab_size: int | None = None
     unpadded_vocab_size: int | None = field(default=None, init=False)
     scale_factor: float | None = None
@@ -86,6 +92,8 @@ class UpcycledGPTConfig(LlamaConfig):
             setattr(self, name, value)
         model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
         mark_experts(model)
+        if self.router_logit_normalization is not None:
+            normalize_router_logits(model, self.router_logit_normalization)
         if self.unpadded_vocab_size is not None and model.post_process:
             leave_padding_out(model, self.unpadded_vocab_size)
         if self.scale_factor is not None:

@@ -33,7 +33,7 @@ _ARCHITECTURE = (
     *("no_rope_freq", "normalization", "num_attention_heads", "num_layers"),
     *("num_moe_experts", "num_query_groups", "old_context_len", "position_embedding_type"),
     *("qk_layernorm", "rotary_base", "rotary_interleaved", "rotary_percent"),
-    *("scale_factor", "seq_len_interpolation_factor"),
+    *("router_logit_normalization", "scale_factor", "seq_len_interpolation_factor"),
     *("share_embeddings_and_output_weights", "softmax_scale", "softmax_type", "vocab_size"),
     *("window_attn_skip_freq", "window_size"),
 )

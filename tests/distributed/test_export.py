@@ -105,6 +105,7 @@ def test_many_files(ranks: RankPool, tmp_path: Path) -> None:
         ("qwen3", {"moe_shared_expert": True}, "with a shared expert"),
         ("mistral, window", {"moe_router_pre_softmax": True}, "a sliding window"),
         ("mistral, window", SIGMOID, "sigmoid scores with a sliding window"),
+        ("llama", {"router_logit_normalization": 1.0}, "normalised router logits"),
         ("llama", {**SIGMOID, "moe_layer_freq": (1, 0, 1, 1)}, "dense layers after MoE layers"),
         ("llama", {**SIGMOID, "moe_shared_expert_intermediate_size": 32}, "no multiple of the 64"),
     ],

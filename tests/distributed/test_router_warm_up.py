@@ -26,6 +26,7 @@ UPCYCLING = UpcyclingConfig(
     moe_router_enable_expert_bias=True,
     moe_router_load_balancing_type="none",
     moe_shared_expert_intermediate_size=0.5,
+    router_logit_normalization=1.0,
 )
 
 

@@ -47,6 +47,8 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
         ({"moe_router_score_function": "tanh"}, "expected one of: softmax, sigmoid"),
         (SIGMOID | {"moe_router_pre_softmax": True}, "Leave moe_router_pre_softmax out"),
         ({"moe_router_enable_expert_bias": True}, "Set moe_router_score_function='sigmoid'"),
+        ({"router_logit_normalization": 0.0}, "expected a number above 0, such as 1"),
+        ({"router_logit_normalization": math.nan}, "router_logit_normalization is nan"),
         ({"moe_router_bias_update_rate": -1.0}, "moe_router_bias_update_rate is -1.0"),
         ({"moe_shared_expert_intermediate_size": 0}, "expected 2 or more neurons, or a fraction"),
         ({"moe_shared_expert_intermediate_size": 1}, "expected 2 or more neurons"),

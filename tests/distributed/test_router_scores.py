@@ -1,4 +1,4 @@
-"""Sigmoid scores and the bias of experts are what the papers' formulas say."""
+"""Scores, normalised logits and the bias of experts are what the papers' formulas say."""
 
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from tests.tiny import tokens
 
 IDS = tokens(rows=2, length=33)
 RATE = 0.05
+NORMALIZATION = 1.5
 TOPK = 2
 
 
@@ -30,18 +31,20 @@ def routed(dense: Path, folding: ParallelFolding) -> list[dict[str, np.ndarray]]
         moe_router_enable_expert_bias=True,
         moe_router_bias_update_rate=RATE,
         moe_router_load_balancing_type="none",
+        router_logit_normalization=NORMALIZATION,
     )
     chunks = scenarios.upcycled(dense, folding, upcycling)
     models, _ = distributed_optimizer(chunks)
     get_model_config(chunks[0]).finalize_model_grads_func = finalize_model_grads
     routers = [module for module in chunks[0].modules() if isinstance(module, TopKRouter)]
-    found: list[dict[str, Any]] = [{"logits": [], "probs": []} for _ in routers]
+    found: list[dict[str, Any]] = [{"plain": [], "logits": [], "probs": []} for _ in routers]
     for seed, (router, seen) in enumerate(zip(routers, found, strict=True)):
         generator = torch.Generator().manual_seed(seed)
         router.expert_bias.normal_(0, 0.2, generator=generator)
         seen["before"] = router.expert_bias.numpy().copy()
 
         def watch(module: Any, inputs: Any, outputs: Any, seen: dict = seen) -> None:
+            seen["plain"].append((inputs[0] @ module.weight.T).detach().flatten(0, 1))
             seen["logits"].append(module.gating(inputs[0]).detach().flatten(0, 1))
             seen["probs"].append(outputs[0].detach())
 
@@ -49,13 +52,22 @@ def routed(dense: Path, folding: ParallelFolding) -> list[dict[str, np.ndarray]]
     train_step(models, IDS)
     for router, seen in zip(routers, found, strict=True):
         seen["after"] = router.expert_bias.numpy().copy()
-        seen |= {name: torch.cat(seen[name]).double().numpy() for name in ("logits", "probs")}
+        names = ("plain", "logits", "probs")
+        seen |= {name: torch.cat(seen[name]).double().numpy() for name in names}
     return found
 
 
 @pytest.fixture(scope="module")
 def found(ranks: RankPool, dense: Path) -> list[dict[str, np.ndarray]]:
     return ranks.run(routed, 1, dense=dense, folding=ParallelFolding())[0]
+
+
+def test_logits_are_normalised_over_experts(found: list[dict[str, np.ndarray]]) -> None:
+    """Skywork-MoE, arXiv 2406.06563 Eq. 6: λ · (z - μ) / σ."""
+    for seen in found:
+        z = seen["plain"]
+        expected = NORMALIZATION * (z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True)
+        np.testing.assert_allclose(seen["logits"], expected, atol=1e-4)
 
 
 def chosen(seen: dict[str, np.ndarray]) -> np.ndarray:
