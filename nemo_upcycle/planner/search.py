@@ -8,10 +8,11 @@ from operator import itemgetter
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import Hardware
+from nemo_upcycle.planner.layer_time import StepTime
 from nemo_upcycle.planner.memory import Memory, memory
 from nemo_upcycle.planner.nodes import of_job
 from nemo_upcycle.planner.space import Allowed, everything, mappings_of
-from nemo_upcycle.planner.step_time import StepTime, least_time, mfu, step_time
+from nemo_upcycle.planner.step_time import least_time, mfu, step_time
 from nemo_upcycle.planner.workload import Mapping, Workload
 from nemo_upcycle.plans.layout import validate
 
