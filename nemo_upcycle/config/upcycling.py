@@ -38,6 +38,9 @@ class UpcyclingConfig:
         router_logit_normalization: λ: for each token, the experts' logits become λ times their
             distances from the mean in standard deviations, before softmax or sigmoid. None leaves
             the logits. 1 is arXiv 2406.06563's choice.
+        router_dense_gradient: In training, all experts compute all tokens, so that the router
+            learns from the experts that were not chosen too; the forward pass is that of top-k.
+            The experts cost E·G/T times as much.
         moe_router_load_balancing_type: `aux_loss`, `seq_aux_loss`, `global_aux_loss`, or `none`.
         moe_aux_loss_coeff: Factor of the auxiliary loss. 1e-2 is arXiv 2410.07524's best.
         moe_z_loss_coeff: Factor of the router's z-loss; None disables the z-loss.
@@ -80,6 +83,7 @@ class UpcyclingConfig:
     moe_router_enable_expert_bias: bool = False
     moe_router_bias_update_rate: float = 1e-3
     router_logit_normalization: float | None = None
+    router_dense_gradient: bool = False
     moe_router_load_balancing_type: str = "aux_loss"
     moe_aux_loss_coeff: float = 1e-2
     moe_z_loss_coeff: float | None = None
@@ -208,6 +212,15 @@ class UpcyclingConfig:
             raise UpcyclingError(
                 f"moe_token_dispatcher_type is {self.moe_token_dispatcher_type!r}, which does not "
                 "pad; moe_pad_expert_input_to_capacity needs 'alltoall'."
+            )
+
+        if self.router_dense_gradient and (
+            factor is not None or self.moe_token_dispatcher_type == "flex"
+        ):
+            raise UpcyclingError(
+                f"router_dense_gradient is True with moe_expert_capacity_factor={factor} and "
+                f"moe_token_dispatcher_type={self.moe_token_dispatcher_type!r}; expected no "
+                "capacity, because all experts compute all tokens, and 'alltoall' or 'allgather'."
             )
 
     @property

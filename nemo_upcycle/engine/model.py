@@ -1,11 +1,8 @@
 """Changes to Megatron-Core's GPT models that no config field can make."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-
-_LEAST_VARIANCE = 1e-12
-"""Added to the variance of a token's router logits, which may be 0."""
 
 
 def mark_experts(model: torch.nn.Module) -> None:
@@ -72,34 +69,6 @@ def rope_frequencies(
         return frequencies
     numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return rope._apply_scaling(frequencies, **{name: scaling[name] for name in numbers})
-
-
-def normalize_router_logits(model: torch.nn.Module, factor: float) -> None:
-    """Normalise each token's router logits over the experts, before softmax or sigmoid.
-
-    Args:
-        model: A Megatron-Core GPT model.
-        factor: The standard deviation that the logits get.
-
-    Source: arXiv 2406.06563 Eq. 6.
-    """
-    for name, router in model.named_modules():
-        if name.endswith(".mlp.router"):
-            router.gating = _Normalized(router.gating, factor)
-
-
-class _Normalized:
-    """A router's `gating` with normalised logits, [..., E]."""
-
-    def __init__(self, gating: Callable[[torch.Tensor], torch.Tensor], factor: float) -> None:
-        self._gating, self._factor = gating, factor
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        logits = self._gating(states)
-        centred = logits.float() - logits.float().mean(-1, keepdim=True)
-        # Not divided by a root: its gradient is not finite where all logits are equal.
-        scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + _LEAST_VARIANCE)
-        return (self._factor * scale * centred).type_as(logits)
 
 
 def two_stages_fields(stages: int, virtual_stages: int | None) -> dict[str, bool]:

@@ -17,6 +17,7 @@ MAY_CHANGE = frozenset(
         "moe_router_load_balancing_type",
         "moe_token_dispatcher_type",
         "moe_z_loss_coeff",
+        "router_dense_gradient",
     }
 )
 """Fields of `UpcyclingConfig` that may change during a run."""

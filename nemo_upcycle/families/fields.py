@@ -36,8 +36,8 @@ Score function and expert bias are not among them: `UpcyclingConfig` has both.
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 """Score functions that upcycled models have; newer versions of Megatron-Core have more."""
 
-LOGIT_NORMALIZATION = "router_logit_normalization"
-"""The one field of experts that Megatron's own configs do not have."""
+LOGIT_NORMALIZATION, DENSE_GRADIENT = "router_logit_normalization", "router_dense_gradient"
+"""The fields of experts that Megatron's own configs do not have."""
 
 _OF_TRAINING = (
     "moe_router_load_balancing_type",
@@ -135,6 +135,8 @@ def moe_fields(arch: Architecture, upcycling: UpcyclingConfig) -> dict[str, Any]
     values = experts_fields(experts_of(upcycling, arch.num_layers, arch.ffn_hidden_size))
     if upcycling.num_moe_experts is None:
         return values
+    if upcycling.router_dense_gradient:
+        values[DENSE_GRADIENT] = True
     return values | {name: getattr(upcycling, name) for name in _OF_TRAINING}
 
 
@@ -188,6 +190,7 @@ def upcycling_in(config: Any, **chosen: Any) -> UpcyclingConfig:
     """
     if config.num_moe_experts is not None:
         chosen |= {name: getattr(config, name) for name in _OF_TRAINING}
+        chosen[DENSE_GRADIENT] = getattr(config, DENSE_GRADIENT, False)
     return upcycling_of(experts_in(vars(config)), config.ffn_hidden_size, **chosen)
 
 

@@ -13,7 +13,12 @@ from nemo_upcycle.engine.provenance import Origin, mapping_of
 from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks, check_same, said_on_every_rank
 from nemo_upcycle.engine.upcycling import Prepared, fill_all, prepare
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.fields import LOGIT_NORMALIZATION, moe_fields, upcycling_in
+from nemo_upcycle.families.fields import (
+    DENSE_GRADIENT,
+    LOGIT_NORMALIZATION,
+    moe_fields,
+    upcycling_in,
+)
 from nemo_upcycle.megatron.model import Chunks, described, fields_beside_config, with_rope_of
 from nemo_upcycle.megatron.run import checkpoint_to_resume, read_origin, write_origin
 
@@ -187,16 +192,19 @@ def _check_experts(config: SimpleNamespace, prepared: Prepared) -> None:
     """
     asked = moe_fields(prepared.checkpoint.architecture, prepared.upcycling)
     if asked["num_moe_experts"] is not None and config.num_moe_experts is not None:
-        asked.setdefault(LOGIT_NORMALIZATION, None)  # no field of Megatron's
+        for name, default in ((LOGIT_NORMALIZATION, None), (DENSE_GRADIENT, False)):
+            asked.setdefault(name, default)  # no fields of Megatron's
+            if not hasattr(config, name):
+                setattr(config, name, default)
         # A width of None is the dense layer's.
         config = SimpleNamespace(**vars(config))
         config.moe_ffn_hidden_size = config.moe_ffn_hidden_size or config.ffn_hidden_size
         config.moe_layer_freq = _every_layer(config.moe_layer_freq)
         asked["moe_layer_freq"] = _every_layer(asked["moe_layer_freq"])
     wrong = [
-        f"{name} is {getattr(config, name, None)!r}, asked for {value!r}"
+        f"{name} is {getattr(config, name)!r}, asked for {value!r}"
         for name, value in asked.items()
-        if getattr(config, name, None) != value
+        if getattr(config, name) != value
     ]
     if wrong:
         raise UpcyclingError(

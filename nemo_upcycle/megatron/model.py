@@ -15,13 +15,14 @@ from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
 from nemo_upcycle.engine.model import (
     leave_padding_out,
     mark_experts,
-    normalize_router_logits,
     rope_frequencies,
     two_stages_fields,
 )
+from nemo_upcycle.engine.routers import set_up_routers
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.fields import (
+    DENSE_GRADIENT,
     LOGIT_NORMALIZATION,
     architecture_fields,
     moe_fields,
@@ -73,15 +74,17 @@ def gpt_model_config(
     arch = open_branches(dense_checkpoint).architecture
     folding, upcycling = folding or ParallelFolding(), upcycling or UpcyclingConfig()
     normalization = upcycling.router_logit_normalization
+    finish = FinishModel(arch, normalization, upcycling.router_dense_gradient)
     values = {
         **model_fields(arch, upcycling, folding, dtype, seq_length),
         "autocast_dtype": dtype,
-        "pre_wrap_hooks": [FinishModel(arch, normalization)],
+        "pre_wrap_hooks": [finish],
         "extra_checkpoint_metadata": {MODEL_FIELDS: fields_beside_config(arch, normalization)},
         **_of_machine(),
         **others,
     }
-    values.pop(LOGIT_NORMALIZATION, None)  # no field of Megatron's: a hook sets it
+    for name in (LOGIT_NORMALIZATION, DENSE_GRADIENT):
+        values.pop(name, None)  # no field of Megatron's: a hook sets it
     of_gpt = {field.name for field in fields_of(gpt)}
     of_transformer = {field.name for field in fields_of(transformer)}
     if unknown := sorted(values.keys() - of_gpt - of_transformer):
@@ -190,19 +193,21 @@ class FinishModel:
     Attributes:
         arch: The dense model's architecture.
         logit_normalization: See `UpcyclingConfig.router_logit_normalization`.
+        dense_gradient: See `UpcyclingConfig.router_dense_gradient`.
     """
 
     arch: Architecture
     logit_normalization: float | None = None
+    dense_gradient: bool = False
 
     def __call__(self, chunks: Chunks) -> Chunks:
         for chunk in chunks:
             mark_experts(chunk)
             chunk.rotary_pos_emb.inv_freq = _frequencies(chunk, self.arch)
-            if self.logit_normalization is not None:
-                normalize_router_logits(chunk, self.logit_normalization)
-                # `described` reads it; Megatron's own configs have no such field.
-                setattr(chunk.config, LOGIT_NORMALIZATION, self.logit_normalization)
+            set_up_routers(chunk, self.logit_normalization, self.dense_gradient)
+            # `described` reads them; Megatron's own configs have no such fields.
+            setattr(chunk.config, LOGIT_NORMALIZATION, self.logit_normalization)
+            setattr(chunk.config, DENSE_GRADIENT, self.dense_gradient)
             if chunk.post_process:
                 leave_padding_out(chunk, self.arch.vocab_size)
         return chunks

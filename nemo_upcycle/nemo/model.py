@@ -23,9 +23,9 @@ from nemo_upcycle.engine.loadable import open_loadable
 from nemo_upcycle.engine.model import (
     leave_padding_out,
     mark_experts,
-    normalize_router_logits,
     two_stages_fields,
 )
+from nemo_upcycle.engine.routers import set_up_routers
 from nemo_upcycle.families import Architecture, fields
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.nemo import cpu
@@ -70,6 +70,7 @@ class UpcycledGPTConfig(LlamaConfig):
     transformer_layer_spec: Callable[..., Any] = layer_spec
 
     router_logit_normalization: float | None = None
+    router_dense_gradient: bool = False
     vocab_size: int | None = None
     unpadded_vocab_size: int | None = field(default=None, init=False)
     scale_factor: float | None = None
@@ -92,8 +93,7 @@ class UpcycledGPTConfig(LlamaConfig):
             setattr(self, name, value)
         model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
         mark_experts(model)
-        if self.router_logit_normalization is not None:
-            normalize_router_logits(model, self.router_logit_normalization)
+        set_up_routers(model, self.router_logit_normalization, self.router_dense_gradient)
         if self.unpadded_vocab_size is not None and model.post_process:
             leave_padding_out(model, self.unpadded_vocab_size)
         if self.scale_factor is not None:

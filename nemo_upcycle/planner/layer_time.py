@@ -201,7 +201,7 @@ class Layers:
         workload, arch = self.workload, self.workload.arch
         hidden, width = arch.hidden_size, workload.model.expert_width // self.etp
         local = workload.model.num_experts // self.ep
-        assignments = self.tokens * workload.model.topk * self.fullest
+        assignments = self.tokens * workload.visited * self.fullest
         received = assignments * self.etp
         each = received / local
         products = self.product(each, arch.fc1_rows * width, hidden) * local
@@ -219,6 +219,8 @@ class Layers:
     @cached_property
     def fullest(self) -> float:
         """Tokens of the fullest expert-parallel rank over the mean."""
+        if self.workload.upcycling.router_dense_gradient:
+            return 1.0
         upcycling, workload = self.workload.upcycling, self.workload
         capacity = upcycling.moe_expert_capacity_factor
         if capacity is not None and upcycling.moe_pad_expert_input_to_capacity:
@@ -260,7 +262,7 @@ class Layers:
         Args:
             each: Bytes of a token.
         """
-        machine, topk = self.machine, self.workload.model.topk
+        machine, topk = self.machine, self.workload.visited
         match self.workload.upcycling.moe_token_dispatcher_type:
             case "allgather":
                 ranks = self.etp * self.ep

@@ -68,6 +68,11 @@ class Workload:
         return flops(self.model, self.seq_length, capacity)
 
     @property
+    def visited(self) -> int:
+        """Experts that compute a token in training."""
+        return self.model.num_experts if self.upcycling.router_dense_gradient else self.model.topk
+
+    @property
     def is_moe(self) -> bool:
         """Whether there are experts."""
         return self.upcycling.num_moe_experts is not None

@@ -32,6 +32,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "sigmoid": SIGMOID,
     "sigmoid, expert bias": BIAS,
     "E8G4T8, sigmoid, shared expert": G4 | SIGMOID | {"moe_shared_expert": True},
+    "dense gradient": {"router_dense_gradient": True},
     "normalised logits": {"router_logit_normalization": 2.0},
     "a part shared": {"moe_shared_expert_intermediate_size": 32},
     "E8G4T8, a quarter shared": G4 | {"moe_shared_expert_intermediate_size": 0.25},

@@ -49,6 +49,14 @@ SIGMOID = {"moe_router_score_function": "sigmoid"}
         ({"moe_router_enable_expert_bias": True}, "Set moe_router_score_function='sigmoid'"),
         ({"router_logit_normalization": 0.0}, "expected a number above 0, such as 1"),
         ({"router_logit_normalization": math.nan}, "router_logit_normalization is nan"),
+        (
+            {"router_dense_gradient": True, "moe_expert_capacity_factor": 4.0},
+            "expected no capacity",
+        ),
+        (
+            {"router_dense_gradient": True, "moe_token_dispatcher_type": "flex"},
+            "and 'alltoall' or 'allgather'",
+        ),
         ({"moe_router_bias_update_rate": -1.0}, "moe_router_bias_update_rate is -1.0"),
         ({"moe_shared_expert_intermediate_size": 0}, "expected 2 or more neurons, or a fraction"),
         ({"moe_shared_expert_intermediate_size": 1}, "expected 2 or more neurons"),
