@@ -143,6 +143,24 @@ def test_weights_are_bit_identical_on_any_folding(
     assert differing(found, one_rank) == []
 
 
+PART = {"moe_shared_expert": False, "moe_shared_expert_intermediate_size": 0.25, **BIAS}
+
+
+@pytest.fixture(scope="module")
+def part_on_one_rank(ranks: RankPool, dense: Path) -> Any:
+    return everything(ranks, dense, 1, ParallelFolding(), **PART)
+
+
+@pytest.mark.parametrize("name", ["ETP2", "EP2-ETP2", "PP2-VPP2-TP2-EP2-ETP1"])
+def test_a_part_shared_is_bit_identical_on_any_folding(
+    ranks: RankPool, dense: Path, part_on_one_rank: Any, name: str
+) -> None:
+    mapping = FOLDINGS[name]
+    found = everything(ranks, dense, mapping.world_size, mapping.folding, **PART)
+    assert any(shape.endswith("router.expert_bias") for shape in found)
+    assert differing(found, part_on_one_rank) == []
+
+
 def test_another_seed_gives_others(ranks: RankPool, dense: Path, one_rank: Any) -> None:
     found = everything(ranks, dense, 1, ParallelFolding(), seed=7)
     changed = differing(found, one_rank)
