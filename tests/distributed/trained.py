@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {},
         {**G4, **PARTLY, "moe_shared_expert": True, "moe_router_pre_softmax": True},
     ),
-    "part shared": ("qwen2_moe", "llama", {}, {**G4, "moe_shared_expert_intermediate_size": 0.25}),
+    "part shared": ("qwen2_moe", "llama", {}, {**G4, "moe_shared_expert_intermediate_size": 32}),
     "sigmoid": ("glm4_moe", "llama", {"rope_scaling": LLAMA31_ROPE}, SIGMOID),
     "sigmoid, expert bias": ("glm4_moe", "qwen3", {"tie_word_embeddings": True}, BIAS),
     "sigmoid, one expert": ("glm4_moe", "llama", {}, {**SIGMOID, "moe_router_topk": 1}),

@@ -80,7 +80,9 @@ def _train(
     )
     get_model_config(models[0]).finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(lr=1e-3, use_distributed_optimizer=True), models
+        # Megatron's default beta2 of 0.999 is refused with a warm-up of routers.
+        OptimizerConfig(lr=1e-3, adam_beta2=0.95, use_distributed_optimizer=True),
+        models,
     )
     first = _load(models, optimizer, run)
     if warm_up is not None:
