@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.megatron import ROPE_SCALING_FIELDS
+from nemo_upcycle.families.family import MULTIPLIERS
+from nemo_upcycle.families.rope import ROPE_SCALING_FIELDS
 
 UPCYCLED_FROM = "upcycled_from.json"
 """The file, in the directory of the checkpoints."""
@@ -21,12 +22,13 @@ MODEL_FIELDS = "model_fields"
 """Key, in that record, of Megatron's fields that the programs' configs do not record."""
 
 _UNSAID = (
-    "vocab_size",
-    "activation_func",
-    "router_logit_normalization",
+    *("vocab_size", "activation_func", "softmax_scale", "router_logit_normalization"),
+    *MULTIPLIERS,
     *ROPE_SCALING_FIELDS,
 )
-"""These fields: the vocabulary without padding, functions, RoPE scaling other than Megatron's."""
+"""These fields: the vocabulary without padding, functions, RoPE scaling other than Megatron's,
+multipliers, normalised router logits, and the factor of the scores, for which Megatron-LM has no
+argument."""
 
 
 def record_beside(weights: Path) -> Any:

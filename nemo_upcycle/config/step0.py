@@ -29,6 +29,10 @@ class Scales:
     shared_down: float = 1.0
 
 
+REARRANGING = ("copy", "activation_sorted")
+"""Initialisers whose experts are neurons of the dense layer, all of them in each copy."""
+
+
 def scales(config: "UpcyclingConfig", gated: bool) -> Scales:
     """Return the factors of an expert's weights.
 
@@ -91,7 +95,7 @@ def _inexact_weights(
             f"experts come from {dense_checkpoints} dense models, and all other weights are "
             "averages"
         )
-    if config.initializer != "copy":
+    if config.initializer.partition("(")[0].strip() not in REARRANGING:
         yield f"the initializer {config.initializer} makes experts unlike the dense layer"
     if config.moe_shared_expert and config.scaling != "exact":
         yield (
@@ -133,9 +137,9 @@ def _inexact_routing(config: "UpcyclingConfig") -> Iterator[str]:
             "softmax before top-k weights experts unevenly, which a fixed scaling makes up "
             "for only on average (set moe_router_pre_softmax=False for an exact start)"
         )
-    if granularity > 1 and config.router_initializer == "random":
+    if granularity > 1 and not config.routes_copies:
         yield (
-            f"a random router picks {topk} of {experts} experts without regard to the "
+            f"a {config.router} router picks {topk} of {experts} experts without regard to the "
             f"{granularity} shards of the layer that they hold"
         )
     elif topk % granularity:

@@ -62,10 +62,10 @@ class UpcyclingConfig:
             for G=1 (arXiv 2412.09952), `paper` for G>1 (arXiv 2410.07524).
         initializer: Initialiser of experts, such as `copy` or `drop(ratio=0.5)`; see
             `initializers`.
-        router_initializer: `virtual_groups`: the G experts that make up one copy of the layer
-            have equal rows, so that top-k picks whole copies; equals `random` for G=1.
-            `random`: every expert has an independent row.
-        router_init_std: Standard deviation of the random router weights.
+        router_initializer: Initialiser of routers, such as `virtual_groups` or
+            `centroids(stats='FILE')`; see `initializers` and `router_row`.
+        router_init_std: Standard deviation of random router weights. Rows that are not random get
+            the length of random rows, unless their initialiser has another.
         seed: Seed of all random values, from 0 to 2**63 - 1.
 
     Raises:
@@ -291,7 +291,7 @@ class UpcyclingConfig:
     def shared_width(self, ffn_hidden_size: int) -> int:
         """Return the neurons of the shared expert; 0 if there is none.
 
-        They are the dense layer's first. A choice by statistics orders the neurons beforehand.
+        They are the dense layer's first, in the order of an initialiser that rearranges neurons.
 
         Args:
             ffn_hidden_size: Neurons of the dense layer.
@@ -323,6 +323,41 @@ class UpcyclingConfig:
     def copy_of(self, expert: int) -> int:
         """Return the copy of the layer that an expert belongs to: e div G."""
         return expert // self.granularity
+
+    @property
+    def router_rows(self) -> int:
+        """Number of different rows of a router."""
+        return self.router_row((self.num_moe_experts or 1) - 1) + 1
+
+    def router_row(self, expert: int) -> int:
+        """Return the row of a router that an expert has.
+
+        The G experts that make up one copy of the layer have the same row, so that top-k picks
+        whole copies. Every expert has a row of its own with `random`, and where there is only one
+        copy: with the same row for all, the router would have nothing to choose.
+        """
+        return self.copy_of(expert) if self.routes_copies else expert
+
+    @property
+    def rearranges(self) -> bool:
+        """Whether the initialiser puts the dense layer's neurons, all of them, in another order.
+
+        A shared part then has the first neurons in that order.
+        """
+        name = self.initializer.partition("(")[0].strip()
+        return name in step0.REARRANGING and name != "copy"
+
+    @property
+    def routes_copies(self) -> bool:
+        """Whether the experts of a copy of the layer have the same row of the router."""
+        if self.router == "virtual_groups":
+            return True
+        return self.router != "random" and self.expansion_rate > 1
+
+    @property
+    def router(self) -> str:
+        """Name of the router's initialiser, without options."""
+        return self.router_initializer.partition("(")[0].strip()
 
     @property
     def can_drop_tokens(self) -> bool:
@@ -360,7 +395,6 @@ class UpcyclingConfig:
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "weight_scaling": (None, "exact", "paper", "none"),
-    "router_initializer": ("virtual_groups", "random"),
     "moe_router_score_function": ("softmax", "sigmoid"),
     "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
     "moe_token_dispatcher_type": ("alltoall", "allgather", "flex"),

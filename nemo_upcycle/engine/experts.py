@@ -8,23 +8,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from threading import Lock
 
 import numpy as np
 import torch
 
 from nemo_upcycle.checkpoint import DenseCheckpoint
-from nemo_upcycle.checkpoint.branches import branch_name
-from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.config import Scales, UpcyclingConfig
+from nemo_upcycle.engine.dense_parts import BLOCK_BYTES, DenseParts
 from nemo_upcycle.engine.owned_shards import OwnedShard
 from nemo_upcycle.engine.reading import thread_count
-from nemo_upcycle.families import Architecture, Rows
-from nemo_upcycle.families.names import expert_of, layer_of
+from nemo_upcycle.families import Architecture
+from nemo_upcycle.families.names import expert_of, is_shared, layer_of
 from nemo_upcycle.initializers import Initializer, Neurons, make_initializer
-
-BLOCK_BYTES = 2**20
-"""Maximum size of a block of neurons: bytes of gate, of up and of down, in fp32."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class _Expert:
     """A rank's part of an expert: some neurons of gate, up and down; those of down as columns."""
 
     layer: int
-    number: int
+    number: int | None
     start: int
     parts: Mapping[str, torch.Tensor]
 
@@ -44,7 +39,7 @@ def bytes_to_initialize(
     scales = upcycling.scales(arch.gated_linear_unit)
     if upcycling.initializer == "copy" and scales.gate == scales.up == scales.down == 1:
         return 0
-    return sum(own.data.nbytes for own in owned if expert_of(own.shard.name) is not None)
+    return sum(own.data.nbytes for own in owned if _is_initialized(own, upcycling))
 
 
 def initialize_experts(
@@ -72,12 +67,12 @@ def initialize_experts(
     _scale_shared_experts(owned, scales.shared_down)
     if not bytes_to_initialize(owned, arch, upcycling):
         return 0
-    experts = list(_experts(owned, arch))
+    experts = list(_experts((own for own in owned if _is_initialized(own, upcycling)), arch))
     if upcycling.initializer == "copy":
         _scale(experts, scales, done)
         return 0
-    statistics = _Statistics(checkpoint)
-    work = _Work(make_initializer(upcycling.initializer), scales, arch, upcycling, statistics)
+    dense = DenseParts(checkpoint)
+    work = _Work(make_initializer(upcycling.initializer), scales, arch, upcycling, dense)
     step = max(1, BLOCK_BYTES // (4 * arch.hidden_size))
     blocks = [
         (expert, range(first, min(first + step, count)))
@@ -89,7 +84,7 @@ def initialize_experts(
         finished = threads.map(lambda block: work.initialize(*block), blocks)
         for size in accumulate(finished):
             done(size)
-    return statistics.bytes_read
+    return dense.bytes_read
 
 
 def _scale(experts: Iterable[_Expert], scales: Scales, done: Callable[[int], None]) -> None:
@@ -109,12 +104,19 @@ def _scale_shared_experts(owned: Iterable[OwnedShard], scale: float) -> None:
                 own.data.mul_(scale)
 
 
+def _is_initialized(own: OwnedShard, upcycling: UpcyclingConfig) -> bool:
+    """Return whether a shard is of an expert to initialise: of a routed one, or a shared part."""
+    is_part = upcycling.moe_shared_expert_intermediate_size is not None
+    shared = is_part and upcycling.rearranges and is_shared(own.shard.name)
+    return shared or expert_of(own.shard.name) is not None
+
+
 def _experts(owned: Iterable[OwnedShard], arch: Architecture) -> Iterator[_Expert]:
-    """Group the shards of each routed expert."""
-    shards: dict[tuple[int, int], list[OwnedShard]] = {}
+    """Group the shards of each expert."""
+    shards: dict[tuple[int, int | None], list[OwnedShard]] = {}
     for own in owned:
         layer, expert = layer_of(own.shard.name), expert_of(own.shard.name)
-        if layer is not None and expert is not None:
+        if layer is not None:
             shards.setdefault((layer, expert), []).append(own)
     for (layer, expert), group in shards.items():
         parts = {}
@@ -133,22 +135,25 @@ class _Work:
     scales: Scales
     arch: Architecture
     upcycling: UpcyclingConfig
-    statistics: "_Statistics"
+    dense: DenseParts
 
     @torch.no_grad()
     def initialize(self, expert: _Expert, rows: range) -> int:
         """Initialise a block of an expert's neurons on this rank; return the size in bytes."""
-        first, stop = self.upcycling.neurons(expert.number, self.arch.ffn_hidden_size)
+        width, copy = self.arch.ffn_hidden_size, 0
+        first, stop, scales = 0, self.upcycling.shared_width(width), Scales()
+        if expert.number is not None:
+            first, stop = self.upcycling.neurons(expert.number, width)
+            copy, scales = self.upcycling.copy_of(expert.number), self.scales
         start = first + expert.start
         here = slice(rows.start, rows.stop)
         values = {
             part: data[here].float().cpu().numpy().copy() for part, data in expert.parts.items()
         }
-        copy = self.upcycling.copy_of(expert.number)
         self.initializer(
             Neurons(
                 layer=expert.layer,
-                expert=expert.number,
+                expert=expert.number or 0,
                 copy=copy,
                 ids=range(start + rows.start, start + rows.stop),
                 expert_ids=range(first, stop),
@@ -156,55 +161,11 @@ class _Work:
                 init_method_std=self.arch.init_method_std,
                 num_layers=self.arch.num_layers,
                 seed=self.upcycling.seed,
-                dense_statistics=lambda part: self.statistics.of(expert.layer, copy, part),
+                dense_statistics=lambda part: self.dense.statistics(expert.layer, copy, part),
+                dense_neurons=lambda part, ids: self.dense.neurons(expert.layer, copy, part, ids),
             )
         )
         for part, data in expert.parts.items():
-            scaled = values[part] * np.float32(getattr(self.scales, part))
+            scaled = values[part] * np.float32(getattr(scales, part))
             data[here].copy_(torch.from_numpy(scaled))
         return sum(data[here].nbytes for data in expert.parts.values())
-
-
-class _Statistics:
-    """Mean and standard deviation of the dense layers' parts, each read on first use.
-
-    Always computed over the whole part in the same order, so that all ranks of all mappings agree.
-    """
-
-    def __init__(self, checkpoint: DenseCheckpoint) -> None:
-        self._checkpoint = checkpoint
-        self._found: dict[Rows, tuple[float, float]] = {}
-        self._lock = Lock()
-        self.bytes_read = 0
-
-    def of(self, layer: int, copy: int, part: str) -> tuple[float, float]:
-        dense = self._checkpoint
-        rows = dense.family.feed_forward(dense.architecture, layer)[part]
-        branches = len(dense.branches)
-        if branches > 1:
-            rows = Rows(branch_name(copy % branches, rows.tensor), rows.start, rows.stop)
-        with self._lock:
-            if rows not in self._found:
-                self._found[rows] = self._read(rows)
-            return self._found[rows]
-
-    def _read(self, rows: Rows) -> tuple[float, float]:
-        tensors = self._checkpoint.tensors
-        info = tensors[rows.tensor]
-        start, stop = rows.span(info.shape[0])
-        step = max(1, BLOCK_BYTES // (4 * info.width))
-        sums, squares = [], []
-        for first in range(start, stop, step):
-            span = first, min(first + step, stop)
-            dtype = torch_dtype(info.dtype)
-            buffer = torch.empty((span[1] - span[0], info.width), dtype=dtype)
-            raw = memoryview(buffer.view(-1).view(torch.uint8).numpy())
-            self._checkpoint.read_into(raw, rows.tensor, span, None)
-            self.bytes_read += len(raw)
-            values = buffer.double().numpy()
-            sums.append(values.sum(axis=1))
-            squares.append(np.square(values).sum(axis=1))
-        count = (stop - start) * info.width
-        mean = float(np.concatenate(sums).sum()) / count
-        variance = float(np.concatenate(squares).sum()) / count - mean**2
-        return mean, max(0.0, variance) ** 0.5

@@ -7,7 +7,7 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.config.layers import moe_layers
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.family import Architecture
-from nemo_upcycle.families.names import expert_of, is_shared
+from nemo_upcycle.families.names import is_shared
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,12 @@ class MoEModel(Experts):
     arch: Architecture
 
     def neurons_of(self, parameter: str) -> int:
-        """Return the neurons of the feed-forward layer that a Megatron parameter belongs to."""
-        if expert_of(parameter) is not None:
+        """Return the neurons of the feed-forward layer that a Megatron parameter belongs to.
+
+        Args:
+            parameter: The name, with numbers or `{layer}` and `{expert}`.
+        """
+        if ".mlp.experts." in parameter:
             return self.expert_width
         return self.shared_width if is_shared(parameter) else self.arch.ffn_hidden_size
 

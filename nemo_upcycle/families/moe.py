@@ -1,109 +1,32 @@
-"""Architectures of transformers that compute an upcycled model, and how to choose one.
+"""Architectures of transformers that compute an upcycled model, and how to choose one."""
 
-The names of expert tensors here are those in files of both transformers 4 and 5.
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.family import (
-    DownMLP,
-    Family,
-    GatedMLP,
-    Operation,
-    Rename,
-)
-from nemo_upcycle.families.llama import LAYER, LLAMA, MEGATRON_LAYER, MLP
+from nemo_upcycle.families.family import DownMLP, GatedMLP, Operation, Rename
+from nemo_upcycle.families.granite import GRANITE
+from nemo_upcycle.families.llama import LAYER, LLAMA, MLP
 from nemo_upcycle.families.model import MoEModel
-from nemo_upcycle.families.names import EXPERT_BIAS
+from nemo_upcycle.families.moe_family import (
+    EXPERT,
+    EXPERT_BIAS,
+    ROUTER,
+    SHARED,
+    MoEFamily,
+    StackedFC1,
+    StackedFC2,
+)
 from nemo_upcycle.families.qwen2 import QWEN2
 from nemo_upcycle.families.qwen3 import QWEN3
-
-_EXPERT = MEGATRON_LAYER + "mlp.experts.{expert}."
-_SHARED = MEGATRON_LAYER + "mlp.shared_experts."
-_ROUTER = MEGATRON_LAYER + "mlp.router.weight"
-_EXPERT_BIAS = MEGATRON_LAYER + EXPERT_BIAS
-
-
-@dataclass(frozen=True)
-class MoEFamily:
-    """An architecture of transformers.
-
-    Attributes:
-        model_type: The name in `config.json`.
-        class_name: The model's class.
-        dense: The dense family that is the same except for the experts.
-        parameters: Operations by Megatron parameter, with `{layer}` and `{expert}` for repeated
-            ones.
-        config: Keys of `config.json` that are specific to this architecture.
-        layer_zeros: Tensors of an MoE layer without a counterpart in Megatron; must be 0.
-        doubled: Suffix of tensors that are twice Megatron's.
-    """
-
-    model_type: str
-    class_name: str
-    dense: Family
-    parameters: Mapping[str, Operation]
-    config: Callable[[MoEModel], dict[str, Any]]
-    layer_zeros: Callable[[MoEModel], Mapping[str, tuple[int, ...]]] = field(
-        default=lambda model: {}
-    )
-    doubled: str | None = None
-
-    def shapes(self, model: MoEModel) -> dict[str, tuple[int, ...]]:
-        """Return the expected shape of every tensor, layers and experts filled in."""
-        moe = [layer for layer, is_moe in enumerate(model.is_moe) if is_moe]
-        replaced = tuple(MLP.format(layer=layer) for layer in moe)
-        shapes = {
-            name: shape
-            for name, shape in self.dense.shapes(model.arch).items()
-            if not name.startswith(replaced)
-            and (model.arch.add_qkv_bias or not name.endswith("_proj.bias"))
-            and (model.arch.qk_layernorm or not name.endswith(("q_norm.weight", "k_norm.weight")))
-        }
-        for layer in moe:
-            shapes |= self._moe_layer(model, layer)
-        return shapes | self.zeros(model)
-
-    def _moe_layer(self, model: MoEModel, layer: int) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name in self.parameters.keys() - self.dense.parameters.keys():
-            if name.startswith(_SHARED) and not model.has_shared_expert:
-                continue
-            if name == _EXPERT_BIAS and not model.has_expert_bias:
-                continue
-            shape = _shape(name, model)
-            tensors = [rows.tensor for rows in self.parameters[name].rows(model.arch)]
-            for expert in range(model.num_experts if name.startswith(_EXPERT) else 1):
-                shapes |= {t.format(layer=layer, expert=expert): shape for t in tensors}
-        return shapes
-
-    def zeros(self, model: MoEModel) -> dict[str, tuple[int, ...]]:
-        """Return names and shapes of tensors without a counterpart in Megatron, which must be 0."""
-        layers = [layer for layer, moe in enumerate(model.is_moe) if moe]
-        shapes = self.layer_zeros(model)
-        return {name.format(layer=n): shape for name, shape in shapes.items() for n in layers}
-
-
-def _shape(name: str, model: MoEModel) -> tuple[int, ...]:
-    """Return the shape of a tensor of an MoE layer's router, experts or shared expert."""
-    hidden = model.arch.hidden_size
-    if name == _EXPERT_BIAS:
-        return (model.num_experts,)
-    if name == _ROUTER:
-        return (model.num_experts, hidden)
-    width = model.expert_width if name.startswith(_EXPERT) else model.shared_width
-    return (hidden, width) if name.endswith("linear_fc2.weight") else (width, hidden)
 
 
 def _experts(prefix: str, router: str, gate: str, up: str, down: str) -> dict[str, Operation]:
     expert = prefix + "experts.{expert}."
     return {
-        _ROUTER: Rename(prefix + router + ".weight"),
-        _EXPERT + "linear_fc1.weight": GatedMLP(f"{expert}{gate}.weight", f"{expert}{up}.weight"),
-        _EXPERT + "linear_fc2.weight": DownMLP(f"{expert}{down}.weight"),
+        ROUTER: Rename(prefix + router + ".weight"),
+        EXPERT + "linear_fc1.weight": GatedMLP(f"{expert}{gate}.weight", f"{expert}{up}.weight"),
+        EXPERT + "linear_fc2.weight": DownMLP(f"{expert}{down}.weight"),
     }
 
 
@@ -156,10 +79,10 @@ QWEN3_MOE = MoEFamily(
 
 def _shared_expert(prefix: str) -> dict[str, Operation]:
     return {
-        _SHARED + "linear_fc1.weight": GatedMLP(
+        SHARED + "linear_fc1.weight": GatedMLP(
             prefix + "gate_proj.weight", prefix + "up_proj.weight"
         ),
-        _SHARED + "linear_fc2.weight": Rename(prefix + "down_proj.weight"),
+        SHARED + "linear_fc2.weight": Rename(prefix + "down_proj.weight"),
     }
 
 
@@ -228,7 +151,7 @@ GLM4_MOE = MoEFamily(
     parameters={
         **_GLM4.parameters,
         **_QWEN_EXPERTS,
-        _EXPERT_BIAS: Rename(MLP + "gate.e_score_correction_bias"),
+        EXPERT_BIAS: Rename(MLP + "gate.e_score_correction_bias"),
         **_shared_expert(MLP + "shared_experts."),
     },
     config=lambda model: {
@@ -252,6 +175,50 @@ GLM4_MOE = MoEFamily(
 )
 
 
+_SPARSE, _SHARED_MLP = LAYER + "block_sparse_moe.", LAYER + "shared_mlp."
+
+
+def _granite_config(model: MoEModel) -> dict[str, Any]:
+    arch = model.arch
+    shared = {"shared_intermediate_size": arch.ffn_hidden_size} if model.has_shared_expert else {}
+    return {
+        "intermediate_size": model.expert_width,
+        "num_local_experts": model.num_experts,
+        "num_experts_per_tok": model.topk,
+        **arch.multipliers,
+        "attention_multiplier": arch.attention_multiplier or arch.kv_channels**-0.5,
+        "output_router_logits": False,
+        **shared,
+    }
+
+
+GRANITE_MOE = MoEFamily(
+    model_type="granitemoe",
+    class_name="GraniteMoeForCausalLM",
+    dense=GRANITE,
+    parameters={
+        **GRANITE.parameters,
+        ROUTER: Rename(_SPARSE + "router.layer.weight"),
+        EXPERT + "linear_fc1.weight": StackedFC1(_SPARSE + "input_linear.weight"),
+        EXPERT + "linear_fc2.weight": StackedFC2(_SPARSE + "output_linear.weight"),
+    },
+    config=_granite_config,
+)
+
+GRANITE_MOE_SHARED = replace(
+    GRANITE_MOE,
+    model_type="granitemoeshared",
+    class_name="GraniteMoeSharedForCausalLM",
+    parameters={
+        **GRANITE_MOE.parameters,
+        SHARED + "linear_fc1.weight": GatedMLP(
+            _SHARED_MLP + "input_linear.weight", _SHARED_MLP + "input_linear.weight"
+        ),
+        SHARED + "linear_fc2.weight": Rename(_SHARED_MLP + "output_linear.weight"),
+    },
+)
+
+
 def moe_family_of(model: MoEModel) -> MoEFamily:
     """Return the architecture of transformers that computes an upcycled model.
 
@@ -261,6 +228,7 @@ def moe_family_of(model: MoEModel) -> MoEFamily:
     arch = model.arch
     _refuse(not arch.gated_linear_unit, "experts with squared ReLU and no gate")
     _refuse(arch.norm_has_bias, "LayerNorm with biases")
+    _refuse(bool(arch.nope_layers), f"layers without RoPE ({list(arch.nope_layers)})")
     _refuse(model.logit_normalization is not None, "normalised router logits")
     if model.score_function == "sigmoid":
         return _with_sigmoid(model)
@@ -269,7 +237,20 @@ def moe_family_of(model: MoEModel) -> MoEFamily:
         _refuse(arch.add_qkv_bias, "norms of queries and keys together with their biases")
         _refuse(model.has_shared_expert, "norms of queries and keys with a shared expert")
         _refuse(arch.sliding_window is not None, "norms of queries and keys with a window")
+        _refuse(arch.is_multiplied, "norms of queries and keys with multipliers")
         return QWEN3_MOE
+    heads = arch.num_attention_heads * arch.kv_channels
+    if arch.is_multiplied:
+        for what, applies in {
+            "biases": arch.add_qkv_bias,
+            "a sliding window": arch.sliding_window is not None,
+            "softmax before top-k": model.pre_softmax,
+            "dense layers": not all(model.is_moe),
+            "a shared part of the layer": model.shared_width not in (0, arch.ffn_hidden_size),
+            f"heads of size {arch.kv_channels}": heads != arch.hidden_size,
+        }.items():
+            _refuse(applies, f"multipliers together with {what}")
+        return GRANITE_MOE_SHARED if model.has_shared_expert else GRANITE_MOE
     _refuse(model.shared_width == 1, "a shared expert of one neuron")
     plain = all(model.is_moe) and not (
         model.pre_softmax or arch.add_qkv_bias or model.has_shared_expert
@@ -278,20 +259,20 @@ def moe_family_of(model: MoEModel) -> MoEFamily:
         return MIXTRAL
     why = "softmax before top-k, biases, dense layers or a shared expert"
     _refuse(arch.sliding_window is not None, f"{why}, together with a sliding window")
-    heads = arch.num_attention_heads * arch.kv_channels
     _refuse(heads != arch.hidden_size, f"{why}, together with heads of size {arch.kv_channels}")
     return QWEN2_MOE
 
 
 def _with_sigmoid(model: MoEModel) -> MoEFamily:
-    _refuse(model.arch.sliding_window is not None, "sigmoid scores with a sliding window")
-    first = model.is_moe.index(True)
-    _refuse(not all(model.is_moe[first:]), "sigmoid scores with dense layers after MoE layers")
-    _refuse(
-        model.shared_width % model.expert_width > 0,
-        f"sigmoid scores and a shared expert of {model.shared_width} neurons, no multiple of the "
-        f"{model.expert_width} of an expert,",
-    )
+    arch, first = model.arch, model.is_moe.index(True)
+    for what, applies in {
+        "a sliding window": arch.sliding_window is not None,
+        "multipliers": arch.is_multiplied,
+        "dense layers after MoE layers": not all(model.is_moe[first:]),
+        f"a shared expert of {model.shared_width} neurons, no multiple of the "
+        f"{model.expert_width} of an expert": model.shared_width % model.expert_width > 0,
+    }.items():
+        _refuse(applies, f"sigmoid scores together with {what}")
     return GLM4_MOE
 
 
@@ -299,6 +280,6 @@ def _refuse(applies: bool, what: str) -> None:
     if applies:
         raise UpcyclingError(
             f"The model has {what}, which no Mixture-of-Experts architecture of transformers "
-            "computes; expected what Mixtral, Qwen2-MoE, Qwen3-MoE or GLM-4-MoE compute. It can be "
-            "evaluated and trained in NeMo."
+            "computes; expected what Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE or Granite-MoE "
+            "compute. It can be evaluated and trained in NeMo."
         )

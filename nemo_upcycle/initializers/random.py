@@ -8,8 +8,8 @@ therefore draw any row without drawing the others, and all ranks get the same va
 import numpy as np
 import numpy.typing as npt
 
-ROUTER = 1
-"""Streams keep the draws of different purposes apart."""
+ROUTER, CLUSTERS, SAMPLE = 1, 11, 12
+"""Streams keep the draws of different purposes apart; 2 to 8 are those of `Neurons`."""
 
 
 def generator(seed: int, stream: int, layer: int, expert: int, row: int) -> np.random.Generator:

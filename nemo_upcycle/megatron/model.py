@@ -15,12 +15,14 @@ from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
 from nemo_upcycle.engine.model import (
     leave_padding_out,
     mark_experts,
+    multiply,
     rope_frequencies,
     two_stages_fields,
 )
 from nemo_upcycle.engine.routers import set_up_routers
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
+from nemo_upcycle.families.family import MULTIPLIERS
 from nemo_upcycle.families.fields import (
     DENSE_GRADIENT,
     LOGIT_NORMALIZATION,
@@ -28,7 +30,8 @@ from nemo_upcycle.families.fields import (
     moe_fields,
     window_fields,
 )
-from nemo_upcycle.families.megatron import LLAMA_FIELDS, MEGATRON_ROPE_SCALING, ROPE_SCALING_FIELDS
+from nemo_upcycle.families.megatron import LLAMA_FIELDS, MEGATRON_ROPE_SCALING
+from nemo_upcycle.families.rope import ROPE_SCALING_FIELDS, scaling_fields
 from nemo_upcycle.plans.layout import padded_vocabulary
 
 Chunks = list[torch.nn.Module]
@@ -154,6 +157,8 @@ def fields_of_architecture(arch: Architecture, seq_length: int | None) -> dict[s
     """
     found = LLAMA_FIELDS | architecture_fields(arch) | window_fields(arch, seq_length)
     found["activation_func"] = _activation(found.get("activation_func", "silu"))
+    for name in MULTIPLIERS:
+        found.pop(name, None)
     scaling = {name: found.pop(name) for name in ROPE_SCALING_FIELDS if name in found}
     if _is_megatrons(scaling):
         found |= {"rope_scaling": True, "rope_scaling_factor": scaling["scale_factor"]}
@@ -169,7 +174,7 @@ def _activation(name: str) -> Any:
 def _is_megatrons(scaling: Mapping[str, float]) -> bool:
     """Return whether Megatron's field for RoPE scaling, which is a factor alone, is sufficient."""
     own = MEGATRON_ROPE_SCALING
-    return bool(scaling) and all(scaling[name] == value for name, value in own.items())
+    return bool(scaling) and all(scaling.get(name) == value for name, value in own.items())
 
 
 def _of_machine() -> dict[str, Any]:
@@ -203,6 +208,7 @@ class FinishModel:
     def __call__(self, chunks: Chunks) -> Chunks:
         for chunk in chunks:
             mark_experts(chunk)
+            multiply(chunk, self.arch.multipliers)
             chunk.rotary_pos_emb.inv_freq = _frequencies(chunk, self.arch)
             set_up_routers(chunk, self.logit_normalization, self.dense_gradient)
             # `described` reads them; Megatron's own configs have no such fields.
@@ -246,6 +252,7 @@ def described(chunks: Sequence[torch.nn.Module], vocab_size_divisible_by: int) -
         "make_vocab_size_divisible_by": vocab_size_divisible_by,
         "share_embeddings_and_output_weights": model.share_embeddings_and_output_weights,
         "position_embedding_type": model.position_embedding_type,
+        **getattr(model, "multipliers", {}),
     }
     rope = getattr(model, "rotary_pos_emb", None)
     if rope is not None:
@@ -285,7 +292,7 @@ def with_rope_of(
             "compute something else. Make the config with nemo_upcycle.megatron.gpt_model_config; "
             "Megatron-LM's --use-rope-scaling has only the numbers of Llama 3.1."
         )
-    return SimpleNamespace(**{**vars(config), **_rope_scaling(arch)})
+    return SimpleNamespace(**{**vars(config), **scaling_fields(arch.rope_scaling)})
 
 
 def fields_beside_config(
@@ -298,12 +305,13 @@ def fields_beside_config(
         logit_normalization: See `UpcyclingConfig.router_logit_normalization`.
     """
     function = architecture_fields(arch).get("activation_func", "silu")
-    found = {"vocab_size": arch.vocab_size, "activation_func": function, **_rope_scaling(arch)}
+    found = {
+        "vocab_size": arch.vocab_size,
+        "activation_func": function,
+        "softmax_scale": arch.softmax_scale,
+        **arch.multipliers,
+        **scaling_fields(arch.rope_scaling),
+    }
     if logit_normalization is not None:
         found[LOGIT_NORMALIZATION] = logit_normalization
     return found
-
-
-def _rope_scaling(arch: Architecture) -> dict[str, Any]:
-    found = architecture_fields(arch)
-    return {name: found[name] for name in ROPE_SCALING_FIELDS if name in found}

@@ -28,6 +28,10 @@ WAYS = {
         ),
     ),
     "every other layer": ("qwen2, tied", replace(E4, moe_layer_freq=2)),
+    "stacked experts": (
+        "granite",
+        replace(E4, granularity=2, moe_shared_expert=True, router_initializer="virtual_groups"),
+    ),
     "norms of queries": ("qwen3", replace(E4, router_initializer="random", seed=7)),
 }
 

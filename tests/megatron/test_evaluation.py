@@ -14,7 +14,7 @@ from tests.distributed.pool import RankPool, nemo_recipe
 from tests.megatron import formats
 from tests.megatron.scenarios import UPCYCLING
 from tests.megatron.test_formats import PROGRAMS
-from tests.tiny import LLAMA31_ROPE, tokens, write_dense
+from tests.tiny import LLAMA31_ROPE, YARN, tokens, write_dense
 from tests.tokenizers import write_tokenizer
 
 TOLERANCE = 1e-5
@@ -24,6 +24,8 @@ FAMILIES = {
     "nemotron": {},
     "qwen2, tied": {},
     "mistral, window": {},
+    "granite": {"rope_scaling": YARN},
+    "smollm3": {},
 }
 
 
