@@ -42,6 +42,7 @@ from nemo_upcycle.nemo.moe_health import MoEHealthCallback
 from nemo_upcycle.nemo.offloaded_optimizer import OffloadedOptimizer
 from nemo_upcycle.nemo.preemption import PreemptionCallback
 from nemo_upcycle.nemo.provenance import Provenance
+from nemo_upcycle.nemo.router_warm_up import RouterWarmUp
 from nemo_upcycle.nemo.run_numbers import check_max_steps
 from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer
 from nemo_upcycle.plans import layout
@@ -142,6 +143,7 @@ def pretrain(
     read_once: bool = False,
     performance_mode: bool = False,
     wandb_project: str | None = None,
+    router_warmup_steps: int = 0,
     export_every_n: int | None = None,
     model_overrides: dict[str, Any] | None = None,
     callbacks: list[run.Config] | None = None,
@@ -167,6 +169,7 @@ def pretrain(
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
         performance_mode: Overlap collectives with computation, run garbage collection manually.
         wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
+        router_warmup_steps: First steps in which only the routers are trained.
         export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         model_overrides: Fields of the model's config.
         callbacks: Further callbacks.
@@ -227,6 +230,7 @@ def pretrain(
     all_callbacks = [*_observers(upcycling, schedule), *(callbacks or [])]
     if recipe.optimizer_offload_fraction:
         all_callbacks.append(run.Config(OffloadedOptimizer))
+    all_callbacks += router_warm_up(upcycling, router_warmup_steps)
     if export_every_n is not None:
         all_callbacks.append(_export_callback(upcycling, export_every_n))
     if performance_mode:
@@ -305,6 +309,26 @@ def _observers(upcycling: UpcyclingConfig, schedule: Schedule) -> list[run.Confi
         interval = schedule.moe_health_interval
         callbacks.append(run.Config(MoEHealthCallback, every_n_steps=interval))
     return callbacks
+
+
+def router_warm_up(upcycling: UpcyclingConfig, router_warmup_steps: int) -> list[run.Config]:
+    """Return the callback that trains only the routers for the first steps, if there are any.
+
+    Raises:
+        UpcyclingError: The number is negative, or the model has no routers.
+    """
+    if router_warmup_steps == 0:
+        return []
+    if upcycling.num_moe_experts is None:
+        raise UpcyclingError(
+            f"router_warmup_steps is {router_warmup_steps} for a dense model, which has no "
+            "routers. Leave it out."
+        )
+    if router_warmup_steps < 1:
+        raise UpcyclingError(
+            f"router_warmup_steps is {router_warmup_steps}; expected 1 or more, or 0 for none."
+        )
+    return [run.Config(RouterWarmUp, steps=router_warmup_steps)]
 
 
 def _export_callback(upcycling: UpcyclingConfig, every_n: int) -> run.Config:

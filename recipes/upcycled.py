@@ -32,6 +32,7 @@ def pretrain_recipe_of(recipe: Recipe) -> Callable[..., run.Partial]:
         read_once: bool = False,
         performance_mode: bool = False,
         wandb_project: Optional[str] = None,
+        router_warmup_steps: int = 0,
         export_every_n: Optional[int] = None,
         fn: Callable = llm.pretrain,
         **numbers: Any,
@@ -49,6 +50,7 @@ def pretrain_recipe_of(recipe: Recipe) -> Callable[..., run.Partial]:
             read_once=read_once,
             performance_mode=performance_mode,
             wandb_project=wandb_project,
+            router_warmup_steps=router_warmup_steps,
             export_every_n=export_every_n,
             fn=fn,
         )
@@ -79,6 +81,7 @@ def _doc(recipe: Recipe) -> str:
         performance_mode: Overlap tensor-parallel collectives with matrix multiplications
             (Transformer Engine's user buffers); larger gradient buckets, manual garbage collection.
         wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
+        router_warmup_steps: First steps in which only the routers are trained.
         export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         fn: The function that the run calls.
         numbers: Fields of `UpcyclingConfig` and `ParallelFolding`, seq_length, global_batch_size,
