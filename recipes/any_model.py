@@ -38,6 +38,7 @@ def upcycle(
     from_scratch: bool = False,
     read_once: bool = False,
     performance_mode: bool = False,
+    cuda_graphs: bool = False,
     wandb_project: Optional[str] = None,
     router_warmup_steps: int = 0,
     export_every_n: Optional[int] = None,
@@ -70,6 +71,7 @@ def upcycle(
         from_scratch: The same model from random weights.
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
         performance_mode: As in the other recipes.
+        cuda_graphs: As in the other recipes.
         wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
         router_warmup_steps: First steps in which only the routers are trained.
         export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
@@ -126,6 +128,7 @@ def upcycle(
         from_scratch=from_scratch,
         read_once=read_once,
         performance_mode=performance_mode,
+        cuda_graphs=cuda_graphs,
         wandb_project=wandb_project,
         router_warmup_steps=router_warmup_steps,
         export_every_n=export_every_n,
