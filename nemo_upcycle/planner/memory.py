@@ -62,10 +62,22 @@ def memory(workload: Workload, mapping: Mapping) -> Memory:
         workload: Model and batch.
         mapping: The parallel mapping; its microbatches must divide the batch.
     """
-    stages = range(mapping.folding.pipeline_model_parallel_size)
+    stages = _fullest_stages(mapping)
+    return max((of_stage(workload, mapping, stage) for stage in stages), key=lambda m: m.total)
+
+
+def is_within(workload: Workload, mapping: Mapping, limit: float) -> bool:
+    """Return whether the fullest GPU needs at most `limit` bytes, without finding that GPU."""
+    return limit >= RESERVED and all(
+        of_stage(workload, mapping, stage).total <= limit for stage in _fullest_stages(mapping)
+    )
+
+
+def _fullest_stages(mapping: Mapping) -> set[int]:
+    """Return the stages of which one has the fullest GPU."""
+    last = mapping.folding.pipeline_model_parallel_size - 1
     # Among the middle stages, the first has the most microbatches in flight.
-    candidates = {0, min(1, stages[-1]), stages[-1]}
-    return max((of_stage(workload, mapping, stage) for stage in candidates), key=lambda m: m.total)
+    return {0, min(1, last), last}
 
 
 def of_stage(workload: Workload, mapping: Mapping, stage: int) -> Memory:
