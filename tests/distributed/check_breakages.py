@@ -19,7 +19,7 @@ def on_rank_1() -> bool:
 
 @torch.no_grad()
 def swap_experts(chunks: models.Chunks) -> None:
-    """Give this rank's first two experts each other's place."""
+    """Swap this rank's first two experts."""
     layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
     for layer in layers:
         first, second, *_ = layer.mlp.experts.local_experts

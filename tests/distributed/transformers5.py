@@ -71,7 +71,7 @@ def end(process: subprocess.Popen[str]) -> str:
     """Wait for a script and return what it has written.
 
     Raises:
-        AssertionError: It failed.
+        AssertionError: The script failed.
     """
     output, errors = process.communicate()
     assert process.returncode == 0, errors[-2000:]

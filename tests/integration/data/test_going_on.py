@@ -132,7 +132,7 @@ def test_parts_of_another_job_are_left_alone(tokenizer: Path, tmp_path: Path) ->
 def test_parts_of_nobody_knows_what_are_not_taken(
     tokenizer: Path, tmp_path: Path, said: str | None
 ) -> None:
-    """As a kill leaves them while they are removed, or before it is said what they are of."""
+    """A kill leaves such parts while parts are removed, or before their source is named."""
     source = write(tmp_path / "a.jsonl", many(100))
     work = leave_parts(tokenizer, source, tmp_path / "data")
     (work / "job.json").unlink()
