@@ -52,8 +52,9 @@ from nemo_upcycle.engine.load import LoadReport
 from nemo_upcycle.families import Architecture, family_of
 from nemo_upcycle.planner.flops import utilisation
 from nemo_upcycle.planner.hardware import hardware
+from nemo_upcycle.planner.layer_time import StepTime
 from nemo_upcycle.planner.memory import memory
-from nemo_upcycle.planner.step_time import StepTime, step_time
+from nemo_upcycle.planner.step_time import step_time
 from tests.tiny import tokens, write_llama
 
 GIB = 2**30

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nemo_upcycle.engine.upcycling import upcycle
     from nemo_upcycle.errors import UpcyclingError
     from nemo_upcycle.initializers import register as register_initializer
+    from nemo_upcycle.initializers import register_router as register_router_initializer
     from nemo_upcycle.plans.job import plan_job as plan
     from nemo_upcycle.trained.export import export
 
@@ -27,6 +28,7 @@ _PLACES = {
     "open_dense": ("nemo_upcycle.checkpoint.described", "open_dense"),
     "plan": ("nemo_upcycle.plans.job", "plan_job"),
     "register_initializer": ("nemo_upcycle.initializers", "register"),
+    "register_router_initializer": ("nemo_upcycle.initializers", "register_router"),
     "upcycle": ("nemo_upcycle.engine.upcycling", "upcycle"),
     "upcycle_directory": ("nemo_upcycle.engine.upcycled_directory", "upcycle_directory"),
 }
@@ -39,6 +41,7 @@ __all__ = [
     "open_dense",
     "plan",
     "register_initializer",
+    "register_router_initializer",
     "upcycle",
     "upcycle_directory",
 ]

@@ -71,17 +71,22 @@ def with_experts(upcycling: UpcyclingConfig, values: Mapping[str, Any]) -> Upcyc
             initialiser.
     """
     fields_of = _fields_of(UpcyclingConfig, values)
-    _check_initializer(fields_of.get("initializer", upcycling.initializer))
+    _check_initializers(
+        fields_of.get("initializer", upcycling.initializer),
+        fields_of.get("router_initializer", upcycling.router_initializer),
+    )
     if upcycling.num_moe_experts is not None:
         fields_of["num_moe_experts"] = _experts(upcycling, values)
     return replace(upcycling, **fields_of)
 
 
-def _check_initializer(text: str) -> None:
-    if text != "copy":  # importing numpy, which a plan does not need, would double a plan's time
-        from nemo_upcycle.initializers import make_initializer
+def _check_initializers(initializer: str, router_initializer: str) -> None:
+    # Importing numpy, which a plan does not need, would double a plan's time.
+    if (initializer, router_initializer) != ("copy", "virtual_groups"):
+        from nemo_upcycle.initializers import make_initializer, make_router_initializer
 
-        make_initializer(text)
+        make_initializer(initializer)
+        make_router_initializer(router_initializer)
 
 
 def _experts(upcycling: UpcyclingConfig, values: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ from nemo_upcycle.planner.savings import SAVINGS
 from nemo_upcycle.planner.search import Prediction, predict
 from nemo_upcycle.planner.space import Allowed, Given, everything, mappings_of
 from nemo_upcycle.planner.tuning import Tuning, tune
-from nemo_upcycle.planner.workload import Workload
+from nemo_upcycle.planner.workload import STAGES, Workload
 
 GPUS = ("num_nodes", "num_gpus_per_node")
 """Arguments that say how many GPUs there are."""
@@ -178,6 +178,7 @@ def command(
         values.pop("expansion_rate", None)
     values |= {"num_nodes": chosen.num_nodes, "num_gpus_per_node": chosen.num_gpus_per_node}
     values |= chosen.folding.parallel_sizes
+    values |= {name: value for name in STAGES if (value := getattr(chosen.folding, name))}
     values |= {"micro_batch_size": chosen.schedule.micro_batch_size, "recompute": chosen.recompute}
     values |= chosen.optimizer.chosen
     keeps_dense = chosen.described is not None and experts is None

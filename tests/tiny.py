@@ -45,8 +45,16 @@ LLAMA31_ROPE = {
 }
 
 
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
+    "llama, YaRN": {"rope_scaling": YARN},
     "llama, linear RoPE": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "mistral": {"sliding_window": None},
     "mistral, window": {"sliding_window": 16},
@@ -54,10 +62,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2, tied": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
     "nemotron": {},
+    "smollm3": {"pad_token_id": 0},
+    "granite": {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.25,
+        "logits_scaling": 6.0,
+    },
+    "phi3": {"pad_token_id": 0, "partial_rotary_factor": 0.75, "sliding_window": 16},
 }
 """By name, which begins with the model type: what is asked of `write_dense`."""
 
-_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_CLASSES = {"smollm3": "SmolLM3"}
+"""Names of classes that are not the model type with a capital letter."""
 
 
 def write_llama(directory: Path, shard_size: str = "10GB", seed: int = 0, **config: Any) -> Path:

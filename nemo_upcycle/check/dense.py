@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
+from nemo_upcycle.checkpoint import DenseCheckpoint, HuggingFaceCheckpoint, gguf_in, open_checkpoint
 from nemo_upcycle.checkpoint.described import config_alone
 from nemo_upcycle.checkpoint.dtypes import torch_dtype
+from nemo_upcycle.checkpoint.huggingface import resolve_directory
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families import architecture_of, family_of
 
@@ -65,8 +66,8 @@ def write_first_layers(source: str, layers: int, directory: Path) -> Path:
     """Write a dense model with the first layers of another one.
 
     Args:
-        source: Directory of a Hugging Face checkpoint, its `config.json`, or the name of a model
-            in the local cache. With a config alone, weights are random.
+        source: Directory of a Hugging Face checkpoint or a GGUF file, a `config.json`, or the name
+            of a model in the local cache. With a config alone, weights are random.
         layers: Number of layers.
         directory: Directory to write.
 
@@ -74,7 +75,7 @@ def write_first_layers(source: str, layers: int, directory: Path) -> Path:
         UpcyclingError: The model cannot be read or upcycled, or has fewer layers.
     """
     alone = config_alone(source)
-    checkpoint = HuggingFaceCheckpoint(alone or source)
+    checkpoint = _opened(alone or source)
     config = _with_layers(checkpoint.config, layers)
     shapes = family_of(config).shapes(architecture_of(config))
     if alone is not None:
@@ -88,6 +89,13 @@ def write_first_layers(source: str, layers: int, directory: Path) -> Path:
     tensors = {name: _read(checkpoint, name) for name in shapes}
     checkpoint.close()
     return write(directory, config, tensors)
+
+
+def _opened(source: str | Path) -> DenseCheckpoint:
+    """Open a checkpoint whose config is Hugging Face's."""
+    if gguf_in(resolve_directory(source)) is not None:
+        return open_checkpoint(str(source))
+    return HuggingFaceCheckpoint(source)
 
 
 def _with_layers(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -114,7 +122,7 @@ def _random(
     }
 
 
-def _read(checkpoint: HuggingFaceCheckpoint, name: str) -> torch.Tensor:
+def _read(checkpoint: DenseCheckpoint, name: str) -> torch.Tensor:
     info = checkpoint.tensors[name]
     dtype = torch_dtype(info.dtype)
     buffer = bytearray(prod(info.shape) * dtype.itemsize)

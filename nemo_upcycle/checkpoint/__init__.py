@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, DenseCheckpoint, Piece, Span, TensorInfo
 from nemo_upcycle.checkpoint.foreign import check_dense
+from nemo_upcycle.checkpoint.gguf_file import GGUFCheckpoint, gguf_in
 from nemo_upcycle.checkpoint.huggingface import (
     HuggingFaceCheckpoint,
     is_huggingface,
@@ -15,11 +16,13 @@ from nemo_upcycle.checkpoint.megatron import MegatronCheckpoint, find_layout
 __all__ = [
     "DTYPE_BYTES",
     "DenseCheckpoint",
+    "GGUFCheckpoint",
     "HuggingFaceCheckpoint",
     "MegatronCheckpoint",
     "Piece",
     "Span",
     "TensorInfo",
+    "gguf_in",
     "is_checkpoint",
     "is_huggingface",
     "open_checkpoint",
@@ -31,8 +34,8 @@ def open_checkpoint(source: str) -> DenseCheckpoint:
     """Open a dense checkpoint of any format.
 
     Args:
-        source: A directory in the format of Hugging Face, NeMo 2 or Megatron-LM, or a hub name in
-            the local Hugging Face cache.
+        source: A directory in the format of Hugging Face, NeMo 2 or Megatron-LM, or with a GGUF
+            file alone, or this file; or a hub name in the local Hugging Face cache.
 
     Returns:
         The checkpoint.
@@ -41,6 +44,8 @@ def open_checkpoint(source: str) -> DenseCheckpoint:
         UpcyclingError: There is no checkpoint, the checkpoint cannot be read, or is an MoE.
     """
     directory = resolve_directory(source)
+    if (file := gguf_in(directory)) is not None:
+        return GGUFCheckpoint(file)
     if is_huggingface(directory) or find_layout(directory) is None:
         checkpoint = HuggingFaceCheckpoint(directory)
         check_dense(checkpoint.config, directory)
@@ -54,4 +59,6 @@ def is_checkpoint(directory: Path) -> bool:
     Raises:
         UpcyclingError: The checkpoint cannot be read.
     """
-    return is_huggingface(directory) or find_layout(directory) is not None
+    if is_huggingface(directory) or gguf_in(directory) is not None:
+        return True
+    return find_layout(directory) is not None

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.megatron import ROPE_SCALING_FIELDS
+from nemo_upcycle.families.family import MULTIPLIERS
+from nemo_upcycle.families.rope import ROPE_SCALING_FIELDS
 
 UPCYCLED_FROM = "upcycled_from.json"
 """The file, in the directory of the checkpoints."""
@@ -20,8 +21,9 @@ FIELD = "kept"
 MODEL_FIELDS = "model_fields"
 """Key, in that record, of Megatron's fields that the programs' configs do not record."""
 
-_UNSAID = ("vocab_size", "activation_func", *ROPE_SCALING_FIELDS)
-"""These fields: the vocabulary without padding, functions, RoPE scaling other than Megatron's."""
+_UNSAID = ("vocab_size", "activation_func", "softmax_scale", *MULTIPLIERS, *ROPE_SCALING_FIELDS)
+"""These fields: the vocabulary without padding, functions, RoPE scaling other than Megatron's,
+multipliers, and the factor of the scores, for which Megatron-LM has no argument."""
 
 
 def record_beside(weights: Path) -> Any:

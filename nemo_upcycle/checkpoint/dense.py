@@ -10,7 +10,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 """Start and stop of a range."""
 
+DEQUANTISING_BYTES = 2**21
+"""Memory of dequantising, at most, beside the values themselves and one scale per row."""
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -34,11 +37,14 @@ class TensorInfo:
         shape: [rows] or [rows, columns].
         dtype: safetensors' name: F32, BF16, F16, …
         sources: Number of checkpoints that are averaged; 1 for a plain tensor.
+        packed: Of a tensor that is dequantised while read: bytes in which the file has so many
+            values. Not part of the representation, by which checkpoints are told apart.
     """
 
     shape: tuple[int, ...]
     dtype: str
     sources: int = 1
+    packed: tuple[int, int] | None = field(default=None, repr=False)
 
     @property
     def width(self) -> int:
@@ -47,8 +53,18 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensor in one checkpoint."""
+        """Bytes of the tensor, once read from one checkpoint."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def stored(self, read: int) -> int:
+        """Return the bytes in the file of a part of the tensor.
+
+        Args:
+            read: The part's bytes once read.
+        """
+        if self.packed is None:
+            return read
+        return read // DTYPE_BYTES[self.dtype] * self.packed[0] // self.packed[1]
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,10 @@ class Piece:
     start: int
     rows: Span
     columns: Span
+
+
+Entry = tuple[TensorInfo, Piece]
+"""A stored tensor: its description and its place."""
 
 
 class DenseCheckpoint(ABC):
@@ -123,7 +143,7 @@ class DenseCheckpoint(ABC):
         """
 
     def read_into(self, buffer: memoryview, name: str, rows: Span, columns: Span | None) -> None:
-        """Read a block of a tensor in the stored dtype; no other bytes are read.
+        """Read a block of a tensor in the tensor's dtype; no other rows and columns are read.
 
         Args:
             buffer: Receives the block by rows; has exactly the block's size.
@@ -135,10 +155,27 @@ class DenseCheckpoint(ABC):
             UpcyclingError: A file is gone or shorter than its header says.
         """
         info = self.tensors[name]
-        size = DTYPE_BYTES[info.dtype]
-        first, last = columns or (0, info.width)
+        columns = columns or (0, info.width)
+        self.read_stored(buffer, self.pieces(name), DTYPE_BYTES[info.dtype], rows, columns)
+
+    def read_stored(
+        self, buffer: memoryview, pieces: Sequence[Piece], size: int, rows: Span, columns: Span
+    ) -> None:
+        """Read a block as the files have it.
+
+        Args:
+            buffer: Receives the block by rows; has exactly the block's size.
+            pieces: The rectangles of the tensor.
+            size: Bytes per value.
+            rows: Start and stop on the first axis.
+            columns: Start and stop on the second axis.
+
+        Raises:
+            UpcyclingError: A file is gone or shorter than its header says.
+        """
+        first, last = columns
         row_bytes = (last - first) * size
-        for piece in self.pieces(name):
+        for piece in pieces:
             low, high = max(rows[0], piece.rows[0]), min(rows[1], piece.rows[1])
             left, right = max(first, piece.columns[0]), min(last, piece.columns[1])
             if low >= high or left >= right:

@@ -42,9 +42,9 @@ class Dense:
 
     @property
     def bytes(self) -> int:
-        """Size of all tensors."""
+        """Size of all tensors in the files."""
         used = (info for name, info in self.tensors.items() if self._is_used(name))
-        return sum(info.bytes * info.sources for info in used)
+        return sum(info.stored(info.bytes) * info.sources for info in used)
 
     @property
     def parameters(self) -> int:
@@ -99,9 +99,11 @@ def open_dense(source: str) -> Dense:
         return dense_of_config(config, source, note)
     checkpoint = open_branches(source)
     check_whole(checkpoint)
+    packed = sum(info.packed is not None for info in checkpoint.tensors.values())
+    more = f"; {packed} quantised weights, dequantised while read" if packed else ""
     return Dense(
         source,
-        "headers read and checked",
+        f"headers read and checked{more}",
         checkpoint.family,
         checkpoint.architecture,
         checkpoint.tensors,

@@ -1,7 +1,7 @@
 """Recognise directories that are not dense checkpoints: what they hold, and what to do."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,9 @@ _KINDS = (
     _Kind(
         r".+\.gguf",
         "GGUF, llama.cpp's format, quantised as a rule ({names})",
-        "Get the original weights; or load the file with from_pretrained(..., gguf_file=...), "
-        "which dequantises it, and save_pretrained that.",
+        "Get the original weights; or, for a Llama or Qwen, `pip install gguf` and give the file "
+        "in a directory without config.json; or load the file with "
+        "from_pretrained(..., gguf_file=...), which dequantises it, and save_pretrained that.",
     ),
     _Kind(
         r"global_step\d+|zero_to_fp32\.py|.*zero_pp_rank_.+",
@@ -77,14 +78,6 @@ _KINDS = (
         "If one is the whole model, name it model.safetensors.",
     ),
 )
-_QUANTISED_TENSORS = {
-    r"\.(weight_scale_inv|weight_scale|input_scale)": "FP8",
-    r"\.(qweight|qzeros|scales|g_idx)": "GPTQ or AWQ",
-    r"\.(SCB|(nested_)?absmax|(nested_)?quant_map|quant_state\..+)": "bitsandbytes",
-    r"\.weight_(packed|shape|zero_point)": "compressed-tensors",
-    r"_(blocks|scales)": "MXFP4",
-}
-"""Suffixes of tensors that belong to quantised weights."""
 _SNAPSHOT = re.compile(r"models--(?P<name>[^/]+)/snapshots/[^/]+$")
 _CACHED_MODEL = re.compile(r"models--(?P<name>[^/]+)$")
 _PARTS = ("text_config", "llm_config", "language_config", "vision_config", "audio_config")
@@ -169,42 +162,6 @@ def check_no_adapter(directory: Path) -> None:
             f"{directory} holds {adapter.what.format(names='adapter_config.json')}; expected a "
             f"dense model's weights alone. {adapter.way_out}"
         )
-
-
-def check_not_quantised(config: Mapping[str, Any], directory: Path) -> None:
-    """Check that the weights are not quantised, by the config.
-
-    Raises:
-        UpcyclingError: The weights are quantised.
-    """
-    said = config.get("quantization_config") or config.get("compression_config")
-    if said:
-        method = said.get("quant_method") if isinstance(said, Mapping) else None
-        key = "quantization_config" if config.get("quantization_config") else "compression_config"
-        if method is None and isinstance(said, Mapping):
-            bits = [name for name in said if str(name).startswith("load_in_") and said[name]]
-            method = "bitsandbytes" if bits else None
-        raise _quantised(directory, f"{method or 'a method that it does not name'} (its {key})")
-
-
-def check_not_quantised_tensors(names: Collection[str], directory: Path) -> None:
-    """Check that the weights are not quantised, by the tensors' names.
-
-    Raises:
-        UpcyclingError: Some weights are quantised.
-    """
-    for ending, method in _QUANTISED_TENSORS.items():
-        quantised = [name for name in names if re.search(f"{ending}$", name)]
-        if quantised:
-            raise _quantised(directory, f"{method} (it has {listing(quantised, 3)})")
-
-
-def _quantised(directory: Path, by: str) -> UpcyclingError:
-    return UpcyclingError(
-        f"{directory} is quantised by {by}; expected weights in F32, BF16 or F16. Give the "
-        "original checkpoint; or load this one with from_pretrained, call the model's "
-        "dequantize(), and save the model with save_pretrained."
-    )
 
 
 def check_dense(config: Mapping[str, Any], directory: Path) -> None:

@@ -4,32 +4,30 @@ Nothing is unpickled: a directory with only `pytorch_model*.bin` is refused.
 """
 
 import json
-import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
-from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, DenseCheckpoint, Piece, TensorInfo
-from nemo_upcycle.checkpoint.foreign import (
-    check_no_adapter,
-    check_not_quantised,
-    check_not_quantised_tensors,
-    get_again,
-    held_instead,
+from nemo_upcycle.checkpoint.dense import DenseCheckpoint, Entry, Piece, Span, TensorInfo
+from nemo_upcycle.checkpoint.foreign import check_no_adapter, get_again, held_instead
+from nemo_upcycle.checkpoint.fp8 import ScaledWeight
+from nemo_upcycle.checkpoint.quantised import (
+    check_known,
+    dequantised,
+    quantisation_of,
+    without_quantisation,
 )
+from nemo_upcycle.checkpoint.safetensors_header import read_header
 from nemo_upcycle.errors import UpcyclingError, listing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 BASE = "model"
 """Name of the model without the output layer in transformers, for all supported families."""
-PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")
-"""First bytes of files of `torch.save`, in the new and the old format."""
 
-_Entry = tuple[TensorInfo, Piece]
+_T = TypeVar("_T")
 
 
 def resolve_directory(source: str | Path) -> Path:
@@ -57,7 +55,8 @@ def find_directory(source: str | Path) -> Path | None:
     """Return the local directory of a checkpoint, None if there is none on this machine.
 
     Args:
-        source: An absolute or relative path, also with `~`, or a hub name already downloaded.
+        source: An absolute or relative path, also with `~`, or a hub name already downloaded. A
+            GGUF file means its directory, if there is no other in it.
 
     Raises:
         UpcyclingError: The source is a file, or cannot be read.
@@ -73,9 +72,12 @@ def find_directory(source: str | Path) -> Path | None:
         raise UpcyclingError(
             f"{error.filename or path} cannot be read: {error.strerror}. Check the permissions."
         ) from error
+    if exists and path.suffix == ".gguf" and list(path.parent.glob("*.gguf")) == [path]:
+        return path.parent
     if exists:
         raise UpcyclingError(
-            f"{path} is a file; expected the directory that holds config.json and *.safetensors."
+            f"{path} is a file; expected the directory that holds config.json and *.safetensors, "
+            "or one GGUF file alone."
         )
     return None if path.is_absolute() else _cached_snapshot(str(source))
 
@@ -116,32 +118,70 @@ def read_config(directory: Path) -> dict[str, Any]:
 class HuggingFaceCheckpoint(DenseCheckpoint):
     """A dense checkpoint in Hugging Face's layout.
 
+    Weights in FP8 appear dequantised, and their scales not at all; see `quantised.py`.
+
     Args:
         source: A directory, or a hub name in the local cache.
 
     Raises:
-        UpcyclingError: The directory or its files are missing, damaged or not safetensors.
+        UpcyclingError: The directory or its files are missing, damaged, not safetensors or
+            quantised in another way than FP8.
     """
 
     def __init__(self, source: str | Path) -> None:
         super().__init__()
         self.directory = resolve_directory(source)
-        self.config = read_config(self.directory)
+        config = read_config(self.directory)
         check_no_adapter(self.directory)
-        check_not_quantised(self.config, self.directory)
+        self._quantisation = quantisation_of(config)
+        self.config = without_quantisation(config)
+        if self._quantisation is None:
+            return
+        if self.has_weights:  # whether these are quantised is known at once, not while training
+            _ = self._model
+        else:
+            check_known(self._quantisation, str(self.directory))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights at all, readable or not."""
+        return any((self.directory / name).is_file() for name in (WEIGHTS, INDEX))
+
+    @property
+    def scaled(self) -> dict[str, ScaledWeight]:
+        """The weights in FP8 by name."""
+        return self._model[1]
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """All tensors by name, from the files' headers."""
-        return {name: info for name, (info, _) in self._entries.items()}
+        return {name: info for name, (info, _) in self._model[0].items()}
 
     def pieces(self, name: str) -> tuple[Piece]:
         """Return a tensor's only rectangle."""
-        return (self._entries[name][1],)
+        return (self._model[0][name][1],)
+
+    def read_into(self, buffer: memoryview, name: str, rows: Span, columns: Span | None) -> None:
+        """Read a block of a tensor, dequantised if in FP8; see `DenseCheckpoint.read_into`."""
+        scaled = self.scaled.get(name)
+        if scaled is None:
+            super().read_into(buffer, name, rows, columns)
+        else:
+            scaled.read_into(self, buffer, rows, columns or (0, self.tensors[name].width))
 
     @cached_property
-    def _entries(self) -> dict[str, _Entry]:
-        entries: dict[str, _Entry] = {}
+    def _model(self) -> tuple[dict[str, Entry], dict[str, ScaledWeight]]:
+        """The model's tensors, and those of them that have scales."""
+        where = str(self.directory)
+        entries, scaled = dequantised(self._entries, self._quantisation, self.config, where)
+        if _is_base_model(entries):
+            return _with_base(entries), _with_base(scaled)
+        return entries, scaled
+
+    @property
+    def _entries(self) -> dict[str, Entry]:
+        """The tensors that the files have."""
+        entries: dict[str, Entry] = {}
         for file in self._files():
             for name, entry in read_header(self.directory, file).items():
                 if name in entries:
@@ -150,11 +190,7 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
                         f"{self.directory}; expected each tensor once. Remove the stale file."
                     )
                 entries[name] = entry
-        entries = self._as_indexed(entries)
-        check_not_quantised_tensors(entries, self.directory)
-        if _is_base_model(entries):
-            return {f"{BASE}.{name}": entry for name, entry in entries.items()}
-        return entries
+        return self._as_indexed(entries)
 
     def _files(self) -> list[str]:
         """Return the files that transformers reads; others do not belong to the model."""
@@ -212,7 +248,7 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
             )
         return files
 
-    def _as_indexed(self, entries: dict[str, _Entry]) -> dict[str, _Entry]:
+    def _as_indexed(self, entries: dict[str, Entry]) -> dict[str, Entry]:
         """Leave out tensors that the index does not name, as transformers does."""
         if (self.directory / WEIGHTS).is_file():
             return entries
@@ -237,70 +273,5 @@ def _is_base_model(names: Collection[str]) -> bool:
     )
 
 
-def read_header(directory: Path, file: str) -> dict[str, _Entry]:
-    """Read the byte ranges of the tensors in a safetensors file.
-
-    The safetensors library gives names and shapes but no byte ranges, imports torch, and maps the
-    file into memory. The header is 8 bytes of length, and JSON.
-
-    Args:
-        directory: The checkpoint's directory.
-        file: The file's name in the directory.
-
-    Returns:
-        Each tensor's description and location, by name.
-
-    Raises:
-        UpcyclingError: The file is not safetensors, or shorter than the header says.
-
-    Source: https://github.com/huggingface/safetensors, "Format".
-    """
-    path = directory / file
-    try:
-        with open(path, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            start = stream.read(8)
-            length = int.from_bytes(start, "little")
-            if start.startswith(PICKLES):
-                raise _damaged(path, "it is a pickled PyTorch file, which can run code when loaded")
-            if start == b"version ":
-                raise _damaged(path, "it is a Git LFS pointer; `git lfs pull` gets the file itself")
-            if len(start) < 8 or length > size - 8:
-                raise _damaged(path, f"it has {size} bytes, fewer than its header alone")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        entries = {name: _entry(file, 8 + length, **entry) for name, entry in header.items()}
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except OSError as error:
-        raise UpcyclingError(
-            f"{path} cannot be read: {error.strerror}. Check the disk and the permissions."
-        ) from error
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        if isinstance(error, UpcyclingError):
-            raise
-        raise _damaged(path, f"its header is not one ({error})") from error
-    places = sorted(entry["data_offsets"] for entry in header.values())
-    if any(next_start < stop for (_, stop), (next_start, _) in pairwise(places)):
-        raise _damaged(path, "its tensors overlap")
-    if 8 + length + end > size:
-        raise _damaged(path, f"it has {size} bytes of the {8 + length + end} that its header says")
-    return entries
-
-
-def _entry(file: str, data: int, dtype: str, shape: list[int], data_offsets: list[int]) -> _Entry:
-    info = TensorInfo(tuple(shape), dtype)
-    start, stop = data_offsets
-    if any(size < 0 for size in shape) or not 0 <= start <= stop:
-        raise ValueError(f"shape {shape} at bytes {data_offsets}")
-    # Dtypes that cannot be upcycled are refused by name later.
-    if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != stop - start:
-        raise ValueError(f"shape {shape} in {dtype} at bytes {data_offsets}")
-    rows = shape[0] if shape else 1
-    return info, Piece(file, data + start, (0, rows), (0, info.width))
-
-
-def _damaged(path: Path, why: str) -> UpcyclingError:
-    return UpcyclingError(
-        f"{path} cannot be read as safetensors: {why}. The file is damaged or incomplete; get the "
-        "file again."
-    )
+def _with_base(tensors: Mapping[str, _T]) -> dict[str, _T]:
+    return {f"{BASE}.{name}": tensor for name, tensor in tensors.items()}

@@ -9,7 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.checkpoint import DenseCheckpoint, HuggingFaceCheckpoint, MegatronCheckpoint
+from nemo_upcycle.checkpoint import (
+    DenseCheckpoint,
+    GGUFCheckpoint,
+    HuggingFaceCheckpoint,
+    MegatronCheckpoint,
+    gguf_in,
+)
 from nemo_upcycle.checkpoint.beside import FIELD, record_beside
 from nemo_upcycle.checkpoint.common_state import read_common_state
 from nemo_upcycle.checkpoint.huggingface import is_huggingface, resolve_directory
@@ -23,12 +29,17 @@ CHAT_TEMPLATES = "additional_chat_templates"
 """Directory of named chat templates, beside transformers' `chat_template.jinja`."""
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# First and last token; other families have none.
-_DEFAULT_TOKENS: dict[str, tuple[int, int]] = {
-    "llama": (1, 2),
-    "mistral": (1, 2),
-    "mixtral": (1, 2),
-    "nemotron": (2, 3),
+# First, last and padding token; other families have none.
+_DEFAULT_TOKENS: dict[str, tuple[int, int, int | None]] = {
+    "llama": (1, 2, None),
+    "mistral": (1, 2, None),
+    "mixtral": (1, 2, None),
+    "nemotron": (2, 3, None),
+    "smollm3": (128000, 128001, 128004),
+    "phi3": (1, 32000, 32000),
+    "granite": (1, 2, None),
+    "granitemoe": (1, 2, None),
+    "granitemoeshared": (1, 2, None),
 }
 _OTHERS = ("unk_token_id", "sep_token_id", "tokenizer_class", "attention_dropout", "use_cache")
 CONFIG = _TOKENS + _OTHERS
@@ -66,15 +77,15 @@ def kept_of(source: DenseCheckpoint | str | Path) -> dict[str, Any]:
 
     Returns:
         Plain data: `max_position_embeddings` and `sliding_window` (None for no window). From a
-        Hugging Face directory also `model_type`; `config`, the keys of config.json that an
-        exported MoE keeps; `generation_config`; `chat_templates`, files beside the tokenizer's
-        own template, by name.
+        Hugging Face directory or a GGUF file also `model_type`; `config`, the keys of config.json
+        that an exported MoE keeps; `generation_config`; `chat_templates`, files beside the
+        tokenizer's own template, by name.
 
     Raises:
         UpcyclingError: A file cannot be read.
     """
     checkpoint = source if isinstance(source, DenseCheckpoint) else _open(resolve_directory(source))
-    if not isinstance(checkpoint, HuggingFaceCheckpoint):
+    if not isinstance(checkpoint, HuggingFaceCheckpoint | GGUFCheckpoint):
         return kept_in(checkpoint.directory) or _context(_architecture(checkpoint.config))
     config, kind = checkpoint.config, str(checkpoint.config.get("model_type"))
     templates = sorted(checkpoint.directory.glob(f"{CHAT_TEMPLATES}/*.jinja"))
@@ -88,6 +99,8 @@ def kept_of(source: DenseCheckpoint | str | Path) -> dict[str, Any]:
 
 
 def _open(directory: Path) -> DenseCheckpoint:
+    if (file := gguf_in(directory)) is not None:
+        return GGUFCheckpoint(file)
     if is_huggingface(directory):
         return HuggingFaceCheckpoint(directory)
     return MegatronCheckpoint(directory, experts=True)
@@ -110,8 +123,7 @@ def _context(arch: Architecture) -> dict[str, Any]:
 
 def default_tokens(model_type: str) -> dict[str, int | None]:
     """Return transformers' default special tokens, for a config.json without them."""
-    bos, eos = _DEFAULT_TOKENS.get(model_type, (None, None))
-    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None}
+    return dict(zip(_TOKENS, _DEFAULT_TOKENS.get(model_type, (None,) * 3), strict=True))
 
 
 def _generation_config(directory: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -276,13 +276,19 @@ def _alone(directory: Path, said: dict[str, Any], settings: dict[str, Any]) -> P
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{name}:{len(content)}:".encode() + content)
-    place = Path(tempfile.gettempdir()) / f"nemo-upcycle-{os.getuid()}-{digest.hexdigest()[:16]}"
+    place = place_of(digest.hexdigest())
+    _fill(place, files)
+    return place / "tokenizer"
+
+
+def place_of(digest: str) -> Path:
+    """Return a directory among the temporary files, made if needed, which is this user's alone."""
+    place = Path(tempfile.gettempdir()) / f"nemo-upcycle-{os.getuid()}-{digest[:16]}"
     place.mkdir(mode=0o700, exist_ok=True)
     if place.is_symlink() or place.stat().st_uid != os.getuid():  # others could change the files
         place = Path(tempfile.mkdtemp(prefix="nemo-upcycle-"))
         atexit.register(shutil.rmtree, place, ignore_errors=True)
-    _fill(place, files)
-    return place / "tokenizer"
+    return place
 
 
 def _fill(place: Path, files: Mapping[str, bytes]) -> None:

@@ -47,7 +47,11 @@ def upcycle(
         str | None, typer.Option(help="exact, paper or none. Default: exact where possible.")
     ] = None,
     router_initializer: Annotated[
-        str | None, typer.Option(help="virtual_groups or random.")
+        str | None,
+        typer.Option(
+            help="Initialiser of routers, such as random or centroids(stats='FILE'). Default: "
+            "virtual_groups."
+        ),
     ] = None,
     router_init_std: Annotated[float | None, typer.Option(help="Default: 0.02.")] = None,
     seed: Annotated[int | None, typer.Option(help="Default: 1234.")] = None,

@@ -112,10 +112,21 @@ class ParallelFolding:
             )
 
     def __str__(self) -> str:
-        """Return the papers' notation: TP2 CP2 PP4 VPP8 · ETP1 EP8."""
+        """Return the papers' notation: TP2 CP2 PP4 VPP8 · ETP1 EP8.
+
+        PP4+L: the output layer counts as a layer; PP4+EL: the embedding too. first3, last5: layers
+        of these stages.
+        """
         sizes = {name.upper(): getattr(self, field) for name, field in self.NAMES.items()}
-        attention = [f"{name}{sizes[name]}" for name in ("TP", "CP", "PP", "VPP") if sizes[name]]
-        return f"{' '.join(attention)} · ETP{sizes['ETP']} EP{sizes['EP']}"
+        embedding, loss = (getattr(self, name) for name in ACCOUNTED_LAYERS)
+        counted = ("E" if embedding else "") + ("L" if loss else "")
+        uneven = zip(("first", "last"), UNEVEN_STAGES, strict=True)
+        attention = [
+            f"TP{sizes['TP']} CP{sizes['CP']} PP{sizes['PP']}" + (f"+{counted}" if counted else ""),
+            *(f"{where}{layers}" for where, name in uneven if (layers := getattr(self, name))),
+            f"VPP{sizes['VPP']}" if sizes["VPP"] else "",
+        ]
+        return f"{' '.join(filter(None, attention))} · ETP{sizes['ETP']} EP{sizes['EP']}"
 
     @property
     def sequence_parallel(self) -> bool:

@@ -66,10 +66,10 @@ class UpcyclingConfig:
             for G=1 (arXiv 2412.09952), `paper` for G>1 (arXiv 2410.07524).
         initializer: Initialiser of experts, such as `copy` or `drop(ratio=0.5)`; see
             `initializers`.
-        router_initializer: `virtual_groups`: the G experts that make up one copy of the layer
-            have equal rows, so that top-k picks whole copies; equals `random` for G=1.
-            `random`: every expert has an independent row.
-        router_init_std: Standard deviation of the random router weights.
+        router_initializer: Initialiser of routers, such as `virtual_groups` or
+            `centroids(stats='FILE')`; see `initializers` and `router_row`.
+        router_init_std: Standard deviation of random router weights. Rows that are not random get
+            the length of random rows, unless their initialiser has another.
         seed: Seed of all random values, from 0 to 2**63 - 1.
 
     Raises:
@@ -216,6 +216,31 @@ class UpcyclingConfig:
         return expert // self.granularity
 
     @property
+    def router_rows(self) -> int:
+        """Number of different rows of a router."""
+        return self.router_row((self.num_moe_experts or 1) - 1) + 1
+
+    def router_row(self, expert: int) -> int:
+        """Return the row of a router that an expert has.
+
+        The G experts that make up one copy of the layer have the same row, so that top-k picks
+        whole copies. Every expert has a row of its own with `random`, and where there is only one
+        copy: with the same row for all, the router would have nothing to choose.
+        """
+        return self.copy_of(expert) if self._routes_copies else expert
+
+    @property
+    def _routes_copies(self) -> bool:
+        if self._router == "virtual_groups":
+            return True
+        return self._router != "random" and self.expansion_rate > 1
+
+    @property
+    def _router(self) -> str:
+        """Name of the router's initialiser, without options."""
+        return self.router_initializer.partition("(")[0].strip()
+
+    @property
     def can_drop_tokens(self) -> bool:
         """Whether an expert can receive more tokens than the capacity."""
         return self.dropped_at_worst > 0
@@ -293,7 +318,7 @@ class UpcyclingConfig:
                 f"experts come from {dense_checkpoints} dense models, and all other weights are "
                 "averages"
             )
-        if self.initializer != "copy":
+        if self.initializer.partition("(")[0].strip() not in _REARRANGING:
             yield f"the initializer {self.initializer} makes experts unlike the dense layer"
         if self.moe_shared_expert and self.scaling != "exact":
             yield (
@@ -326,9 +351,9 @@ class UpcyclingConfig:
                 "softmax before top-k weights experts unevenly, which a fixed scaling makes up "
                 "for only on average (set moe_router_pre_softmax=False for an exact start)"
             )
-        if granularity > 1 and self.router_initializer == "random":
+        if granularity > 1 and not self._routes_copies:
             yield (
-                f"a random router picks {topk} of {experts} experts without regard to the "
+                f"a {self._router} router picks {topk} of {experts} experts without regard to the "
                 f"{granularity} shards of the layer that they hold"
             )
         elif topk % granularity:
@@ -345,9 +370,11 @@ class UpcyclingConfig:
             )
 
 
+_REARRANGING = ("copy", "activation_sorted")
+"""Initialisers whose experts are neurons of the dense layer, all of them in each copy."""
+
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "weight_scaling": (None, "exact", "paper", "none"),
-    "router_initializer": ("virtual_groups", "random"),
     "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
     "moe_token_dispatcher_type": ("alltoall", "allgather", "flex"),
 }

@@ -11,11 +11,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +34,8 @@ from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.data.sources import HUB, files_of
 from nemo_upcycle.data.workers import tokenize_parts
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.files import check_writable, lock, output_directory
+from nemo_upcycle.files import check_writable, output_directory
+from nemo_upcycle.work_directory import work_directory
 
 FORMAT = 2
 REPORTS = ("malformed", "contaminated")
@@ -114,7 +114,12 @@ def prepare(
     check_writable(preparation.prefix.parent)
     parts = _parts(names, preparation.part_bytes)
     try:
-        with output_directory(preparation.prefix.parent), _work_directory(preparation, job):
+        with (
+            output_directory(preparation.prefix.parent),
+            work_directory(
+                preparation.work, job, "parts", "other sources, sizes, tokenizer or options"
+            ),
+        ):
             records = _records(preparation, parts, (encoder, evaluations), workers, progress)
             _check(preparation, records)
             manifest = _put_together(preparation, job, records, encoder)
@@ -158,62 +163,6 @@ def _parts(names: Sequence[str], part_bytes: int) -> list[Part]:
     """Split the sources into parts; threads overlap the waiting times for servers."""
     with ThreadPoolExecutor(SOURCES_AT_ONCE) as pool:
         return list(chain.from_iterable(pool.map(lambda name: parts_of(name, part_bytes), names)))
-
-
-@contextmanager
-def _work_directory(preparation: Preparation, job: dict[str, Any]) -> Iterator[None]:
-    """Lock the directory of the parts; after an error, remove unfinished files."""
-    work = preparation.work
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "job.json").open("a+") as file:
-        _lock(file, work)
-        before = _read_job(file)
-        if before not in (None, job):
-            raise UpcyclingError(
-                f"{work} holds parts of another job: other sources, sizes, tokenizer or options. "
-                "Give the same as before, another name, or remove it to start anew."
-            )
-        if before is None:
-            _begin(work, file, job)
-        try:
-            yield
-        except BaseException:
-            for unfinished in (*work.glob("new.*"), *work.glob("*.partial")):
-                unfinished.unlink(missing_ok=True)
-            if {path.name for path in work.glob("*")} <= {"job.json"}:
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-
-
-def _read_job(file: IO[str]) -> Any:
-    """Return the job that the parts belong to; None if the file is empty or truncated."""
-    file.seek(0)
-    try:
-        return json.loads(file.read())
-    except ValueError:
-        return None
-
-
-def _begin(work: Path, file: IO[str], job: dict[str, Any]) -> None:
-    """Record the job of the parts, and remove existing parts of unknown origin."""
-    for path in work.iterdir():
-        if path.name != "job.json":
-            path.unlink()
-    file.truncate(0)
-    json.dump(job, file)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _lock(file: IO[str], work: Path) -> None:
-    try:
-        taken = lock(file)
-    except OSError as error:
-        raise UpcyclingError(
-            f"{work} cannot be locked: {error}. Use another file system."
-        ) from error
-    if not taken:
-        raise UpcyclingError(f"Another process is at work in {work}; wait for it.")
 
 
 def _remove_parts(preparation: Preparation) -> None:

@@ -50,7 +50,7 @@ def tokenize_parts(
     told, before = context.Queue(), multiprocessing.active_children()
     given = encoder, evaluations, told, os.getpid()
     with ProcessPoolExecutor(min(workers, len(tasks)), context, _begin, given) as pool:
-        with _without_interrupts():
+        with without_interrupts():
             futures = {pool.submit(_work, part, files, selection) for part, files in tasks}
         try:
             while futures:
@@ -74,7 +74,7 @@ def tokenize_parts(
 
 
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
+def without_interrupts() -> Iterator[None]:
     """Block Ctrl-C in new processes, which would each print a traceback."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

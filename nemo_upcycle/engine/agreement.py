@@ -9,6 +9,7 @@ from typing import Any
 from nemo_upcycle.config import Exactness, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
+from nemo_upcycle.families.family import MULTIPLIERS
 from nemo_upcycle.families.fields import ROUTER_FIELDS, architecture_fields, window_fields
 from nemo_upcycle.families.megatron import LLAMA_FIELDS, OF_NO_FAMILY
 from nemo_upcycle.plans.layout import padded_vocabulary
@@ -19,6 +20,8 @@ _USUAL: dict[str, Any] = (
     | {
         "activation_func": "silu",
         "scale_factor": None,
+        "yarn_beta_fast": None,
+        **dict.fromkeys(MULTIPLIERS, 1.0),
     }
 )
 """Fields that determine a dense model's function; the defaults are a Llama's. Dropout, precision

@@ -8,23 +8,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from threading import Lock
 
 import numpy as np
 import torch
 
 from nemo_upcycle.checkpoint import DenseCheckpoint
-from nemo_upcycle.checkpoint.branches import branch_name
-from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.config import Scales, UpcyclingConfig
+from nemo_upcycle.engine.dense_parts import BLOCK_BYTES, DenseParts
 from nemo_upcycle.engine.owned_shards import OwnedShard
 from nemo_upcycle.engine.reading import thread_count
-from nemo_upcycle.families import Architecture, Rows
+from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.names import expert_of, layer_of
 from nemo_upcycle.initializers import Initializer, Neurons, make_initializer
-
-BLOCK_BYTES = 2**20
-"""Maximum size of a block of neurons: bytes of gate, of up and of down, in fp32."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +71,8 @@ def initialize_experts(
     if upcycling.initializer == "copy":
         _scale(experts, scales, done)
         return 0
-    statistics = _Statistics(checkpoint)
-    work = _Work(make_initializer(upcycling.initializer), scales, arch, upcycling, statistics)
+    dense = DenseParts(checkpoint)
+    work = _Work(make_initializer(upcycling.initializer), scales, arch, upcycling, dense)
     step = max(1, BLOCK_BYTES // (4 * arch.hidden_size))
     blocks = [
         (expert, range(first, min(first + step, count)))
@@ -89,7 +84,7 @@ def initialize_experts(
         finished = threads.map(lambda block: work.initialize(*block), blocks)
         for size in accumulate(finished):
             done(size)
-    return statistics.bytes_read
+    return dense.bytes_read
 
 
 def _scale(experts: Iterable[_Expert], scales: Scales, done: Callable[[int], None]) -> None:
@@ -133,7 +128,7 @@ class _Work:
     scales: Scales
     arch: Architecture
     upcycling: UpcyclingConfig
-    statistics: "_Statistics"
+    dense: DenseParts
 
     @torch.no_grad()
     def initialize(self, expert: _Expert, rows: range) -> int:
@@ -156,55 +151,11 @@ class _Work:
                 init_method_std=self.arch.init_method_std,
                 num_layers=self.arch.num_layers,
                 seed=self.upcycling.seed,
-                dense_statistics=lambda part: self.statistics.of(expert.layer, copy, part),
+                dense_statistics=lambda part: self.dense.statistics(expert.layer, copy, part),
+                dense_neurons=lambda part, ids: self.dense.neurons(expert.layer, copy, part, ids),
             )
         )
         for part, data in expert.parts.items():
             scaled = values[part] * np.float32(getattr(self.scales, part))
             data[here].copy_(torch.from_numpy(scaled))
         return sum(data[here].nbytes for data in expert.parts.values())
-
-
-class _Statistics:
-    """Mean and standard deviation of the dense layers' parts, each read on first use.
-
-    Always computed over the whole part in the same order, so that all ranks of all mappings agree.
-    """
-
-    def __init__(self, checkpoint: DenseCheckpoint) -> None:
-        self._checkpoint = checkpoint
-        self._found: dict[Rows, tuple[float, float]] = {}
-        self._lock = Lock()
-        self.bytes_read = 0
-
-    def of(self, layer: int, copy: int, part: str) -> tuple[float, float]:
-        dense = self._checkpoint
-        rows = dense.family.feed_forward(dense.architecture, layer)[part]
-        branches = len(dense.branches)
-        if branches > 1:
-            rows = Rows(branch_name(copy % branches, rows.tensor), rows.start, rows.stop)
-        with self._lock:
-            if rows not in self._found:
-                self._found[rows] = self._read(rows)
-            return self._found[rows]
-
-    def _read(self, rows: Rows) -> tuple[float, float]:
-        tensors = self._checkpoint.tensors
-        info = tensors[rows.tensor]
-        start, stop = rows.span(info.shape[0])
-        step = max(1, BLOCK_BYTES // (4 * info.width))
-        sums, squares = [], []
-        for first in range(start, stop, step):
-            span = first, min(first + step, stop)
-            dtype = torch_dtype(info.dtype)
-            buffer = torch.empty((span[1] - span[0], info.width), dtype=dtype)
-            raw = memoryview(buffer.view(-1).view(torch.uint8).numpy())
-            self._checkpoint.read_into(raw, rows.tensor, span, None)
-            self.bytes_read += len(raw)
-            values = buffer.double().numpy()
-            sums.append(values.sum(axis=1))
-            squares.append(np.square(values).sum(axis=1))
-        count = (stop - start) * info.width
-        mean = float(np.concatenate(sums).sum()) / count
-        variance = float(np.concatenate(squares).sum()) / count - mean**2
-        return mean, max(0.0, variance) ** 0.5

@@ -6,7 +6,7 @@ the model is spread. Any training loop can call them. Legend: L layers, E expert
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -279,9 +279,22 @@ def _first_with_its_router() -> bool:
     )
 
 
-def _router_at_start(upcycling: UpcyclingConfig, config: Any) -> Callable[[int], torch.Tensor]:
-    """Return what gives a layer's router as upcycling draws it."""
+def _router_at_start(
+    upcycling: UpcyclingConfig, config: Any
+) -> Callable[[int], torch.Tensor] | None:
+    """Return what gives a layer's router as upcycling makes it, each layer once.
+
+    Returns:
+        None if the router's statistics are gone, which a resumed run does not need otherwise.
+    """
     rows = (0, config.num_moe_experts)
-    return lambda layer: torch.from_numpy(
-        initialize_router(upcycling, layer, rows, config.hidden_size)
-    )
+
+    @cache
+    def router(layer: int) -> torch.Tensor:
+        return torch.from_numpy(initialize_router(upcycling, layer, rows, config.hidden_size))
+
+    try:
+        router(0)
+    except UpcyclingError:
+        return None
+    return router

@@ -15,12 +15,13 @@ from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.fingerprint import check_tied
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.experts import bytes_to_initialize, initialize_experts
+from nemo_upcycle.engine.initializers import check_initializers
 from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
 from nemo_upcycle.engine.reading import Chunk, chunk_bytes, copy_blocks
 from nemo_upcycle.engine.sharing import Sharers, sharing
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families import Architecture
-from nemo_upcycle.initializers import initialize_router, make_initializer
+from nemo_upcycle.initializers import initialize_router
 from nemo_upcycle.plans.rank import Block, Plan, Target, make_plan
 from nemo_upcycle.progress import Progress, no_progress
 from nemo_upcycle.trained.opened import Trained
@@ -96,7 +97,7 @@ def fill_shards(
     arch = checkpoint.architecture
     for branch in checkpoint.branches:
         check_tied(branch)
-    make_initializer(upcycling.initializer)  # before anything is written
+    check_initializers(upcycling, checkpoint)  # before anything is written
     plan = make_plan(
         [own.shard for own in owned],
         checkpoint.tensors,
@@ -206,7 +207,8 @@ def _copy(
         sharers = sharing(blocks, checkpoint.tensors)
     with sharers as shared:
         for chunk in copy_blocks(checkpoint, blocks, device, shared, write):
-            size = chunk_bytes(chunk, checkpoint) * checkpoint.tensors[chunk.block.tensor].sources
+            info = checkpoint.tensors[chunk.block.tensor]
+            size = info.stored(chunk_bytes(chunk, checkpoint)) * info.sources
             done += size
             if chunk.block not in shared or shared[chunk.block].this_rank_reads:
                 bytes_read += size

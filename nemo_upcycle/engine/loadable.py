@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
+from nemo_upcycle.checkpoint import gguf_in, open_checkpoint
 from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.checkpoint.huggingface import is_huggingface, read_config, resolve_directory
@@ -43,13 +43,13 @@ def open_loadable(source: str | Path) -> LoadableCheckpoint:
 
     Args:
         source: A NeMo 2 or Megatron-LM checkpoint saved under any mapping, or a Hugging Face
-            directory; dense or MoE.
+            directory, dense or MoE; or a GGUF file of a dense model.
 
     Raises:
         UpcyclingError: The checkpoint cannot be read, or Megatron cannot compute the model.
     """
     directory = resolve_directory(source)
-    if _is_dense_huggingface(directory):
+    if _is_dense(directory):
         return _dense(directory)
     trained = open_trained(directory)
     return LoadableCheckpoint(
@@ -60,15 +60,15 @@ def open_loadable(source: str | Path) -> LoadableCheckpoint:
     )
 
 
-def _is_dense_huggingface(directory: Path) -> bool:
-    """Return whether a directory is a Hugging Face checkpoint of a supported dense family."""
+def _is_dense(directory: Path) -> bool:
+    """Return whether a directory is of Hugging Face or GGUF, of a supported dense family."""
     if not is_huggingface(directory):
-        return False
+        return gguf_in(directory) is not None
     return str(read_config(directory).get("model_type")) in FAMILIES
 
 
 def _dense(directory: Path) -> LoadableCheckpoint:
-    checkpoint, dense = HuggingFaceCheckpoint(directory), UpcyclingConfig(num_moe_experts=None)
+    checkpoint, dense = open_checkpoint(str(directory)), UpcyclingConfig(num_moe_experts=None)
     check_whole(checkpoint)
     family, arch = checkpoint.family, checkpoint.architecture
     first = next(iter(family.shapes(arch)))

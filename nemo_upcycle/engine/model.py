@@ -1,8 +1,12 @@
 """Changes to Megatron-Core's GPT models that no config field can make."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+
+from nemo_upcycle.families.family import MULTIPLIERS
 
 
 def mark_experts(model: torch.nn.Module) -> None:
@@ -48,8 +52,53 @@ def leave_padding_out(model: torch.nn.Module, vocab_size: int) -> None:
     layer.register_forward_hook(mask)
 
 
+def multiply(model: torch.nn.Module, factors: Mapping[str, float]) -> None:
+    """Multiply embeddings, what layers add to the residual, and logits, as a Granite does.
+
+    The residual's factor is applied where attention and feed-forward are added, which all of
+    Megatron's schedules and graphs share. Must be called before `leave_padding_out`.
+
+    Args:
+        model: A Megatron-Core GPT model.
+        factors: `Architecture.multipliers`.
+    """
+    model.multipliers = dict(factors)
+    embeddings, residual, logits = (factors[name] for name in MULTIPLIERS)
+    if embeddings != 1 and model.pre_process:
+        model.embedding.register_forward_hook(lambda _, __, output: output * embeddings)
+    if residual != 1:
+        for layer in model.decoder.layers:
+            for name in ("self_attn_bda", "mlp_bda"):
+                setattr(layer, name, _with_factor(getattr(layer, name), residual))
+    if logits != 1 and model.post_process:
+        model.output_layer.register_forward_hook(
+            lambda _, __, output: (output[0] / logits, *output[1:])
+        )
+
+
+def _with_factor(bias_dropout_add: Callable[..., Any], factor: float) -> Callable[..., Any]:
+    """Return Megatron's sum of a layer's output and the residual, with a factor of the output."""
+
+    def choose(*settings: bool) -> Callable[..., torch.Tensor]:
+        add = bias_dropout_add(*settings)
+
+        def multiplied(
+            output_with_bias: tuple[torch.Tensor, torch.Tensor | None],
+            residual: torch.Tensor,
+            dropout: float,
+        ) -> torch.Tensor:
+            output, bias = output_with_bias
+            return add(
+                (output * factor, None if bias is None else bias * factor), residual, dropout
+            )
+
+        return multiplied
+
+    return choose
+
+
 def rope_frequencies(
-    model: torch.nn.Module, head_size: int, base: float, scaling: Mapping[str, float] | None
+    model: torch.nn.Module, head_size: int, base: float, scaling: Mapping[str, Any] | None
 ) -> torch.Tensor:
     """Return the inverse frequencies of a dense model's RoPE, as Megatron computes them.
 
@@ -57,7 +106,7 @@ def rope_frequencies(
         model: A Megatron-Core GPT model, which gives the arithmetic and the device.
         head_size: Rotated dimensions per head.
         base: RoPE's base.
-        scaling: Llama 3.1's scaling, see `Architecture.rope_scaling`; None for no scaling.
+        scaling: The scaling, see `Architecture.rope_scaling`; None for no scaling.
 
     Returns:
         Frequencies [head_size / 2].
@@ -67,8 +116,32 @@ def rope_frequencies(
     frequencies = 1.0 / (base ** (exponents / head_size))
     if scaling is None:
         return frequencies
+    if scaling["rope_type"] == "yarn":
+        return _yarn(frequencies, base, scaling)
     numbers = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return rope._apply_scaling(frequencies, **{name: scaling[name] for name in numbers})
+
+
+def _yarn(frequencies: torch.Tensor, base: float, scaling: Mapping[str, Any]) -> torch.Tensor:
+    """Scale frequencies by YaRN (arXiv 2309.00071, section 3.2).
+
+    Frequencies that turn often over the original context stay; those that turn rarely are divided
+    by the factor; between them both are mixed. Megatron's own embedding for YaRN ignores partial
+    rotation, and its attention factor is lost in Transformer Engine's fused kernel.
+    """
+    size, length = 2 * len(frequencies), scaling["original_max_position_embeddings"]
+
+    def dimension(turns: float) -> float:
+        return size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dimension(scaling["beta_fast"]), dimension(scaling["beta_slow"])
+    if scaling["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    high += 0.001 if low == high else 0
+    positions = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
+    scaled = ((positions - low) / (high - low)).clamp(0, 1)
+    return frequencies / scaling["factor"] * scaled + frequencies * (1 - scaled)
 
 
 def two_stages_fields(stages: int, virtual_stages: int | None) -> dict[str, bool]:

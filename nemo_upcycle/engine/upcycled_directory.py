@@ -23,7 +23,8 @@ from nemo_upcycle.engine.provenance import Origin
 from nemo_upcycle.engine.upcycling import Prepared, prepare
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.model import MoEModel, upcycled_model
-from nemo_upcycle.families.moe import MoEFamily, moe_family_of
+from nemo_upcycle.families.moe import moe_family_of
+from nemo_upcycle.families.moe_family import MoEFamily
 from nemo_upcycle.families.names import stored_name
 from nemo_upcycle.plans.layout import shards
 from nemo_upcycle.progress import Progress, no_progress

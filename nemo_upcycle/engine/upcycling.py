@@ -13,6 +13,7 @@ from nemo_upcycle.checkpoint.fingerprint import fingerprint
 from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.config import Exactness, UpcyclingConfig
 from nemo_upcycle.engine.agreement import check_agreement, exactness_of
+from nemo_upcycle.engine.initializers import check_initializers
 from nemo_upcycle.engine.load import LoadReport, check_all_used, fill
 from nemo_upcycle.engine.ranks import Ranks, check_same
 from nemo_upcycle.families.fields import upcycling_in
@@ -93,9 +94,11 @@ def prepare(dense_checkpoint: str, upcycling: UpcyclingConfig) -> Prepared:
         upcycling: What the dense feed-forward layers become.
 
     Raises:
-        UpcyclingError: The checkpoint cannot be read or cannot be upcycled.
+        UpcyclingError: The checkpoint cannot be read or cannot be upcycled, or an initialiser's
+            statistics are of another checkpoint.
     """
     checkpoint = open_branches(dense_checkpoint)
+    check_initializers(upcycling, checkpoint)
     return Prepared(
         dense_checkpoint,
         checkpoint,

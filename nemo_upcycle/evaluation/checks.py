@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, is_huggingface, read_config
+from nemo_upcycle.checkpoint import (
+    HuggingFaceCheckpoint,
+    gguf_in,
+    is_huggingface,
+    open_checkpoint,
+    read_config,
+)
 from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.huggingface import find_directory
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
@@ -64,6 +70,8 @@ def describe(source: str | Path) -> Described:
 
 
 def _architecture(directory: Path) -> Architecture | None:
+    if gguf_in(directory) is not None:
+        return open_checkpoint(str(directory)).architecture
     if not is_huggingface(directory):
         return open_trained(directory).model.arch
     config = read_config(directory)

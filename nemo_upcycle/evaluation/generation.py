@@ -11,8 +11,8 @@ import transformers
 from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from nemo_upcycle.checkpoint import is_huggingface, read_config
-from nemo_upcycle.checkpoint.kept import GENERATION, default_tokens
+from nemo_upcycle.checkpoint import gguf_in, is_huggingface, read_config
+from nemo_upcycle.checkpoint.kept import GENERATION, default_tokens, kept_of
 from nemo_upcycle.checkpoint.tokenizer_files import check_token_ids
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import FAMILIES
@@ -63,7 +63,7 @@ def generation_config(directory: Path) -> GenerationConfig:
     if is_huggingface(directory):
         _check(read_config(directory), directory / "config.json")
         return GenerationConfig.from_model_config(transformers_config(directory))
-    kept = open_trained(directory).kept or {}
+    kept = kept_of(directory) if gguf_in(directory) else open_trained(directory).kept or {}
     if saved := kept.get("generation_config"):
         _check(saved, directory)
         return GenerationConfig.from_dict(dict(saved))

@@ -14,6 +14,7 @@ from nemo_upcycle.data.tokenizer import read_documents
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.rounding import reorder
 from nemo_upcycle.families import Architecture
+from nemo_upcycle.families.family import MULTIPLIERS
 from nemo_upcycle.families.model import MoEModel, upcycling_of
 from nemo_upcycle.progress import Progress
 from nemo_upcycle.trained.drift import EXACT, Drift
@@ -32,6 +33,7 @@ WINDOWS = 1.5
 
 _NUMBERS = (
     *("rotary_base", "rope_scaling", "seq_len_interpolation_factor", "rotary_percent"),
+    *("nope_layers", "attention_multiplier", *MULTIPLIERS),
     *("layernorm_epsilon", "sliding_window", "activation"),
     *("num_attention_heads", "num_query_groups", "kv_channels"),
 )

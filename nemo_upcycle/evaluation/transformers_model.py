@@ -1,5 +1,6 @@
 """A Hugging Face directory as a model of transformers, on one rank, without random weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, read_config
+from nemo_upcycle.checkpoint import DenseCheckpoint, HuggingFaceCheckpoint, read_config
 from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.fingerprint import check_tied
 from nemo_upcycle.config import ParallelFolding
@@ -93,10 +94,24 @@ def _fill(model: PreTrainedModel, checkpoint: HuggingFaceCheckpoint) -> None:
     model.tie_weights()  # skipped together with the initialisation
     # A tied output layer shares the embeddings' parameter and is not listed.
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    fill_parameters(parameters, checkpoint)
+
+
+def fill_parameters(parameters: Mapping[str, torch.Tensor], checkpoint: DenseCheckpoint) -> None:
+    """Read parameters of a model of transformers.
+
+    Args:
+        parameters: The parameters, by name in the checkpoint.
+        checkpoint: The checkpoint.
+
+    Raises:
+        UpcyclingError: A tensor is missing, misshapen or not finite.
+    """
+    infos = checkpoint.tensors
     lost = [
         f"{name} {list(parameter.shape)}"
         for name, parameter in parameters.items()
-        if name not in checkpoint.tensors or checkpoint.tensors[name].shape != parameter.shape
+        if name not in infos or infos[name].shape != parameter.shape
     ]
     if lost:
         raise UpcyclingError(
@@ -105,7 +120,7 @@ def _fill(model: PreTrainedModel, checkpoint: HuggingFaceCheckpoint) -> None:
         )
     blocks = [
         Block(name, (0, info.shape[0]), (0, info.width) if len(info.shape) > 1 else None)
-        for name, info in checkpoint.tensors.items()
+        for name, info in infos.items()
         if name in parameters
     ]
 

@@ -4,16 +4,21 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.family import Architecture, Family, Operation, Rows, dimensions
+from nemo_upcycle.families.granite import GRANITE
 from nemo_upcycle.families.llama import LLAMA
 from nemo_upcycle.families.megatron import MODEL_TYPE
 from nemo_upcycle.families.megatron_names import dense_family
 from nemo_upcycle.families.mistral import MISTRAL
 from nemo_upcycle.families.nemotron import NEMOTRON
+from nemo_upcycle.families.phi3 import PHI3
 from nemo_upcycle.families.qwen2 import QWEN2
 from nemo_upcycle.families.qwen3 import QWEN3
+from nemo_upcycle.families.smollm3 import SMOLLM3
+from nemo_upcycle.families.unfit import DENSE, feature_of
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON)
+    family.model_type: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, SMOLLM3, PHI3, GRANITE)
 }
 
 
@@ -32,7 +37,7 @@ def family_of(config: dict[str, Any]) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UpcyclingError(
             f"config.json says model_type={model_type!r}; "
-            f"families that can be upcycled: {', '.join(FAMILIES)}."
+            f"families that can be upcycled: {', '.join(FAMILIES)}." + feature_of(model_type, DENSE)
         )
     return FAMILIES[model_type]
 

@@ -14,9 +14,6 @@ from nemo_upcycle.families.defaults import DEFAULTS
 _ROPE_WORDS = ("rope_theta", "partial_rotary_factor")
 """Keys at the top level in transformers 4, and in `rope_parameters` in transformers 5."""
 
-UNSCALED_ROPE = ("nemotron",)
-"""Families whose RoPE transformers 5 scales and transformers 4 does not."""
-
 
 def in_words_of_transformers_4(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with the keys of transformers 4.
@@ -133,7 +130,7 @@ def _scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, An
     family = str(config.get("model_type"))
     if kind == "default":
         return {"rope_scaling": None} if rope or "rope_scaling" in config else {}
-    if family in UNSCALED_ROPE:
+    if family == "nemotron":
         raise UpcyclingError(
             f"config.json asks for RoPE scaling {kind!r} in a Nemotron, which transformers 5 "
             "computes and transformers 4 does not; only none can be upcycled."
@@ -157,7 +154,13 @@ def _original_length(
                 "level, of which transformers 4 and 5 read different ones; expected one."
             )
         return {}
-    length = config.get(longest, defaults.get(longest)) if outside is None else outside
+    context = config.get(longest, defaults.get(longest))
+    if scaling.get("rope_type") == "yarn" and outside not in (None, context):
+        raise UpcyclingError(
+            f"config.json says {word}={outside!r} beside RoPE's scaling by YaRN, where "
+            f"transformers 5 reads it and transformers 4 does not; say {word} in rope_scaling."
+        )
+    length = context if outside is None else outside
     return {} if length is None else {word: length}
 
 

@@ -68,6 +68,18 @@ _QWEN2_MOE: dict[str, Any] = {
     "mlp_only_layers": None,
     "qkv_bias": True,
 }
+_GRANITE: dict[str, Any] = {
+    **{key: value for key, value in _LLAMA.items() if key != "head_dim"},
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+_GRANITE_MOE: dict[str, Any] = {
+    **{key: value for key, value in _GRANITE.items() if key != "mlp_bias"},
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
@@ -86,6 +98,40 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "norm_eps": 1e-5,
         "partial_rotary_factor": 0.5,
     },
+    "smollm3": {
+        **{key: value for key, value in _LLAMA.items() if key != "head_dim"},
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rope_theta": 2000000.0,
+        "pad_token_id": 128004,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "layer_types": None,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+    },
+    "phi3": {
+        **_ALL,
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 32000,
+        "partial_rotary_factor": 1.0,
+        "sliding_window": None,
+    },
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE_MOE,
+    "granitemoeshared": {**_GRANITE_MOE, "shared_intermediate_size": 0},
     "mixtral": {
         **_MISTRAL,
         "rms_norm_eps": 1e-5,
@@ -117,4 +163,4 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """Defaults by model type and key. A family's class does not read keys that are missing here, with
-one exception: the models of Qwen2 and Qwen2-MoE read `head_dim` if set."""
+one exception: the models of Qwen2, Qwen2-MoE, SmolLM3, Phi-3 and Granite read `head_dim` if set."""

@@ -14,15 +14,49 @@ Neurons = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class Activation:
+    """A kind of feed-forward layer.
+
+    Without a gate only squared ReLU fits: `UpcyclingConfig.scales` relies on its degree of 2.
+    With a gate any function does: a neuron is linear in up and in down.
+
+    Attributes:
+        is_gated: Whether a neuron has a gate.
+        function: Megatron's name of the function.
+        words: transformers' names of the function, the usual one first.
+    """
+
+    is_gated: bool
+    function: str
+    words: tuple[str, ...]
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "swiglu": Activation(True, "silu", ("silu", "swish")),
+    "squared_relu": Activation(False, "squared_relu", ("relu2",)),
+}
+"""All kinds of feed-forward layers that can be upcycled."""
+
+
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+"""Fields of an architecture, of this package's configs, and of a Granite's config.json."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The architecture of a dense model, with Megatron's names.
 
     Attributes:
-        rope_scaling: Llama 3.1's RoPE scaling with Hugging Face's names: factor, low_freq_factor,
-            high_freq_factor, original_max_position_embeddings.
-        activation: `swiglu`, or `squared_relu`, which has no gate.
+        rope_scaling: RoPE scaling of Llama 3.1 or YaRN with Hugging Face's names, see
+            `families.rope`.
+        activation: A key of `ACTIVATIONS`.
         normalization: `RMSNorm`, or `LayerNorm1p`: with a bias, and 1 added to the weight.
         sliding_window: Tokens that a token attends to, including itself; None for all before it.
+        nope_layers: Layers without RoPE.
+        embedding_multiplier: The factor of the embeddings.
+        residual_multiplier: The factor of what attention and feed-forward add to the residual.
+        attention_multiplier: The factor of the attention's scores; None for 1/√width of a head.
+        logits_scaling: The divisor of the logits.
     """
 
     num_layers: int
@@ -35,7 +69,7 @@ class Architecture:
     max_position_embeddings: int
     layernorm_epsilon: float
     rotary_base: float
-    rope_scaling: Mapping[str, float] | None
+    rope_scaling: Mapping[str, Any] | None
     share_embeddings_and_output_weights: bool
     init_method_std: float
     activation: str = "swiglu"
@@ -45,11 +79,37 @@ class Architecture:
     rotary_percent: float = 1.0
     seq_len_interpolation_factor: float | None = None
     sliding_window: int | None = None
+    nope_layers: tuple[int, ...] = ()
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_scaling: float = 1.0
 
     @property
     def gated_linear_unit(self) -> bool:
         """Whether a neuron has a gate."""
-        return self.activation == "swiglu"
+        return ACTIVATIONS[self.activation].is_gated
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """Factors that Megatron's configs have no field for, by name."""
+        return {name: getattr(self, name) for name in MULTIPLIERS}
+
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether any multiplier, of the scores too, changes what a Llama computes."""
+        return self.attention_multiplier is not None or {*self.multipliers.values()} != {1.0}
+
+    @property
+    def softmax_scale(self) -> float | None:
+        """The factor of the attention's scores in Megatron; None for 1/√width of a head.
+
+        YaRN multiplies queries and keys by its attention factor, so the scores by its square.
+        """
+        factor = (self.rope_scaling or {}).get("attention_factor", 1.0)
+        if factor == 1:
+            return self.attention_multiplier
+        return factor**2 * (self.attention_multiplier or self.kv_channels**-0.5)
 
     @property
     def norm_has_bias(self) -> bool:
@@ -148,12 +208,15 @@ class QKV:
     value: str
 
     def rows(self, arch: Architecture, neurons: Neurons | None = None) -> Iterator[Rows]:
-        head = arch.kv_channels
-        queries = head * (arch.num_attention_heads // arch.num_query_groups)
-        for group in range(arch.num_query_groups):
+        head, groups = arch.kv_channels, arch.num_query_groups
+        queries = head * (arch.num_attention_heads // groups)
+        # In a fused tensor all queries come before all keys, and those before all values.
+        keys = groups * queries if self.key == self.query else 0
+        values = keys + groups * head if self.value == self.key else 0
+        for group in range(groups):
             yield Rows(self.query, group * queries, (group + 1) * queries)
-            yield Rows(self.key, group * head, (group + 1) * head)
-            yield Rows(self.value, group * head, (group + 1) * head)
+            yield Rows(self.key, keys + group * head, keys + (group + 1) * head)
+            yield Rows(self.value, values + group * head, values + (group + 1) * head)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.config.layers import megatron_layer_freq, moe_layers
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.family import Architecture
+from nemo_upcycle.families.family import ACTIVATIONS, Architecture
 from nemo_upcycle.families.megatron import moe_architecture
 from nemo_upcycle.families.model import (
     Experts,
@@ -20,6 +20,7 @@ from nemo_upcycle.families.model import (
     upcycling_of,
     with_experts,
 )
+from nemo_upcycle.families.rope import scaling_fields
 
 ROUTER_FIELDS: dict[str, Any] = {
     "moe_router_score_function": "softmax",
@@ -50,8 +51,8 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
         arch: The dense model's architecture.
 
     Returns:
-        Values by field, without those that are as in a Llama. RoPE scaling of Llama 3.1 is in the
-        fields of NeMo's Llama31Config, which Megatron's configs do not have.
+        Values by field, without those that are as in a Llama. RoPE scaling is in fields that
+        Megatron's configs do not have (`families.rope`), and so are multipliers.
     """
     values: dict[str, Any] = {
         "num_layers": arch.num_layers,
@@ -66,16 +67,11 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
         "share_embeddings_and_output_weights": arch.share_embeddings_and_output_weights,
         "init_method_std": arch.init_method_std,
     }
-    if arch.rope_scaling is not None:
+    values |= scaling_fields(arch.rope_scaling)
+    activation = ACTIVATIONS[arch.activation]
+    if not activation.is_gated:
         values |= {
-            "scale_factor": arch.rope_scaling["factor"],
-            "low_freq_factor": arch.rope_scaling["low_freq_factor"],
-            "high_freq_factor": arch.rope_scaling["high_freq_factor"],
-            "old_context_len": arch.rope_scaling["original_max_position_embeddings"],
-        }
-    if not arch.gated_linear_unit:
-        values |= {
-            "activation_func": "squared_relu",
+            "activation_func": activation.function,
             "gated_linear_unit": False,
             "bias_activation_fusion": False,  # a kernel for SwiGLU and GeLU
         }
@@ -86,8 +82,18 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
         "qk_layernorm": (arch.qk_layernorm, False),
         "rotary_percent": (arch.rotary_percent, 1.0),
         "seq_len_interpolation_factor": (arch.seq_len_interpolation_factor, None),
+        "softmax_scale": (arch.softmax_scale, None),
+        "no_rope_freq": (_no_rope_freq(arch), None),
+        **{name: (value, 1.0) for name, value in arch.multipliers.items()},
     }
     return values | {name: value for name, (value, usual) in unusual.items() if value != usual}
+
+
+def _no_rope_freq(arch: Architecture) -> list[int] | None:
+    """Return a 1 for each layer without RoPE and a 0 for each other, or None if all rotate."""
+    if not arch.nope_layers:
+        return None
+    return [int(layer in arch.nope_layers) for layer in range(arch.num_layers)]
 
 
 def window_fields(arch: Architecture, seq_length: int | None = None) -> dict[str, Any]:

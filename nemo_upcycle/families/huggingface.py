@@ -8,19 +8,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.family import Architecture
-from nemo_upcycle.families.values import MOST_LISTED, Values, positive, unfit
-
-_LLAMA3_ROPE = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
+from nemo_upcycle.families.family import ACTIVATIONS, MULTIPLIERS, Architecture
+from nemo_upcycle.families.rope import (
+    check_attention_factor,
+    nope_layers,
+    rope_scaling,
+    rotary_percent,
 )
-_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "relu2": "squared_relu"}
-"""transformers' names of activations, and the kind of feed-forward layer that each means."""
+from nemo_upcycle.families.values import MOST_LISTED, Values, unfit
+
 _FULL, _WINDOWED = "full_attention", "sliding_attention"
-_ONE_KEY_PER_QUERY = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
+_ONE_KEY_PER_QUERY = (
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "phi3"),
+    *("granite", "granitemoe", "granitemoeshared"),
+)
 """Families for which transformers reads `num_key_value_heads: null` as one per head."""
 
 
@@ -57,20 +58,33 @@ def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> 
             "norm_eps" if "norm_eps" in values.defaults else "rms_norm_eps"
         ),
         rotary_base=values.number("rope_theta"),
-        rotary_percent=_rotary_percent(values, head_width),
+        rotary_percent=rotary_percent(values, head_width),
         share_embeddings_and_output_weights=values.flag("tie_word_embeddings"),
         init_method_std=values.number("initializer_range"),
         activation=_activation(values),
         sliding_window=_window(values, family),
-        **_rope_scaling(values),
+        nope_layers=nope_layers(values, _layers(values)),
+        **_multipliers(values, head_width),
+        **rope_scaling(values, family),
         **fields,
     )
+    factor = (arch.rope_scaling or {}).get("attention_factor", 1.0)
+    check_attention_factor(factor, arch.rotary_percent, arch.nope_layers)
     if arch.num_attention_heads % arch.num_query_groups:
         raise UpcyclingError(
             f"config.json says {arch.num_attention_heads} attention heads and "
             f"{arch.num_query_groups} key-value heads; expected the second to divide the first."
         )
     return arch
+
+
+def _multipliers(values: Values, head_width: int) -> dict[str, Any]:
+    """Return a Granite's factors; of other families transformers does not read the keys."""
+    found = {name: values.number(name) for name in MULTIPLIERS if name in values.defaults}
+    if "attention_multiplier" in values.defaults:
+        factor = values.number("attention_multiplier")
+        found |= {} if factor == head_width**-0.5 else {"attention_multiplier": factor}
+    return found
 
 
 def _layers(values: Values) -> int:
@@ -101,53 +115,10 @@ def _vocabulary(values: Values) -> int:
 
 def _activation(values: Values) -> str:
     said, usual = values.said["hidden_act"], values.defaults["hidden_act"]
-    activation = _ACTIVATIONS.get(str(said))
-    if activation is None or activation != _ACTIVATIONS[usual]:
-        raise unfit("hidden_act", said, f"{usual!r}: only that can be upcycled")
-    return activation
-
-
-# --- RoPE ----------------------------------------------------------------------------------------
-
-
-def _rotary_percent(values: Values, head_width: int) -> float:
-    """Return the fraction of a head that is rotated; below 1 only for a Nemotron."""
-    key = "partial_rotary_factor"
-    part = values.number(key) if key in values.said else 1.0
-    if key not in values.defaults and part != 1:
-        raise UpcyclingError(
-            f"config.json says {key}={part}, with which transformers 4 computes nothing and "
-            "transformers 5 what it computes without; remove it."
-        )
-    if part > 1:
-        raise unfit(key, part, "a number above 0 and at most 1")
-    rotated = int(head_width * part)
-    if not 0 < rotated + rotated % 2 <= head_width:
-        raise UpcyclingError(
-            f"config.json asks for RoPE over {rotated} of the {head_width} numbers of a head; "
-            "expected pairs of them, at least one."
-        )
-    return part
-
-
-def _rope_scaling(values: Values) -> dict[str, Any]:
-    """Return Llama 3.1's RoPE scaling, or the factor of a linear scaling (as in Code Llama)."""
-    scaling = values.said.get("rope_scaling")
-    if scaling is None:
-        return {"rope_scaling": None}
-    kind = scaling["rope_type"]
-    if kind == "linear":
-        factor = positive("factor of RoPE scaling", scaling.get("factor"))
-        return {"rope_scaling": None, "seq_len_interpolation_factor": factor}
-    if kind == "llama3":
-        numbers = {
-            key: positive(f"{key} of RoPE scaling", scaling.get(key)) for key in _LLAMA3_ROPE
-        }
-        return {"rope_scaling": numbers}
-    raise UpcyclingError(
-        f"config.json asks for RoPE scaling {kind!r}; only 'llama3', 'linear' or none can be "
-        "upcycled."
-    )
+    for name, kind in ACTIVATIONS.items():
+        if said in kind.words and usual in kind.words:
+            return name
+    raise unfit("hidden_act", said, f"{usual!r}: only that can be upcycled")
 
 
 # --- Sliding windows -----------------------------------------------------------------------------
@@ -163,6 +134,8 @@ def _window(values: Values, family: str) -> int | None:
     if size is not None and "max_window_layers" in values.defaults:
         first = values.count("max_window_layers", least=0)
     kinds = [_WINDOWED if layer >= first else _FULL for layer in range(layers)]
+    if size is not None and (nope := nope_layers(values, layers)):
+        kinds = [_WINDOWED if layer in nope else _FULL for layer in range(layers)]
     said = _layer_types(values, layers)
     if said is not None and size is not None and "layer_types" in values.defaults:
         kinds = said

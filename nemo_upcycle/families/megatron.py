@@ -1,10 +1,12 @@
 """Read the architecture from Megatron's own configs, of dense models and upcycled ones."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.family import Architecture
+from nemo_upcycle.families.family import ACTIVATIONS, MULTIPLIERS, Architecture
+from nemo_upcycle.families.rope import SCALING_FIELDS, scaling_type
 from nemo_upcycle.families.values import LARGEST_SIZE, MOST_LISTED, is_positive, shown
 
 MODEL_TYPE = "megatron"
@@ -60,14 +62,6 @@ OF_NO_FAMILY: dict[str, Any] = {
 """Fields that change what is computed, off in all families. Most have no weights, so that the
 tensors would fit."""
 
-ROPE_SCALING_FIELDS = {
-    "scale_factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "old_context_len": "original_max_position_embeddings",
-}
-"""NeMo's names of Llama 3.1's RoPE scaling, and Hugging Face's."""
-
 MEGATRON_ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192}
 """What Megatron-Core's own RoPE scaling is, beside its factor; NeMo's names."""
 
@@ -99,20 +93,22 @@ def moe_architecture(config: Mapping[str, Any]) -> Architecture:
             raise _unsupported(name, value, usual)
     heads = _count(config, "num_attention_heads")
     hidden_size = _count(config, "hidden_size")
+    head_width = _count(config, "kv_channels", hidden_size // max(1, heads))
+    scaling = scaling_in(config)
     arch = Architecture(
         num_layers=_count(config, "num_layers", most=MOST_LISTED),
         hidden_size=hidden_size,
         ffn_hidden_size=_count(config, "ffn_hidden_size"),
         num_attention_heads=heads,
         num_query_groups=_count(config, "num_query_groups", heads),
-        kv_channels=_count(config, "kv_channels", hidden_size // max(1, heads)),
+        kv_channels=head_width,
         vocab_size=_count(config, "vocab_size"),
         max_position_embeddings=_count(
             config, "max_position_embeddings", config.get("seq_length") or 4096
         ),
         layernorm_epsilon=_number(config, "layernorm_epsilon", 1e-5),
         rotary_base=float(_number(config, "rotary_base", 10000.0)),
-        rope_scaling=_rope_scaling(config),
+        rope_scaling=scaling,
         share_embeddings_and_output_weights=bool(
             config.get("share_embeddings_and_output_weights", False)
         ),
@@ -124,6 +120,9 @@ def moe_architecture(config: Mapping[str, Any]) -> Architecture:
         rotary_percent=_number(config, "rotary_percent", 1.0),
         seq_len_interpolation_factor=_interpolation(config),
         sliding_window=_window(config),
+        nope_layers=_nope_layers(config),
+        attention_multiplier=_attention_multiplier(config, scaling, head_width),
+        **{name: _number(config, name, 1.0) for name in MULTIPLIERS},
     )
     if not 0 < arch.num_query_groups <= heads or heads % arch.num_query_groups:
         raise UpcyclingError(
@@ -142,11 +141,10 @@ _OF_FAMILIES = (
     "rotary_percent",
     "seq_len_interpolation_factor",
     "window_size",
+    "softmax_scale",
+    "no_rope_freq",
 )
 """Fields of `LLAMA_FIELDS` in which the families that can be upcycled differ."""
-
-_ACTIVATIONS = {(True, "silu"): "swiglu", (False, "squared_relu"): "squared_relu"}
-"""Kinds of feed-forward layers, by whether there is a gate and by Megatron's function."""
 
 _NORMS = {("RMSNorm", False): "RMSNorm", ("LayerNorm", True): "LayerNorm1p"}
 """Kinds of norms, by Megatron's name and by whether 1 is added to the weight."""
@@ -162,14 +160,15 @@ def _activation(config: Mapping[str, Any]) -> str:
             "below transformer, such as activation_func: silu."
         )
     function = str(getattr(function, "__name__", function))  # a config in memory has functions
-    found = _ACTIVATIONS.get((gated, function.rpartition(".")[2]))
-    if found is None:
-        raise UpcyclingError(
-            f"The dense checkpoint's config says activation_func={function!r} with "
-            f"gated_linear_unit={gated}; only SwiGLU ('silu' with a gate) and squared ReLU "
-            "('squared_relu' without a gate) can be upcycled."
-        )
-    return found
+    named = function.rpartition(".")[2]
+    for name, kind in ACTIVATIONS.items():
+        if (kind.is_gated, kind.function) == (gated, named):
+            return name
+    raise UpcyclingError(
+        f"The dense checkpoint's config says activation_func={function!r} with "
+        f"gated_linear_unit={gated}; only SwiGLU ('silu' with a gate) and squared ReLU "
+        "('squared_relu' without a gate) can be upcycled."
+    )
 
 
 def _normalization(config: Mapping[str, Any]) -> str:
@@ -201,16 +200,51 @@ def _window(config: Mapping[str, Any]) -> int | None:
     return None if pair[0] == -1 else pair[0] + 1
 
 
+def _nope_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the layers without RoPE; Megatron has every n-th, or a 1 for each of them."""
+    skips, layers = config.get("no_rope_freq"), config["num_layers"]
+    if not skips:
+        return ()
+    if isinstance(skips, int) and layers % skips == 0:
+        return tuple(range(skips - 1, layers, skips))
+    if not isinstance(skips, list | tuple) or len(skips) != layers or {*skips} - {0, 1}:
+        raise _unfit("no_rope_freq", skips, f"None, or 0 or 1 for each of {layers} layers")
+    return tuple(layer for layer, skip in enumerate(skips) if skip)
+
+
 def _unsupported(name: str, found: object, expected: object) -> UpcyclingError:
     return UpcyclingError(
         f"The dense checkpoint's config says {name}={found!r}; only {expected!r} can be upcycled."
     )
 
 
-def _rope_scaling(config: Mapping[str, Any]) -> dict[str, float] | None:
-    if config.get("scale_factor") is None:
+def scaling_in(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the RoPE scaling from a config's fields: the inverse of `rope.scaling_fields`.
+
+    Raises:
+        UpcyclingError: A number is missing.
+    """
+    kind = scaling_type(config)
+    if kind is None:
         return None
-    return {ours: _number(config, field) for field, ours in ROPE_SCALING_FIELDS.items()}
+    numbers: dict[str, Any] = {
+        word: _number(config, name)
+        for name, word in SCALING_FIELDS[kind].items()
+        if word != "truncate"
+    }
+    if kind == "yarn":
+        numbers["truncate"] = bool(config.get("yarn_correction_range_round_to_int", True))
+    return {"rope_type": kind, **numbers}
+
+
+def _attention_multiplier(
+    config: Mapping[str, Any], scaling: Mapping[str, Any] | None, head_width: int
+) -> float | None:
+    """Return the factor of the scores without YaRN's, or None if it is the usual one."""
+    usual = head_width**-0.5
+    found = _number(config, "softmax_scale", usual)
+    own = found / (scaling or {}).get("attention_factor", 1.0) ** 2
+    return None if math.isclose(own, usual, rel_tol=1e-9) else own
 
 
 def _count(

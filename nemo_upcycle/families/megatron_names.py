@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.config_words import UNSCALED_ROPE
 from nemo_upcycle.families.defaults import DEFAULTS
 from nemo_upcycle.families.family import (
     Architecture,
@@ -22,6 +21,7 @@ from nemo_upcycle.families.family import (
 from nemo_upcycle.families.llama import MEGATRON_LAYER
 from nemo_upcycle.families.llama import PARAMETERS as LLAMA_PARAMETERS
 from nemo_upcycle.families.megatron import MODEL_TYPE, architecture
+from nemo_upcycle.families.rope import UNSCALED_ROPE
 
 _ATTENTION = MEGATRON_LAYER + "self_attention."
 _MLP = MEGATRON_LAYER + "mlp."
@@ -65,6 +65,9 @@ def dense_family(config: Mapping[str, Any], families: Collection[Family]) -> Fam
         "window_size": (config.get("window_size"), None),
         "seq_len_interpolation_factor": (arch.seq_len_interpolation_factor, None),
         "scale_factor": (config.get("scale_factor"), None),
+        "no_rope_freq": (config.get("no_rope_freq"), None),
+        "attention_multiplier": (arch.attention_multiplier, None),
+        **{name: (value, 1.0) for name, value in arch.multipliers.items()},
     }
     said = ", ".join(
         f"{name}={value!r}" for name, (value, usual) in unusual.items() if value != usual
@@ -84,6 +87,8 @@ def _beyond(family: Family, arch: Architecture) -> bool:
         or isinstance(family.parameters[_FC1], UpMLP) == arch.gated_linear_unit
         or (arch.sliding_window is not None and "sliding_window" not in defaults)
         or (arch.rotary_percent != 1 and "partial_rotary_factor" not in defaults)
+        or (arch.is_multiplied and "residual_multiplier" not in defaults)
+        or (bool(arch.nope_layers) and "no_rope_layers" not in defaults)
         or (scaled and family.model_type in UNSCALED_ROPE)
     )
 

@@ -1,96 +1,31 @@
-"""Architectures of transformers that compute an upcycled model, and how to choose one.
+"""Architectures of transformers that compute an upcycled model, and how to choose one."""
 
-The names of expert tensors here are those in files of both transformers 4 and 5.
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.family import (
-    DownMLP,
-    Family,
-    GatedMLP,
-    Operation,
-    Rename,
-)
-from nemo_upcycle.families.llama import LAYER, LLAMA, MEGATRON_LAYER, MLP
+from nemo_upcycle.families.family import DownMLP, GatedMLP, Operation, Rename
+from nemo_upcycle.families.granite import GRANITE
+from nemo_upcycle.families.llama import LAYER, LLAMA, MLP
 from nemo_upcycle.families.model import MoEModel
+from nemo_upcycle.families.moe_family import (
+    EXPERT,
+    ROUTER,
+    SHARED,
+    MoEFamily,
+    StackedFC1,
+    StackedFC2,
+)
 from nemo_upcycle.families.qwen2 import QWEN2
 from nemo_upcycle.families.qwen3 import QWEN3
-
-_EXPERT = MEGATRON_LAYER + "mlp.experts.{expert}."
-_SHARED = MEGATRON_LAYER + "mlp.shared_experts."
-_ROUTER = MEGATRON_LAYER + "mlp.router.weight"
-
-
-@dataclass(frozen=True)
-class MoEFamily:
-    """An architecture of transformers.
-
-    Attributes:
-        model_type: The name in `config.json`.
-        class_name: The model's class.
-        dense: The dense family that is the same except for the experts.
-        parameters: Operations by Megatron parameter, with `{layer}` and `{expert}` for repeated
-            ones.
-        config: Keys of `config.json` that are specific to this architecture.
-        layer_zeros: Tensors of an MoE layer without a counterpart in Megatron; must be 0.
-        doubled: Suffix of tensors that are twice Megatron's.
-    """
-
-    model_type: str
-    class_name: str
-    dense: Family
-    parameters: Mapping[str, Operation]
-    config: Callable[[MoEModel], dict[str, Any]]
-    layer_zeros: Callable[[MoEModel], Mapping[str, tuple[int, int]]] = field(
-        default=lambda model: {}
-    )
-    doubled: str | None = None
-
-    def shapes(self, model: MoEModel) -> dict[str, tuple[int, ...]]:
-        """Return the expected shape of every tensor, layers and experts filled in."""
-        moe = [layer for layer, is_moe in enumerate(model.is_moe) if is_moe]
-        replaced = tuple(MLP.format(layer=layer) for layer in moe)
-        shapes = {
-            name: shape
-            for name, shape in self.dense.shapes(model.arch).items()
-            if not name.startswith(replaced)
-            and (model.arch.add_qkv_bias or not name.endswith("_proj.bias"))
-        }
-        for layer in moe:
-            shapes |= self._moe_layer(model, layer)
-        return shapes | self.zeros(model)
-
-    def _moe_layer(self, model: MoEModel, layer: int) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        hidden = model.arch.hidden_size
-        for name in self.parameters.keys() - self.dense.parameters.keys():
-            if name.startswith(_SHARED) and not model.has_shared_expert:
-                continue
-            width = model.expert_width if name.startswith(_EXPERT) else model.arch.ffn_hidden_size
-            shape = (hidden, width) if name.endswith("linear_fc2.weight") else (width, hidden)
-            shape = (model.num_experts, hidden) if name == _ROUTER else shape
-            tensors = [rows.tensor for rows in self.parameters[name].rows(model.arch)]
-            for expert in range(model.num_experts if name.startswith(_EXPERT) else 1):
-                shapes |= {t.format(layer=layer, expert=expert): shape for t in tensors}
-        return shapes
-
-    def zeros(self, model: MoEModel) -> dict[str, tuple[int, int]]:
-        """Return names and shapes of tensors without a counterpart in Megatron, which must be 0."""
-        layers = [layer for layer, moe in enumerate(model.is_moe) if moe]
-        shapes = self.layer_zeros(model)
-        return {name.format(layer=n): shape for name, shape in shapes.items() for n in layers}
 
 
 def _experts(prefix: str, router: str, gate: str, up: str, down: str) -> dict[str, Operation]:
     expert = prefix + "experts.{expert}."
     return {
-        _ROUTER: Rename(prefix + router + ".weight"),
-        _EXPERT + "linear_fc1.weight": GatedMLP(f"{expert}{gate}.weight", f"{expert}{up}.weight"),
-        _EXPERT + "linear_fc2.weight": DownMLP(f"{expert}{down}.weight"),
+        ROUTER: Rename(prefix + router + ".weight"),
+        EXPERT + "linear_fc1.weight": GatedMLP(f"{expert}{gate}.weight", f"{expert}{up}.weight"),
+        EXPERT + "linear_fc2.weight": DownMLP(f"{expert}{down}.weight"),
     }
 
 
@@ -165,10 +100,10 @@ QWEN2_MOE = MoEFamily(
     parameters={
         **QWEN2.parameters,
         **_QWEN_EXPERTS,
-        _SHARED + "linear_fc1.weight": GatedMLP(
+        SHARED + "linear_fc1.weight": GatedMLP(
             MLP + "shared_expert.gate_proj.weight", MLP + "shared_expert.up_proj.weight"
         ),
-        _SHARED + "linear_fc2.weight": Rename(MLP + "shared_expert.down_proj.weight"),
+        SHARED + "linear_fc2.weight": Rename(MLP + "shared_expert.down_proj.weight"),
     },
     config=lambda model: {
         **_qwen_config(model),
@@ -182,6 +117,50 @@ QWEN2_MOE = MoEFamily(
 )
 
 
+_SPARSE, _SHARED_MLP = LAYER + "block_sparse_moe.", LAYER + "shared_mlp."
+
+
+def _granite_config(model: MoEModel) -> dict[str, Any]:
+    arch = model.arch
+    shared = {"shared_intermediate_size": arch.ffn_hidden_size} if model.has_shared_expert else {}
+    return {
+        "intermediate_size": model.expert_width,
+        "num_local_experts": model.num_experts,
+        "num_experts_per_tok": model.topk,
+        **arch.multipliers,
+        "attention_multiplier": arch.attention_multiplier or arch.kv_channels**-0.5,
+        "output_router_logits": False,
+        **shared,
+    }
+
+
+GRANITE_MOE = MoEFamily(
+    model_type="granitemoe",
+    class_name="GraniteMoeForCausalLM",
+    dense=GRANITE,
+    parameters={
+        **GRANITE.parameters,
+        ROUTER: Rename(_SPARSE + "router.layer.weight"),
+        EXPERT + "linear_fc1.weight": StackedFC1(_SPARSE + "input_linear.weight"),
+        EXPERT + "linear_fc2.weight": StackedFC2(_SPARSE + "output_linear.weight"),
+    },
+    config=_granite_config,
+)
+
+GRANITE_MOE_SHARED = replace(
+    GRANITE_MOE,
+    model_type="granitemoeshared",
+    class_name="GraniteMoeSharedForCausalLM",
+    parameters={
+        **GRANITE_MOE.parameters,
+        SHARED + "linear_fc1.weight": GatedMLP(
+            _SHARED_MLP + "input_linear.weight", _SHARED_MLP + "input_linear.weight"
+        ),
+        SHARED + "linear_fc2.weight": Rename(_SHARED_MLP + "output_linear.weight"),
+    },
+)
+
+
 def moe_family_of(model: MoEModel) -> MoEFamily:
     """Return the architecture of transformers that computes an upcycled model.
 
@@ -191,12 +170,25 @@ def moe_family_of(model: MoEModel) -> MoEFamily:
     arch = model.arch
     _refuse(not arch.gated_linear_unit, "experts with squared ReLU and no gate")
     _refuse(arch.norm_has_bias, "LayerNorm with biases")
+    _refuse(bool(arch.nope_layers), f"layers without RoPE ({list(arch.nope_layers)})")
     _refuse(arch.rotary_percent != 1, f"rotary_percent={arch.rotary_percent}")
     if arch.qk_layernorm:
         _refuse(arch.add_qkv_bias, "norms of queries and keys together with their biases")
         _refuse(model.has_shared_expert, "norms of queries and keys with a shared expert")
         _refuse(arch.sliding_window is not None, "norms of queries and keys with a window")
+        _refuse(arch.is_multiplied, "norms of queries and keys with multipliers")
         return QWEN3_MOE
+    heads = arch.num_attention_heads * arch.kv_channels
+    if arch.is_multiplied:
+        for what, applies in {
+            "biases": arch.add_qkv_bias,
+            "a sliding window": arch.sliding_window is not None,
+            "softmax before top-k": model.pre_softmax,
+            "dense layers": not all(model.is_moe),
+            f"heads of size {arch.kv_channels}": heads != arch.hidden_size,
+        }.items():
+            _refuse(applies, f"multipliers together with {what}")
+        return GRANITE_MOE_SHARED if model.has_shared_expert else GRANITE_MOE
     plain = all(model.is_moe) and not (
         model.pre_softmax or arch.add_qkv_bias or model.has_shared_expert
     )
@@ -204,7 +196,6 @@ def moe_family_of(model: MoEModel) -> MoEFamily:
         return MIXTRAL
     why = "softmax before top-k, biases, dense layers or a shared expert"
     _refuse(arch.sliding_window is not None, f"{why}, together with a sliding window")
-    heads = arch.num_attention_heads * arch.kv_channels
     _refuse(heads != arch.hidden_size, f"{why}, together with heads of size {arch.kv_channels}")
     return QWEN2_MOE
 
@@ -213,6 +204,6 @@ def _refuse(applies: bool, what: str) -> None:
     if applies:
         raise UpcyclingError(
             f"The model has {what}, which no Mixture-of-Experts architecture of transformers "
-            "computes; expected what Mixtral, Qwen2-MoE or Qwen3-MoE compute. It can be evaluated "
-            "and trained in NeMo."
+            "computes; expected what Mixtral, Qwen2-MoE, Qwen3-MoE or Granite-MoE compute. It can "
+            "be evaluated and trained in NeMo."
         )

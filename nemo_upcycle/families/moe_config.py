@@ -1,16 +1,26 @@
 """Read an MoE from a Hugging Face `config.json`: the inverse of `MoEFamily.config`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.huggingface import read_architecture
 from nemo_upcycle.families.model import MoEModel
-from nemo_upcycle.families.moe import MIXTRAL, QWEN2_MOE, QWEN3_MOE, MoEFamily
+from nemo_upcycle.families.moe import (
+    GRANITE_MOE,
+    GRANITE_MOE_SHARED,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+)
+from nemo_upcycle.families.moe_family import MoEFamily
+from nemo_upcycle.families.unfit import MOE, feature_of
 from nemo_upcycle.families.values import MOST_LISTED, Values, unfit
 
 MOE_FAMILIES: dict[str, MoEFamily] = {
-    family.model_type: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+    family.model_type: family
+    for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE, GRANITE_MOE_SHARED)
 }
 
 
@@ -28,9 +38,12 @@ def moe_model(config: Mapping[str, Any]) -> MoEModel:
     if kind not in MOE_FAMILIES:
         raise UpcyclingError(
             f"config.json says model_type={kind!r}; MoE families that can be read: "
-            f"{', '.join(MOE_FAMILIES)}."
+            f"{', '.join(MOE_FAMILIES)}." + feature_of(kind, MOE)
         )
-    model = _mixtral(config) if kind == "mixtral" else _qwen(config, kind)
+    if kind in ("granitemoe", "granitemoeshared"):
+        model = _granite(config, kind)
+    else:
+        model = _mixtral(config) if kind == "mixtral" else _qwen(config, kind)
     if model.topk > model.num_experts:
         raise UpcyclingError(
             f"config.json says num_experts_per_tok={model.topk} of {model.num_experts} experts; "
@@ -58,6 +71,22 @@ def _mixtral(config: Mapping[str, Any]) -> MoEModel:
     )
 
 
+def _granite(config: Mapping[str, Any], kind: str) -> MoEModel:
+    values, arch = Values(config, kind), read_architecture(config, kind)
+    _check_heads(arch.num_attention_heads * arch.kv_channels, arch.hidden_size, "Granite-MoE")
+    shared = values.count("shared_intermediate_size", least=0) if kind != "granitemoe" else 0
+    return MoEModel(
+        # A shared expert is as wide as the dense layer was; without one, the width is not recorded.
+        arch=replace(arch, ffn_hidden_size=shared or arch.ffn_hidden_size),
+        num_experts=values.count("num_local_experts", most=MOST_LISTED),
+        topk=values.count("num_experts_per_tok"),
+        pre_softmax=False,
+        expert_width=arch.ffn_hidden_size,
+        is_moe=(True,) * arch.num_layers,
+        has_shared_expert=shared > 0,
+    )
+
+
 def _qwen(config: Mapping[str, Any], kind: str) -> MoEModel:
     values = Values(config, kind)
     if kind == "qwen3_moe":
@@ -65,7 +94,7 @@ def _qwen(config: Mapping[str, Any], kind: str) -> MoEModel:
     else:
         arch = read_architecture(config, kind, add_qkv_bias=values.flag("qkv_bias"))
         shared = values.count("shared_expert_intermediate_size")
-        _check_heads(arch.num_attention_heads * arch.kv_channels, arch.hidden_size)
+        _check_heads(arch.num_attention_heads * arch.kv_channels, arch.hidden_size, "Qwen2-MoE")
     if shared not in (1, arch.ffn_hidden_size):
         raise UpcyclingError(
             f"config.json says shared_expert_intermediate_size={shared}; expected the dense "
@@ -82,11 +111,11 @@ def _qwen(config: Mapping[str, Any], kind: str) -> MoEModel:
     )
 
 
-def _check_heads(heads: int, hidden: int) -> None:
+def _check_heads(heads: int, hidden: int, kind: str) -> None:
     if heads != hidden:
         raise UpcyclingError(
             f"config.json makes attention heads of {heads} numbers together of a hidden size of "
-            f"{hidden}; a Qwen2-MoE of transformers 4 has as many."
+            f"{hidden}; a {kind} of transformers 4 has as many."
         )
 
 

@@ -1,11 +1,16 @@
 """Expert initialisers: functions that change a block of neurons copied from the dense layer."""
 
 import math
+from collections.abc import Sequence
 
-from nemo_upcycle.config.upcycling import LARGEST_NUMBER
+import numpy as np
+import numpy.typing as npt
+
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers.neurons import Neurons
+from nemo_upcycle.initializers.options import check_fraction, check_positive
 from nemo_upcycle.initializers.registry import Initializer, register
+from nemo_upcycle.initializers.statistics import Statistics, Target
 
 
 @register("copy")
@@ -25,8 +30,8 @@ def noise(std: float = 0.02, fraction: float = 0.5) -> Initializer:
         std: Standard deviation of the noise.
         fraction: Probability that a weight is changed.
     """
-    _check_positive("noise", "std", std)
-    _check_fraction("noise", "fraction", fraction)
+    check_positive("noise", "std", std)
+    check_fraction("noise", "fraction", fraction)
 
     def initialize(neurons: Neurons) -> None:
         for part, values in neurons.values.items():
@@ -48,7 +53,7 @@ def drop(ratio: float = 0.5) -> Initializer:
 
     Source: Drop-Upcycling, arXiv 2502.19261 §3.
     """
-    _check_fraction("drop", "ratio", ratio)
+    check_fraction("drop", "ratio", ratio)
 
     def initialize(neurons: Neurons) -> None:
         dropped = neurons.choose(ratio)
@@ -68,7 +73,7 @@ def random(std: float | None = None) -> Initializer:
             model's `init_method_std`.
     """
     if std is not None:
-        _check_positive("random", "std", std)
+        check_positive("random", "std", std)
 
     def initialize(neurons: Neurons) -> None:
         of_input = neurons.init_method_std if std is None else std
@@ -91,25 +96,89 @@ def hybrid(*initializers: Initializer) -> Initializer:
         raise UpcyclingError(
             "hybrid() expects initializers, such as hybrid(copy, drop(ratio=0.3))."
         )
-
-    def initialize(neurons: Neurons) -> None:
-        initializers[neurons.copy % len(initializers)](neurons)
-
-    return initialize
+    return _Hybrid(initializers)
 
 
-def _check_fraction(name: str, option: str, value: float) -> None:
-    if not _is_number(value) or not 0 <= value <= 1:
-        raise UpcyclingError(f"{name}: {option} is {value!r}; expected a number from 0 to 1.")
+class _Hybrid:
+    def __init__(self, initializers: Sequence[Initializer]) -> None:
+        self._initializers = initializers
+
+    def check(self, target: Target) -> None:
+        for each in self._initializers:
+            if hasattr(each, "check"):
+                each.check(target)
+
+    def __call__(self, neurons: Neurons) -> None:
+        self._initializers[neurons.copy % len(self._initializers)](neurons)
 
 
-def _check_positive(name: str, option: str, value: float) -> None:
-    if not _is_number(value) or not 0 <= value <= LARGEST_NUMBER:
-        raise UpcyclingError(
-            f"{name}: {option} is {value!r}; expected a number of 0 or more, up to "
-            f"{LARGEST_NUMBER:g}."
-        )
+@register("activation_sorted")
+def activation_sorted(stats: str) -> Initializer:
+    """Sort the layer's neurons by how often they are active, before they are cut into shards.
+
+    Shard 0 gets the most active neurons. All shards of a copy together are the dense layer, in
+    another order. Neurons that are equally often active are sorted by magnitude, then by number.
+
+    Args:
+        stats: File of statistics.
+
+    Source: activation rates of CMoE, arXiv 2502.04416; the order alone, not its clustering.
+    """
+    return _ActivationSorted(Statistics.named("activation_sorted", stats))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+class _ActivationSorted:
+    def __init__(self, stats: Statistics) -> None:
+        self._stats = stats
+
+    def check(self, target: Target) -> None:
+        self._stats.check(target)
+
+    def __call__(self, neurons: Neurons) -> None:
+        order = _most_active(self._stats, neurons)[neurons.ids.start : neurons.ids.stop]
+        for part, values in neurons.values.items():
+            values[:] = neurons.dense(part, order)
+
+
+@register("partial")
+def partial(stats: str, shared: float = 0.5) -> Initializer:
+    """Keep the most active neurons of each expert, and redraw the others as `drop` does.
+
+    `drop` redraws neurons at random; here all experts share the neurons that the text needs most.
+
+    Args:
+        stats: File of statistics.
+        shared: Fraction of an expert's neurons that stays, rounded down.
+    """
+    check_fraction("partial", "shared", shared)
+    return _Partial(Statistics.named("partial", stats), shared)
+
+
+class _Partial:
+    def __init__(self, stats: Statistics, shared: float) -> None:
+        self._stats, self._shared = stats, shared
+
+    def check(self, target: Target) -> None:
+        self._stats.check(target)
+
+    def __call__(self, neurons: Neurons) -> None:
+        order = _most_active(self._stats, neurons)
+        own = order[(order >= neurons.expert_ids.start) & (order < neurons.expert_ids.stop)]
+        kept = own[: int(self._shared * len(own))]
+        redrawn = ~np.isin(np.arange(neurons.ids.start, neurons.ids.stop), kept)
+        for part, values in neurons.values.items():
+            mean, std = neurons.statistics(part)
+            values[redrawn] = mean + std * neurons.normal(part, redrawn)
+
+
+def _most_active(stats: Statistics, neurons: Neurons) -> npt.NDArray[np.int64]:
+    """Return the dense layer's neurons from the most to the least active, with ties by number.
+
+    Of several dense checkpoints, the layer is that of the copy's checkpoint, over its own text.
+    """
+    branches = stats.manifest["branches"]
+    where = f"sources.{neurons.copy % branches}." if branches > 1 else ""
+    rate, magnitude = (
+        stats.get(neurons.layer, f"{where}neurons.{name}") for name in ("rate", "magnitude")
+    )
+    return np.lexsort((-magnitude, -rate)).astype(np.int64)

@@ -11,6 +11,7 @@ from nemo_upcycle.initializers.random import generators
 
 Values = npt.NDArray[np.float32]
 Statistics = Callable[[str], tuple[float, float]]
+Read = Callable[[str, npt.NDArray[np.int64]], Values]
 
 _PARTS = {"gate": 0, "up": 1, "down": 2}
 _NORMAL, _UNIFORM, _CHOICE = 2, 5, 8
@@ -37,6 +38,7 @@ class Neurons:
         num_layers: Layers of the model.
         seed: Seed of all draws.
         dense_statistics: See `statistics`.
+        dense_neurons: See `dense`.
     """
 
     layer: int
@@ -49,6 +51,18 @@ class Neurons:
     num_layers: int
     seed: int
     dense_statistics: Statistics
+    dense_neurons: Read
+
+    def dense(self, part: str, ids: npt.NDArray[np.int64]) -> Values:
+        """Return neurons of the whole dense layer, [neurons, hidden].
+
+        The parts of the layer are read once more, and held in memory one layer at a time.
+
+        Args:
+            part: `gate`, `up` or `down`.
+            ids: The neurons' numbers in the dense layer, in any order.
+        """
+        return self.dense_neurons(part, ids)
 
     def statistics(self, part: str) -> tuple[float, float]:
         """Return mean and standard deviation of the layer's whole dense gate, up or down."""

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-ROUTER = 1
-"""Streams keep the draws of different purposes apart."""
+ROUTER, CLUSTERS, SAMPLE = 1, 11, 12
+"""Streams keep the draws of different purposes apart; 2 to 8 are those of `Neurons`."""
 
 
 def generators(

@@ -1,16 +1,18 @@
-"""Router initialisers."""
+"""The router rows of some experts, by the initialiser that the config names."""
 
 import numpy as np
 import numpy.typing as npt
 
 from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.initializers.random import ROUTER, normal_row
+from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.initializers.registry import make_router_initializer
+from nemo_upcycle.initializers.rows import RouterRows
 
 
 def initialize_router(
     upcycling: UpcyclingConfig, layer: int, experts: tuple[int, int], hidden_size: int
 ) -> npt.NDArray[np.float32]:
-    """Draw the router rows of some experts of one layer.
+    """Return the router rows of some experts of one layer.
 
     Args:
         upcycling: Gives the initialiser, the standard deviation and the seed.
@@ -19,13 +21,23 @@ def initialize_router(
         hidden_size: Number of columns.
 
     Returns:
-        [experts, hidden_size], the same values under any parallel mapping. With `virtual_groups`
-        the experts that make up one copy of the layer have equal rows.
+        [experts, hidden_size], the same values under any parallel mapping; see `RouterRows`.
 
-    Source: random routers, arXiv 2412.09952 §3; virtual groups, arXiv 2410.07524 §3.
+    Raises:
+        UpcyclingError: There is no such initialiser, or the initialiser returns no such rows.
     """
-    prototypes = list(range(*experts))
-    if upcycling.router_initializer == "virtual_groups":
-        prototypes = [upcycling.copy_of(expert) for expert in prototypes]
-    rows = [normal_row(upcycling.seed, ROUTER, layer, row, 0, hidden_size) for row in prototypes]
-    return (np.stack(rows) * upcycling.router_init_std).astype(np.float32)
+    rows = RouterRows(
+        layer=layer,
+        count=upcycling.router_rows,
+        hidden_size=hidden_size,
+        std=upcycling.router_init_std,
+        seed=upcycling.seed,
+    )
+    values = np.asarray(make_router_initializer(upcycling.router_initializer)(rows))
+    if values.shape != (rows.count, hidden_size) or not np.isfinite(values).all():
+        raise UpcyclingError(
+            f"router_initializer {upcycling.router_initializer!r} gives values of shape "
+            f"{list(values.shape)}; expected {[rows.count, hidden_size]}, all of them finite."
+        )
+    own = [upcycling.router_row(expert) for expert in range(*experts)]
+    return values[own].astype(np.float32)

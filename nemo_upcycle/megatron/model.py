@@ -15,13 +15,16 @@ from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
 from nemo_upcycle.engine.model import (
     leave_padding_out,
     mark_experts,
+    multiply,
     rope_frequencies,
     two_stages_fields,
 )
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
+from nemo_upcycle.families.family import MULTIPLIERS
 from nemo_upcycle.families.fields import architecture_fields, moe_fields, window_fields
-from nemo_upcycle.families.megatron import LLAMA_FIELDS, MEGATRON_ROPE_SCALING, ROPE_SCALING_FIELDS
+from nemo_upcycle.families.megatron import LLAMA_FIELDS, MEGATRON_ROPE_SCALING
+from nemo_upcycle.families.rope import ROPE_SCALING_FIELDS, scaling_fields
 from nemo_upcycle.plans.layout import padded_vocabulary
 
 Chunks = list[torch.nn.Module]
@@ -143,6 +146,8 @@ def fields_of_architecture(arch: Architecture, seq_length: int | None) -> dict[s
     """
     found = LLAMA_FIELDS | architecture_fields(arch) | window_fields(arch, seq_length)
     found["activation_func"] = _activation(found.get("activation_func", "silu"))
+    for name in MULTIPLIERS:
+        found.pop(name, None)
     scaling = {name: found.pop(name) for name in ROPE_SCALING_FIELDS if name in found}
     if _is_megatrons(scaling):
         found |= {"rope_scaling": True, "rope_scaling_factor": scaling["scale_factor"]}
@@ -158,7 +163,7 @@ def _activation(name: str) -> Any:
 def _is_megatrons(scaling: Mapping[str, float]) -> bool:
     """Return whether Megatron's field for RoPE scaling, which is a factor alone, is sufficient."""
     own = MEGATRON_ROPE_SCALING
-    return bool(scaling) and all(scaling[name] == value for name, value in own.items())
+    return bool(scaling) and all(scaling.get(name) == value for name, value in own.items())
 
 
 def _of_machine() -> dict[str, Any]:
@@ -188,6 +193,7 @@ class FinishModel:
     def __call__(self, chunks: Chunks) -> Chunks:
         for chunk in chunks:
             mark_experts(chunk)
+            multiply(chunk, self.arch.multipliers)
             chunk.rotary_pos_emb.inv_freq = _frequencies(chunk, self.arch)
             if chunk.post_process:
                 leave_padding_out(chunk, self.arch.vocab_size)
@@ -227,6 +233,7 @@ def described(chunks: Sequence[torch.nn.Module], vocab_size_divisible_by: int) -
         "make_vocab_size_divisible_by": vocab_size_divisible_by,
         "share_embeddings_and_output_weights": model.share_embeddings_and_output_weights,
         "position_embedding_type": model.position_embedding_type,
+        **getattr(model, "multipliers", {}),
     }
     rope = getattr(model, "rotary_pos_emb", None)
     if rope is not None:
@@ -266,15 +273,16 @@ def with_rope_of(
             "compute something else. Make the config with nemo_upcycle.megatron.gpt_model_config; "
             "Megatron-LM's --use-rope-scaling has only the numbers of Llama 3.1."
         )
-    return SimpleNamespace(**{**vars(config), **_rope_scaling(arch)})
+    return SimpleNamespace(**{**vars(config), **scaling_fields(arch.rope_scaling)})
 
 
 def fields_beside_config(arch: Architecture) -> dict[str, Any]:
     """Return the fields of a dense model that Megatron-LM's and Bridge's configs do not record."""
     function = architecture_fields(arch).get("activation_func", "silu")
-    return {"vocab_size": arch.vocab_size, "activation_func": function, **_rope_scaling(arch)}
-
-
-def _rope_scaling(arch: Architecture) -> dict[str, Any]:
-    found = architecture_fields(arch)
-    return {name: found[name] for name in ROPE_SCALING_FIELDS if name in found}
+    return {
+        "vocab_size": arch.vocab_size,
+        "activation_func": function,
+        "softmax_scale": arch.softmax_scale,
+        **arch.multipliers,
+        **scaling_fields(arch.rope_scaling),
+    }

@@ -42,7 +42,7 @@ class UpcyclingCallback(Provenance):
             experts in turn, and all other weights are averaged (Branch-Train-MiX).
         initializer: Initialiser of experts, such as `copy`, `drop(ratio=0.3)`; see `initializers`.
         weight_scaling: `exact`, `paper`, `none`, or None; see `UpcyclingConfig`.
-        router_initializer: `virtual_groups` or `random`; see `UpcyclingConfig`.
+        router_initializer: Initialiser of routers, such as `centroids(stats='FILE')`.
         router_init_std: Standard deviation of the router weights; None takes the model's
             `init_method_std`.
         seed: Seed of all random values.

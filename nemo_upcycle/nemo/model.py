@@ -12,7 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel as MCoreGPTModel
 from nemo.collections.llm.fn.activation import squared_relu
 from nemo.collections.llm.gpt.model.base import GPTModel, default_layer_spec
-from nemo.collections.llm.gpt.model.llama import LlamaConfig, apply_rope_scaling
+from nemo.collections.llm.gpt.model.llama import LlamaConfig
 from nemo.lightning import io, teardown
 
 from nemo_upcycle.checkpoint.beside import FIELD
@@ -20,8 +20,16 @@ from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES
 from nemo_upcycle.engine.loadable import open_loadable
-from nemo_upcycle.engine.model import leave_padding_out, mark_experts, two_stages_fields
+from nemo_upcycle.engine.model import (
+    leave_padding_out,
+    mark_experts,
+    multiply,
+    rope_frequencies,
+    two_stages_fields,
+)
 from nemo_upcycle.families import Architecture, fields
+from nemo_upcycle.families.family import MULTIPLIERS
+from nemo_upcycle.families.megatron import scaling_in
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.nemo import cpu
 from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer
@@ -46,8 +54,9 @@ class UpcycledGPTConfig(LlamaConfig):
 
     The fields are Megatron's and NeMo's, with the defaults of a Llama. Other families set different
     values (`architecture_fields`). `scale_factor`, `low_freq_factor`, `high_freq_factor` and
-    `old_context_len` are Llama 3.1's RoPE scaling, as in NeMo's Llama31Config; a `scale_factor` of
-    None means no scaling.
+    `old_context_len` are Llama 3.1's RoPE scaling, as in NeMo's Llama31Config; with the `yarn_`
+    fields, the scaling is YaRN. A `scale_factor` of None means no scaling. The multipliers are a
+    Granite's.
 
     With `num_moe_experts=None` this is the dense model.
     """
@@ -70,6 +79,13 @@ class UpcycledGPTConfig(LlamaConfig):
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     old_context_len: int = 8192
+    yarn_beta_fast: float | None = None
+    yarn_beta_slow: float | None = None
+    yarn_correction_range_round_to_int: bool = True
+    yarn_attention_factor: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
 
     def configure_model(
         self,
@@ -86,15 +102,13 @@ class UpcycledGPTConfig(LlamaConfig):
             setattr(self, name, value)
         model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
         mark_experts(model)
+        multiply(model, {name: getattr(self, name) for name in MULTIPLIERS})
         if self.unpadded_vocab_size is not None and model.post_process:
             leave_padding_out(model, self.unpadded_vocab_size)
         if self.scale_factor is not None:
-            model.rotary_pos_emb.inv_freq = apply_rope_scaling(
-                model.rotary_pos_emb.inv_freq,
-                factor=self.scale_factor,
-                low_freq_factor=self.low_freq_factor,
-                high_freq_factor=self.high_freq_factor,
-                old_context_len=self.old_context_len,
+            rotated = int(self.kv_channels * self.rotary_percent)
+            model.rotary_pos_emb.inv_freq = rope_frequencies(
+                model, rotated, self.rotary_base, scaling_in(vars(self))
             )
         return model
 
@@ -236,4 +250,7 @@ def trained_config(model: MoEModel, dtype: torch.dtype, **others: Any) -> Upcycl
 def is_llama(arch: Architecture) -> bool:
     """Return whether NeMo's own Llama classes compute the dense model."""
     with_default = (each for each in fields_of(Architecture) if each.default is not MISSING)
-    return all(getattr(arch, each.name) == each.default for each in with_default)
+    scaling = (arch.rope_scaling or {}).get("rope_type")
+    return scaling in (None, "llama3") and all(
+        getattr(arch, each.name) == each.default for each in with_default
+    )

@@ -34,7 +34,9 @@ _ARCHITECTURE = (
     *("qk_layernorm", "rotary_base", "rotary_interleaved", "rotary_percent"),
     *("scale_factor", "seq_len_interpolation_factor"),
     *("share_embeddings_and_output_weights", "softmax_scale", "softmax_type", "vocab_size"),
-    *("window_attn_skip_freq", "window_size"),
+    *("window_attn_skip_freq", "window_size", "yarn_attention_factor", "yarn_beta_fast"),
+    *("yarn_beta_slow", "yarn_correction_range_round_to_int"),
+    *("embedding_multiplier", "logits_scaling", "residual_multiplier"),
 )
 """Fields of the model's config that determine the function computed by the weights."""
 

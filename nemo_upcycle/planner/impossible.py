@@ -12,12 +12,12 @@ from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.nodes import near, of_job
 from nemo_upcycle.planner.search import any_fits
 from nemo_upcycle.planner.space import (
-    MICRO_BATCH_SIZES,
     Allowed,
     Given,
     foldings,
     given_by,
     mappings_of,
+    micro_batch_sizes,
 )
 from nemo_upcycle.planner.workload import OF_STAGES, STAGES, Mapping, Workload
 from nemo_upcycle.plans.layout import validate
@@ -138,14 +138,14 @@ def _error(workload: Workload, world_size: int | None, fields: dict[str, Any]) -
 
 def _units(workload: Workload, world_size: int, hardware: Hardware, given: Given) -> set[int]:
     """Return the sequences of which a batch must be a multiple, one number per kind of mapping."""
-    own = given.micro_batch_size
+    sizes = micro_batch_sizes(workload, given)
     found = set()
     for folding in foldings(workload, world_size, of_job(hardware, world_size), given):
         # Virtual stages take groups of as many microbatches as there are stages.
         virtual = folding.virtual_pipeline_model_parallel_size
         group = folding.pipeline_model_parallel_size if virtual else 1
         each = folding.data_parallel_size(world_size) * group
-        found |= {each * size for size in (MICRO_BATCH_SIZES if own is None else [own])}
+        found |= {each * size for size in sizes}
     return found
 
 

@@ -6,7 +6,6 @@ arXiv 2205.05198 §4, extended to grouped queries, gated layers and experts. `be
 compares the formula with layers on a GPU.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -62,28 +61,26 @@ def memory(workload: Workload, mapping: Mapping) -> Memory:
         workload: Model and batch.
         mapping: The parallel mapping; its microbatches must divide the batch.
     """
-    stages = _fullest_stages(mapping)
-    return max((of_stage(workload, mapping, stage) for stage in stages), key=lambda m: m.total)
-
-
-def is_within(workload: Workload, mapping: Mapping, limit: float) -> bool:
-    """Return whether the fullest GPU needs at most `limit` bytes, without finding that GPU."""
-    return limit >= RESERVED and all(
-        of_stage(workload, mapping, stage).total <= limit for stage in _fullest_stages(mapping)
-    )
-
-
-def _fullest_stages(mapping: Mapping) -> set[int]:
-    """Return the stages of which one has the fullest GPU."""
-    last = mapping.folding.pipeline_model_parallel_size - 1
-    # Among the middle stages, the first has the most microbatches in flight.
-    return {0, min(1, last), last}
+    layers = _layer_bytes(workload, mapping)
+    states = _states(workload, mapping.folding, mapping.world_size)
+    candidates = (_of_stage(workload, mapping, stage, state, *layers) for stage, state in states)
+    return max(candidates, key=lambda memory: memory.total)
 
 
 def of_stage(workload: Workload, mapping: Mapping, stage: int) -> Memory:
     """Return the memory of a GPU in a pipeline stage."""
-    state = _state(workload, mapping.folding, mapping.world_size, stage)
-    kept, computed = _layer_bytes(workload, mapping)
+    state = model_state(workload, mapping, stage)
+    return _of_stage(workload, mapping, stage, state, *_layer_bytes(workload, mapping))
+
+
+def _of_stage(
+    workload: Workload,
+    mapping: Mapping,
+    stage: int,
+    state: "ModelState",
+    kept: "LayerBytes",
+    computed: "LayerBytes",
+) -> Memory:
     activations = kept.of(*_layers_in_flight(workload, mapping, stage))
     working = max(computed.moe, computed.dense)
     if stage == mapping.folding.pipeline_model_parallel_size - 1:
@@ -105,9 +102,17 @@ class ModelState(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _state(workload: Workload, folding: ParallelFolding, world_size: int, stage: int) -> ModelState:
-    """Return the state, which neither the microbatch nor recompute changes."""
-    return model_state(workload, Mapping(folding, world_size), stage)
+def _states(
+    workload: Workload, folding: ParallelFolding, world_size: int
+) -> list[tuple[int, ModelState]]:
+    """Return the stages that can be the fullest, and their state.
+
+    Neither the microbatch nor recompute changes the state.
+    """
+    mapping, last = Mapping(folding, world_size), folding.pipeline_model_parallel_size - 1
+    # Among the middle stages, the first has the most microbatches in flight.
+    stages = {0, min(1, last), last}
+    return [(stage, model_state(workload, mapping, stage)) for stage in stages]
 
 
 def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
@@ -119,7 +124,7 @@ def model_state(workload: Workload, mapping: Mapping, stage: int) -> ModelState:
     parameters = gradients = own = 0
     # Transformer Engine keeps weights in FP8 too, by rows and by columns.
     held = workload.element_bytes + (2 if PRECISIONS[workload.precision].is_fp8 else 0)
-    for buffer, count in Counter(workload.buffers(mapping.folding, stage)).items():
+    for buffer, count in workload.buffers(mapping.folding, stage).items():
         ranks, _ = mapping.replicas(buffer)
         padded = buffer.padded(ranks)
         parameters += count * padded * held
@@ -140,7 +145,6 @@ class LayerBytes(NamedTuple):
         return self.moe * moe_layers + self.dense * dense_layers
 
 
-@lru_cache(maxsize=8)
 def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, LayerBytes]:
     """Return the bytes that a layer keeps, and the temporary bytes of a recompute."""
     arch, sizes, each = workload.arch, dimensions(workload.arch), workload.element_bytes

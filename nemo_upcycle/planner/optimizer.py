@@ -72,8 +72,8 @@ def passing_bytes(workload: Workload) -> float:
 
 def held(workload: Workload, mapping: Mapping) -> float:
     """Return the parameters whose state a GPU of the first pipeline stage has."""
-    buffers = workload.buffers(mapping.folding, 0)
-    return sum(buffer.elements / mapping.replicas(buffer)[0] for buffer in buffers)
+    buffers = workload.buffers(mapping.folding, 0).items()
+    return sum(count * buffer.elements / mapping.replicas(buffer)[0] for buffer, count in buffers)
 
 
 def host_bytes(workload: Workload, mapping: Mapping, hardware: Hardware) -> float:

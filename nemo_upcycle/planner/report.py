@@ -1,6 +1,6 @@
 """Show the planner's result: tables and sentences for people, JSON for programs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nemo_upcycle.config import ACCOUNTED_LAYERS
 from nemo_upcycle.planner.efficiency import ACCURACY
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.memory import Memory
@@ -78,7 +79,7 @@ def _caveat(hardware: str) -> str:
     return f"{known} Differences below 5% are within this error: prefer the simpler mapping."
 
 
-def _mappings(shown: Iterable[Prediction], compared: dict[str, Prediction]) -> Table:
+def _mappings(shown: Sequence[Prediction], compared: dict[str, Prediction]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for name in ("", "mapping", "mb", "recomp."):
         table.add_column(name, no_wrap=True)
@@ -89,8 +90,14 @@ def _mappings(shown: Iterable[Prediction], compared: dict[str, Prediction]) -> T
     table.add_section()
     for name, one in compared.items():
         table.add_row(*_row(name, one), style="dim")
+    counted = any(
+        getattr(one.mapping.folding, name)
+        for one in (*shown, *compared.values())
+        for name in ACCOUNTED_LAYERS
+    )
     table.caption = (
-        "mb: microbatch; step in s; even: with tokens spread evenly over the experts; "
+        ("+L, +EL: output layer, embedding count as layers; " if counted else "")
+        + "mb: microbatch; step in s; even: with tokens spread evenly over the experts; "
         "MFU*: as arXiv 2412.09952 counts; !: does not fit"
     )
     table.caption_justify = "left"
@@ -118,7 +125,7 @@ def seconds(value: float) -> str:
 
 
 def _seconds(one: Prediction) -> dict[str, float]:
-    return {COMPONENTS[name]: value for name, value in vars(one.time).items()}
+    return {COMPONENTS[name]: value for name, value in one.time._asdict().items()}
 
 
 def _gib(memory: Memory) -> dict[str, float]:
@@ -174,7 +181,8 @@ def scaling_table(points: Iterable[Point]) -> Table:
 def _why_not(point: Point) -> str:
     if point.least is None:
         return "no mapping of the model and the batch"
-    return f"does not fit: at least {point.least.memory.total / GIB:.0f} GiB"
+    least = point.least.memory.total / GIB
+    return f"does not fit: at least {least:.0f} GiB, optimizer included"
 
 
 def to_json(tuning: Tuning, top: int) -> dict[str, Any]:
@@ -216,7 +224,7 @@ def prediction_json(one: Prediction) -> dict[str, Any]:
         "fits": one.fits,
         "memory": vars(one.memory),
         "total_memory": one.memory.total,
-        "time": vars(one.time),
+        "time": one.time._asdict(),
         "step_time": one.time.total,
         "even_step_time": one.even_seconds,
         "mfu": one.mfu,

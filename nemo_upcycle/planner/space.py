@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from nemo_upcycle.config import RECOMPUTE, ParallelFolding
+from nemo_upcycle.config import ACCOUNTED_LAYERS, RECOMPUTE, UNEVEN_STAGES, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.workload import STAGES, Mapping, Workload
@@ -15,7 +15,11 @@ SIZES = (1, 2, 4, 8, 16)
 """Sizes of TP, CP and ETP that are tried inside an NVLink domain, where no other size is given."""
 
 MICRO_BATCH_SIZES = (1, 2, 4)
-"""Microbatch sizes that are tried where none is given."""
+"""Microbatch sizes that are tried where none is given, whatever the length of a sequence."""
+
+MOST_TOKENS = 32768
+"""Tokens of a microbatch up to which larger sizes are tried too: with short sequences a GPU waits
+for its host unless a microbatch has many."""
 
 FEWEST_TOKENS = 4096
 """Tokens per sequence and rank from which CP is tried beyond the NVLink domain."""
@@ -90,7 +94,7 @@ def mappings_of(
     names: Iterable[str] = RECOMPUTE if workload.is_moe else ("none", "full")
     if given.recompute is not None:
         names = [given.recompute]
-    batches = MICRO_BATCH_SIZES if given.micro_batch_size is None else (given.micro_batch_size,)
+    batches = micro_batch_sizes(workload, given)
     for folding in foldings(workload, world_size, hardware, given):
         for micro_batch_size in batches:
             first = Mapping(folding, world_size, micro_batch_size)
@@ -100,6 +104,20 @@ def mappings_of(
             wanted = list(mappings if allowed is everything else filter(allowed, mappings))
             if wanted:
                 yield wanted
+
+
+def micro_batch_sizes(workload: Workload, given: Given) -> list[int]:
+    """Return the microbatch sizes to try; the given size, if there is one.
+
+    Args:
+        workload: Model and batch.
+        given: Settings that are kept.
+    """
+    if given.micro_batch_size is not None:
+        return [given.micro_batch_size]
+    longest = max(MICRO_BATCH_SIZES[-1], MOST_TOKENS // workload.seq_length)
+    powers = (2**power for power in range(longest.bit_length()))
+    return [size for size in powers if size <= workload.global_batch_size]
 
 
 def divides(mapping: Mapping, global_batch_size: int) -> bool:
@@ -131,7 +149,10 @@ def _in_vain(mapping: Mapping, allowed: Allowed) -> bool:
 def foldings(
     workload: Workload, world_size: int, hardware: Hardware, given: Given | None = None
 ) -> Iterator[ParallelFolding]:
-    """Yield all foldings of a model; unless given, stages are even and TP is inside a domain.
+    """Yield all foldings of a model; unless given, TP is inside a domain.
+
+    Stages are as even as they can be: embedding and output layer count as layers only where the
+    layers alone do not divide.
 
     Args:
         workload: Model and batch.
@@ -203,18 +224,33 @@ class _Sizes:
     def pp(self) -> list[int]:
         name = ParallelFolding.NAMES["pp"]
         layers = self.workload.arch.num_layers
-        chosen = [self.given.folding[name]] if name in self.given.folding else range(1, layers + 1)
+        most = layers + len(ACCOUNTED_LAYERS)
+        chosen = [self.given.folding[name]] if name in self.given.folding else range(1, most + 1)
         return [size for size in chosen if self.world_size % size == 0]
 
     def stages(self, pp: int) -> Iterator[dict[str, Any]]:
-        """Yield the ways to cut the layers into stages: uneven as given, and virtual stages."""
-        uneven = {name: self.given.folding[name] for name in STAGES if name in self.given.folding}
+        """Yield the ways to cut the layers into stages: uneven stages, and virtual stages."""
+        uneven = self.uneven(pp)
         name = ParallelFolding.NAMES["vpp"]
         layers = self.workload.arch.num_layers
-        most = layers + 1 if uneven else layers // pp
+        most = (layers + len(ACCOUNTED_LAYERS)) // pp
+        if any(uneven.get(name) for name in UNEVEN_STAGES):
+            most = layers
         virtual: Iterable[int | None] = [None, *(range(2, most + 1) if pp > 1 else ())]
         if name in self.given.folding:
             virtual = [self.given.folding[name]]
         for vpp in virtual:
             if self._fits(pp=pp, vpp=vpp, **uneven):
                 yield {"vpp": vpp, **uneven}
+
+    def uneven(self, pp: int) -> dict[str, Any]:
+        """Return how stages are uneven: as given, or so that the layers divide."""
+        given = {name: self.given.folding[name] for name in STAGES if name in self.given.folding}
+        layers = self.workload.arch.num_layers
+        if given or layers % pp == 0:
+            return given
+        # The output layer takes more time than the embedding, so that it counts first.
+        for counted in (ACCOUNTED_LAYERS[1:], ACCOUNTED_LAYERS):
+            if (layers + len(counted)) % pp == 0:
+                return dict.fromkeys(counted, True)
+        return {}

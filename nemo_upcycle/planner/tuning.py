@@ -186,7 +186,7 @@ COMPONENTS = {
 
 def differences(one: Prediction, other: Prediction) -> list[tuple[str, float]]:
     """Return the largest differences: the part in words, and how many seconds `other` is slower."""
-    pairs = zip(vars(one.time).items(), vars(other.time).values(), strict=True)
+    pairs = zip(one.time._asdict().items(), other.time, strict=True)
     signed = [(COMPONENTS[name], more - value) for (name, value), more in pairs]
     return sorted(signed, key=lambda pair: -abs(pair[1]))
 

@@ -1,6 +1,6 @@
 """The planner's input: a model with a batch, and a parallel mapping."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -114,8 +114,8 @@ class Workload:
         folding = ParallelFolding(**dict(zip(OF_STAGES, stages, strict=True)))
         return stage_layers(self.arch.num_layers, folding)
 
-    def buffers(self, folding: ParallelFolding, stage: int) -> "tuple[Buffer, ...]":
-        """Return a rank's buffers: per virtual stage, one for experts and one for all else."""
+    def buffers(self, folding: ParallelFolding, stage: int) -> "Counter[Buffer]":
+        """Count a rank's buffers: per virtual stage, one for experts and one for all else."""
         sizes = (
             folding.tensor_model_parallel_size,
             folding.expert_tensor_parallel_size,
@@ -127,22 +127,32 @@ class Workload:
     @cache  # noqa: B019
     def _buffers(
         self, sizes: tuple[int, int, int], stages: tuple[Any, ...], stage: int
-    ) -> "tuple[Buffer, ...]":
-        found: list[Buffer] = []
-        made: dict[tuple[int, ...], list[Buffer]] = {}
+    ) -> "Counter[Buffer]":
+        found: Counter[Buffer] = Counter()
+        for kinds, count in self._virtual_stages(stages, stage).items():
+            for buffer in self._buffers_of(sizes, kinds):
+                found[buffer] += count
+        return found
+
+    @cache  # noqa: B019
+    def _virtual_stages(self, stages: tuple[Any, ...], stage: int) -> Counter[tuple[int, ...]]:
+        """Count a stage's virtual stages by how many of each of `KINDS` they have."""
         every = self._layers(stages)
         chunks = every[stage]
+        found: Counter[tuple[int, ...]] = Counter()
         for number, layers in enumerate(chunks):
             moe = sum(map(self.model.is_moe.__getitem__, layers))
             before = stage == 0 and number == 0
             after = stage == len(every) - 1 and number == len(chunks) - 1
             # Where the embedding is the output layer too, the last stage has a copy.
-            counts = (moe, len(layers) - moe, before, after, after and stage > 0)
-            if counts not in made:
-                parts = self._parts(*sizes)
-                made[counts] = list(_buffers(parts, dict(zip(KINDS, counts, strict=True))))
-            found += made[counts]
-        return tuple(found)
+            found[moe, len(layers) - moe, before, after, after and stage > 0] += 1
+        return found
+
+    @cache  # noqa: B019
+    def _buffers_of(
+        self, sizes: tuple[int, int, int], kinds: tuple[int, ...]
+    ) -> "tuple[Buffer, ...]":
+        return tuple(_buffers(self._parts(*sizes), dict(zip(KINDS, kinds, strict=True))))
 
     @cache  # noqa: B019
     def _parts(self, tp: int, etp: int, ep: int) -> "dict[tuple[str, bool], Buffer]":

@@ -231,7 +231,7 @@ def _rank_plan(
 
 
 def distinct_bytes(blocks: Iterable[Block], tensors: Mapping[str, TensorInfo]) -> int:
-    """Return the size of the union of blocks; overlaps count once.
+    """Return the stored size of the union of blocks; overlaps count once.
 
     Args:
         blocks: Blocks of dense tensors.
@@ -240,10 +240,12 @@ def distinct_bytes(blocks: Iterable[Block], tensors: Mapping[str, TensorInfo]) -
     by_tensor: dict[str, set[Block]] = defaultdict(set)
     for block in blocks:
         by_tensor[block.tensor].add(block)
-    return sum(
-        _area(areas, tensors[name].width) * DTYPE_BYTES[tensors[name].dtype] * tensors[name].sources
-        for name, areas in by_tensor.items()
-    )
+    total = 0
+    for name, areas in by_tensor.items():
+        info = tensors[name]
+        read = _area(areas, info.width) * DTYPE_BYTES[info.dtype]
+        total += info.stored(read) * info.sources
+    return total
 
 
 def _area(blocks: set[Block], width: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from nemo_upcycle.checkpoint import DTYPE_BYTES, Span, TensorInfo
 from nemo_upcycle.checkpoint.branches import branch_name
+from nemo_upcycle.checkpoint.dense import DEQUANTISING_BYTES
 from nemo_upcycle.checkpoint.megatron import VOCABULARY
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
@@ -84,7 +85,7 @@ class Plan:
         copies: Blocks to read, each once, with all targets.
         routers: Router shards to draw.
         zeros: Rows without a counterpart in the dense model (vocabulary padding, router bias).
-        bytes_to_read: Size of all blocks in the checkpoint's dtypes.
+        bytes_to_read: Size of all blocks as the checkpoint stores them.
         tensors: Names of the dense tensors that are read.
     """
 
@@ -315,8 +316,9 @@ def block_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
 
 
 def read_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:
-    """Return the bytes read for a block: the size, times the checkpoints that are averaged."""
-    return block_bytes(block, tensors) * tensors[block.tensor].sources
+    """Return the bytes read for a block: the stored size, times the checkpoints averaged."""
+    info = tensors[block.tensor]
+    return info.stored(block_bytes(block, tensors)) * info.sources
 
 
 def chunk_spans(rows: Span, row_bytes: int) -> Iterator[Span]:
@@ -341,11 +343,12 @@ def peak_bytes(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: str) -> int
         dtype: The parameters' dtype, by safetensors' name.
 
     Returns:
-        Bytes of the buffers, each as large as the largest chunk, plus the memory of averaging. A
-            chunk that goes to several places in another dtype than the checkpoint's needs one more
-            chunk. Initialisers run later and need less: see `engine/experts.py`.
+        Bytes of the buffers, each as large as the largest chunk, plus the memory of averaging and
+            of dequantising. A chunk that goes to several places in another dtype than the
+            checkpoint's needs one more chunk. Initialisers run later and need less: see
+            `engine/experts.py`.
     """
-    largest = converted = averaged = count = 0
+    largest = converted = averaged = strips = count = 0
     for block, targets in plan.copies.items():
         row_bytes = _row_bytes(block, tensors)
         spans = list(chunks(block, tensors))
@@ -356,9 +359,11 @@ def peak_bytes(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: str) -> int
         values = rows * row_bytes // DTYPE_BYTES[source]
         if source != dtype and len(targets) > 1:
             converted = max(converted, values * DTYPE_BYTES[dtype])
+        if tensors[block.tensor].packed is not None:  # a strip, and a scale per row
+            strips = max(strips, DEQUANTISING_BYTES + rows * DTYPE_BYTES["F32"])
         if tensors[block.tensor].sources > 1:  # two chunks more, and two in fp32
             averaged = max(averaged, 2 * rows * row_bytes + 2 * values * DTYPE_BYTES["F32"])
-    return min(BUFFERS, count) * (largest + averaged) + converted
+    return min(BUFFERS, count) * (largest + averaged + strips) + converted
 
 
 def _row_bytes(block: Block, tensors: Mapping[str, TensorInfo]) -> int:

@@ -8,13 +8,18 @@ from typing import Any
 from nemo_upcycle.checkpoint.dtypes import DTYPE_NAMES
 from nemo_upcycle.checkpoint.kept import CHAT_TEMPLATES, CONFIG, default_tokens
 from nemo_upcycle.checkpoint.tokenizer_files import copy_tokenizer
+from nemo_upcycle.families.family import ACTIVATIONS
 from nemo_upcycle.families.model import MoEModel
-from nemo_upcycle.families.moe import MoEFamily
+from nemo_upcycle.families.moe_family import MoEFamily
 
 _TOKENIZERS = {
     "llama": "LlamaTokenizer",
     "mistral": "LlamaTokenizer",
     "mixtral": "LlamaTokenizer",
+    "phi3": "LlamaTokenizer",
+    "granite": "GPT2Tokenizer",
+    "granitemoe": "GPT2Tokenizer",
+    "granitemoeshared": "GPT2Tokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen2_moe": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
@@ -68,7 +73,7 @@ def config_of(model: MoEModel, family: MoEFamily, dtype: str) -> dict[str, Any]:
     arch = model.arch
     rope: dict[str, Any] | None = None
     if arch.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **arch.rope_scaling}
+        rope = dict(arch.rope_scaling)
     elif arch.seq_len_interpolation_factor is not None:
         rope = {"rope_type": "linear", "factor": arch.seq_len_interpolation_factor}
     return {
@@ -79,7 +84,7 @@ def config_of(model: MoEModel, family: MoEFamily, dtype: str) -> dict[str, Any]:
         "num_hidden_layers": arch.num_layers,
         "num_attention_heads": arch.num_attention_heads,
         "num_key_value_heads": arch.num_query_groups,
-        "hidden_act": "silu",
+        "hidden_act": ACTIVATIONS[arch.activation].words[0],
         "max_position_embeddings": arch.max_position_embeddings,
         "initializer_range": arch.init_method_std,
         "rms_norm_eps": arch.layernorm_epsilon,

@@ -14,7 +14,8 @@ from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.checkpoint.tokenizer_files import find_tokenizer
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.model import MoEModel
-from nemo_upcycle.families.moe import MoEFamily, moe_family_of
+from nemo_upcycle.families.moe import moe_family_of
+from nemo_upcycle.families.moe_family import MoEFamily
 from nemo_upcycle.plans.rank import chunk_spans
 from nemo_upcycle.progress import Progress, no_progress
 from nemo_upcycle.trained.configs import write_configs

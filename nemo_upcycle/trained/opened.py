@@ -5,7 +5,7 @@ trained model is exported, imported and loaded under any mapping, slice by slice
 model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -17,6 +17,7 @@ from nemo_upcycle.checkpoint import (
     DenseCheckpoint,
     HuggingFaceCheckpoint,
     MegatronCheckpoint,
+    Piece,
     Span,
     TensorInfo,
     is_huggingface,
@@ -26,11 +27,11 @@ from nemo_upcycle.checkpoint.kept import kept_in
 from nemo_upcycle.checkpoint.megatron import VOCABULARY
 from nemo_upcycle.checkpoint.run_directory import resolve_trained
 from nemo_upcycle.errors import UpcyclingError, listing
-from nemo_upcycle.families.family import Architecture, Operation, Rename
+from nemo_upcycle.families.family import Architecture, Rename, Rows
 from nemo_upcycle.families.fields import megatron_model
 from nemo_upcycle.families.model import MoEModel
-from nemo_upcycle.families.moe import MoEFamily
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
+from nemo_upcycle.families.moe_family import MoEFamily
 from nemo_upcycle.families.names import expert_of, layer_of, pattern_of, stored_name
 from nemo_upcycle.plans.rank import Segment, segments
 
@@ -64,7 +65,6 @@ class Trained:
             UpcyclingError: The checkpoint has nothing for it.
         """
         layer, expert = layer_of(parameter), expert_of(parameter)
-        width = self.model.arch.ffn_hidden_size if expert is None else self.model.expert_width
 
         def missing(tensor: str) -> UpcyclingError:
             return UpcyclingError(
@@ -73,22 +73,22 @@ class Trained:
             )
 
         return segments(
-            self._operation(parameter).rows(self.model.arch, (0, width)),
+            self._rows(parameter, expert),
             self.checkpoint.tensors,
             lambda tensor: tensor.format(layer=layer, expert=expert),
             missing,
         )
 
-    def _operation(self, parameter: str) -> Operation:
+    def _rows(self, parameter: str, expert: int | None) -> Iterator[Rows]:
         name = stored_name(parameter)
         if self.family is None:
-            return Rename(name)
-        operation = self.family.parameters.get(pattern_of(name))
-        if operation is None:
+            return Rename(name).rows(self.model.arch)
+        pattern = pattern_of(name)
+        if pattern not in self.family.parameters:
             raise UpcyclingError(
                 f"The model has {parameter}, which does not exist in a {self.family.model_type}."
             )
-        return operation
+        return self.family.rows(pattern, self.model, expert)
 
     @cached_property
     def unread(self) -> frozenset[str]:
@@ -133,11 +133,28 @@ def _with_context(arch: Architecture, kept: Mapping[str, Any]) -> Architecture:
 
 
 class _HuggingFaceMoE(HuggingFaceCheckpoint):
-    """A directory whose tensors are read as Megatron's values; some are stored doubled."""
+    """A directory whose tensors are read as Megatron's values.
+
+    Some are stored doubled. Stacked ones have one matrix after another.
+    """
 
     def __init__(self, directory: Path, doubled: str | None) -> None:
         super().__init__(directory)
         self._doubled = doubled
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {
+            name: replace(info, shape=(prod(info.shape[:-1]), info.shape[-1]))
+            if len(info.shape) > 1
+            else info
+            for name, info in super().tensors.items()
+        }
+
+    def pieces(self, name: str) -> tuple[Piece]:
+        shape = self.tensors[name].shape
+        columns = (0, shape[1]) if len(shape) > 1 else (0, 1)
+        return (replace(super().pieces(name)[0], rows=(0, shape[0]), columns=columns),)
 
     def read_into(self, buffer: memoryview, name: str, rows: Span, columns: Span | None) -> None:
         super().read_into(buffer, name, rows, columns)

@@ -9,16 +9,15 @@ import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo
+from nemo_upcycle.checkpoint import TensorInfo
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.model import MoEModel
-from nemo_upcycle.families.moe import MoEFamily
+from nemo_upcycle.families.moe_family import MoEFamily
 from nemo_upcycle.families.names import expert_of, layer_of, pattern_of
 from nemo_upcycle.progress import size
 from nemo_upcycle.trained.configs import write_json
@@ -44,16 +43,26 @@ class Output:
         info: Shape and dtype.
         parts: Parts by the first row that each fills.
         doubled: Whether the values are twice Megatron's.
+        stack: Matrices, one after another, that are the first axis of the stored shape; 1 for none.
     """
 
     info: TensorInfo
     parts: dict[int, Part] = field(default_factory=dict)
     doubled: bool = False
+    stack: int = 1
+
+    @property
+    def stored(self) -> TensorInfo:
+        """The tensor as the file describes it."""
+        if self.stack == 1:
+            return self.info
+        rows, *columns = self.info.shape
+        return replace(self.info, shape=(self.stack, rows // self.stack, *columns))
 
     @property
     def bytes(self) -> int:
         """Its size."""
-        return prod(self.info.shape) * DTYPE_BYTES[self.info.dtype]
+        return self.info.bytes
 
 
 def outputs_of(
@@ -93,9 +102,8 @@ def _add(
 ) -> None:
     """Add a parameter's rows to the tensors that hold them."""
     numbers = {"layer": layer_of(name), "expert": expert_of(name)}
-    width = model.expert_width if numbers["expert"] is not None else model.arch.ffn_hidden_size
     position = 0
-    for rows in family.parameters[pattern_of(name)].rows(model.arch, (0, width)):
+    for rows in family.rows(pattern_of(name), model, numbers["expert"]):
         start, stop = rows.span(info.shape[0])
         count = stop - start
         tensor = rows.tensor.format(**numbers)
@@ -103,6 +111,7 @@ def _add(
         output.parts[start] = Part(name, position, count)
         end = max(output.info.shape[0], stop)
         output.info = TensorInfo((end, *info.shape[1:]), info.dtype)
+        output.stack = family.stack(tensor, model)
         output.doubled = family.doubled is not None and tensor.endswith(family.doubled)
         position += count
     if position != info.shape[0]:
@@ -156,18 +165,27 @@ class OutputFile:
     @cached_property
     def head(self) -> bytes:
         """What stands before the tensors."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for name, output in self.outputs.items():
-            header[name] = {
-                "dtype": output.info.dtype,
-                "shape": list(output.info.shape),
-                "data_offsets": [position, position + output.bytes],
-            }
-            position += output.bytes
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        return struct.pack("<Q", len(raw)) + raw
+        infos = {name: output.stored for name, output in self.outputs.items()}
+        return header(infos, {"format": "pt"})
+
+
+def header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the tensors of a safetensors file.
+
+    Args:
+        infos: The tensors, by name, in the file's order.
+        metadata: Texts by name.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, info in infos.items():
+        stop = position + info.bytes
+        offsets = [position, stop]
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+        position = stop
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
 
 
 def files_of(outputs: Mapping[str, Output], shard_bytes: int) -> list[OutputFile]:

@@ -11,8 +11,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-MOE = ("mixtral", "qwen2_moe", "qwen3_moe")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "nemotron", *MOE)
+GRANITE_MOE = ("granitemoe", "granitemoeshared")
+GRANITE = ("granite", *GRANITE_MOE)
+MOE = ("mixtral", "qwen2_moe", "qwen3_moe", *GRANITE_MOE)
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "nemotron", "smollm3", "phi3", "granite")
+FAMILIES = (*DENSE, *MOE)
 VOCABULARY = 96
 ABSENT = object()
 
@@ -50,14 +53,15 @@ def config_of(family: str, seed: int) -> tuple[dict[str, Any], Sizes]:
         "hidden_act": [ABSENT, *acts * 20, "gelu"],
         "initializer_range": [ABSENT, 0.02, 0.1],
         "max_position_embeddings": [128, 128, 64, 32, ABSENT],
-        "pad_token_id": [ABSENT] * 16 + [None, 0, -1, VOCABULARY],
+        "pad_token_id": [0 if family in ("smollm3", "phi3") else ABSENT] * 16
+        + [None, ABSENT, 0, -1, VOCABULARY],
         "attention_bias": [ABSENT] * 12 + [False, False, True],
         "mlp_bias": [ABSENT] * 10 + [False, False, True],
         "attention_dropout": [ABSENT, ABSENT, 0.0, 0.1],
         "pretraining_tp": [ABSENT, ABSENT, 1, 2],
-        "logits_scaling": [ABSENT] * 5 + [8.0],
-        "attention_multiplier": [ABSENT] * 5 + [0.5],
-        "no_rope_layers": [ABSENT] * 5 + [[1, 0]],
+        **_multipliers(family),
+        "no_rope_layers": _rotating(family, sizes.layers),
+        "no_rope_layer_interval": [ABSENT] * 3 + [2, 3],
         "is_causal": [ABSENT] * 16 + [True, True, None, False],
         "router_jitter_noise": [ABSENT, 0.1],
         "output_router_logits": [ABSENT, False, True],
@@ -72,6 +76,27 @@ def config_of(family: str, seed: int) -> tuple[dict[str, Any], Sizes]:
     return config, sizes
 
 
+def _multipliers(family: str) -> dict[str, list[Any]]:
+    if family not in GRANITE:
+        return {
+            "logits_scaling": [ABSENT] * 5 + [8.0],
+            "attention_multiplier": [ABSENT] * 5 + [0.5],
+        }
+    return {
+        "embedding_multiplier": [ABSENT, 1, 12.0, 0.5],
+        "residual_multiplier": [ABSENT, 1.0, 0.22, 2],
+        "attention_multiplier": [ABSENT, 0.25, 0.1, 0.5],
+        "logits_scaling": [ABSENT, 1.0, 8, 0.3],
+    }
+
+
+def _rotating(family: str, layers: int) -> list[Any]:
+    if family != "smollm3":
+        return [ABSENT] * 5 + [[1, 0]]
+    mixed = [int(layer % 2 == 0) for layer in range(layers)]
+    return [ABSENT, ABSENT, None, [1] * layers, [0] * layers, mixed, mixed[1:]]
+
+
 def _say(config: dict[str, Any], key: str, value: Any) -> None:
     if value is not ABSENT:
         config[key] = value
@@ -81,7 +106,8 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
     heads = random.choice([2, 4, 8])
     hidden = heads * random.choice([4, 8, 12])
     groups = random.choice([n for n in (1, 2, 4, 8) if heads % n == 0])
-    width = random.choice([hidden // heads] * (30 if family == "qwen2_moe" else 3) + [8, 16])
+    often = 30 if family in ("qwen2_moe", *GRANITE_MOE) else 3
+    width = random.choice([hidden // heads] * often + [8, 16])
     layers = random.choice([2, 2, 3])
     if family == "qwen3" and random.random() < 0.1:
         width, said = 128, ABSENT
@@ -103,17 +129,19 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
         "num_attention_heads": heads,
     }
     tied = random.choice([ABSENT, False, True] * 8 + [None])
+    is_tied = tied is True or (tied is ABSENT and family == "smollm3")
     _say(config, "tie_word_embeddings", tied)
     bias = family == "qwen2"
     experts, expert_width, shared, is_moe = 0, ffn, 0, (False,) * layers
     if family in MOE:
         experts, is_moe = random.choice([2, 4, 8]), (True,) * layers
         names = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts"}
+        names |= dict.fromkeys(GRANITE_MOE, "num_local_experts")
         name = names.get(family) or random.choice(["num_experts", "num_local_experts"])
         if family == "mixtral" and random.random() < 0.1:
             name = "num_experts"
         config[name] = experts
-        if random.random() < 0.1:
+        if random.random() < 0.1 and family not in GRANITE_MOE:
             config["num_experts"] = random.choice([experts, 4])
         topk = random.choice([2] * 6 + [experts, experts, 1, experts + 1, ABSENT])
         _say(config, "num_experts_per_tok", topk)
@@ -133,9 +161,12 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
         said = random.choice([ABSENT, True, False])
         bias = said is not False
         _say(config, "qkv_bias", said)
+    if family == "granitemoeshared":
+        shared = random.choice([0, ffn, 2 * ffn])
+        config["shared_intermediate_size"] = shared
     return Sizes(
         hidden, heads, groups, width, ffn, layers, experts, expert_width, shared, is_moe,
-        tied is True, bias,
+        is_tied, bias,
     )  # fmt: skip
 
 
@@ -145,7 +176,7 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
 def _rope(random: Random, family: str) -> dict[str, Any]:
     theta = random.choice([ABSENT, 10000.0, 500, 5e5, 5e5])
     partial: Any = ABSENT
-    if family == "nemotron":
+    if family in ("nemotron", "phi3"):
         partial = random.choice([ABSENT, 0.25, 0.5, 0.75, 1.0, 1])
     elif random.random() < 0.05:
         partial = random.choice([0.5, 1.0])
@@ -190,8 +221,9 @@ def _mixture(random: Random, theta: Any, partial: Any, scaling: dict | None) -> 
 
 
 def _scaling(random: Random, family: str) -> dict[str, Any] | None:
-    kinds = [None] * 10 + ["linear"] * 6 + ["llama3"] * 6 + ["default"] * 2 + ["yarn", "su"]
-    kind = random.choice([*kinds, *([None] * 30 if family == "nemotron" else [])])
+    kinds = [None] * 10 + ["linear"] * 6 + ["llama3"] * 6 + ["default"] * 2 + ["yarn"] * 6
+    kinds += ["su", "dynamic", "longrope"]
+    kind = random.choice([*kinds, *([None] * 90 if family in ("nemotron", "phi3") else [])])
     if kind is None:
         return None
     name = random.choice(["rope_type", "rope_type", "type"])
@@ -206,8 +238,25 @@ def _scaling(random: Random, family: str) -> dict[str, Any] | None:
         low, high = random.choice([(1.0, 4.0), (1, 4), (1.5, 3.0), (4.0, 1.0), (2.0, 2.0)])
         found |= {"low_freq_factor": low, "high_freq_factor": high}
         _say(found, "original_max_position_embeddings", random.choice([16, 32, 32, ABSENT]))
-    if random.random() < 0.1:
+    if kind == "yarn":
+        found |= _yarn(random)
+    elif random.random() < 0.1:
         found["attention_factor"] = 0.5
+    return found
+
+
+def _yarn(random: Random) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, values in {
+        "original_max_position_embeddings": [8, 16, 32, 32, ABSENT],
+        "beta_fast": [ABSENT, ABSENT, 32, 8.0, 2.0, None],
+        "beta_slow": [ABSENT, ABSENT, 1, 0.5, 4.0],
+        "mscale": [ABSENT, ABSENT, 1.0, 0.7, 0],
+        "mscale_all_dim": [ABSENT, ABSENT, 1.0, 0.5],
+        "attention_factor": [ABSENT, ABSENT, None, 1.0, 0.5, 1.3],
+        "truncate": [ABSENT, ABSENT, True, False],
+    }.items():
+        _say(found, key, random.choice(values))
     return found
 
 
@@ -216,15 +265,16 @@ def _scaling(random: Random, family: str) -> dict[str, Any] | None:
 
 def _windows(random: Random, family: str, layers: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    reads = {"llama": 0.1, "nemotron": 0.1, "mistral": 0.8, "mixtral": 0.8}.get(family, 0.9)
-    if random.random() < reads:
+    reads = {"llama": 0.1, "nemotron": 0.1, "mistral": 0.8, "mixtral": 0.8}
+    reads |= {"phi3": 0.8, "smollm3": 0.8} | dict.fromkeys(GRANITE, 0.1)
+    if random.random() < reads.get(family, 0.9):
         _say(found, "sliding_window", random.choice([ABSENT, None, 4, 8, 36, 4096]))
-    if family.startswith("qwen"):
+    if family.startswith("qwen") or family == "smollm3":
         often = 0.05 if family == "qwen2_moe" else 0.5
         is_used = random.random() < often or random.choice([ABSENT, False])
         _say(found, "use_sliding_window", is_used)
         _say(found, "max_window_layers", random.choice([ABSENT, 0, 0, 1, layers]))
-    if random.random() < (0.3 if family in ("qwen2", "qwen3") else 0.1):
+    if random.random() < (0.3 if family in ("qwen2", "qwen3", "smollm3") else 0.1):
         kinds = ["full_attention", "sliding_attention"]
         one = random.choice([*kinds, *kinds, "chunked_attention", "attention"])
         found["layer_types"] = random.choice(
@@ -296,7 +346,10 @@ def shapes(family: str, sizes: Sizes) -> dict[str, tuple[int, ...]]:
     for layer in range(sizes.layers):
         prefix = f"model.layers.{layer}."
         attention = prefix + "self_attn."
-        for name, rows in {"q_proj": queries, "k_proj": keys, "v_proj": keys}.items():
+        projections = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        if family == "phi3":
+            projections = {"qkv_proj": queries + 2 * keys}
+        for name, rows in projections.items():
             found[f"{attention}{name}.weight"] = (rows, hidden)
             if sizes.has_qkv_bias:
                 found[f"{attention}{name}.bias"] = (rows,)
@@ -333,6 +386,13 @@ def _feed_forward(
             mlp + "up_proj.weight": (sizes.ffn, hidden),
             mlp + "down_proj.weight": (hidden, sizes.ffn),
         }
+    if family == "phi3":
+        return {
+            mlp + "gate_up_proj.weight": (2 * sizes.ffn, hidden),
+            mlp + "down_proj.weight": (hidden, sizes.ffn),
+        }
+    if family in GRANITE_MOE:
+        return _granite_moe(prefix, sizes)
     if not is_moe:
         return gated(mlp, sizes.ffn, usual)
     place = prefix + "block_sparse_moe." if family == "mixtral" else mlp
@@ -343,4 +403,17 @@ def _feed_forward(
     if family == "qwen2_moe":
         found |= gated(mlp + "shared_expert.", sizes.shared, usual)
         found[mlp + "shared_expert_gate.weight"] = (1, hidden)
+    return found
+
+
+def _granite_moe(prefix: str, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    hidden, ffn, place = sizes.hidden, sizes.ffn, prefix + "block_sparse_moe."
+    found: dict[str, tuple[int, ...]] = {
+        place + "router.layer.weight": (sizes.experts, hidden),
+        place + "input_linear.weight": (sizes.experts, 2 * ffn, hidden),
+        place + "output_linear.weight": (sizes.experts, hidden, ffn),
+    }
+    if sizes.shared:
+        found[prefix + "shared_mlp.input_linear.weight"] = (2 * sizes.shared, hidden)
+        found[prefix + "shared_mlp.output_linear.weight"] = (hidden, sizes.shared)
     return found

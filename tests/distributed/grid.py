@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_upcycle.config import UpcyclingConfig
+from tests.calibrations import write_statistics
 from tests.distributed import scenarios
 from tests.distributed.foldings import DENSE, FOLDINGS, ONE_RANK, Spread, spread
 from tests.distributed.megatron_dense import save_dense
@@ -23,7 +24,21 @@ INITIALIZERS = (
     "random",
     "hybrid(copy, drop, noise(std=0.5), random)",
 )
-WAYS = (*INITIALIZERS, "branches", "branches, dropped", "read once", "megatron", "huggingface")
+OF_STATISTICS = {
+    **dict.fromkeys(("centroids", "prompts", "ridge"), "router_initializer"),
+    **dict.fromkeys(("activation_sorted", "partial"), "initializer"),
+}
+"""Initialisers with a file of statistics, and the option that takes them."""
+
+WAYS = (
+    *INITIALIZERS,
+    *OF_STATISTICS,
+    "branches",
+    "branches, dropped",
+    "read once",
+    "megatron",
+    "huggingface",
+)
 
 
 class Shown:
@@ -91,6 +106,14 @@ class Grid:
             )
         return self._megatron[name]
 
+    def statistics(self, name: str) -> Path:
+        """Return a file of statistics that fits a dense model of `DENSE`."""
+        file = self._directory / "statistics" / name
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            write_statistics(file, self.dense(name))
+        return file
+
     def saved(self, name: str) -> Path:
         """Return the directory of the checkpoint that a mapping saves."""
         return self._directory / "saved" / name
@@ -115,6 +138,12 @@ class Grid:
         ways = {
             initializer: scenarios.Way(dense, upcycling={"initializer": initializer})
             for initializer in INITIALIZERS
+        }
+        ways |= {
+            initializer: scenarios.Way(
+                dense, upcycling={option: f"{initializer}(stats={str(self.statistics(name))!r})"}
+            )
+            for initializer, option in OF_STATISTICS.items()
         }
         return ways | {
             "branches": scenarios.Way(f"{dense},{self.branch(name)}"),

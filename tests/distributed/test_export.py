@@ -21,7 +21,7 @@ from nemo_upcycle.trained.export import export, plan_export
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.step0 import FOLDED, IDS, TOLERANCE, error
-from tests.distributed.trained import KINDS, trained
+from tests.distributed.trained import KINDS, NOT_EXPORTED, trained
 from tests.distributed.training import train
 from tests.distributed.whole import whole
 from tests.tiny import write_dense
@@ -98,17 +98,11 @@ def test_many_files(ranks: RankPool, tmp_path: Path) -> None:
     assert error(outputs, exported, IDS) <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("family", "upcycling", "message"),
-    [
-        ("nemotron", {}, "squared ReLU"),
-        ("qwen3", {"moe_shared_expert": True}, "with a shared expert"),
-        ("mistral, window", {"moe_router_pre_softmax": True}, "a sliding window"),
-    ],
-)
+@pytest.mark.parametrize("name", NOT_EXPORTED)
 def test_what_no_architecture_computes_is_refused(
-    ranks: RankPool, tmp_path: Path, family: str, upcycling: dict[str, Any], message: str
+    ranks: RankPool, tmp_path: Path, name: str
 ) -> None:
+    family, upcycling, message = NOT_EXPORTED[name]
     ranks.run(
         scenarios.upcycled_and_saved_as_nemo,
         1,

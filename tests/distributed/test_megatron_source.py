@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, MegatronCheckpoint, open_checkpoint
+from nemo_upcycle.checkpoint.described import open_dense
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.families import architecture_of
 from nemo_upcycle.families.llama import LLAMA
@@ -21,6 +22,7 @@ from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.trained import import_ckpt
 from tests.distributed.training import train
 from tests.distributed.whole import differing, whole
+from tests.tiny import FAMILIES, write_dense
 from tests.workspace import make_workspace
 
 SAVED = {
@@ -127,6 +129,18 @@ def test_an_imported_checkpoint_upcycles_to_the_same_weights(
     ranks.run(import_ckpt, 1, source=dense, output=tmp_path / "nemo")
     mapping = UPCYCLED["TP2-EP2-ETP1"]
     assert not differing(upcycled(ranks, tmp_path / "nemo", mapping), from_hugging_face)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+def test_nemo_checkpoints_of_every_family_are_sources(
+    ranks: RankPool, tmp_path: Path, family: str
+) -> None:
+    """Megatron-LM's and Megatron-Bridge's are in tests/megatron/test_dense_sources.py."""
+    dense, nemo = write_dense(tmp_path / "dense", family), tmp_path / "nemo"
+    ranks.run(import_ckpt, 1, source=dense, output=nemo)
+    assert open_dense(str(nemo)).arch == open_checkpoint(str(dense)).architecture
+    found, expected = (upcycled(ranks, each, UPCYCLED["TP2-EP2-ETP1"]) for each in (nemo, dense))
+    assert not differing(found, expected)
 
 
 def upcycled(ranks: RankPool, source: Path, mapping: Spread) -> dict[str, torch.Tensor]:

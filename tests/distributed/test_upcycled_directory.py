@@ -18,6 +18,10 @@ WAYS = {
     "softmax first, scaled": ("llama", replace(E4, moe_router_pre_softmax=True, granularity=2)),
     "shared expert, noise": ("qwen2", replace(E4, moe_shared_expert=True, initializer="noise")),
     "every other layer": ("qwen2, tied", replace(E4, moe_layer_freq=2)),
+    "stacked experts": (
+        "granite",
+        replace(E4, granularity=2, moe_shared_expert=True, router_initializer="virtual_groups"),
+    ),
     "norms of queries": ("qwen3", replace(E4, router_initializer="random", seed=7)),
 }
 

@@ -30,7 +30,7 @@ sys.meta_path.insert(0, NotInstalled())
 API = """
 from nemo_upcycle import (
     ParallelFolding, UpcyclingConfig, UpcyclingError, export, open_dense, plan,
-    register_initializer, upcycle,
+    register_initializer, register_router_initializer, upcycle,
 )
 job = plan(open_dense("dense"), UpcyclingConfig(), ParallelFolding(), 1, 2)
 print(job.parameters)

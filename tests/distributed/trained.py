@@ -7,7 +7,7 @@ from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.step0 import IDS
-from tests.tiny import LLAMA31_ROPE, write_dense
+from tests.tiny import LLAMA31_ROPE, YARN, write_dense
 
 WEIGHTS = "model.safetensors"
 
@@ -29,7 +29,9 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "granular": ("mixtral", "llama", {}, G4),
     "Llama 3.1 RoPE": ("mixtral", "llama", {"rope_scaling": LLAMA31_ROPE}, {}),
     "linear RoPE": ("mixtral", "llama, linear RoPE", {}, {}),
+    "YaRN": ("mixtral", "llama, YaRN", {}, {}),
     "window": ("mixtral", "mistral, window", {}, {}),
+    "fused, window": ("mixtral", "phi3", {"partial_rotary_factor": 1.0}, {}),
     "tied": ("mixtral", "llama", {"tie_word_embeddings": True}, {}),
     "head size": ("mixtral", "llama", {"head_dim": 16}, {}),
     "softmax first": ("qwen2_moe", "llama", {}, {"moe_router_pre_softmax": True}),
@@ -39,17 +41,47 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "everything": (
         "qwen2_moe",
         "qwen2, tied",
-        {},
+        {"rope_scaling": YARN},
         {**G4, **PARTLY, "moe_shared_expert": True, "moe_router_pre_softmax": True},
+    ),
+    "multipliers": ("granitemoe", "granite", {"tie_word_embeddings": True}, {}),
+    "multipliers, shared expert": (
+        "granitemoeshared",
+        "granite",
+        {"rope_scaling": YARN},
+        {**G4, "moe_shared_expert": True},
     ),
     "q and k norm": ("qwen3_moe", "qwen3", {}, {}),
     "q and k norm, softmax first, partly dense": (
         "qwen3_moe",
         "qwen3",
-        {},
+        {"rope_scaling": {**YARN, "truncate": False}},
         {**G4, **PARTLY, "moe_router_pre_softmax": True},
     ),
 }
+
+
+NOT_EXPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "squared ReLU": ("nemotron", {}, "squared ReLU"),
+    "some layers without RoPE": ("smollm3", {}, r"layers without RoPE \(\[3\]\), which"),
+    "a part rotated": ("phi3", {}, r"rotary_percent=0\.75"),
+    "q and k norm, shared expert": (
+        "qwen3",
+        {"moe_shared_expert": True},
+        "with a shared expert",
+    ),
+    "window, softmax first": (
+        "mistral, window",
+        {"moe_router_pre_softmax": True},
+        "a sliding window",
+    ),
+    "multipliers, softmax first": (
+        "granite",
+        {"moe_router_pre_softmax": True},
+        "multipliers together with softmax before top-k",
+    ),
+}
+"""What no architecture of transformers computes: a family, the upcycling, and what is said."""
 
 
 def trained(

@@ -58,9 +58,10 @@ def install() -> Path | None:
 
 def start(target: Path, script: str, *arguments: str) -> subprocess.Popen[str]:
     """Start a script in a process that has transformers 5."""
+    own = filter(None, [os.environ.get("PYTHONPATH")])
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments],
-        env=os.environ | {"PYTHONPATH": str(target)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(target), *own])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -103,7 +103,10 @@ def arguments(arch: Architecture, upcycling: UpcyclingConfig) -> list[str]:
         typed.append(
             f"--rotary-seq-len-interpolation-factor {int(arch.seq_len_interpolation_factor)}"
         )
-    if arch.rope_scaling is not None:
+    if arch.nope_layers:
+        skips = ",".join(str(int(layer in arch.nope_layers)) for layer in range(arch.num_layers))
+        typed.append(f"--no-rope-freq [{skips}]")
+    if arch.rope_scaling is not None and arch.rope_scaling["rope_type"] == "llama3":
         factor = arch.rope_scaling["factor"]
         typed += ["--use-rope-scaling", f"--rope-scaling-factor {factor}"]
     if arch.sliding_window is not None:

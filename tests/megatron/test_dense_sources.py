@@ -27,7 +27,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, scaled RoPE": ("llama", {"rope_scaling": LLAMA31_ROPE}),
 }
 
-RECORDED = ("llama, padded", "llama, scaled RoPE")
+RECORDED = ("llama, padded", "llama, scaled RoPE", "llama, YaRN", "granite")
 """What the hook records beside the checkpoints, because Megatron-LM's arguments cannot say it."""
 
 
@@ -84,6 +84,7 @@ WITHOUT: dict[tuple[str, str], str] = {
     ("llama, linear RoPE", "--rotary-seq-len-interpolation-factor"): "of one architecture",
     ("mistral, window", "--window-size"): "of one architecture",
     ("nemotron", "--rotary-percent"): "of one architecture",
+    ("smollm3", "--no-rope-freq"): "of one architecture",
 }
 
 

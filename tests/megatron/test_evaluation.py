@@ -13,7 +13,7 @@ from nemo_upcycle.evaluation.opening import open_model
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.megatron import formats
 from tests.megatron.scenarios import UPCYCLING
-from tests.tiny import LLAMA31_ROPE, tokens, write_dense
+from tests.tiny import LLAMA31_ROPE, YARN, tokens, write_dense
 from tests.tokenizers import write_tokenizer
 
 TOLERANCE = 1e-5
@@ -23,6 +23,8 @@ FAMILIES = {
     "nemotron": {},
     "qwen2, tied": {},
     "mistral, window": {},
+    "granite": {"rope_scaling": YARN},
+    "smollm3": {},
 }
 
 

@@ -13,6 +13,7 @@ import typer
 from nemo_upcycle.checkpoint.tokenizer_files import copy_tokenizer
 from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from tests.corpora import many, write
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool
 from tests.end_to_end import cli
@@ -94,6 +95,16 @@ def test_a_dense_model_becomes_a_directory_as_written(tmp_path: Path, tokenizer:
     said = [cli.run(tmp_path, *c.words) for c in commands("docs/upcycle.md") if c in OURS]
     assert "would be written" in said[0] and "written to demo/moe" in said[1]
     assert "exact: both compute the same" in said[2]
+
+
+def test_a_router_gets_centroids_as_written(tmp_path: Path, tokenizer: Path) -> None:
+    copy_tokenizer(tokenizer, write_llama(tmp_path / "demo" / "dense_hf", vocab_size=280))
+    (tmp_path / "demo" / "data").mkdir()
+    for name in ("documentation", "sources"):
+        write(tmp_path / "demo" / "data" / f"{name}.jsonl", many(20))
+    said = [cli.run(tmp_path, *c.words) for c in commands("docs/calibrate.md") if c in OURS]
+    assert "4 layers, 8 clusters each" in said[0]
+    assert "exact: experts are the dense layer" in said[1]
 
 
 @pytest.mark.parametrize("command", OURS, ids=str)

@@ -1,21 +1,25 @@
 """The planner against what was published."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import planner as benchmark
 from benchmarks.published import CALIBRATED as IN_FIT
-from benchmarks.published import MEGATRON_TESTS, MIXTRAL, PAPER, RUNS, Published
+from benchmarks.published import LLAMA3_8B, MEGATRON_TESTS, MIXTRAL, PAPER, RUNS, Published
+from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.planner.efficiency import ACCURACY, CALIBRATED
 from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.memory import of_stage
 from nemo_upcycle.planner.search import predict, search
-from nemo_upcycle.planner.workload import Mapping
+from nemo_upcycle.planner.step_time import step_time
+from nemo_upcycle.planner.workload import Mapping, Workload
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "benchmarks/results/2026-11-28-planner.md").read_text()
+H200 = (ROOT / "benchmarks/results/2026-11-26-h200.md").read_text()
 MEASURED = [run for run in RUNS if run.seconds is not None]
 CALIBRATION = [run for run in MEASURED if run.role == IN_FIT]
 
@@ -117,3 +121,28 @@ def test_what_is_said_of_the_accuracy_is_the_pages() -> None:
     for document in ("README.md", "docs/planner.md"):
         text = re.sub(r"\s+", " ", (ROOT / document).read_text())
         assert ACCURACY in text, document
+
+
+def test_layers_on_one_h200_take_what_is_predicted() -> None:
+    """No fit saw these steps of one, two and four layers, with fused weight gradients."""
+    chip, mapping = hardware("h200"), Mapping(ParallelFolding(), 1)
+    measured = [row for row in _rows(H200) if row["gradients"] == "fused"]
+    assert len(measured) == 13
+    for row in measured:
+        sizes = {"num_layers": int(row["layers"]), "vocab_size": int(row["vocab"])}
+        capacity = None if row["CF"] == "dropless" else float(row["CF"])
+        work = Workload(
+            replace(LLAMA3_8B, **sizes),
+            UpcyclingConfig(moe_expert_capacity_factor=capacity),
+            seq_length=8192,
+            global_batch_size=1,
+        )
+        planned = step_time(work, replace(mapping, recompute=row["recompute"]), chip).total
+        assert planned * 1e3 == pytest.approx(float(row["ms"].split()[0]), rel=0.06), row
+
+
+def _rows(page: str) -> list[dict[str, str]]:
+    """Return the rows of the table of layers."""
+    lines = page[page.index("| layers | vocab") :].split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]

@@ -72,32 +72,90 @@ def _quantised(name: str, dtype: torch.dtype = torch.uint8) -> Damage:
     return _tensors(lambda t: t.update({f"{whole}.{name}": torch.ones(8, dtype=dtype)}))
 
 
-FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+def _quantised_by(method: str, name: str, dtype: torch.dtype = torch.uint8) -> Damage:
+    """A method in the config and one of its tensors in the file."""
+
+    def write(directory: Path) -> None:
+        _config(quantization_config={"quant_method": method})(directory)
+        _quantised(name, dtype)(directory)
+
+    return write
+
+
+def _in_integers(method: str) -> Damage:
+    """A method in the config, and a weight of integers under the weight's own name."""
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def write(directory: Path) -> None:
+        _config(quantization_config={"quant_method": method})(directory)
+        _tensors(lambda t: t.update({name: t[name].to(torch.int8)}))(directory)
+
+    return write
+
+
+METHODS: dict[str, tuple[str, str]] = {
+    "GPTQ by config and tensors": ("gptq", "qweight"),
+    "AWQ by config and tensors": ("awq", "qzeros"),
+    "AutoRound by config and tensors": ("auto-round", "scales"),
+    "bitsandbytes in 4 bits by config and tensors": ("bitsandbytes", "weight.absmax"),
+    "bitsandbytes in 8 bits by config and tensors": ("bitsandbytes", "SCB"),
+    "HQQ by config and tensors": ("hqq", "W_q"),
+    "AQLM by config and tensors": ("aqlm", "codebooks"),
+    "VPTQ by config and tensors": ("vptq", "centroids.weight"),
+    "quanto by config and tensors": ("quanto", "weight._data"),
+    "EETQ by config and tensors": ("eetq", "weight_scales"),
+    "torchao by config and tensors": ("torchao", "_weight_qdata"),
+    "compressed-tensors in 4 bits by config and tensors": ("compressed-tensors", "weight_packed"),
+    "ModelOpt by config and tensors": ("modelopt", "weight_scale_2"),
+    "MXFP4 by config and tensors": ("mxfp4", "weight_blocks"),
+    "MLX by config and tensors": ("mlx", "biases"),
+}
+"""Quantisation methods and one of their tensors."""
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
 QWEN = {"model_type": "qwen3_moe", "num_experts": 16}
 VISION = {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}}
 MOE_PART = {"model_type": "llama4", "text_config": {"num_local_experts": 16}}
 
 REFUSED: dict[str, tuple[Damage, str]] = {
-    "FP8 by config": (_config(quantization_config=FP8), "quantised by fp8"),
-    "GPTQ by config": (_config(quantization_config={"quant_method": "gptq"}), "by gptq"),
-    "AWQ by config": (_config(quantization_config={"quant_method": "awq"}), "by awq"),
-    "bitsandbytes by config": (
-        _config(quantization_config={"load_in_4bit": True}),
-        "quantised by bitsandbytes",
+    **{
+        case: (_quantised_by(method, tensor), f"quantised by {method} (its")
+        for case, (method, tensor) in METHODS.items()
+    },
+    **{
+        case.replace("config and tensors", "tensors alone"): (
+            _quantised(tensor),
+            "is quantised by ",
+        )
+        for case, (_, tensor) in METHODS.items()
+    },
+    "GPTQ by tensors": (_quantised("qweight", torch.int32), "quantised by GPTQ or AWQ"),
+    "integers by config": (_in_integers("eetq"), "model.layers.0.mlp.up_proj.weight in I8"),
+    "a method that computes otherwise": (
+        _config(quantization_config={"quant_method": "bitnet"}),
+        "quantised by bitnet (its quantization_config)",
     ),
-    "compressed-tensors by config": (
-        _config(compression_config={"quant_method": "compressed-tensors"}),
-        "quantised by compressed-tensors",
+    "bitsandbytes without a name": (
+        lambda d: (
+            _config(quantization_config={"load_in_4bit": True})(d),
+            _quantised("weight.quant_map")(d),
+        ),
+        "call the model's dequantize()",
+    ),
+    "compressed-tensors by an old key": (
+        lambda d: (
+            _config(compression_config={"quant_method": "compressed-tensors"})(d),
+            _quantised("weight_packed")(d),
+        ),
+        "quantised by compressed-tensors (its compression_config",
+    ),
+    "GPTQ by config alone": (
+        lambda d: (
+            _config(quantization_config={"quant_method": "gptq"})(d),
+            _only("config.json")(d),
+        ),
+        "quantised by gptq (its quantization_config)",
     ),
     "FP8 by tensors": (_quantised("weight_scale_inv", torch.float32), "quantised by FP8"),
-    "GPTQ by tensors": (_quantised("qweight", torch.int32), "quantised by GPTQ or AWQ"),
-    "bitsandbytes by tensors": (
-        _quantised("weight.quant_state.bitsandbytes__nf4"),
-        "quantised by bitsandbytes",
-    ),
-    "8 bits by tensors": (_quantised("SCB", torch.float32), "quantised by bitsandbytes"),
-    "packed tensors": (_quantised("weight_packed"), "quantised by compressed-tensors"),
     "ZeRO-3": (
         _tensors(lambda t: t.update({"lm_head.weight": torch.empty(0)})),
         "1 empty: lm_head.weight is [0]. DeepSpeed ZeRO-3 left",
@@ -206,8 +264,9 @@ def test_refused_by_name(dense: Path, tmp_path: Path, case: str) -> None:
     ids=["GGUF", "an adapter", "a tokenizer", "nothing"],
 )
 def test_what_runs_a_model_or_exports_it_calls_it_by_name_too(
-    tmp_path: Path, names: tuple[str, ...], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], message: str
 ) -> None:
+    monkeypatch.setattr("nemo_upcycle.checkpoint.gguf_file.find_spec", lambda name: None)
     for name in names:
         (tmp_path / name).touch()
     for look in (check_there, open_trained):
@@ -251,6 +310,10 @@ READ: dict[str, Damage] = {
     "GGUF and ONNX": lambda d: [(d / name).touch() for name in ("model.gguf", "model.onnx")],
     "a mark before the config": _with_mark,
     "no quantisation": _config(quantization_config=None),
+    **{
+        f"a left-over {method}": _config(quantization_config={"quant_method": method})
+        for method in ("fp8", "gptq", "awq", "bitsandbytes", "compressed-tensors", "of_tomorrow")
+    },
     "buffers": _tensors(lambda t: t.update({name: torch.ones(2) for name in BUFFERS})),
 }
 
@@ -269,7 +332,9 @@ def test_read_as_transformers_reads(dense: Path, tmp_path: Path, case: str) -> N
     assert info.shape == (64,)
     found = torch.frombuffer(raw, dtype=torch.float32)
     assert torch.equal(found, load_file(dense / "model.safetensors")[name])
-    if case not in ("a mark before the config", "no quantisation"):  # at which it stops
+    if case == "no quantisation" or case.startswith("a left-over"):
+        assert not open_checkpoint(str(directory)).config.keys() & {"quantization_config"}
+    elif case != "a mark before the config":  # at which it stops
         model = LlamaForCausalLM.from_pretrained(directory)
         assert torch.equal(found, model.model.norm.weight)
 

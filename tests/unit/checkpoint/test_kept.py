@@ -21,6 +21,8 @@ from nemo_upcycle.checkpoint.kept import (
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.provenance import Origin
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families import FAMILIES
+from nemo_upcycle.families.moe_config import MOE_FAMILIES
 from tests.tiny import CONFIG
 
 LLAMA = {"model_type": "llama", **CONFIG}
@@ -63,9 +65,7 @@ def test_tokens_as_the_config_says_them(tmp_path: Path) -> None:
     assert (unsaid["config"], unsaid["generation_config"]) == ({}, None)
 
 
-@pytest.mark.parametrize(
-    "kind", ["llama", "mistral", "qwen2", "qwen3", "nemotron", "mixtral", "qwen2_moe", "qwen3_moe"]
-)
+@pytest.mark.parametrize("kind", [*FAMILIES, *MOE_FAMILIES])
 def test_tokens_that_no_config_says_are_transformers(kind: str) -> None:
     config = transformers.AutoConfig.for_model(kind)
     assert default_tokens(kind) == {name: getattr(config, name) for name in default_tokens(kind)}

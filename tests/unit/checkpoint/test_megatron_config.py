@@ -36,6 +36,7 @@ def test_rope_scaling_of_both_kinds(tmp_path: Path) -> None:
         old_context_len=8192,
     )
     expected = {
+        "rope_type": "llama3",
         "factor": 32.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,

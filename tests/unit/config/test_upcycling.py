@@ -36,7 +36,6 @@ from nemo_upcycle.errors import UpcyclingError
         ({"granularity": 0}, "granularity is 0; expected 1 or more"),
         ({"granularity": -1, "num_moe_experts": -8}, "granularity is -1; expected 1 or more"),
         ({"weight_scaling": "half"}, "expected one of: None, exact, paper, none"),
-        ({"router_initializer": "zeros"}, "expected one of: virtual_groups, random"),
         ({"moe_token_dispatcher_type": "magic"}, "alltoall, allgather, flex"),
         ({"moe_router_load_balancing_type": "luck"}, "aux_loss"),
         ({"moe_pad_expert_input_to_capacity": True}, "needs a capacity to pad to"),

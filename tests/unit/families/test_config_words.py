@@ -11,7 +11,7 @@ from nemo_upcycle.families import FAMILIES, Architecture
 from nemo_upcycle.families.config_words import in_words_of_transformers_4
 from nemo_upcycle.families.defaults import DEFAULTS
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
-from tests.tiny import CONFIG, LLAMA31_ROPE
+from tests.tiny import CONFIG, LLAMA31_ROPE, YARN
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 SIZES = {key: value for key, value in CONFIG.items() if key != "rope_theta"}
@@ -20,6 +20,7 @@ THETA = 5e5
 
 def read(family: str, **config: Any) -> Architecture:
     """Return what is read of a config of a tiny model."""
+    config = {"pad_token_id": 0, **config}
     experts = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -31,8 +32,14 @@ def read(family: str, **config: Any) -> Architecture:
     return FAMILIES[family].architecture({**SIZES, "model_type": family, **config})
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe"])
-@pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA31_ROPE], ids=["none", "linear", "llama3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen2_moe"]
+)
+@pytest.mark.parametrize(
+    "scaling",
+    [None, LINEAR, LLAMA31_ROPE, {**YARN, "attention_factor": 1.0}],
+    ids=["none", "linear", "llama3", "yarn"],
+)
 @pytest.mark.parametrize("words", ["all of 5", "theta at the top", "also null", "both, the same"])
 def test_words_of_transformers_5(family: str, scaling: dict | None, words: str) -> None:
     expected = read(family, rope_theta=THETA, rope_scaling=scaling)
@@ -65,11 +72,39 @@ def test_partial_rotary_factor(inside: Any, outside: Any, expected: float) -> No
 
 @pytest.mark.parametrize("family", sorted(MOE_FAMILIES))
 def test_number_of_experts_by_either_name(family: str) -> None:
-    names = ["num_experts"] if family == "qwen2_moe" else ["num_experts", "num_local_experts"]
+    names = ["num_experts", "num_local_experts"]
+    if family not in ("mixtral", "qwen3_moe"):
+        names = ["num_experts" if family == "qwen2_moe" else "num_local_experts"]
     for name in names:
         config = {**SIZES, "model_type": family, "shared_expert_intermediate_size": 1, name: 16}
         config["moe_intermediate_size"] = 48
         assert moe_model(config).num_experts == 16
+
+
+def test_layers_without_rope() -> None:
+    """Every fourth unless the config says otherwise; a window in them alone is in no other."""
+    assert read("smollm3").nope_layers == (3,)
+    assert read("smollm3", no_rope_layer_interval=2).nope_layers == (1, 3)
+    assert read("smollm3", no_rope_layers=[0, 1, 1, 0]).nope_layers == (0, 3)
+    windows = {"use_sliding_window": True, "sliding_window": 16}
+    assert read("smollm3", no_rope_layers=[0] * 4, **windows).sliding_window == 16
+    assert read("smollm3", sliding_window=16).sliding_window is None
+
+
+def test_attention_factor_of_yarn() -> None:
+    """Given, from two weights, or from the factor alone; as in transformers."""
+
+    def factor(**said: Any) -> float:
+        scaling = read("llama", rope_scaling={**YARN, **said}).rope_scaling
+        assert scaling is not None
+        return scaling["attention_factor"]
+
+    assert factor() == factor(mscale=0.7) == 0.1 * math.log(4.0) + 1
+    assert factor(attention_factor=0.5, mscale=1, mscale_all_dim=2) == 0.5
+    assert factor(mscale=1, mscale_all_dim=0.5) == factor() / (0.05 * math.log(4.0) + 1)
+    assert factor(factor=0.5) == 1
+    assert read("llama", rope_scaling={**YARN, "attention_factor": 1.0}).softmax_scale is None
+    assert read("llama", rope_scaling=YARN).softmax_scale == factor() ** 2 * 8**-0.5
 
 
 def test_translation_is_the_same_again() -> None:
@@ -90,8 +125,7 @@ def test_translation_is_the_same_again() -> None:
          {"seq_len_interpolation_factor": 2}),
         (
             {"rope_scaling": {k: LLAMA31_ROPE[k] for k in list(LLAMA31_ROPE)[:4]}},
-            {"rope_scaling": {**dict(list(LLAMA31_ROPE.items())[1:4]),
-                              "original_max_position_embeddings": 128}},
+            {"rope_scaling": {**LLAMA31_ROPE, "original_max_position_embeddings": 128}},
         ),
         ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4}, {}),
         ({"use_sliding_window": True, "sliding_window": 16}, {}),
@@ -141,6 +175,26 @@ def test_what_transformers_reads_is_read(config: dict, expected: dict) -> None:
         ("llama", {"rope_parameters": LINEAR, "rope_scaling": LLAMA31_ROPE}, "same in both"),
         ("llama", {"rope_parameters": {"full_attention": LINEAR}}, "differs by kind of layer"),
         ("llama", {"rope_scaling": LLAMA31_ROPE, "original_max_position_embeddings": 16}, "and 16"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "the same without it"),
+        ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "depend on a sequence's length"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn"}}, "factor of RoPE scaling=null"),
+        ("llama", {"rope_scaling": {**YARN, "beta_fast": -1}}, "beta_fast of RoPE scaling=-1"),
+        ("llama", {"rope_scaling": {**YARN, "truncate": 1}}, "truncate of RoPE scaling=1"),
+        ("llama", {"rope_scaling": {**YARN, "mscale": "1", "mscale_all_dim": 1}}, "mscale of RoPE"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+             "original_max_position_embeddings": 32},
+            "say original_max_position_embeddings in rope_scaling",
+        ),
+        ("smollm3", {"rope_scaling": YARN}, "layers [3] without RoPE; Megatron can only scale all"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers=[1, 0, 1]; expected 0 or 1"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0; expected"),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 16}, "window in layers [3]"),
+        ("smollm3", {"pad_token_id": 128004}, "one of the vocabulary's 256 tokens"),
+        ("phi3", {"rope_scaling": {"type": "longrope"}}, "'longrope'; only none can"),
+        ("phi3", {"rope_scaling": YARN}, "'yarn'; only none can be upcycled"),
+        ("phi3", {"rope_scaling": LINEAR}, "'linear'; only none can be upcycled"),
         ("llama", {"partial_rotary_factor": 0.5}, "with which transformers 4 computes nothing"),
         ("llama", {"num_hidden_layers": 4.0}, "num_hidden_layers=4.0; expected an integer"),
         ("llama", {"hidden_size": "64"}, "hidden_size='64'; expected an integer"),
@@ -199,5 +253,7 @@ def test_defaults_are_those_of_transformers_4(family: str) -> None:
 def _as_in_signature(cls: type, keys: Any) -> dict[str, Any]:
     """Return the defaults in a class's signature, which says null where the instance derives."""
     parameters = inspect.signature(cls.__init__).parameters
-    # transformers 4 knows it of a Qwen2 and a Qwen3, not of a Qwen2-MoE; null does nothing.
-    return {key: parameters[key].default if key in parameters else None for key in keys}
+    # `layer_types` is of a Qwen2 and a Qwen3, not of a Qwen2-MoE; null does nothing. Of tied
+    # embeddings the base class decides.
+    unsaid = {"tie_word_embeddings": cls().tie_word_embeddings}
+    return {key: parameters[key].default if key in parameters else unsaid.get(key) for key in keys}

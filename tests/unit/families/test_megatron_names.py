@@ -25,6 +25,14 @@ SCALED = {
     "old_context_len": 8192,
 }
 
+YARN = {
+    "scale_factor": 4.0,
+    "old_context_len": 32,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_attention_factor": 1.25,
+}
+
 FOUND: dict[str, tuple[str, dict[str, Any]]] = {
     "a Llama": ("llama", {}),
     "a scaled Llama": ("llama", SCALED),
@@ -35,6 +43,11 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
     "a Qwen2 with a window": ("qwen2", {"add_qkv_bias": True, "window_size": [3, 0]}),
     "a Qwen3": ("qwen3", {"qk_layernorm": True, "kv_channels": 4}),
     "a Nemotron": ("nemotron", {**NORM1P, **RELU2, "rotary_percent": 0.5}),
+    "a Llama with YaRN": ("llama", YARN | {"softmax_scale": 1.25**2 * 2**-0.5}),
+    "a SmolLM3": ("smollm3", {"no_rope_freq": [0, 1]}),
+    "a Granite": ("granite", {"softmax_scale": 0.5, "residual_multiplier": 0.22}),
+    "YaRN without its attention factor": ("granite", YARN),
+    "a Phi-3": ("phi3", {"rotary_percent": 0.75, "window_size": [3, 0]}),
     "off": ("llama", {"window_size": [-1, 0], "use_mup": None, "no_rope_freq": 0}),
 }
 
@@ -51,19 +64,30 @@ def test_the_fields_say_the_family(name: str) -> None:
     }
     back = architecture_fields(arch) | window_fields(arch)
     said = {name: value for name, value in fields.items() if name in back}
-    assert {name: back[name] for name in said} == {
-        name: tuple(value) if isinstance(value, list) else value for name, value in said.items()
+    assert {name: _listed(back[name]) for name in said} == {
+        name: _listed(value) for name, value in said.items()
     }
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "biases and norms of queries": (
         {"add_qkv_bias": True, "qk_layernorm": True},
-        ("add_qkv_bias=True", "qk_layernorm=True", "llama, mistral, qwen2, qwen3, nemotron"),
+        (
+            "add_qkv_bias=True",
+            "qk_layernorm=True",
+            "llama, mistral, qwen2, qwen3, nemotron, smollm3, phi3, granite",
+        ),
     ),
     "Llama with squared ReLU": (RELU2, ("gated_linear_unit=False",)),
     "Llama with another norm": (NORM1P, ("normalization='LayerNorm1p'",)),
-    "Llama with a part rotated": ({"rotary_percent": 0.5}, ("rotary_percent=0.5",)),
+    "a part rotated and some layers without RoPE": (
+        {"rotary_percent": 0.5, "no_rope_freq": 2},
+        ("rotary_percent=0.5", "no_rope_freq=2"),
+    ),
     "Nemotron with a window": (
         {**NORM1P, **RELU2, "window_size": [3, 0]},
         ("normalization=", "gated_linear_unit=False", "window_size=[3, 0]"),
@@ -99,7 +123,19 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a window of words": ({"window_size": "all"}, ("window_size='all'",)),
     "norms by L2": ({"qk_l2_norm": True}, ("qk_l2_norm=True",)),
     "a gate of attention": ({"attention_output_gate": True}, ("attention_output_gate=True",)),
-    "layers without RoPE": ({"no_rope_freq": [0, 1]}, ("no_rope_freq=[0, 1]",)),
+    "Qwen3 with layers without RoPE": (
+        {"no_rope_freq": [0, 1], "qk_layernorm": True},
+        ("no_rope_freq=[0, 1]", "qk_layernorm=True"),
+    ),
+    "layers without RoPE of other layers": ({"no_rope_freq": [0, 1, 1]}, ("for each of 2 layers",)),
+    "Qwen3 with scaled scores": (
+        {"softmax_scale": 0.5, "qk_layernorm": True},
+        ("attention_multiplier=0.5", "qk_layernorm=True"),
+    ),
+    "Qwen2 with scaled logits": (
+        {"logits_scaling": 8.0, "add_qkv_bias": True},
+        ("logits_scaling=8.0", "add_qkv_bias=True"),
+    ),
     "YaRN": ({"position_embedding_type": "yarn"}, ("position_embedding_type='yarn'",)),
     "µP": ({"use_mup": True}, ("use_mup=True",)),
     "sinks": ({"softmax_type": "learnable"}, ("softmax_type='learnable'",)),

@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file
 
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.experts import initialize_experts
+from nemo_upcycle.engine.initializers import check_initializers
 from nemo_upcycle.engine.owned_shards import OwnedShard
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers import make_initializer, names
 from nemo_upcycle.plans.rank import Shard
+from tests.calibrations import write_statistics
 from tests.third_party import install_flip
 from tests.tiny import write_llama
 
@@ -43,7 +46,7 @@ def neurons_of(tensors: Weights, layer: int) -> Weights:
 
 
 def initialized(
-    dense: Path, initializer: str, parts: int = 1, **config: Any
+    dense: Path | str, initializer: str, parts: int = 1, **config: Any
 ) -> dict[tuple[int, int], Weights]:
     """Return the experts' parts by layer and expert, after copies of the layer were initialised.
 
@@ -56,7 +59,7 @@ def initialized(
     upcycling = UpcyclingConfig(num_moe_experts=EXPERTS, initializer=initializer, **config)
     checkpoint = open_branches(str(dense))
     width = FFN // upcycling.granularity
-    tensors = load_file(dense / "model.safetensors")
+    tensors = load_file(checkpoint.directory / "model.safetensors")
     result: dict[tuple[int, int], Weights] = {}
     for part in range(parts):
         rows = slice(part * width // parts, (part + 1) * width // parts)
@@ -242,3 +245,83 @@ def test_another_packages_initializer(
         flipped = (parts["down"] == -down).all(dim=1)
         assert int(flipped.sum()) == FFN // 4
         assert torch.equal(parts["down"][~flipped], down[~flipped])
+
+
+# --- With statistics -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def statistics(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_statistics(tmp_path_factory.mktemp("statistics") / "file", dense)
+
+
+def most_active(statistics: Path, layer: int) -> list[int]:
+    found = load_numpy(statistics)
+    rate, size = (found[f"layers.{layer}.neurons.{name}"] for name in ("rate", "magnitude"))
+    return sorted(range(FFN), key=lambda neuron: (-rate[neuron], -size[neuron], neuron))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_shards_get_neurons_by_activity(
+    dense: Path, tensors: Weights, statistics: Path, parts: int
+) -> None:
+    text = f"activation_sorted(stats={str(statistics)!r})"
+    experts = initialized(dense, text, parts, granularity=2, weight_scaling="none")
+    for (layer, expert), found in experts.items():
+        order = most_active(statistics, layer)
+        own = order[: FFN // 2] if expert % 2 == 0 else order[FFN // 2 :]
+        for kind, values in neurons_of(tensors, layer).items():
+            assert torch.equal(found[kind], values[own])
+    config = UpcyclingConfig(num_moe_experts=4, granularity=2, initializer=text)
+    assert config.exactness(gated=True, dense_checkpoints=1).exact
+
+
+def test_each_branch_is_sorted_by_its_own_text(dense: Path, tmp_path: Path) -> None:
+    other = write_llama(tmp_path / "other", intermediate_size=FFN, num_hidden_layers=LAYERS, seed=1)
+    both = f"{dense}; {other}"
+    file = write_statistics(tmp_path / "file", both)
+    found = load_numpy(file)
+    experts = initialized(both, f"activation_sorted(stats={str(file)!r})", granularity=2)
+    for (layer, expert), parts in experts.items():
+        branch = expert // 2 % 2
+        rate = found[f"layers.{layer}.sources.{branch}.neurons.rate"]
+        order = (-rate).argsort(kind="stable")[expert % 2 * FFN // 2 :][: FFN // 2].copy()
+        weights = load_file(Path((dense, other)[branch]) / "model.safetensors")
+        assert torch.equal(parts["gate"], neurons_of(weights, layer)["gate"][order])
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_partial_keeps_the_most_active(
+    dense: Path, tensors: Weights, statistics: Path, shared: float, granularity: int
+) -> None:
+    text = f"partial(stats={str(statistics)!r}, shared={shared})"
+    width = FFN // granularity
+    options: dict[str, Any] = {"granularity": granularity, "weight_scaling": "none"}
+    one, two = (initialized(dense, text, parts, **options) for parts in (1, 5))
+    for (layer, expert), found in one.items():
+        first = expert % granularity * width
+        own = [n - first for n in most_active(statistics, layer) if first <= n < first + width]
+        kept = own[: int(shared * width)]
+        for kind, values in neurons_of(tensors, layer).items():
+            same = (found[kind] == values[first : first + width]).all(dim=1)
+            assert same.nonzero().flatten().tolist() == sorted(kept)
+            assert torch.equal(found[kind], two[layer, expert][kind])
+    assert shared == 1 or not torch.equal(one[0, 0]["up"], one[0, granularity]["up"])
+
+
+def test_initializers_check_their_statistics(dense: Path, statistics: Path, tmp_path: Path) -> None:
+    other = open_branches(
+        str(write_llama(tmp_path, intermediate_size=FFN, num_hidden_layers=LAYERS, seed=1))
+    )
+    for text in (
+        "activation_sorted(stats={})",
+        "partial(stats={})",
+        "hybrid(copy, partial(stats={}))",
+    ):
+        config = UpcyclingConfig(initializer=text.format(repr(str(statistics))))
+        check_initializers(config, open_branches(str(dense)))
+        with pytest.raises(UpcyclingError, match="is of another dense checkpoint"):
+            check_initializers(config, other)
+    with pytest.raises(UpcyclingError, match="partial: shared is 2; expected a number from 0 to 1"):
+        make_initializer("partial(stats='a', shared=2)")

@@ -160,7 +160,7 @@ def test_tensors_are_checked_all_at_once() -> None:
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "RoPE scaling 'yarn'"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "RoPE scaling 'dynamic'.* sequence's length"),
     ],
 )
 def test_configs_that_cannot_be_upcycled(change: dict, message: str) -> None:

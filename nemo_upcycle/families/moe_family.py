@@ -1,0 +1,127 @@
+"""The declaration of an MoE architecture of transformers: tensors, and their map to Megatron's.
+
+The names of expert tensors are those in files of both transformers 4 and 5.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from nemo_upcycle.families.family import Architecture, Family, Neurons, Operation, Rows
+from nemo_upcycle.families.llama import MEGATRON_LAYER, MLP
+from nemo_upcycle.families.model import MoEModel
+
+EXPERT = MEGATRON_LAYER + "mlp.experts.{expert}."
+SHARED = MEGATRON_LAYER + "mlp.shared_experts."
+ROUTER = MEGATRON_LAYER + "mlp.router.weight"
+
+
+@dataclass(frozen=True)
+class StackedFC1:
+    """The part of expert 0 of a tensor [experts, gate and up, hidden]."""
+
+    columns_are_neurons: ClassVar[bool] = False
+    tensor: str
+
+    def rows(self, arch: Architecture, neurons: Neurons | None = None) -> Iterator[Rows]:
+        first, last = neurons or (0, arch.ffn_hidden_size)
+        yield Rows(self.tensor, 0, arch.fc1_rows * (last - first))
+
+
+@dataclass(frozen=True)
+class StackedFC2:
+    """The part of expert 0 of a tensor [experts, hidden, neurons]."""
+
+    columns_are_neurons: ClassVar[bool] = True
+    tensor: str
+
+    def rows(self, arch: Architecture, neurons: Neurons | None = None) -> Iterator[Rows]:
+        yield Rows(self.tensor, 0, arch.hidden_size)
+
+
+_STACKED = (StackedFC1, StackedFC2)
+
+
+@dataclass(frozen=True)
+class MoEFamily:
+    """An architecture of transformers.
+
+    Attributes:
+        model_type: The name in `config.json`.
+        class_name: The model's class.
+        dense: The dense family that is the same except for the experts.
+        parameters: Operations by Megatron parameter, with `{layer}` and `{expert}` for repeated
+            ones.
+        config: Keys of `config.json` that are specific to this architecture.
+        layer_zeros: Tensors of an MoE layer without a counterpart in Megatron; must be 0.
+        doubled: Suffix of tensors that are twice Megatron's.
+    """
+
+    model_type: str
+    class_name: str
+    dense: Family
+    parameters: Mapping[str, Operation]
+    config: Callable[[MoEModel], dict[str, Any]]
+    layer_zeros: Callable[[MoEModel], Mapping[str, tuple[int, int]]] = field(
+        default=lambda model: {}
+    )
+    doubled: str | None = None
+
+    def rows(self, pattern: str, model: MoEModel, expert: int | None) -> Iterator[Rows]:
+        """Yield the rows that make up a parameter; stacked tensors have one row after another.
+
+        Args:
+            pattern: The parameter's name, with `{layer}` and `{expert}`.
+            model: The model.
+            expert: The parameter's expert, None if it has none.
+        """
+        width = model.arch.ffn_hidden_size if expert is None else model.expert_width
+        operation = self.parameters[pattern]
+        for rows in operation.rows(model.arch, (0, width)):
+            if isinstance(operation, _STACKED) and expert and rows.stop is not None:
+                yield Rows(rows.tensor, expert * rows.stop, (expert + 1) * rows.stop)
+            else:
+                yield rows
+
+    def stack(self, tensor: str, model: MoEModel) -> int:
+        """Return the experts that a tensor stacks along its first axis; 1 for other tensors."""
+        stacked = (op.tensor for op in self.parameters.values() if isinstance(op, _STACKED))
+        names = tuple(name.partition("{layer}")[2] for name in stacked)
+        return model.num_experts if names and tensor.endswith(names) else 1
+
+    def shapes(self, model: MoEModel) -> dict[str, tuple[int, ...]]:
+        """Return the expected shape of every tensor, layers and experts filled in."""
+        moe = [layer for layer, is_moe in enumerate(model.is_moe) if is_moe]
+        replaced = tuple(MLP.format(layer=layer) for layer in moe)
+        shapes = {
+            name: shape
+            for name, shape in self.dense.shapes(model.arch).items()
+            if not name.startswith(replaced)
+            and (model.arch.add_qkv_bias or not name.endswith("_proj.bias"))
+        }
+        for layer in moe:
+            shapes |= self._moe_layer(model, layer)
+        return shapes | self.zeros(model)
+
+    def _moe_layer(self, model: MoEModel, layer: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        hidden = model.arch.hidden_size
+        for name in self.parameters.keys() - self.dense.parameters.keys():
+            if name.startswith(SHARED) and not model.has_shared_expert:
+                continue
+            is_expert = name.startswith(EXPERT)
+            width = model.expert_width if is_expert else model.arch.ffn_hidden_size
+            columns = width if name.endswith("linear_fc2.weight") else hidden
+            for rows in self.rows(name, model, 0 if is_expert else None):
+                whole = model.num_experts if name == ROUTER else hidden
+                count = (rows.stop or whole) * self.stack(rows.tensor, model)
+                for expert in range(model.num_experts if is_expert else 1):
+                    tensor = rows.tensor.format(layer=layer, expert=expert)
+                    shapes[tensor] = (count, columns)  # of a fused tensor the last rows decide
+        return shapes
+
+    def zeros(self, model: MoEModel) -> dict[str, tuple[int, int]]:
+        """Return names and shapes of tensors without a counterpart in Megatron, which must be 0."""
+        layers = [layer for layer, moe in enumerate(model.is_moe) if moe]
+        shapes = self.layer_zeros(model)
+        return {name.format(layer=n): shape for name, shape in shapes.items() for n in layers}
