@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.families import Architecture, architecture_of
+from nemo_upcycle.families import Architecture
 from nemo_upcycle.planner.memory import ModelState, model_state, of_stage
 from nemo_upcycle.planner.workload import Mapping, Workload
 from nemo_upcycle.plans.layout import coordinates
 from tests.distributed.foldings import spread
 from tests.distributed.pool import RankPool
-from tests.tiny import CONFIG
+from tests.tiny import wide_architecture
 
 CLOSE = 0.01
 
@@ -57,13 +57,6 @@ CASES = [
     (spread(4, tp=2, cp=2, etp=2), "E8T2"),
     (spread(4, pp=2, cp=2, ep=2), "partly dense, shared"),
 ]
-
-
-def architecture(**config: Any) -> Architecture:
-    # Wide enough that padding to 64 elements is no percent.
-    sizes = {"hidden_size": 128, "intermediate_size": 192, "model_type": "llama"}
-    full = CONFIG | sizes | config
-    return architecture_of(full)
 
 
 def state_bytes(
@@ -120,7 +113,7 @@ def test_predicted_bytes_are_real(
     ranks: RankPool, spread_: Any, model: str, precision: str
 ) -> None:
     folding, world_size = spread_.folding, spread_.world_size
-    arch = architecture(tie_word_embeddings=spread_.dense == "tied")
+    arch = wide_architecture(tie_word_embeddings=spread_.dense == "tied")
     options = {"arch": arch, "folding": folding, "upcycling": MODELS[model], "precision": precision}
     measured = [ModelState(*each) for each in ranks.run(state_bytes, world_size, **options)]
     workload = Workload(arch, MODELS[model], 32, 4, precision)
@@ -136,7 +129,7 @@ def test_predicted_bytes_are_real(
 @pytest.mark.parametrize("spread_", [spread(1), spread(2, ep=2), spread(4)])
 def test_padding_is_megatrons(ranks: RankPool, spread_: Any) -> None:
     """Sizes that are no multiples of 64 or 128 are padded: parameters, and what ranks share."""
-    arch = architecture(hidden_size=80, intermediate_size=72)
+    arch = wide_architecture(hidden_size=80, intermediate_size=72)
     options = {"arch": arch, "folding": spread_.folding, "upcycling": E8T2, "precision": "32"}
     workload = Workload(arch, E8T2, 32, 4, "32")
     said = model_state(workload, Mapping(spread_.folding, spread_.world_size), stage=0)
@@ -166,7 +159,7 @@ def flying(folding: ParallelFolding, microbatches: int) -> float:
 def test_as_many_microbatches_fly_as_megatron_lets(
     ranks: RankPool, vpp: int | None, microbatches: int
 ) -> None:
-    arch = architecture(num_hidden_layers=16)
+    arch = wide_architecture(num_hidden_layers=16)
     folding = ParallelFolding.of(pp=4, vpp=vpp)
     said = ranks.run(flying, 4, folding=folding, microbatches=microbatches)
     workload = Workload(arch, E8T2, 32, microbatches)

@@ -206,7 +206,7 @@ def test_the_dry_run_refuses_what_the_run_refuses(
 def small_files() -> Iterator[None]:
     """No file of this process can grow beyond 100 kB.
 
-    Not a fixture: pytest reports a test before its fixtures end, and its own log may be larger.
+    Not a fixture: pytest reports a test before the fixtures end, and pytest's log may be larger.
     """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
