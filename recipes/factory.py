@@ -45,6 +45,7 @@ from nemo_upcycle.nemo.moe_health import MoEHealthCallback
 from nemo_upcycle.nemo.offloaded_optimizer import OffloadedOptimizer
 from nemo_upcycle.nemo.preemption import PreemptionCallback
 from nemo_upcycle.nemo.provenance import Provenance
+from nemo_upcycle.nemo.router_warm_up import RouterWarmUp
 from nemo_upcycle.nemo.run_numbers import check_max_steps
 from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer
 from nemo_upcycle.nemo.versions import check_pretrain
@@ -149,6 +150,7 @@ def pretrain(
     performance_mode: bool = False,
     cuda_graphs: bool = False,
     wandb_project: str | None = None,
+    router_warmup_steps: int = 0,
     export_every_n: int | None = None,
     model_overrides: dict[str, Any] | None = None,
     callbacks: list[run.Config] | None = None,
@@ -176,6 +178,7 @@ def pretrain(
         cuda_graphs: Record each layer's kernels once and replay them; needs static shapes. Without
             MoE health metrics and fused weight gradients, whose Python is not replayed.
         wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
+        router_warmup_steps: First steps in which only the routers are trained.
         export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         model_overrides: Fields of the model's config.
         callbacks: Further callbacks.
@@ -241,6 +244,7 @@ def pretrain(
         all_callbacks.append(run.Config(FusedWeightGradients))
     if recipe.optimizer_offload_fraction:
         all_callbacks.append(run.Config(OffloadedOptimizer))
+    all_callbacks += router_warm_up(upcycling, router_warmup_steps)
     if export_every_n is not None:
         all_callbacks.append(_export_callback(upcycling, export_every_n))
     if performance_mode:
@@ -354,6 +358,26 @@ def _observers(schedule: Schedule, watches_experts: bool) -> list[run.Config]:
         interval = schedule.moe_health_interval
         callbacks.append(run.Config(MoEHealthCallback, every_n_steps=interval))
     return callbacks
+
+
+def router_warm_up(upcycling: UpcyclingConfig, router_warmup_steps: int) -> list[run.Config]:
+    """Return the callback that trains only the routers for the first steps, if there are any.
+
+    Raises:
+        UpcyclingError: The number is negative, or the model has no routers.
+    """
+    if router_warmup_steps == 0:
+        return []
+    if upcycling.num_moe_experts is None:
+        raise UpcyclingError(
+            f"router_warmup_steps is {router_warmup_steps} for a dense model, which has no "
+            "routers. Leave it out."
+        )
+    if router_warmup_steps < 1:
+        raise UpcyclingError(
+            f"router_warmup_steps is {router_warmup_steps}; expected 1 or more, or 0 for none."
+        )
+    return [run.Config(RouterWarmUp, steps=router_warmup_steps)]
 
 
 def _export_callback(upcycling: UpcyclingConfig, every_n: int) -> run.Config:

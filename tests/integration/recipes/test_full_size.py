@@ -9,10 +9,11 @@ from nemo_upcycle_recipes.expectations import expected, workload
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
 from nemo_upcycle_recipes.scaled import scaled_schedule
 
-from nemo_upcycle.config import RECOMPUTE, ParallelFolding
+from nemo_upcycle.config import RECOMPUTE
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.tuning import tune
+from tests.integration.recipes.built import callbacks, megatrons_config
 
 NEMOTRON = ("nemotron4_15b_e8g1t2", "nemotron4_15b_e8g8t8")
 SMOLLM2 = ("smollm2_135m_e8t2", "smollm2_135m_dense")
@@ -28,10 +29,6 @@ def factory(name: str) -> Any:
 
 def recipe(of: str = "llama3_8b_e8t2", **arguments: Any) -> Any:
     return factory(of)(**arguments)
-
-
-def callbacks(built: Any) -> list[str]:
-    return [callback.__fn_or_cls__.__name__ for callback in built.trainer.callbacks]
 
 
 @pytest.mark.parametrize(
@@ -323,22 +320,6 @@ def test_the_optimizer_is_stored_as_told() -> None:
         assert config.exp_avg_dtype == config.exp_avg_sq_dtype == dtype
         assert config.use_precision_aware_optimizer and not config.store_param_remainders
         assert not config.optimizer_cpu_offload
-
-
-def megatrons_config(built: Any) -> Any:
-    """Make Megatron's config, which checks itself, without the kernels that this machine lacks."""
-    import fiddle
-
-    from nemo_upcycle.engine import cpu
-
-    config, strategy = built.model.config, built.trainer.strategy
-    lacking = {name for name in cpu.MODEL_OVERRIDES if name != "moe_grouped_gemm"}
-    values = {name: cpu.MODEL_OVERRIDES[name] for name in lacking}
-    values |= {name: getattr(strategy, name) for name in ParallelFolding().strategy_arguments}
-    values |= {"pipeline_dtype": strategy.pipeline_dtype, "bf16": True}
-    for name, value in values.items():
-        setattr(config, name, value)
-    return fiddle.build(config)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
