@@ -10,7 +10,7 @@ nvcc, Megatron-Core 0.15                        every process compiles an extens
                                                 memory that only Megatron's inference uses
 ==============================================  ==================================================
 
-A library is mended only where it needs it. Nothing is imported here but numpy.
+A library is mended only where it needs it. Nothing is imported here.
 """
 
 import importlib.abc
@@ -32,15 +32,13 @@ Around = Callable[[ModuleType], Any]
 
 def mend() -> None:
     """Mend what is imported already, and whatever will be; idempotent."""
-    import numpy
-
-    give_product(numpy)
-    if PERMUTATION in sys.modules:
-        mend_permutation(sys.modules[PERMUTATION])
+    after = {"numpy": give_product, PERMUTATION: mend_permutation}
+    for name, repair in after.items():
+        if name in sys.modules:
+            repair(sys.modules[name])
     if not any(isinstance(finder, Mender) for finder in sys.meta_path):
-        sys.meta_path.insert(
-            0, Mender({PERMUTATION: _mended_permutation, UNIFIED_MEMORY: without_compiler})
-        )
+        around: dict[str, Around] = {name: _then(repair) for name, repair in after.items()}
+        sys.meta_path.insert(0, Mender(around | {UNIFIED_MEMORY: without_compiler}))
 
 
 def give_product(numpy: Any) -> None:
@@ -69,10 +67,13 @@ def mend_permutation(permutation: Any) -> None:
     permutation.core = own
 
 
-@contextmanager
-def _mended_permutation(module: ModuleType) -> Iterator[None]:
-    yield
-    mend_permutation(module)
+def _then(repair: Callable[[Any], None]) -> Around:
+    @contextmanager
+    def executed(module: ModuleType) -> Iterator[None]:
+        yield
+        repair(module)
+
+    return executed
 
 
 @contextmanager
