@@ -13,7 +13,7 @@ from typing import Any
 
 GRANITE_MOE = ("granitemoe", "granitemoeshared")
 GRANITE = ("granite", *GRANITE_MOE)
-MOE = ("mixtral", "qwen2_moe", "qwen3_moe", *GRANITE_MOE)
+MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", *GRANITE_MOE)
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "nemotron", "smollm3", "phi3", "granite")
 FAMILIES = (*DENSE, *MOE)
 VOCABULARY = 96
@@ -36,6 +36,7 @@ class Sizes:
     is_moe: tuple[bool, ...]
     is_tied: bool
     has_qkv_bias: bool
+    has_qk_norm: bool
 
 
 def config_of(family: str, seed: int) -> tuple[dict[str, Any], Sizes]:
@@ -70,7 +71,9 @@ def config_of(family: str, seed: int) -> tuple[dict[str, Any], Sizes]:
         "torch_dtype": [ABSENT, "float32", "bfloat16"],
         "dtype": [ABSENT, "float32"],
     }.items():
-        _say(config, key, random.choice(values))
+        value = random.choice(values)
+        if not (family == "glm4_moe" and key == "attention_bias"):  # which has been said
+            _say(config, key, value)
     if random.random() < 0.12:
         _damage(random, config)
     return config, sizes
@@ -119,7 +122,7 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
         choices = [width, ABSENT, None] if derives else [width, ABSENT, ABSENT]
         said = width if family == "qwen3" else random.choice(choices)
     _say(config, "head_dim", said)
-    one_each = groups == heads and family not in ("nemotron", "qwen2_moe")
+    one_each = groups == heads and family not in ("nemotron", "qwen2_moe", "glm4_moe")
     silent = [ABSENT, None] if one_each or random.random() < 0.05 else []
     _say(config, "num_key_value_heads", random.choice([groups, groups, groups, *silent]))
     ffn = random.choice([48, 64])
@@ -136,7 +139,11 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
     experts, expert_width, shared, is_moe = 0, ffn, 0, (False,) * layers
     if family in MOE:
         experts, is_moe = random.choice([2, 4, 8]), (True,) * layers
-        names = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts"}
+        names = {
+            "mixtral": "num_local_experts",
+            "qwen2_moe": "num_experts",
+            "glm4_moe": "n_routed_experts",
+        }
         names |= dict.fromkeys(GRANITE_MOE, "num_local_experts")
         name = names.get(family) or random.choice(["num_experts", "num_local_experts"])
         if family == "mixtral" and random.random() < 0.1:
@@ -165,9 +172,32 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
     if family == "granitemoeshared":
         shared = random.choice([0, ffn, 2 * ffn])
         config["shared_intermediate_size"] = shared
+    norm = family in ("qwen3", "qwen3_moe")
+    if family == "glm4_moe":
+        expert_width = random.choice([ffn, ffn // 2])
+        shared = random.choice([ABSENT, 0, 1, 2])
+        first = random.choice([ABSENT, 0, 0, 1, layers])
+        norm_topk = random.choice([ABSENT, True, True, topk != 1, topk != 1, None])
+        bias, norm = random.choice([False, True]), random.choice([False, True])
+        config["moe_intermediate_size"] = expert_width
+        for key, value in {
+            "n_shared_experts": shared,
+            "first_k_dense_replace": first,
+            "norm_topk_prob": norm_topk,
+            "attention_bias": bias or random.choice([ABSENT, False]),
+            "use_qk_norm": norm or random.choice([ABSENT, False]),
+            "n_group": random.choice([ABSENT, 1, 1, 1, 1, 2]),
+            "topk_group": random.choice([ABSENT, 1]),
+            "routed_scaling_factor": random.choice([ABSENT, 1.0, 1.0, 1, 2.5]),
+            "num_local_experts": random.choice([ABSENT] * 8 + [experts, 4]),
+        }.items():
+            _say(config, key, value)
+        shared = (1 if shared is ABSENT else shared) * expert_width
+        first = 1 if first is ABSENT else first
+        is_moe = tuple(layer >= first for layer in range(layers))
     return Sizes(
         hidden, heads, groups, width, ffn, layers, experts, expert_width, shared, is_moe,
-        is_tied, bias,
+        is_tied, bias, norm,
     )  # fmt: skip
 
 
@@ -177,7 +207,7 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
 def _rope(random: Random, family: str) -> dict[str, Any]:
     theta = random.choice([ABSENT, 10000.0, 500, 5e5, 5e5])
     partial: Any = ABSENT
-    if family in ("nemotron", "phi3"):
+    if family in ("nemotron", "phi3", "glm4_moe"):
         partial = random.choice([ABSENT, 0.25, 0.5, 0.75, 1.0, 1])
     elif random.random() < 0.05:
         partial = random.choice([0.5, 1.0])
@@ -357,7 +387,7 @@ def shapes(family: str, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         found[attention + "o_proj.weight"] = (hidden, queries)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             found[f"{prefix}{norm}.weight"] = (hidden,)
-        if family in ("qwen3", "qwen3_moe"):
+        if sizes.has_qk_norm:
             for norm in ("q_norm", "k_norm"):
                 found[f"{attention}{norm}.weight"] = (sizes.width,)
         found |= _feed_forward(prefix, family, sizes, sizes.is_moe[layer])
@@ -404,6 +434,9 @@ def _feed_forward(
     if family == "qwen2_moe":
         found |= gated(mlp + "shared_expert.", sizes.shared, usual)
         found[mlp + "shared_expert_gate.weight"] = (1, hidden)
+    if family == "glm4_moe":
+        found |= gated(mlp + "shared_experts.", sizes.shared, usual)
+        found[mlp + "gate.e_score_correction_bias"] = (sizes.experts,)
     return found
 
 

@@ -72,9 +72,9 @@ def test_partial_rotary_factor(inside: Any, outside: Any, expected: float) -> No
 
 @pytest.mark.parametrize("family", sorted(MOE_FAMILIES))
 def test_number_of_experts_by_either_name(family: str) -> None:
-    names = ["num_experts", "num_local_experts"]
-    if family not in ("mixtral", "qwen3_moe"):
-        names = ["num_experts" if family == "qwen2_moe" else "num_local_experts"]
+    own = {"qwen2_moe": ["num_experts"], "glm4_moe": ["n_routed_experts"]}
+    either = ["num_experts", "num_local_experts"]
+    names = either if family in ("mixtral", "qwen3_moe") else own.get(family, either[1:])
     for name in names:
         config = {**SIZES, "model_type": family, "shared_expert_intermediate_size": 1, name: 16}
         config["moe_intermediate_size"] = 48
