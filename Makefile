@@ -20,12 +20,13 @@ demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, w
 demo-real: $(INSTALLED)  ## A real model, SmolLM2-135M: upcycled, verified, trained a little, exported.
 	PATH="$(BIN):$$PATH" examples/demo_real.sh
 
-PROCESSES ?= 0
+# Tests of 2 to 4 ranks keep as many cores busy, so few processes suffice.
+PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : cores < 12 ? cores / 2 : 6)))
 test: $(INSTALLED)  ## All tests that belong to every change; PROCESSES=2 runs two files at a time.
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup -m "not slow"
 
 test-fast: $(INSTALLED)  ## What needs no NeMo, no Megatron-Core and no other process: under a minute.
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow" tests/unit
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup -m "not slow" tests/unit
 
 test-megatron: $(INSTALLED_MEGATRON)  ## The front for Megatron-LM and Bridge, on Megatron-Core 0.19 without NeMo.
 	$(BIN_MEGATRON)/python -m pytest -m "not slow" tests/megatron

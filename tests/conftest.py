@@ -16,6 +16,24 @@ from tests.file_server import FileServer, serve
 from tests.redpajama import write_data_set
 from tests.tiny import write_llama
 
+SHARED = ("grid", "runs")
+"""Fixtures of a session in which tests of several files find what others have computed."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep a file, and files that share a fixture of `SHARED`, in one process of pytest-xdist."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    groups = {
+        item.path: fixture
+        for item in items
+        for fixture in SHARED
+        if fixture in getattr(item, "fixturenames", ())
+    }
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(groups.get(item.path, str(item.path))))
+
 
 def pytest_collection_finish() -> None:
     """Have the garbage collector pass over what is imported by now, most of all objects."""

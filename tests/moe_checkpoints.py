@@ -202,7 +202,7 @@ def _experts(kind: Kind, weights: Weights, ours: str, theirs: str) -> Weights:
 
 
 def _shared_expert(kind: Kind, weights: Weights, ours: str, mlp: str) -> Weights:
-    """Its gate at 0 lets one half through, so that down is twice Megatron's."""
+    """Return a shared expert whose gate, 0, lets one half through; so down is twice Megatron's."""
     gate = {mlp + "shared_expert_gate.weight": torch.zeros(1, HIDDEN)}
     if kind.shared:
         found = _parts(weights, ours + "shared_experts.", mlp + "shared_expert.")

@@ -1,7 +1,10 @@
 """Tiny dense models in Hugging Face's format, made by `transformers` itself."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_upcycle.families import Architecture
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 256,
@@ -45,7 +48,9 @@ LLAMA31_ROPE = {
 YARN = {
     "rope_type": "yarn",
     "factor": 4.0,
+    # Of the four frequencies of a tiny head, one is mixed, and rounding shows.
     "beta_fast": 4.0,
+    "beta_slow": 0.1,
     "original_max_position_embeddings": 32,
 }
 
@@ -104,6 +109,14 @@ def write_dense(
                     parameter.sub_(1)
     model.save_pretrained(directory, max_shard_size=shard_size, safe_serialization=True)
     return directory
+
+
+def wide_architecture(**config: Any) -> "Architecture":
+    """Return a Llama whose tensors are so large that padding them to 64 elements is no percent."""
+    from nemo_upcycle.families import architecture_of
+
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "model_type": "llama"}
+    return architecture_of(CONFIG | sizes | config)
 
 
 def into_hub_cache(directory: Path, cache: Path, name: str) -> Path:

@@ -4,8 +4,9 @@ All readers of a dense checkpoint's config use this module, so that a source is 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,12 @@ class Dense:
         return sorted({info.dtype for name, info in self.tensors.items() if self._is_used(name)})
 
     def _is_used(self, name: str) -> bool:
-        return name in self.family.shapes(self.arch)
+        return name in self._known
+
+    @cached_property
+    def _known(self) -> Collection[str]:
+        """The names of the tensors that the family has."""
+        return self.family.shapes(self.arch).keys()
 
 
 def dense_of_config(config: dict[str, Any], source: str, note: str) -> Dense:

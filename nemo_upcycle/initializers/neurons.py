@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nemo_upcycle.initializers.random import generator
+from nemo_upcycle.initializers.random import generators
 
 Values = npt.NDArray[np.float32]
 Statistics = Callable[[str], tuple[float, float]]
@@ -101,18 +101,18 @@ class Neurons:
         """
         count = len(self.expert_ids)
         stream = _CHOICE + _STREAMS_OF_A_DRAW * draw
-        order = generator(self.seed, stream, self.layer, self.expert, 0).permutation(count)
+        source = next(generators(self.seed, stream, self.layer, self.expert, [0]))
         chosen = np.zeros(count, bool)
-        chosen[order[: int(fraction * count)]] = True
+        chosen[source.permutation(count)[: int(fraction * count)]] = True
         first = self.ids.start - self.expert_ids.start
         return chosen[first : first + len(self.ids)]
 
     def _draw(self, kind: str, stream: int, part: str, rows: Any, draw: int) -> Any:
         ids = np.arange(self.ids.start, self.ids.stop)
         stream += _PARTS[part] + _STREAMS_OF_A_DRAW * draw
-        hidden = self.values[part].shape[1]
-        result = np.empty((len(ids) if rows is None else int(np.sum(rows)), hidden))
-        for place, neuron in enumerate(ids if rows is None else ids[rows]):
-            source = generator(self.seed, stream, self.layer, self.expert, int(neuron))
-            getattr(source, kind)(out=result[place])
+        drawn = ids if rows is None else ids[rows]
+        result = np.empty((len(drawn), self.values[part].shape[1]))
+        sources = generators(self.seed, stream, self.layer, self.expert, drawn)
+        for values, source in zip(result, sources, strict=True):
+            getattr(source, kind)(out=values)
         return result

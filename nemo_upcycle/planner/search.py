@@ -9,7 +9,7 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.efficiency import CALIBRATED, Efficiency
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.layer_time import StepTime
-from nemo_upcycle.planner.memory import Memory, memory
+from nemo_upcycle.planner.memory import RESERVED, Memory, memory
 from nemo_upcycle.planner.nodes import of_job
 from nemo_upcycle.planner.space import Allowed, everything, mappings_of
 from nemo_upcycle.planner.step_time import least_time, mfu, step_time
@@ -217,7 +217,9 @@ def any_fits(workload: Workload, hardware: Hardware, every: Iterable[list[Mappin
         every: Groups of mappings that differ in recompute, the most recompute last.
     """
     limit = room(hardware)
-    return any(memory(workload, mappings[-1]).total <= limit for mappings in every)
+    return limit >= RESERVED and any(
+        memory(workload, mappings[-1]).total <= limit for mappings in every
+    )
 
 
 def least_memory(

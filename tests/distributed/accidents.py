@@ -17,7 +17,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class StopAfter(pl.Callback, io.IOMixin):
-    """End the training after some steps, as if they were all."""
+    """End the training after some steps, as if there were no more."""
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -1,5 +1,6 @@
 """Faults for `nemo-upcycle check` to find: each breaks this rank's process, and can be undone."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def on_rank_1() -> bool:
 
 @torch.no_grad()
 def swap_experts(chunks: models.Chunks) -> None:
-    """Give this rank's first two experts each other's place."""
+    """Swap this rank's first two experts."""
     layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
     for layer in layers:
         first, second, *_ = layer.mlp.experts.local_experts
@@ -26,6 +27,16 @@ def swap_experts(chunks: models.Chunks) -> None:
             kept = one.clone()
             one.copy_(other)
             other.copy_(kept)
+
+
+_OF_ONE_RANK: dict[int, tuple[float, float]] = {}
+
+
+def one_rank_of_the_tiny_model(tiny: subject.Subject, rows: int) -> tuple[float, float]:
+    """Return what `mapping.one_rank` does, computed once per process and number of rows."""
+    if rows not in _OF_ONE_RANK:
+        _OF_ONE_RANK[rows] = mapping.one_rank(tiny, rows)
+    return _OF_ONE_RANK[rows]
 
 
 def wrong_groups() -> Patch:
@@ -116,6 +127,17 @@ def optimizer_not_loaded() -> Patch:
         return models, optimizer
 
     return restart, "trainer", forgetful
+
+
+def killed_in_this_process() -> Patch:
+    """No fault: a training that ends leaves the checkpoint that a killed training leaves."""
+
+    def ended(subject: Any, folding: Any, directory: Path, port: int) -> int:
+        with process_groups.job():
+            restart.train(subject, folding, directory / "killed")
+        return -signal.SIGKILL
+
+    return restart, "_run", ended
 
 
 def never_killed() -> Patch:

@@ -1,6 +1,6 @@
 """Processes that stay alive between tests: importing NeMo takes each of them 10 s.
 
-Where NeMo is not installed they run Megatron-Core alone.
+Where NeMo is not installed, the processes run Megatron-Core alone.
 
 `RankPool.run(function, world_size, **kwargs)` calls `function(**kwargs)` on ranks 0 to
 world_size - 1 of a real gloo process group and returns what each one returned.

@@ -6,7 +6,7 @@ import torch
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from tests.distributed import scenarios
-from tests.distributed.pool import RankPool
+from tests.distributed.pool import RankPool, nemo_recipe
 from tests.tiny import tokens
 
 TOLERANCE = 1e-5
@@ -25,6 +25,15 @@ def dense_logits(dense: Path, ids: torch.Tensor) -> torch.Tensor:
 
     with torch.no_grad():
         return AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(ids).logits
+
+
+@nemo_recipe
+def opened_logits(source: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a model that is opened as `evaluate` opens a model."""
+    from nemo_upcycle.evaluation.opening import open_model
+
+    with torch.no_grad():
+        return open_model(source)(input_ids=ids).logits
 
 
 def error(outputs: list[scenarios.Logits | None], dense: Path, ids: torch.Tensor) -> float:

@@ -49,7 +49,7 @@ def with_rope(workspace: Path, directory: Path, base: float) -> Path:
 def test_a_checkpoint_trains_the_same_by_any_name(
     ranks: RankPool, workspace: Path, tmp_path: Path
 ) -> None:
-    """The step-0 loss is that of its own RoPE base, which is not the recipe's."""
+    """The step-0 loss is that of the checkpoint's RoPE base, which is not the recipe's."""
     dense = with_rope(workspace, tmp_path / "dense", 10.0)
     into_hub_cache(dense, tmp_path / "hub", NAME)
     losses = {}
@@ -102,7 +102,7 @@ def test_another_model_is_one_error_on_every_rank(
 def test_a_checkpoint_that_only_the_ranks_see_is_compared(
     ranks: RankPool, workspace: Path, tmp_path: Path
 ) -> None:
-    """The recipe was made of its own numbers; what the ranks find is another model."""
+    """The recipe was made without the checkpoint; the ranks find another model."""
     results = ranks.run(
         train,
         2,

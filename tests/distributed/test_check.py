@@ -1,5 +1,6 @@
 """`nemo-upcycle check`: all passes on a machine that is well, and each check can fail."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,19 @@ EP2, DP2 = ParallelFolding.of(ep=2), ParallelFolding()
 def run_check(
     out: Path,
     foldings: list[ParallelFolding] | None = None,
-    breakage: str | None = None,
-    restarts: bool = True,
+    breakages: Sequence[str] = (),
+    without: Sequence[str] = (),
     **options: Any,
 ) -> Outcome:
-    """Run a check, of some mappings alone if named, in a process that is broken if named."""
+    """Run a check in this process.
+
+    Args:
+        out: Directory for files.
+        foldings: The only mappings that are checked; None for all.
+        breakages: Functions of `check_breakages`, which break this process.
+        without: Methods of `Check` that do nothing.
+        options: Fields of `Options`.
+    """
     import pytest
 
     from nemo_upcycle.check import job
@@ -30,10 +39,12 @@ def run_check(
     with pytest.MonkeyPatch.context() as patch:
         if foldings is not None:
             patch.setattr(job, "mappings", lambda *_: foldings)
-        if not restarts:
-            patch.setattr(job.Check, "_restart", lambda *_: None)
-        if breakage is not None:
-            patch.setattr(*getattr(check_breakages, breakage)())
+        if "dense" not in options:
+            patch.setattr(job, "one_rank", check_breakages.one_rank_of_the_tiny_model)
+        for name in without:
+            patch.setattr(job.Check, name, lambda *_: None)
+        for name in breakages:
+            patch.setattr(*getattr(check_breakages, name)())
         return job.Check(job.Options(out, **options), lambda _: None).run()
 
 
@@ -90,7 +101,7 @@ def test_files(well: tuple[Outcome, Path]) -> None:
 )
 def test_a_fault_is_found(ranks: RankPool, tmp_path: Path, breakage: str, expected: str) -> None:
     outcome, _ = ranks.run(
-        run_check, 2, out=tmp_path, foldings=[EP2], breakage=breakage, restarts=False
+        run_check, 2, out=tmp_path, foldings=[EP2], breakages=[breakage], without=["_restart"]
     )
     assert (str(EP2), expected) in failed(outcome), [str(f) for f in outcome.findings]
     assert not outcome.passed
@@ -102,8 +113,8 @@ def test_what_is_not_loaded_is_found(ranks: RankPool, tmp_path: Path) -> None:
         2,
         out=tmp_path,
         foldings=[DP2, EP2],
-        breakage="lost_while_loading",
-        restarts=False,
+        breakages=["lost_while_loading"],
+        without=["_restart"],
     )
     assert (str(EP2), "load elsewhere") in failed(outcome)
     (finding,) = (f for f in outcome.failures if f.check == "load elsewhere")
@@ -118,8 +129,8 @@ def test_an_error_of_one_rank_is_told_and_the_next_mapping_runs(
         2,
         out=tmp_path,
         foldings=[DP2, EP2],
-        breakage="error_on_one_rank",
-        restarts=False,
+        breakages=["error_on_one_rank"],
+        without=["_restart"],
     )
     (finding,) = outcome.failures
     assert (finding.mapping, finding.check) == (str(DP2), "step 0")
@@ -128,11 +139,18 @@ def test_an_error_of_one_rank_is_told_and_the_next_mapping_runs(
 
 
 @pytest.mark.parametrize(
-    ("breakage", "found"),
-    [("optimizer_not_loaded", "losses step 3"), ("never_killed", "exit code 0")],
+    ("breakages", "found"),
+    [
+        (["killed_in_this_process", "optimizer_not_loaded"], "losses step 3"),
+        (["never_killed"], "exit code 0"),
+    ],
 )
-def test_a_bad_resume_is_found(ranks: RankPool, tmp_path: Path, breakage: str, found: str) -> None:
-    outcome, _ = ranks.run(run_check, 2, out=tmp_path, foldings=[EP2], breakage=breakage)
+def test_a_bad_resume_is_found(
+    ranks: RankPool, tmp_path: Path, breakages: list[str], found: str
+) -> None:
+    outcome, _ = ranks.run(
+        run_check, 2, out=tmp_path, foldings=[EP2], breakages=breakages, without=["_mappings"]
+    )
     assert failed(outcome) == {(str(EP2), KILLED_AND_RESUMED)}
     assert found in outcome.failures[0].found
 
@@ -145,7 +163,7 @@ def test_a_users_model(ranks: RankPool, tmp_path: Path, family: str) -> None:
         2,
         out=tmp_path / "out",
         foldings=[EP2],
-        restarts=False,
+        without=["_restart"],
         dense=str(dense),
         layers=2,
     )

@@ -1,4 +1,4 @@
-"""A training starts on data that are what they say, or says on every rank what they are not."""
+"""A training starts on data that are what their files claim, or is refused on every rank."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(workspace: Path, tmp_path: Path) -> Path:
-    """A copy of the corpus, of its own, and its prefix."""
+    """The prefix of a copy of the corpus, for one test."""
     return copy_data(workspace, tmp_path / "corpus")
 
 

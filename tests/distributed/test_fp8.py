@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from nemo_upcycle.config import UpcyclingConfig
 from tests.distributed import scenarios, transformers5
 from tests.distributed.pool import RankPool
-from tests.distributed.step0 import FOLDED, IDS, TOLERANCE, dense_logits, error
-from tests.distributed.test_import import logits
+from tests.distributed.step0 import FOLDED, IDS, TOLERANCE, dense_logits, error, opened_logits
 from tests.quantised import write_fp8
 
 
@@ -29,7 +28,7 @@ def test_logits_are_those_of_the_dequantised_model(
         damage=None,
     )
     assert error(outputs, plain, IDS) <= TOLERANCE
-    (evaluated,) = ranks.run(logits, 1, source=tmp_path / "fp8", ids=IDS)
+    (evaluated,) = ranks.run(opened_logits, 1, source=tmp_path / "fp8", ids=IDS)
     assert (evaluated - dense_logits(plain, IDS)).abs().max() <= TOLERANCE
 
 

@@ -14,8 +14,8 @@ from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.trained.export import export
 from nemo_upcycle.trained.opened import open_trained
-from tests.distributed.pool import RankPool, nemo_recipe
-from tests.distributed.step0 import TOLERANCE, dense_logits
+from tests.distributed.pool import RankPool
+from tests.distributed.step0 import TOLERANCE, dense_logits, opened_logits
 from tests.distributed.trained import KINDS, WEIGHTS, import_ckpt, trained
 from tests.tiny import tokens, write_dense
 
@@ -59,20 +59,12 @@ def test_what_the_configs_say_comes_back(ranks: RankPool, tmp_path: Path) -> Non
     assert kept_of(dense)["generation_config"] == GENERATION
 
 
-@nemo_recipe
-def logits(source: Path, ids: torch.Tensor) -> torch.Tensor:
-    from nemo_upcycle.evaluation.opening import open_model
-
-    with torch.no_grad():
-        return open_model(source)(input_ids=ids).logits
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2, tied", "nemotron"])
 def test_a_dense_model_is_imported(ranks: RankPool, tmp_path: Path, family: str) -> None:
     dense = write_dense(tmp_path / "dense", family)
     ranks.run(import_ckpt, 1, source=dense, output=tmp_path / "nemo")
     ids = tokens(rows=2, length=32)
-    (found,) = ranks.run(logits, 1, source=tmp_path / "nemo", ids=ids)
+    (found,) = ranks.run(opened_logits, 1, source=tmp_path / "nemo", ids=ids)
     assert (found - dense_logits(dense, ids)).abs().max() <= TOLERANCE
 
 
@@ -115,7 +107,8 @@ def test_what_megatron_does_not_compute_is_refused(ranks: RankPool, tmp_path: Pa
         open_trained(first)
     save_file(tensors, first / WEIGHTS, {"format": "pt"})
     for name, value, message in (
-        ("shared_expert_intermediate_size", 7, "expected the dense layer's width"),
+        ("shared_expert_intermediate_size", 97, "expected at most the dense layer's width"),
+        ("shared_expert_intermediate_size", 7, "of the wrong shape|expected"),
         ("use_sliding_window", True, "use_sliding_window"),
         ("model_type", "deepseek_v3", "families that can be read"),
     ):

@@ -12,7 +12,7 @@ from nemo_upcycle.planner.optimizer import HOST_BYTES, held
 from nemo_upcycle.planner.workload import Mapping, Workload
 from tests.distributed.foldings import spread
 from tests.distributed.pool import RankPool
-from tests.distributed.test_planner_memory import architecture
+from tests.tiny import wide_architecture
 
 E8T2 = UpcyclingConfig()
 STEPS = 3
@@ -37,7 +37,7 @@ class Run:
         bf16 = {"params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16, "bf16": True}
         self.chunks = [
             chunk.bfloat16()
-            for chunk in scenarios.build_from(architecture(), folding, E8T2, **bf16)
+            for chunk in scenarios.build_from(wide_architecture(), folding, E8T2, **bf16)
         ]
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=storage.grad_reduce_in_fp32, use_distributed_optimizer=True
@@ -123,7 +123,7 @@ def weigh(folding: ParallelFolding, storage: OptimizerStorage) -> tuple[int, int
 )
 def test_predicted_bytes_are_real(ranks: RankPool, spread_: Any, storage: OptimizerStorage) -> None:
     folding, world_size = spread_.folding, spread_.world_size
-    workload = Workload(architecture(), E8T2, 32, 4, optimizer=storage)
+    workload = Workload(wide_architecture(), E8T2, 32, 4, optimizer=storage)
     mapping = Mapping(folding, world_size)
     measured = ranks.run(weigh, world_size, folding=folding, storage=storage)
     for rank, (gradients, gpu, host, largest) in enumerate(measured):

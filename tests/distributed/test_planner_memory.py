@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.families import Architecture, architecture_of
+from nemo_upcycle.families import Architecture
 from nemo_upcycle.planner.memory import ModelState, model_state, of_stage
 from nemo_upcycle.planner.workload import Mapping, Workload
 from nemo_upcycle.plans.layout import coordinates
 from tests.distributed.foldings import spread
 from tests.distributed.pool import RankPool
-from tests.tiny import CONFIG
+from tests.tiny import wide_architecture
 
 CLOSE = 0.01
 
@@ -23,6 +23,11 @@ MODELS = {
     "E8T2": E8T2,
     "dense": UpcyclingConfig(num_moe_experts=None),
     "granular": UpcyclingConfig(num_moe_experts=8, granularity=2, moe_router_topk=4),
+    "part shared, expert bias": UpcyclingConfig(
+        moe_shared_expert_intermediate_size=0.5,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+    ),
     "partly dense, shared": UpcyclingConfig(moe_layer_freq=(0, 1, 1, 0), moe_shared_expert=True),
 }
 CASES = [
@@ -39,6 +44,7 @@ CASES = [
     (spread(2, pp=2, num_layers_in_first_pipeline_stage=1), "E8T2"),
     (spread(2, pp=2), "partly dense, shared"),
     (spread(2, ep=2), "partly dense, shared"),
+    (spread(2, ep=2), "part shared, expert bias"),
     (spread(2), "dense"),
     (spread(4), "dense"),
     (spread(4, tp=2), "dense"),
@@ -51,13 +57,6 @@ CASES = [
     (spread(4, tp=2, cp=2, etp=2), "E8T2"),
     (spread(4, pp=2, cp=2, ep=2), "partly dense, shared"),
 ]
-
-
-def architecture(**config: Any) -> Architecture:
-    # Wide enough that padding to 64 elements is no percent.
-    sizes = {"hidden_size": 128, "intermediate_size": 192, "model_type": "llama"}
-    full = CONFIG | sizes | config
-    return architecture_of(full)
 
 
 def state_bytes(
@@ -114,7 +113,7 @@ def test_predicted_bytes_are_real(
     ranks: RankPool, spread_: Any, model: str, precision: str
 ) -> None:
     folding, world_size = spread_.folding, spread_.world_size
-    arch = architecture(tie_word_embeddings=spread_.dense == "tied")
+    arch = wide_architecture(tie_word_embeddings=spread_.dense == "tied")
     options = {"arch": arch, "folding": folding, "upcycling": MODELS[model], "precision": precision}
     measured = [ModelState(*each) for each in ranks.run(state_bytes, world_size, **options)]
     workload = Workload(arch, MODELS[model], 32, 4, precision)
@@ -130,7 +129,7 @@ def test_predicted_bytes_are_real(
 @pytest.mark.parametrize("spread_", [spread(1), spread(2, ep=2), spread(4)])
 def test_padding_is_megatrons(ranks: RankPool, spread_: Any) -> None:
     """Sizes that are no multiples of 64 or 128 are padded: parameters, and what ranks share."""
-    arch = architecture(hidden_size=80, intermediate_size=72)
+    arch = wide_architecture(hidden_size=80, intermediate_size=72)
     options = {"arch": arch, "folding": spread_.folding, "upcycling": E8T2, "precision": "32"}
     workload = Workload(arch, E8T2, 32, 4, "32")
     said = model_state(workload, Mapping(spread_.folding, spread_.world_size), stage=0)
@@ -160,7 +159,7 @@ def flying(folding: ParallelFolding, microbatches: int) -> float:
 def test_as_many_microbatches_fly_as_megatron_lets(
     ranks: RankPool, vpp: int | None, microbatches: int
 ) -> None:
-    arch = architecture(num_hidden_layers=16)
+    arch = wide_architecture(num_hidden_layers=16)
     folding = ParallelFolding.of(pp=4, vpp=vpp)
     said = ranks.run(flying, 4, folding=folding, microbatches=microbatches)
     workload = Workload(arch, E8T2, 32, microbatches)

@@ -1,6 +1,7 @@
 """The ranks of the tests forget what a test has made: process groups above all.
 
-A process group has three threads that keep polling: kept, they slow down all that comes after.
+A process group has three threads that keep polling. Threads of a kept group slow down all tests
+that come after.
 """
 
 from pathlib import Path

@@ -158,7 +158,7 @@ def test_the_same_beginning_goes_on(
 def test_restored_weights_are_told_from_others(
     beginnings: Beginnings, begun: dict[str, Path], tmp_path: Path
 ) -> None:
-    """And where they lie does not count, nor that they are gone."""
+    """Neither the place of the weights counts, nor whether the weights are still there."""
     places = {}
     for name in ("upcycled", "scratch"):
         (found,) = begun[name].glob("checkpoints/*-last")
@@ -271,7 +271,7 @@ def test_what_a_run_can_change_is_said(runs: Runs, resumable: Path, expected: li
 
 
 def test_data_with_other_content_are_said(runs: Runs, resumable: Path) -> None:
-    """That they lie elsewhere is not: a copy is the same data."""
+    """A copy elsewhere is the same data, and nothing is said."""
     shutil.copytree(runs.workspace / "data", resumable / "data")
     losses, said = runs.start(resumable, options=EP2 | {"max_steps": STEPS - 1})
     assert len(losses[0]) == 1
@@ -286,7 +286,7 @@ def test_data_with_other_content_are_said(runs: Runs, resumable: Path) -> None:
 
 
 def test_checkpoints_of_an_older_version_are_taken_as_they_are(runs: Runs, resumable: Path) -> None:
-    """And where they are of another model, that is one line, not a page a rank."""
+    """A checkpoint of another model is an error of one line, not of a page per rank."""
     (common,) = resumable.glob("run/checkpoints/*/weights/common.pt")
     state = torch.load(common, weights_only=False)
     del state["callbacks"]["UpcyclingCallback"]

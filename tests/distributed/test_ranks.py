@@ -1,4 +1,4 @@
-"""Ranks hear of each other's errors, and notice one that is gone."""
+"""Every rank hears of an error on any rank, and notices a rank that is gone."""
 
 import os
 import signal

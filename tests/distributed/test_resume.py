@@ -99,7 +99,7 @@ def test_another_global_batch_size_is_refused(runs: Runs, resumable: Path) -> No
 
 
 def test_accumulation_by_lightning_is_refused(runs: Runs, resumable: Path) -> None:
-    """It would validate for ever."""
+    """NeMo would validate for ever."""
     errors, _ = runs.start(resumable, overrides={"trainer.accumulate_grad_batches": 2})
     assert len(set(errors)) == 1
     assert "trainer.accumulate_grad_batches is 2, which NeMo does not honour" in errors[0]

@@ -32,7 +32,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_optimizer_trains_on_from_the_upcycled_weights(
     ranks: RankPool, workspace: Path, world_size: int, folding: dict[str, Any]
 ) -> None:
-    """A step with learning rate 0 leaves them as they are, in bf16 with fp32 main parameters.
+    """A step with learning rate 0 leaves the weights alone, in bf16 with fp32 main parameters.
 
     Had the optimizer kept the main parameters of the random initialisation, the step would have
     put those in their place.

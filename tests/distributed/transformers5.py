@@ -46,7 +46,7 @@ def install() -> Path | None:
         return target
     partial = target.with_name(f"transformers5.{os.getpid()}")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(partial)]
-    if subprocess.run([*pip, REQUIREMENT], capture_output=True, timeout=600).returncode:
+    if subprocess.run([*pip, REQUIREMENT], capture_output=True).returncode:
         shutil.rmtree(partial, ignore_errors=True)
         return None
     try:
@@ -72,7 +72,7 @@ def end(process: subprocess.Popen[str]) -> str:
     """Wait for a script and return what it has written.
 
     Raises:
-        AssertionError: It failed.
+        AssertionError: The script failed.
     """
     output, errors = process.communicate()
     assert process.returncode == 0, errors[-2000:]

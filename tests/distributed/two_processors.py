@@ -1,8 +1,8 @@
 """A GPU and its host on a machine without a GPU: two kinds of tensors, both on the CPU.
 
-Megatron's `HybridDeviceOptimizer` and `DistributedOptimizer` run unchanged. What they copy with
-`.cpu()`, or make with `device="cpu"`, belongs to the host, and so does whatever is computed from
-that. All else belongs to the GPU.
+Megatron's `HybridDeviceOptimizer` and `DistributedOptimizer` run unchanged. Tensors that
+these copy with `.cpu()`, or make with `device="cpu"`, belong to the host, and so do results
+computed from such tensors. All other tensors belong to the GPU.
 """
 
 import contextlib

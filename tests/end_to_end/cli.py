@@ -1,4 +1,4 @@
-"""Run the real commands as a user would, each in processes of its own."""
+"""Run the real commands as a user would, each in new processes."""
 
 import os
 import subprocess

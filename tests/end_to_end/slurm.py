@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests import progress
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 ATTEMPTS = 60
 UNKNOWN_JOB = "Invalid job id specified"
@@ -89,21 +91,21 @@ def slurm(directory: Path) -> Iterator[dict[str, str]]:
                     subprocess.Popen(words, env=environment, stdout=out, stderr=subprocess.STDOUT)
                 )
             time.sleep(1)
-        _wait_until_idle(environment, directory)
+        _wait_until_idle(environment, directory, [process.pid for process in started])
         yield environment
     finally:
         for process in reversed(started):
             process.terminate()
-            process.wait(timeout=30)
+            progress.exit_code(process)
 
 
-def _wait_until_idle(environment: dict[str, str], directory: Path) -> None:
-    deadline = time.monotonic() + 30
-    while ask(environment, "sinfo", "-h", "-p", "cpu", "-o", "%t").strip() != "idle":
-        if time.monotonic() > deadline:
-            logs = "\n".join(path.read_text() for path in directory.glob("*.out"))
-            raise AssertionError(f"Slurm did not start: {logs}")
-        time.sleep(0.5)
+def _wait_until_idle(environment: dict[str, str], directory: Path, pids: list[int]) -> None:
+    def is_idle() -> bool:
+        return ask(environment, "sinfo", "-h", "-p", "cpu", "-o", "%t").strip() == "idle"
+
+    if not progress.until(is_idle, pids, every_s=0.5):
+        logs = "\n".join(path.read_text() for path in directory.glob("*.out"))
+        raise AssertionError(f"Slurm did not start: {logs}")
 
 
 def run(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:

@@ -53,7 +53,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
 
 
 def test_nemo_llm_help_lists_pretrain(tmp_path: Path) -> None:
-    output = cli.run(tmp_path, "nemo", "llm", "--help", forked=False)
+    output = cli.run(tmp_path, "nemo", "llm", "--help")
     assert "Couldn't load entrypoint" not in output
     assert "pretrain" in output
 

@@ -135,7 +135,7 @@ def processes_of(word: str) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0, 8])
 def test_ctrl_c_on_the_ranks_of_a_command(tmp_path: Path, seconds: int) -> None:
-    """As they begin, and as they work: one line, and nothing is left."""
+    """Pressed as the ranks begin, and as the ranks work: one line, and nothing is left."""
     dense = make_workspace(tmp_path / "demo") / "dense_hf"
     (tmp_path / "tmp").mkdir()
     out = tmp_path / "out" / "text"

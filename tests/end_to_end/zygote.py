@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from functools import cache
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,11 @@ def _serve(connection: Connection, environment: dict[str, str]) -> None:
     from tests import imported
 
     assert imported and nemo_run.__main__ and plugin
+    if find_spec("lm_eval"):  # which `evaluate` needs
+        import lm_eval
+        import lm_eval.models.huggingface
+
+        assert lm_eval
     gc.freeze()  # no garbage collection of a command looks at the imported
     context: Any = multiprocessing.get_context("fork")
     with contextlib.suppress(EOFError):

@@ -17,6 +17,7 @@ from nemo_upcycle.plans.layout import padded_vocabulary
 from tests.megatron import scenarios
 
 ITERATION = 3
+PROGRAMS = ("Megatron-LM", "Megatron-Bridge")
 
 
 @dataclass

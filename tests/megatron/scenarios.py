@@ -51,7 +51,8 @@ class Evidence:
     Attributes:
         weights: What it owns after upcycling, by way of upcycling.
         logits: At step 0, with their positions; None but on the last pipeline stage.
-        loss: Its part of the mean loss of its data-parallel rank's rows; 0 but on the last stage.
+        loss: The rank's part of the mean loss of the rows of its data-parallel rank; 0 but on the
+            last stage.
         gradients: Of what it owns, as its optimizer has them.
         grad_norm: All gradients' norm, as the optimizer clips by it.
     """

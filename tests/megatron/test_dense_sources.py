@@ -15,7 +15,6 @@ from tests.distributed.pool import RankPool
 from tests.distributed.whole import differing, whole
 from tests.megatron import formats, scenarios
 from tests.megatron.scenarios import UPCYCLING
-from tests.megatron.test_formats import PROGRAMS
 from tests.quantised import write_fp8
 from tests.tiny import FAMILIES, LLAMA31_ROPE, write_dense
 
@@ -63,7 +62,7 @@ def weights(ranks: RankPool, source: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", formats.PROGRAMS)
 def test_the_moe_is_that_of_the_hugging_face_checkpoint(
     ranks: RankPool, tmp_path: Path, program: str, name: str
 ) -> None:

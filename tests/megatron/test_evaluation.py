@@ -13,7 +13,6 @@ from nemo_upcycle.evaluation.opening import open_model
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.megatron import formats
 from tests.megatron.scenarios import UPCYCLING
-from tests.megatron.test_formats import PROGRAMS
 from tests.tiny import LLAMA31_ROPE, YARN, tokens, write_dense
 from tests.tokenizers import write_tokenizer
 
@@ -59,7 +58,7 @@ def test_logits_are_the_dense_models(ranks: RankPool, tmp_path: Path, family: st
             assert float((found - expected).abs().max()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", formats.PROGRAMS)
 def test_the_command_finds_them_equal(ranks: RankPool, tmp_path: Path, program: str) -> None:
     dense, run = saved_run(ranks, tmp_path, "llama", program)
     write_tokenizer(tmp_path / "tokenizer", "BPE")

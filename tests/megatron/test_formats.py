@@ -15,7 +15,6 @@ from tests.megatron import formats
 from tests.megatron.scenarios import UPCYCLING
 from tests.stacks import EXPORT_DIGEST, files_digest, write_by_numbers
 
-PROGRAMS = ("Megatron-LM", "Megatron-Bridge")
 FOLDINGS = {
     "TP4": (4, ParallelFolding.of(tp=4)),  # which pads the vocabulary
     "PP2 VPP2 EP2": (4, ParallelFolding.of(pp=2, vpp=2, ep=2)),
@@ -28,7 +27,7 @@ def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", FOLDINGS)
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", formats.PROGRAMS)
 def test_the_export_is_that_of_the_nemo_front(
     ranks: RankPool, numbers: Path, tmp_path: Path, program: str, name: str
 ) -> None:
@@ -41,7 +40,7 @@ def test_the_export_is_that_of_the_nemo_front(
         assert files_digest(tmp_path / f"exported-{number}") == EXPORT_DIGEST
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", formats.PROGRAMS)
 def test_without_the_record_the_model_is_known(
     ranks: RankPool, numbers: Path, tmp_path: Path, program: str
 ) -> None:

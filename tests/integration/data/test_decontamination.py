@@ -71,7 +71,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_planted_item_is_left_out_by_the_commands(
     tokenizer: Path, tmp_path: Path, task: Path, way: str
 ) -> None:
-    """It is reported, what is clean is not, and every line is in one of the manifest's numbers."""
+    """The item is reported, clean text is not, and the manifest's numbers count every line once."""
     item = json.loads((task / "next_line.jsonl").read_text().splitlines()[4])
     asked = item["context"] + item["choices"][item["label"]]
     texts = [text or "x" for text in many(40)]

@@ -17,6 +17,7 @@ from nemo_upcycle.data import parts
 from nemo_upcycle.data.manifest import check_files, read_manifest
 from nemo_upcycle.data.preparation import Preparation, prepare
 from nemo_upcycle.errors import UpcyclingError
+from tests import progress
 from tests.corpora import (
     TEXTS,
     contents,
@@ -132,7 +133,7 @@ def test_parts_of_another_job_are_left_alone(tokenizer: Path, tmp_path: Path) ->
 def test_parts_of_nobody_knows_what_are_not_taken(
     tokenizer: Path, tmp_path: Path, said: str | None
 ) -> None:
-    """As a kill leaves them while they are removed, or before it is said what they are of."""
+    """A kill leaves such parts while parts are removed, or before their source is named."""
     source = write(tmp_path / "a.jsonl", many(100))
     work = leave_parts(tokenizer, source, tmp_path / "data")
     (work / "job.json").unlink()
@@ -271,7 +272,7 @@ def begun(tokenizer: Path, tmp_path: Path) -> tuple[subprocess.Popen[bytes], Pat
 def test_ctrl_c_ends_all_processes_with_one_line(tokenizer: Path, tmp_path: Path) -> None:
     process, log = begun(tokenizer, tmp_path)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
+    assert progress.exit_code(process) == 130
     assert log.read_text().splitlines()[-1] == "Error: interrupted."
     assert "Traceback" not in log.read_text()
     assert not list(tmp_path.glob("out/.a.parts/*.partial"))
@@ -283,7 +284,7 @@ def test_a_process_that_is_killed_is_one_line(tokenizer: Path, tmp_path: Path) -
     process, log = begun(tokenizer, tmp_path)
     partial = next(tmp_path.glob("out/.a.parts/*.partial"))
     os.kill(int(partial.name.split(".")[1]), signal.SIGKILL)
-    assert process.wait(60) == 1
+    assert progress.exit_code(process) == 1
     said = " ".join(log.read_text().split())
     assert "A process that tokenises was killed" in said
     assert "Traceback" not in said

@@ -103,7 +103,7 @@ def test_the_check_above_can_fail(printed: str) -> None:
 
 
 def test_a_recipes_layers_prepare_nemo_for_its_own_exporters(printed: str) -> None:
-    """They make a model without the strategy that prepares NeMo elsewhere."""
+    """NeMo's exporters make a model without the strategy that prepares NeMo elsewhere."""
     assert "PREPARED" in printed
 
 

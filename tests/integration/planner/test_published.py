@@ -64,7 +64,7 @@ def test_runs_of_a_model_are_predicted_from_others(model: str, found: Found) -> 
 
 @pytest.mark.parametrize("run", MEGATRON_TESTS, ids=lambda run: f"{run.label} {run.hardware}")
 def test_peaks_of_memory_that_megatron_measured(run: Published) -> None:
-    """They are read on the last rank, which is in the last pipeline stage."""
+    """Megatron's tests read the peak on the last rank, which is in the last pipeline stage."""
     stage = run.mapping.folding.pipeline_model_parallel_size - 1
     used = of_stage(run.workload, run.mapping, stage)
     assert (used.total - used.reserved) / 2**30 == pytest.approx(run.peak_gib, rel=0.05)

@@ -16,7 +16,7 @@ FULL_SIZE = [recipe for recipe in RECIPES.values() if "tiny" not in recipe.name]
 
 @pytest.mark.parametrize("recipe", FULL_SIZE, ids=lambda recipe: recipe.name)
 def test_recipes_fit_and_are_near_the_best(recipe: Any) -> None:
-    """As they are, for the uneven first steps; and with the least recompute, near the fastest."""
+    """A recipe fits, also in the uneven first steps; with the least recompute, near the fastest."""
     assert expected(recipe, H100).fits
     best = search(workload(recipe), recipe.world_size, H100)[0]
     names = RECOMPUTE if recipe.upcycling.num_moe_experts else ("none", "full")

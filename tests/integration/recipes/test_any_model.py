@@ -11,7 +11,7 @@ from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.fields import upcycling_in
 from nemo_upcycle.plans.job import plan_job
-from tests.integration.recipes.test_full_size import callbacks, megatrons_config
+from tests.integration.recipes.built import callbacks, megatrons_config
 from tests.tiny import write_llama
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -43,7 +43,7 @@ def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
 
 
 def _only(*names: str) -> Damage:
-    """Leave no file but these, which are empty unless they were there."""
+    """Leave the named files alone; those that were not there are empty."""
 
     def write(directory: Path) -> None:
         for path in directory.iterdir():

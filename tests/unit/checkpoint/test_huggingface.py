@@ -195,7 +195,7 @@ def test_a_linked_shard_is_read(sharded: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="other users' files are root's to make")
 @pytest.mark.parametrize("locked", ["config.json", SHARD, INDEX, ".", ".."])
 def test_what_may_not_be_read(sharded: Path, locked: str) -> None:
-    """In a process of its own, which gives up root; and it works once the mode is mended."""
+    """A process that gives up root is refused; once the mode is mended, the process reads."""
     with tempfile.TemporaryDirectory(dir="/tmp") as outside:
         above = Path(outside)
         above.chmod(0o755)

@@ -97,7 +97,7 @@ def test_templates_beside_the_tokenizers(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_its_common_file_is_damaged(tmp_path: Path) -> None:
-    """It has the record; without it an export would take what an older version leaves out."""
+    """Without the record of this file, an export would pass for one of an older version."""
     metadata = Metadata(state_dict_metadata={}, storage_data={})  # and no common state in it
     (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
     for read in (kept_in, dense_checkpoints_in):
@@ -106,7 +106,7 @@ def test_a_checkpoint_without_its_common_file_is_damaged(tmp_path: Path) -> None
 
 
 class Other:
-    """An object of another callback's."""
+    """An object of another callback."""
 
     called = False
 
@@ -115,7 +115,7 @@ class Other:
 
 
 def test_a_record_among_other_callbacks_objects(tmp_path: Path) -> None:
-    """Nothing of theirs is made, and what is no record is passed over."""
+    """No object of another callback is made, and what is no record is passed over."""
     kept = kept_of(directory(tmp_path / "dense", LLAMA))
     other = Other()
     other.value = 1  # type: ignore[attr-defined]

@@ -151,7 +151,7 @@ def test_fault(tmp_path: Path, fault: str) -> None:
 
 
 def test_a_compressed_chunk_is_refused(tmp_path: Path) -> None:
-    """Its bytes cannot be read in place, and a small file could grow without bound."""
+    """Compressed bytes cannot be read in place, and a small file could grow without bound."""
     directory = save(tmp_path / "saved", tensors())
     common = directory / "common.pt"
     with zipfile.ZipFile(common) as old:

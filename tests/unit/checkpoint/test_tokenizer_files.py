@@ -192,7 +192,7 @@ def test_what_cannot_be_loaded_is_one_line(
 
 
 def test_own_code_beside_a_class_that_is_known_is_left_alone(tmp_path: Path) -> None:
-    """As transformers does, which takes its own class then."""
+    """transformers takes the class that transformers has, too."""
     code = {"AutoTokenizer": [None, "own.OwnTokenizer"]}
     directory = change_config(transformers4(tmp_path / "a"), auto_map=code)
     assert load_tokenizer(directory).eos_token_id == 2

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from nemo_upcycle.cli import killed
-from tests.unit.engine.test_launch import REPORT
+from tests.torchrun import REPORT
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.torchrun import REPORT
+
 
 @pytest.mark.parametrize(
     ("left", "said"),
@@ -23,26 +25,6 @@ def test_what_ranks_leave_is_said_once(
         (tmp_path / rank).write_text(message)
     _report_errors(tmp_path)
     assert capsys.readouterr().err.splitlines() == said
-
-
-REPORT = """
-[0]:
-  time      : 2026-11-28_15:00:00
-  host      : node
-  rank      : 0 (local_rank: 0)
-  exitcode  : -15 (pid: 11)
-  error_file: <N/A>
-  traceback : Signal 15 (SIGTERM) received by PID 11
-------------------------------------------------------------
-Root Cause (first observed failure):
-[1]:
-  time      : 2026-11-28_15:00:00
-  host      : node
-  rank      : 1 (local_rank: 1)
-  exitcode  : -9 (pid: 12)
-  error_file: <N/A>
-  traceback : Signal 9 (SIGKILL) received by PID 12
-"""
 
 
 def test_a_killed_rank_is_found_in_torchruns_report() -> None:

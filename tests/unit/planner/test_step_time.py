@@ -17,7 +17,7 @@ ONE_GPU_NODES = replace(H100, name="alone", gpus_per_node=1, nvlink_domain=1)
 
 
 def test_collectives_cost_what_they_cross() -> None:
-    """Inside a node they are faster than across; a rack that NVLink joins is a node."""
+    """Collectives are faster inside a node than across; a rack that NVLink joins is a node."""
     node, alone = (step_time(PAPER, paper_mapping(), on) for on in (H100, ONE_GPU_NODES))
     assert node.tensor_parallel < 0.2 * alone.tensor_parallel
     assert node.expert_parallel < 0.2 * alone.expert_parallel

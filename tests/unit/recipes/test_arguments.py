@@ -1,4 +1,4 @@
-"""A recipe's arguments, as they are typed."""
+"""A recipe's arguments, as users type them."""
 
 from dataclasses import replace
 
