@@ -7,12 +7,25 @@ On one rank, with Transformer Engine's layers, in parts:
   step time, model-FLOPs utilisation and memory, for each capacity factor, recompute and kind of
   experts;
 - kernels: what a step's time goes to;
-- filling: how fast a dense checkpoint becomes experts on the GPU.
+- filling: how fast a dense checkpoint becomes experts on the GPU;
+- recipe: where a step of `smollm2_135m_e8t2` in NeMo goes: kernels, host, waits, allocator, data;
+  as it is, then with experts padded to a capacity, then with CUDA graphs on top.
+
+With 15 minutes of a GPU, call in this order, each with `--out FILE`; the times are estimates:
+
+1. `pytest -m gpu tests/distributed/test_gpu.py`: 3 minutes. Nothing below counts if this fails.
+2. `python -m benchmarks.gpu --parts recipe`: 4 minutes. What costs the 25 ms per layer?
+3. `python -m benchmarks.gpu_recipe micro_batch_size=32`, or what 2 suggests: 1 minute each.
+4. `python -m benchmarks.gpu --parts layers kernels`: 4 minutes. Nothing may have become slower.
+
+`nemo-upcycle ablate --recipe smollm2_135m_e8t2 --minutes 12 …` is for another 15 minutes; prepare
+its text beforehand, on a CPU.
 
 Weights are random, and so are the tokens: routing is about even. Without a GPU the parts run on
 the CPU, to be tested; their numbers mean nothing there.
 
-Usage: python -m benchmarks.gpu [--parts exactness layers kernels filling] [--out FILE] [--small]
+Usage: python -m benchmarks.gpu [--parts exactness layers kernels filling recipe] [--out FILE]
+[--small]
 """
 
 import argparse
@@ -20,6 +33,7 @@ import json
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -288,6 +302,30 @@ def write_random(directory: Path, config: dict[str, Any], arch: Architecture) ->
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
+# --- The recipe in NeMo ------------------------------------------------------------------------
+
+PADDED = ("moe_expert_capacity_factor=2.0", "moe_pad_expert_input_to_capacity=True")
+RUNS = {
+    "as it is": (),
+    "padded to capacity factor 2": PADDED,
+    "padded, with CUDA graphs": (*PADDED, "cuda_graphs=True"),
+}
+"""Arguments of the recipe. CUDA graphs need a GPU."""
+
+
+def recipe(small: bool) -> Lines:
+    """Profile the recipe, each run in a process of its own; a failure leaves the others."""
+    for name, settings in list(RUNS.items())[: None if ON_GPU else 2]:
+        words = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_recipe", *settings]
+        with tempfile.TemporaryDirectory() as directory:
+            out = Path(directory) / "out.md"
+            words += ["--out", str(out), *(["--small"] if small else [])]
+            ran = subprocess.run(words, capture_output=True, text=True)
+            yield f"### {name.capitalize()}"
+            yield ""
+            yield out.read_text() if out.exists() else f"Failed: {ran.stderr[-2000:]}"
+
+
 # --- The run ---------------------------------------------------------------------------------
 
 PARTS: dict[str, tuple[str, Callable[[bool], Lines]]] = {
@@ -295,6 +333,7 @@ PARTS: dict[str, tuple[str, Callable[[bool], Lines]]] = {
     "layers": ("Layers of Llama 3 8B as E8T2, sequence 8,192, microbatch 1, bf16", layers),
     "kernels": ("What a step spends its time on", kernels),
     "filling": ("Filling the experts", filling),
+    "recipe": ("A step of SmolLM2-135M as E8T2 in NeMo", recipe),
 }
 
 

@@ -23,6 +23,7 @@ from nemo_upcycle_recipes.recipe import architecture
 
 from nemo_upcycle.config import RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine import cpu
+from nemo_upcycle.engine.fused_gradients import fuse_weight_gradients
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.fields import moe_fields
 from nemo_upcycle.nemo.model import UpcycledGPTConfig, architecture_fields
@@ -172,8 +173,6 @@ class Training:
             overrides = EXPERTS[case.experts]
         overrides |= {"seq_length": workload.seq_length}
         model = build(workload.arch, case.upcycling, torch.bfloat16, **overrides)
-        if case.fused:
-            fuse_weight_gradients(model)
         config = model.config
         config.finalize_model_grads_func = finalize_model_grads
         options = {"overlap_grad_reduce": ON_GPU, "overlap_param_gather": ON_GPU}
@@ -181,6 +180,8 @@ class Training:
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, **options
         )
         self.model = DistributedDataParallel(config, ddp, Float16Module(config, model))
+        if case.fused:
+            fuse_weight_gradients([self.model])
         adam = OptimizerConfig(lr=1e-5, clip_grad=1.0, bf16=True, use_distributed_optimizer=True)
         self.optimizer = get_megatron_optimizer(adam, [self.model])
         self.layers = Watch(model.decoder.layers)
@@ -217,13 +218,6 @@ def forward_step(data: Any, model: Any) -> tuple[torch.Tensor, Callable[..., Any
         return loss, {"loss": loss.detach()}
 
     return model(**next(data)), mean
-
-
-def fuse_weight_gradients(model: torch.nn.Module) -> None:
-    """Enable fused gradients in Transformer Engine's layers, which need no Apex."""
-    for module in model.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
 
 
 class Watch:

@@ -8,7 +8,8 @@ text, averaged over the layers:
 - gradients: norm of all routers' gradients of the language-model loss, and of the auxiliary loss
   (coefficient 1) alone
 
-Usage: python -m benchmarks.routers DENSE TEXT TEXT [--tokens 100000]
+Usage: nemo-upcycle calibrate DENSE --text TEXT --text TEXT --second-moment full --out STATISTICS
+       python -m benchmarks.routers DENSE STATISTICS TEXT TEXT
 """
 
 import argparse
@@ -21,7 +22,6 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from nemo_upcycle.calibration.calibrate import Calibration, calibrate
 from nemo_upcycle.calibration.text import read_sources
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.data.encoder import load_encoder
@@ -37,6 +37,8 @@ ROUTERS = {
 }
 EXPERTS = ("copy", "drop(ratio=0.5)", "noise(std=0.02)")
 LENGTH, SEQUENCES = 128, 16
+SEEDS = (0, 1, 2)
+"""Means over seeds are given; with copies, they change random rows alone."""
 
 
 def measure(directory: Path, ids: torch.Tensor) -> dict[str, float]:
@@ -78,26 +80,22 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dense", type=Path)
+    parser.add_argument("statistics", type=Path)
     parser.add_argument("texts", nargs="+")
-    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--experts", nargs="*", default=EXPERTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ids = held_out(arguments.dense, arguments.texts)
     with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "statistics"
-        texts = tuple(arguments.texts)
-        job = Calibration(str(arguments.dense), texts, file, arguments.tokens, second_moment="full")
-        calibrate(job, processes=2)
         print("| experts | router | loss | entropy | confidence | load | gradient of the loss | of "
               "the auxiliary loss |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
-        for experts in EXPERTS:
+        for experts in arguments.experts:
             for name, text in ROUTERS.items():
-                seeds = range(3) if name == "random" or experts != "copy" else range(1)
                 found = []
-                for seed in seeds:
+                for seed in SEEDS:
                     upcycling = UpcyclingConfig(
                         initializer=experts,
-                        router_initializer=text.format(file=str(file)),
+                        router_initializer=text.format(file=str(arguments.statistics)),
                         seed=seed,
                     )
                     out = Path(temporary) / f"{len(list(Path(temporary).iterdir()))}"

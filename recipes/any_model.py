@@ -38,7 +38,9 @@ def upcycle(
     from_scratch: bool = False,
     read_once: bool = False,
     performance_mode: bool = False,
+    cuda_graphs: bool = False,
     wandb_project: Optional[str] = None,
+    router_warmup_steps: int = 0,
     export_every_n: Optional[int] = None,
     accelerator: str = "auto",
     hardware: Optional[str] = None,
@@ -69,7 +71,9 @@ def upcycle(
         from_scratch: The same model from random weights.
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
         performance_mode: As in the other recipes.
+        cuda_graphs: As in the other recipes.
         wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
+        router_warmup_steps: First steps in which only the routers are trained.
         export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         accelerator: `gpu`, `cpu`, or `auto`: the GPU if there is one, if the executor is Slurm
             with GPUs, or if `hardware`, num_nodes or num_gpus_per_node is given.
@@ -124,7 +128,9 @@ def upcycle(
         from_scratch=from_scratch,
         read_once=read_once,
         performance_mode=performance_mode,
+        cuda_graphs=cuda_graphs,
         wandb_project=wandb_project,
+        router_warmup_steps=router_warmup_steps,
         export_every_n=export_every_n,
         fn=fn,
     )

@@ -3,12 +3,14 @@
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args
 
 import nemo_run as run
 import torch
+from megatron.core.transformer import TransformerConfig
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
 from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
@@ -31,6 +33,7 @@ from nemo_upcycle.nemo.auto_resume import AutoResume
 from nemo_upcycle.nemo.callback import UpcyclingCallback
 from nemo_upcycle.nemo.cpu import cpu_layer_spec
 from nemo_upcycle.nemo.export_callback import ExportCallback
+from nemo_upcycle.nemo.fused_gradients import FusedWeightGradients
 from nemo_upcycle.nemo.mfu import MFUCallback
 from nemo_upcycle.nemo.model import (
     UpcycledGPTConfig,
@@ -42,9 +45,13 @@ from nemo_upcycle.nemo.moe_health import MoEHealthCallback
 from nemo_upcycle.nemo.offloaded_optimizer import OffloadedOptimizer
 from nemo_upcycle.nemo.preemption import PreemptionCallback
 from nemo_upcycle.nemo.provenance import Provenance
+from nemo_upcycle.nemo.router_warm_up import RouterWarmUp
 from nemo_upcycle.nemo.run_numbers import check_max_steps
 from nemo_upcycle.nemo.tokenizer import checkpoint_tokenizer
+from nemo_upcycle.nemo.versions import check_pretrain
 from nemo_upcycle.plans import layout
+
+check_pretrain(llm)
 
 F = TypeVar("F", bound=Callable[..., run.Partial])
 
@@ -141,7 +148,9 @@ def pretrain(
     from_scratch: bool = False,
     read_once: bool = False,
     performance_mode: bool = False,
+    cuda_graphs: bool = False,
     wandb_project: str | None = None,
+    router_warmup_steps: int = 0,
     export_every_n: int | None = None,
     model_overrides: dict[str, Any] | None = None,
     callbacks: list[run.Config] | None = None,
@@ -166,7 +175,10 @@ def pretrain(
         from_scratch: Take the dense checkpoint's config and tokenizer, and random weights.
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
         performance_mode: Overlap collectives with computation, run garbage collection manually.
+        cuda_graphs: Record each layer's kernels once and replay them; needs static shapes. Without
+            MoE health metrics and fused weight gradients, whose Python is not replayed.
         wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
+        router_warmup_steps: First steps in which only the routers are trained.
         export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         model_overrides: Fields of the model's config.
         callbacks: Further callbacks.
@@ -208,6 +220,8 @@ def pretrain(
             "CPU use 'none', 'moe' or 'full'."
         )
     overrides |= _fp8(recipe, cpu_only)
+    if cuda_graphs:
+        overrides |= _cuda_graphs(recipe, cpu_only)
     if cpu_only and not recipe.optimizer.is_default:
         raise UpcyclingError(
             f"The recipe says {recipe.optimizer}, to save GPU memory, which needs a GPU and "
@@ -224,9 +238,13 @@ def pretrain(
     tokenizer_config = (
         run.Config(checkpoint_tokenizer, source=source, **model_of_tokenizer) if source else None
     )
-    all_callbacks = [*_observers(upcycling, schedule), *(callbacks or [])]
+    watches_experts = upcycling.num_moe_experts is not None and not cuda_graphs
+    all_callbacks = [*_observers(schedule, watches_experts), *(callbacks or [])]
+    if not (cpu_only or cuda_graphs):
+        all_callbacks.append(run.Config(FusedWeightGradients))
     if recipe.optimizer_offload_fraction:
         all_callbacks.append(run.Config(OffloadedOptimizer))
+    all_callbacks += router_warm_up(upcycling, router_warmup_steps)
     if export_every_n is not None:
         all_callbacks.append(_export_callback(upcycling, export_every_n))
     if performance_mode:
@@ -235,6 +253,14 @@ def pretrain(
         all_callbacks.append(_upcycling_callback(dense_checkpoint, upcycling, read_once))
     else:
         all_callbacks.append(run.Config(Provenance, model_of=sources[0] if sources else None))
+    trainer = components.trainer(
+        recipe,
+        max_steps=schedule.max_steps if max_steps is None else max_steps,
+        cpu_only=cpu_only,
+        callbacks=all_callbacks,
+    )
+    if cuda_graphs:
+        trainer.strategy.use_te_rng_tracker = True
     return run.Partial(
         fn,
         model=model(
@@ -245,12 +271,7 @@ def pretrain(
             overrides,
             folding.tensor_model_parallel_size,
         ),
-        trainer=components.trainer(
-            recipe,
-            max_steps=schedule.max_steps if max_steps is None else max_steps,
-            cpu_only=cpu_only,
-            callbacks=all_callbacks,
-        ),
+        trainer=trainer,
         data=components.data(schedule, paths, tokenizer_config, cpu_only),
         log=components.log(dir, name, schedule, wandb_project),
         optim=components.optim(schedule, recipe.precision, recipe.optimizer),
@@ -284,6 +305,38 @@ def _fp8(recipe: Recipe, cpu_only: bool) -> dict[str, Any]:
     return {**fields, "moe_router_padding_for_fp8": True}
 
 
+def _cuda_graphs(recipe: Recipe, cpu_only: bool) -> dict[str, Any]:
+    """Return the model's fields for CUDA graphs of layers, made by Megatron-Core.
+
+    Raises:
+        UpcyclingError: The run is on CPU, shapes vary from step to step, something is recomputed,
+            or the installed Megatron-Core has no such graphs.
+    """
+    upcycling = recipe.upcycling
+    if cpu_only:
+        raise UpcyclingError(
+            "cuda_graphs is set on CPU, but needs a GPU; leave it out, or use accelerator=gpu."
+        )
+    if upcycling.num_moe_experts is not None and not upcycling.moe_pad_expert_input_to_capacity:
+        raise UpcyclingError(
+            "cuda_graphs is set, but the number of tokens per expert varies from step to step, and "
+            "a graph has fixed shapes. Pad to a capacity: moe_expert_capacity_factor=4.0 and "
+            "moe_pad_expert_input_to_capacity=True, which computes more, or drops tokens with a "
+            "smaller factor. Or leave cuda_graphs out."
+        )
+    if recipe.recompute != "none":
+        raise UpcyclingError(
+            f"cuda_graphs is set with recompute={recipe.recompute!r}, which Megatron-Core does not "
+            "support; use recompute='none', with a smaller microbatch if memory is short."
+        )
+    if "cuda_graph_impl" not in {field.name for field in fields(TransformerConfig)}:
+        raise UpcyclingError(
+            "cuda_graphs is set, but the installed Megatron-Core has no cuda_graph_impl; expected "
+            "megatron-core 0.15. Leave cuda_graphs out."
+        )
+    return {"cuda_graph_impl": "local", "use_te_rng_tracker": True}
+
+
 def _check_inputs_outside(run_directory: Path, inputs: Iterable[str | None]) -> None:
     """Refuse inputs in a run's directory, whose files NeMo moves away at a new start."""
     for path in filter(None, inputs):
@@ -294,17 +347,37 @@ def _check_inputs_outside(run_directory: Path, inputs: Iterable[str | None]) -> 
             )
 
 
-def _observers(upcycling: UpcyclingConfig, schedule: Schedule) -> list[run.Config]:
+def _observers(schedule: Schedule, watches_experts: bool) -> list[run.Config]:
     """Configure the callbacks that observe every run."""
     callbacks = [
         run.Config(TimingCallback),
         run.Config(MFUCallback),
         run.Config(PreemptionCallback),
     ]
-    if upcycling.num_moe_experts is not None:
+    if watches_experts:
         interval = schedule.moe_health_interval
         callbacks.append(run.Config(MoEHealthCallback, every_n_steps=interval))
     return callbacks
+
+
+def router_warm_up(upcycling: UpcyclingConfig, router_warmup_steps: int) -> list[run.Config]:
+    """Return the callback that trains only the routers for the first steps, if there are any.
+
+    Raises:
+        UpcyclingError: The number is negative, or the model has no routers.
+    """
+    if router_warmup_steps == 0:
+        return []
+    if upcycling.num_moe_experts is None:
+        raise UpcyclingError(
+            f"router_warmup_steps is {router_warmup_steps} for a dense model, which has no "
+            "routers. Leave it out."
+        )
+    if router_warmup_steps < 1:
+        raise UpcyclingError(
+            f"router_warmup_steps is {router_warmup_steps}; expected 1 or more, or 0 for none."
+        )
+    return [run.Config(RouterWarmUp, steps=router_warmup_steps)]
 
 
 def _export_callback(upcycling: UpcyclingConfig, every_n: int) -> run.Config:

@@ -84,6 +84,7 @@ def upcycled_recipe(
     max_steps: Optional[int] = None,
     from_scratch: bool = False,
     read_once: bool = False,
+    router_warmup_steps: int = 0,
     export_every_n: Optional[int] = None,
     accelerator: str = "auto",
     fn: Callable = llm.pretrain,
@@ -103,6 +104,7 @@ def upcycled_recipe(
         max_steps: Training steps.
         from_scratch: The control: the same MoE from random weights.
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
+        router_warmup_steps: First steps in which only the routers are trained.
         export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         accelerator: `auto`, `cpu` or `gpu`.
         fn: The function that the run calls.
@@ -133,6 +135,7 @@ def upcycled_recipe(
         max_steps=max_steps,
         from_scratch=from_scratch,
         read_once=read_once,
+        router_warmup_steps=router_warmup_steps,
         export_every_n=export_every_n,
         accelerator=accelerator,
         fn=fn,

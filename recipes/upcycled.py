@@ -31,7 +31,9 @@ def pretrain_recipe_of(recipe: Recipe) -> Callable[..., run.Partial]:
         from_scratch: bool = False,
         read_once: bool = False,
         performance_mode: bool = False,
+        cuda_graphs: bool = False,
         wandb_project: Optional[str] = None,
+        router_warmup_steps: int = 0,
         export_every_n: Optional[int] = None,
         fn: Callable = llm.pretrain,
         **numbers: Any,
@@ -48,7 +50,9 @@ def pretrain_recipe_of(recipe: Recipe) -> Callable[..., run.Partial]:
             from_scratch=from_scratch,
             read_once=read_once,
             performance_mode=performance_mode,
+            cuda_graphs=cuda_graphs,
             wandb_project=wandb_project,
+            router_warmup_steps=router_warmup_steps,
             export_every_n=export_every_n,
             fn=fn,
         )
@@ -78,7 +82,10 @@ def _doc(recipe: Recipe) -> str:
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
         performance_mode: Overlap tensor-parallel collectives with matrix multiplications
             (Transformer Engine's user buffers); larger gradient buckets, manual garbage collection.
+        cuda_graphs: Record each layer's kernels once and replay them: less work for the host. Needs
+            experts padded to a capacity. Without MoE health metrics and fused weight gradients.
         wandb_project: Project of Weights & Biases to log to, in addition to TensorBoard.
+        router_warmup_steps: First steps in which only the routers are trained.
         export_every_n: Write a Hugging Face directory for every n-th checkpoint and the last.
         fn: The function that the run calls.
         numbers: Fields of `UpcyclingConfig` and `ParallelFolding`, seq_length, global_batch_size,

@@ -55,7 +55,7 @@ def write_gguf(
         dense: The directory.
         file: The file to write.
         kind: ggml's name of the matrices' type; `Q6_K` is made of random bytes.
-        extra: More metadata, under the architecture's prefix; functions of the writer and values.
+        extra: More metadata, functions of the writer and values.
         words: The vocabulary; without one, 256 words.
         merges: The merges of the tokenizer.
 
@@ -84,7 +84,7 @@ def write_gguf(
         writer.add_key_length(width)
         writer.add_value_length(width)
     for name, value in (extra or {}).items():
-        getattr(writer, name)(value)
+        getattr(writer, name)(*(value if isinstance(value, tuple) else (value,)))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(list(words) or [f"t{number}" for number in range(256)])
     writer.add_token_merges(list(merges))

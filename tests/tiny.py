@@ -48,7 +48,9 @@ LLAMA31_ROPE = {
 YARN = {
     "rope_type": "yarn",
     "factor": 4.0,
+    # Of the four frequencies of a tiny head, one is mixed, and rounding shows.
     "beta_fast": 4.0,
+    "beta_slow": 0.1,
     "original_max_position_embeddings": 32,
 }
 

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nemo_upcycle.ablations.bases import Base
 from nemo_upcycle.ablations.results import Job, Result
 from nemo_upcycle.ablations.statistics import CONFIDENCE, Estimate, verdict
-from nemo_upcycle.ablations.studies import ARMS, Arm, Claim, Study, dense_run_flops
+from nemo_upcycle.ablations.studies import Arm, Claim, Study, arms_with, dense_run_flops
 
 Results = dict[str, dict[int, Result]]
 """Results by arm and seed."""
@@ -24,6 +25,7 @@ class Row:
         differences: Difference of `end` from the study's first arm, one value per seed.
         capped: Loss after the last step with the training's capacity factor, in nats per token.
         dropped: Share of the assignments that the capacity factor drops.
+        accuracy: Accuracy in `next_line` after the last step; None if it was not asked.
         tokens: Number of training tokens.
         flops: Number of training FLOPs.
     """
@@ -34,6 +36,7 @@ class Row:
     differences: tuple[float, ...]
     capped: Estimate
     dropped: Estimate
+    accuracy: Estimate | None
     tokens: int
     flops: float
 
@@ -80,8 +83,10 @@ class Report:
         seeds: Number of seeds per arm.
         tokens_per_step: Tokens per step, equal for all arms.
         held_out_tokens: Number of tokens on which losses are measured.
-        dense_flops: FLOPs of the dense model's own training.
+        dense_flops: FLOPs of the dense model's own training; None if unknown.
         seconds: Processor seconds of all trainings.
+        base: The model.
+        left_out: What was asked for and is missing, in words.
     """
 
     studies: tuple[StudyReport, ...]
@@ -89,17 +94,22 @@ class Report:
     seeds: int
     tokens_per_step: int
     held_out_tokens: int
-    dense_flops: float
+    dense_flops: float | None
     seconds: float
+    base: Base
+    left_out: tuple[str, ...] = ()
 
 
-def report_of(studies: Sequence[Study], jobs: Sequence[Job], steps: int) -> Report:
+def report_of(
+    studies: Sequence[Study], jobs: Sequence[Job], steps: int, left_out: Sequence[str] = ()
+) -> Report:
     """Make the report from the results.
 
     Args:
         studies: The studies.
         jobs: Finished trainings of all arms of the studies.
         steps: Number of steps of the baseline.
+        left_out: What was asked for and is missing, in words.
     """
     results: Results = {}
     for job in jobs:
@@ -108,7 +118,7 @@ def report_of(studies: Sequence[Study], jobs: Sequence[Job], steps: int) -> Repo
         results.setdefault(job.arm.name, {})[job.seed] = result
     of_arm = {job.arm.name: job for job in jobs}
     first = jobs[0]
-    schedule = first.arm.recipe.schedule
+    schedule, base = first.arm.recipe.schedule, first.arm.base
     everything = [result for by_seed in results.values() for result in by_seed.values()]
     return Report(
         tuple(_study(study, of_arm, results) for study in studies),
@@ -116,16 +126,26 @@ def report_of(studies: Sequence[Study], jobs: Sequence[Job], steps: int) -> Repo
         len(results[first.arm.name]),
         schedule.tokens_per_step,
         everything[0].held_out_tokens,
-        dense_run_flops(first.workspace.architecture),
+        dense_run_flops(first.workspace.architecture, base) if base.trained_by_dense else None,
         sum(result.seconds for result in everything),
+        base,
+        tuple(left_out),
     )
 
 
 def _study(study: Study, jobs: dict[str, Job], results: Results) -> StudyReport:
     return StudyReport(
         study,
-        tuple(_row(jobs[name], results[name], results[study.arms[0]]) for name in study.arms),
-        tuple(_finding(claim, results) for claim in study.claims),
+        tuple(
+            _row(jobs[name], results[name], results[study.arms[0]])
+            for name in study.arms
+            if results[name].keys() & results[study.arms[0]]
+        ),
+        tuple(
+            _finding(claim, results)
+            for claim in study.claims
+            if results[claim.lower].keys() & results[claim.higher]
+        ),
     )
 
 
@@ -141,6 +161,7 @@ def _row(job: Job, of_arm: dict[int, Result], baseline: dict[int, Result]) -> Ro
         tuple(of_arm[seed].end - baseline[seed].end for seed in sorted(of_arm.keys() & baseline)),
         estimate("capped_end"),
         estimate("dropped"),
+        None if job.workspace.items is None else estimate("end_accuracy"),
         job.steps * job.arm.recipe.schedule.tokens_per_step,
         job.steps * per_step,
     )
@@ -170,8 +191,11 @@ def markdown(report: Report, picture: str) -> str:
 def _introduction(report: Report, picture: str) -> Iterator[str]:
     claims = sum(len(one.findings) for one in report.studies)
     yield "# Ablations\n"
+    model = report.base.upcycled.dense
+    if report.dense_flops is not None:
+        model = f"A dense Llama as the demo trains it ({report.dense_flops:.2g} FLOPs)"
     yield (
-        f"A dense Llama as the demo trains it ({report.dense_flops:.2g} FLOPs), upcycled and "
+        f"{model}, upcycled and "
         f"trained on for {report.steps} steps of {report.tokens_per_step:,} tokens, "
         f"{counted(report.seeds, 'seed')} per arm. A seed decides the order of the data, the "
         "routers, the initialisers and random weights; arms of one seed see the same sequences in "
@@ -186,6 +210,8 @@ def _introduction(report: Report, picture: str) -> Iterator[str]:
         "by chance if nothing made a difference. All trainings took "
         f"{report.seconds / 60:.0f} minutes of a core.\n"
     )
+    if report.left_out:
+        yield f"**Left out:** {'; '.join(report.left_out)}.\n"
     yield f"![Losses of all arms]({picture})\n"
 
 
@@ -227,6 +253,8 @@ def _columns(rows: Sequence[Row]) -> dict[str, Any]:
             "with its capacity": lambda row, first: str(row.capped),
             "dropped": lambda row, first: f"{row.dropped.mean:.1%}",
         }
+    if any(row.accuracy for row in rows):
+        columns["next_line"] = lambda row, first: f"{row.accuracy}"
     return columns | {
         "tokens": lambda row, first: f"{row.tokens:,}",
         "FLOPs": lambda row, first: f"{row.flops:.2e}",
@@ -257,7 +285,7 @@ def to_json(report: Report, jobs: Sequence[Job]) -> str:
             "schedule": dict(arm.schedule),
             "budget": arm.budget,
         }
-        for name, arm in ARMS.items()
+        for name, arm in arms_with(report.base).items()
     }
     studies = [
         {
@@ -281,5 +309,7 @@ def to_json(report: Report, jobs: Sequence[Job]) -> str:
         name: getattr(report, name)
         for name in ("steps", "seeds", "tokens_per_step", "held_out_tokens", "dense_flops")
     }
+    if report.left_out:
+        about["left_out"] = report.left_out
     document = about | {"arms": arms, "studies": studies, "trainings": trainings}
     return json.dumps(document, indent=1) + "\n"

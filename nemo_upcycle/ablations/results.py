@@ -2,14 +2,17 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nemo_upcycle_recipes.recipe import Recipe
+
 from nemo_upcycle.ablations.studies import Arm, most_sequences
 from nemo_upcycle.checkpoint import is_checkpoint, open_checkpoint
 from nemo_upcycle.checkpoint.fingerprint import fingerprint
+from nemo_upcycle.data.paths import DataPath
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, architecture_of
 from nemo_upcycle.files import write_whole
@@ -17,53 +20,62 @@ from nemo_upcycle.files import write_whole
 FORMAT = 1
 """Version of the measurements; results of other versions are ignored."""
 
-CORPORA = ("documentation", "sources")
+DEMO = (("documentation", 0.7), ("sources", 0.3))
+"""The demo's corpora and their shares."""
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """The demo's directory: data, and the dense model to upcycle.
+    """The data, and the dense model to upcycle.
+
+    Attributes:
+        directory: The demo's directory, which has both; else the directory of what was prepared.
+        dense: Directory of the dense checkpoint; None for the demo's.
+        paths: The data, each with a weight; empty for the demo's.
+        items: Questions of the task `next_line`, as `data choices` writes them; None for no task.
 
     Raises:
         UpcyclingError: A file is missing.
     """
 
     directory: Path
+    dense: Path = None  # type: ignore[assignment]
+    paths: tuple[DataPath, ...] = ()
+    items: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.dense is None:
+            object.__setattr__(self, "dense", self.directory / "dense_hf")
+        if not self.paths:
+            data = [DataPath(f"{self.directory}/data/{name}", share) for name, share in DEMO]
+            object.__setattr__(self, "paths", tuple(data))
         missing = [path for path in self._manifests if not path.is_file()]
         missing = missing or [
-            self.data / name for name in self._files if not (self.data / name).is_file()
+            path.file(".bin").with_name(name)
+            for path, manifest in zip(self.paths, self._manifests, strict=True)
+            for name in _files_of(manifest)
+            if not path.file(".bin").with_name(name).is_file()
         ]
         if not is_checkpoint(self.dense):
             missing.append(self.dense)
         if missing:
             raise UpcyclingError(
                 f"There is no {missing[0]}; expected the demo's data and dense checkpoint in "
-                f"{self.directory}. `make demo` makes them in demo/; or give --dir."
+                f"{self.directory}. `make demo` makes them in demo/; or give --dir. For a recipe "
+                "give --dense, and --data with data that `nemo-upcycle data tokenize` made."
             )
 
     @property
-    def data(self) -> Path:
-        """Directory of the corpora."""
-        return self.directory / "data"
-
-    @property
     def _manifests(self) -> list[Path]:
-        return [self.data / f"{name}.manifest.json" for name in CORPORA]
+        return [path.file(".manifest.json") for path in self.paths]
 
     @property
     def _files(self) -> dict[str, Any]:
         """Size and checksum of each of Megatron's files, by name."""
         files: dict[str, Any] = {}
         for manifest in self._manifests:
-            files |= json.loads(manifest.read_text())["files"]
+            files |= _files_of(manifest)
         return files
-
-    @property
-    def dense(self) -> Path:
-        """Directory of the dense checkpoint."""
-        return self.directory / "dense_hf"
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -74,7 +86,14 @@ class Workspace:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Fingerprints that identify the dense weights and the data, whatever their paths."""
-        return {"dense": fingerprint(open_checkpoint(str(self.dense))), "data": self._files}
+        found = {"dense": fingerprint(open_checkpoint(str(self.dense))), "data": self._files}
+        if self.items is not None:
+            found["items"] = hashlib.sha256(self.items.read_bytes()).hexdigest()
+        return found
+
+
+def _files_of(manifest: Path) -> dict[str, Any]:
+    return json.loads(manifest.read_text())["files"]
 
 
 @dataclass(frozen=True)
@@ -108,19 +127,37 @@ class Job:
         """Path of the result's file."""
         return self.results / f"{self.name}.json"
 
+    @property
+    def recipe(self) -> Recipe:
+        """The arm's recipe; with fewer steps than the recipe's, a shorter warm-up."""
+        recipe = self.arm.recipe
+        if self.arm.base.is_tiny:  # whose steps are chosen for its warm-up
+            return recipe
+        warm_up = min(recipe.schedule.warmup_steps, self.steps // 10)
+        return replace(recipe, schedule=replace(recipe.schedule, warmup_steps=warm_up))
+
+    @property
+    def flops(self) -> float:
+        """The training's FLOPs, forward and backward."""
+        return self.steps * self.arm.flops_per_step(self.workspace.architecture)
+
     @cached_property
     def made_of(self) -> dict[str, Any]:
         """Everything that determines the result; the arm's name does not."""
-        recipe = asdict(self.arm.recipe)
-        return {
+        made_of = {
             "format": FORMAT,
             "start": self.arm.start,
-            "recipe": recipe,
+            "recipe": asdict(self.recipe),
             "seed": self.seed,
             "steps": self.steps,
             "samples": self.samples,
             **self.workspace.identity,
         }
+        base = self.arm.base
+        if not base.is_tiny:
+            made_of |= {"accelerator": base.accelerator, "rows": base.rows}
+            made_of |= {"paths": [path.weight for path in self.workspace.paths]}
+        return made_of
 
     @property
     def key(self) -> str:
@@ -153,6 +190,10 @@ class Result:
         dropped: Share of the assignments that the capacity factor drops, after the last step.
         held_out_tokens: Number of predicted tokens.
         seconds: Processor seconds of the training.
+        start_accuracy: Accuracy in the task `next_line` before the first step, if it was asked.
+        end_accuracy: The same after the last step.
+        step_seconds: Median time per step, of all but the first two.
+        other_seconds: Time of everything else, from the start of the process.
     """
 
     start: float
@@ -162,6 +203,10 @@ class Result:
     dropped: float
     held_out_tokens: int
     seconds: float
+    start_accuracy: float | None = None
+    end_accuracy: float | None = None
+    step_seconds: float | None = None
+    other_seconds: float | None = None
 
 
 def jobs_of(
@@ -178,7 +223,7 @@ def jobs_of(
     """
     arch = workspace.architecture
     # Over all studies, so that the number does not depend on the selected studies.
-    samples = most_sequences(steps, arch)
+    samples = most_sequences(steps, arch, arms[0].base)
     return [
         Job(arm, seed, arm.steps(steps, arch), samples, workspace, results)
         for seed in range(1, seeds + 1)

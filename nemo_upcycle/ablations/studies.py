@@ -7,26 +7,18 @@ the lower loss.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_upcycle_recipes.arguments import with_arguments
-from nemo_upcycle_recipes.numbers import LLAMA_TINY, LLAMA_TINY_E8T2
 from nemo_upcycle_recipes.recipe import Recipe
 
+from nemo_upcycle.ablations.bases import TINY, Base
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.model import upcycled_model
 from nemo_upcycle.planner.flops import flops
-
-BATCH = {"global_batch_size": 8}
-"""Half of the demo's batch size, for twice the updates at equal tokens.
-
-With this batch size the baseline learns more from 205k tokens (held-out loss 4.646, against 4.670
-nats; one seed). With a quarter, over 102k tokens, the loss ends higher than at the start (4.822,
-from 4.768).
-"""
 
 BUDGETS = ("tokens", "flops", "all_flops")
 STARTS = ("upcycled", "dense", "scratch")
@@ -45,6 +37,7 @@ class Arm:
         schedule: Fields of `Schedule` that differ from the recipe's.
         budget: As many steps as the baseline (`tokens`), as many FLOPs as the baseline (`flops`),
             or as many FLOPs as the baseline and the preceding dense run together (`all_flops`).
+        base: The model.
     """
 
     name: str
@@ -53,6 +46,7 @@ class Arm:
     numbers: Mapping[str, Any] = field(default_factory=dict)
     schedule: Mapping[str, Any] = field(default_factory=dict)
     budget: str = "tokens"
+    base: Base = TINY
 
     @property
     def recipe(self) -> Recipe:
@@ -61,8 +55,8 @@ class Arm:
         Raises:
             UpcyclingError: The arguments contradict each other.
         """
-        base = LLAMA_TINY if self.start == "dense" else LLAMA_TINY_E8T2
-        recipe = with_arguments(base, BATCH | dict(self.numbers))
+        base = self.base.dense if self.start == "dense" else self.base.upcycled
+        recipe = with_arguments(base, {**self.base.numbers, **self.numbers})
         return replace(recipe, schedule=replace(recipe.schedule, **self.schedule))
 
     def flops_per_step(self, arch: Architecture) -> float:
@@ -74,13 +68,13 @@ class Arm:
 
         Args:
             steps: Number of steps of the baseline.
-            arch: Architecture of the dense model, which the recipe `llama_tiny` has trained.
+            arch: Architecture of the dense model.
         """
         if self.budget == "tokens":
             return steps
-        total = steps * ARMS[BASELINE].flops_per_step(arch)
+        total = steps * replace(ARMS[BASELINE], base=self.base).flops_per_step(arch)
         if self.budget == "all_flops":
-            total += dense_run_flops(arch)
+            total += dense_run_flops(arch, self.base)
         # Round down, but not a whole number with a rounding error.
         return math.floor(total / self.flops_per_step(arch) + 1e-6)
 
@@ -122,17 +116,29 @@ class Study:
     claims: tuple[Claim, ...]
     note: str = ""
 
+    def of(self, arms: Collection[str]) -> "Study":
+        """Return the study without the arms that are missing, and without claims on them."""
+        kept = tuple(name for name in self.arms if name in arms)
+        if kept == self.arms:
+            return self
+        claims = (claim for claim in self.claims if {claim.lower, claim.higher} <= {*kept})
+        return replace(self, arms=kept, claims=tuple(claims), note="")
+
 
 _ST = {"moe_router_pre_softmax": True}
 _G2 = {"granularity": 2, "moe_router_topk": 4}
 _G4 = {"granularity": 4, "moe_router_topk": 8}
 _G8 = {"granularity": 8, "moe_router_topk": 16}
-_PEAK, _MINIMUM = LLAMA_TINY.schedule.lr, LLAMA_TINY.schedule.min_lr
-_BETWEEN = round((_PEAK * _MINIMUM) ** 0.5, 5)
 
-ARMS = {
-    arm.name: arm
-    for arm in (
+
+def arms_with(base: Base) -> dict[str, Arm]:
+    """Return all arms for a model, by name; the baseline is first.
+
+    Arms that get the dense run's FLOPs are left out where those are unknown.
+    """
+    between = round((base.peak * base.minimum) ** 0.5, 5)
+    dense_batch = base.dense.schedule.global_batch_size
+    arms = (
         Arm("e8t2", "baseline: E8T2"),
         Arm("cf4", "CF 4", numbers={"moe_expert_capacity_factor": 4.0}),
         Arm("cf2", "CF 2", numbers={"moe_expert_capacity_factor": 2.0}),
@@ -147,13 +153,13 @@ ARMS = {
         Arm("g4_none", "E8G4T8, unscaled", numbers=_G4 | {"weight_scaling": "none"}),
         Arm(
             "lr_between",
-            f"peak {_BETWEEN:g}",
-            schedule={"lr": _BETWEEN},
+            f"peak {between:g}",
+            schedule={"lr": between},
         ),
         Arm(
             "lr_minimum",
-            f"constant {_MINIMUM:g}",
-            schedule={"lr": _MINIMUM, "warmup_steps": 0},
+            f"constant {base.minimum:g}",
+            schedule={"lr": base.minimum, "warmup_steps": 0},
         ),
         Arm("drop", "drop(0.5)", numbers={"initializer": "drop(ratio=0.5)"}),
         Arm("noise", "noise(0.02; 0.5)", numbers={"initializer": "noise(std=0.02; fraction=0.5)"}),
@@ -171,15 +177,23 @@ ARMS = {
             "scratch_flops_dense",
             "the same, in the dense run's batches",
             start="scratch",
-            numbers={"global_batch_size": LLAMA_TINY.schedule.global_batch_size},
+            numbers={"global_batch_size": dense_batch},
             budget="all_flops",
         ),
     )
-}
-"""Arms by name; the baseline is first."""
+    return {
+        arm.name: replace(arm, base=base)
+        for arm in arms
+        if arm.budget != "all_flops" or base.trained_by_dense
+    }
+
+
+ARMS = arms_with(TINY)
+"""The tiny model's arms by name; the baseline is first."""
 
 BASELINE = next(iter(ARMS))
 
+_REAL_CONTROLS = ("dense", "dense_flops", "scratch")
 _LLAMA3, _NVIDIA = "arXiv 2412.09952", "arXiv 2410.07524"
 
 STUDIES = {
@@ -376,35 +390,71 @@ STUDIES = {
 """Studies by name for `--study`."""
 
 
-def studies_named(names: list[str]) -> list[Study]:
-    """Return the studies with these names; all studies for no names.
+ONE_GPU = Study(
+    "one_gpu",
+    "Does upcycling a real model pay, and which way?",
+    # In the order in which arms are left out where the time is short, from the end.
+    ("e8t2", "dense", "dense_flops", "drop", "g4", "scratch"),
+    (
+        *(claim for claim in STUDIES["controls"].claims if claim.higher in _REAL_CONTROLS),
+        Claim(
+            "Drop-Upcycling (ratio 0.5) ends lower than copies",
+            "arXiv 2502.19261, over far longer trainings",
+            "drop",
+            "e8t2",
+        ),
+        Claim(
+            "32 experts in virtual groups (E8G4T8) end lower than 8",
+            f"{_NVIDIA}: finer is better up to about 64 experts",
+            "g4",
+            "e8t2",
+        ),
+    ),
+    "FLOPs are a training's own; those of the dense checkpoint's pre-training are not counted. All "
+    "arms have the same learning rates, the ones of the upcycled recipe.",
+)
+"""The study of a recipe with a control: all that an hour on one GPU allows."""
+
+
+def studies_named(names: list[str], base: Base = TINY) -> list[Study]:
+    """Return the studies with these names; without names, the studies for the model.
+
+    Args:
+        names: Names of studies.
+        base: The model, which may lack arms.
 
     Raises:
         UpcyclingError: There is no study with such a name.
     """
+    offered = STUDIES if base.is_tiny else {ONE_GPU.name: ONE_GPU, **STUDIES}
     for name in names:
-        if name not in STUDIES:
+        if name not in offered:
             raise UpcyclingError(
-                f"There is no study {name!r}; expected one of: {', '.join(STUDIES)}."
+                f"There is no study {name!r}; expected one of: {', '.join(offered)}."
             )
-    return [study for study in STUDIES.values() if not names or study.name in names]
+    wanted = names or list(STUDIES if base.is_tiny else [ONE_GPU.name])
+    return [study.of(arms_with(base)) for name, study in offered.items() if name in wanted]
 
 
-def arms_of(studies: list[Study]) -> list[Arm]:
-    """Return the distinct arms of studies, and the baseline."""
-    names = {BASELINE, *(name for study in studies for name in study.arms)}
-    return [arm for name, arm in ARMS.items() if name in names]
+def arms_of(studies: list[Study], base: Base = TINY) -> list[Arm]:
+    """Return the distinct arms of studies, and the baseline, in the studies' order."""
+    arms = arms_with(base)
+    if len(studies) > 1 or base.is_tiny:
+        names = {BASELINE, *(name for study in studies for name in study.arms)}
+        return [arm for name, arm in arms.items() if name in names]
+    return [arms[name] for name in dict.fromkeys([BASELINE, *studies[0].arms])]
 
 
-def dense_run_flops(arch: Architecture) -> float:
-    """Return the FLOPs of the dense model's own training, with the recipe `llama_tiny`."""
-    return LLAMA_TINY.schedule.max_steps * _flops_per_step(LLAMA_TINY, arch)
+def dense_run_flops(arch: Architecture, base: Base = TINY) -> float:
+    """Return the FLOPs of the dense model's own training, with the model's dense recipe."""
+    return base.dense.schedule.max_steps * _flops_per_step(base.dense, arch)
 
 
-def most_sequences(steps: int, arch: Architecture) -> int:
+def most_sequences(steps: int, arch: Architecture, base: Base = TINY) -> int:
     """Return the number of sequences in the longest arm of all studies."""
     return max(
-        arm.steps(steps, arch) * arm.recipe.schedule.global_batch_size for arm in ARMS.values()
+        arm.steps(steps, arch) * arm.recipe.schedule.global_batch_size
+        for arm in arms_with(base).values()
     )
 
 

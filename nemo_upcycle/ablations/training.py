@@ -1,50 +1,50 @@
-"""A training of the tiny recipe through NeMo, and the loss on held-out text.
-
-Legend of the shapes: R rows, L tokens per row, V vocabulary.
-"""
+"""A training of an arm through NeMo, with measurements before the first step and after the last."""
 
 import os
+import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fiddle
 import lightning.pytorch as pl
 import nemo_run as run
-import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.transformer.moe.router import TopKRouter
 from nemo.utils.model_utils import unwrap_model
-from nemo_upcycle_recipes import components, llama_tiny
+from nemo_upcycle_recipes import factory
 
+from nemo_upcycle.ablations.held_out import Assigned, HeldOut, Questions, dropless
 from nemo_upcycle.ablations.results import Job, Result
-from nemo_upcycle.ablations.studies import BATCH
+from nemo_upcycle.data.paths import text_of
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.evaluation.checks import open_tokenizer
 
-ROWS = 100
-"""Rows per corpus for the held-out loss; two corpora have 51,200 tokens in total."""
-
-ROWS_AT_ONCE = 20
+FIRST_STEPS = 2
+"""Steps whose time does not count: kernels are compiled and memory is allocated."""
 
 
-def train(job: Job, scratch: Path) -> None:
+def train(job: Job, scratch: Path, began: float) -> None:
     """Train, measure and store the result, in a dedicated process.
 
     Args:
         job: The training.
         scratch: Directory for temporary files.
+        began: When the process began, of `time.perf_counter`.
 
     Raises:
         UpcyclingError: The training cannot be set up, or ended early.
     """
     os.environ["PL_GLOBAL_SEED"] = str(job.seed)
-    recipe = recipe_of(job, scratch)
-    held_out = HeldOut(recipe.data.paths, recipe.data.split, recipe.data.seq_length)
-    watch = _Watch(held_out)
+    recipe, base, workspace = recipe_of(job, scratch), job.arm.base, job.workspace
+    held_out = HeldOut(
+        workspace.paths, recipe.data.split, recipe.data.seq_length, base.rows, base.rows_at_once
+    )
+    questions = None
+    if workspace.items is not None:
+        # Questions are shorter than rows, in the logits' memory of one forward pass.
+        at_once = 4 * base.rows_at_once
+        questions = Questions(workspace.items, open_tokenizer(workspace.dense), at_once)
+    watch = Watch(held_out, questions)
     started = time.process_time()
     built = fiddle.build(recipe)
     built.keywords["trainer"].callbacks.append(watch)
@@ -53,25 +53,37 @@ def train(job: Job, scratch: Path) -> None:
         raise UpcyclingError(f"{job.name} ended after {watch.steps} steps of {job.steps}.")
     (start, capped_start, _), (end, capped_end, dropped) = watch.scores
     seconds = time.process_time() - started
+    per_step = watch.step_seconds
+    others: dict[str, float] = {}
+    if per_step is not None:
+        other = time.perf_counter() - began - job.steps * per_step
+        others = {"step_seconds": per_step, "other_seconds": max(0.0, other)}
+    if questions is not None:
+        others |= dict(zip(("start_accuracy", "end_accuracy"), watch.accuracies, strict=True))
     job.keep(
-        Result(start, end, capped_start, capped_end, dropped, held_out.tokens, round(seconds, 1))
-    )
+        Result(
+            start, end, capped_start, capped_end, dropped, held_out.tokens, round(seconds, 1),
+            **others,
+        )
+    )  # fmt: skip
 
 
 def recipe_of(job: Job, scratch: Path) -> run.Partial:
-    """Return the training's recipe from the recipe's factory, without checkpoints."""
-    arm, directory = job.arm, job.workspace.directory
-    numbers: dict[str, Any] = BATCH | dict(arm.numbers)
-    if arm.start == "dense":
-        factory = llama_tiny.dense_recipe
-        numbers["dense_checkpoint"] = str(job.workspace.dense)
-    else:
-        factory = llama_tiny.upcycled_recipe
-        numbers |= {"seed": job.seed, "from_scratch": arm.start == "scratch"}
-    recipe = factory(
-        dir=str(directory), name=job.name, max_steps=job.steps, accelerator="cpu", **numbers
+    """Return the training's recipe from the recipes' factory, without checkpoints."""
+    numbers, workspace = job.recipe, job.workspace
+    if job.arm.start != "dense":
+        numbers = replace(numbers, upcycling=replace(numbers.upcycling, seed=job.seed))
+    recipe = factory.pretrain(
+        numbers,
+        dir=str(workspace.directory),
+        name=job.name,
+        dense_checkpoint=str(workspace.dense),
+        tokenizer=None,
+        data_paths=text_of(workspace.paths),
+        max_steps=job.steps,
+        from_scratch=job.arm.start == "scratch",
+        accelerator=job.arm.base.accelerator,
     )
-    recipe.optim = components.optim(arm.recipe.schedule, arm.recipe.precision)
     recipe.log.log_dir, recipe.log.ckpt, recipe.log.tensorboard = str(scratch), None, None
     recipe.resume = None
     recipe.trainer.enable_checkpointing = False
@@ -81,95 +93,37 @@ def recipe_of(job: Job, scratch: Path) -> run.Partial:
     return recipe
 
 
-class HeldOut:
-    """Held-out text: the documents of a blend after the training split.
+class Watch(pl.Callback):
+    """A callback that measures before the first step and after the last, and times the steps."""
 
-    Args:
-        paths: Alternating weights and Megatron prefixes.
-        split: Megatron's split; all but the first part is held out.
-        seq_length: Tokens per row.
-
-    Raises:
-        UpcyclingError: A corpus holds out less than a row.
-    """
-
-    def __init__(self, paths: list[str], split: str, seq_length: int) -> None:
-        weights = [float(weight) for weight in paths[::2]]
-        self.weights = [weight / sum(weights) for weight in weights]
-        self.corpora = [_rows(path, split, seq_length) for path in paths[1::2]]
-        self.tokens = sum(rows.shape[0] * seq_length for rows in self.corpora)
-
-    @torch.no_grad()
-    def loss(self, model: torch.nn.Module) -> float:
-        """Return the mean language-model loss, with corpora weighted as in the blend."""
-        parts = zip(self.weights, self.corpora, strict=True)
-        return sum(weight * _loss(model, rows) for weight, rows in parts)
-
-
-def _rows(path: str, split: str, seq_length: int) -> torch.Tensor:
-    """Return rows of a corpus's held-out documents, [R, L + 1]; adjacent rows share a token."""
-    corpus = IndexedDataset(path)
-    parts = [float(part) for part in split.split(",")]
-    count = len(corpus.sequence_lengths)
-    first = round(parts[0] / sum(parts) * count)
-    tokens: list[np.ndarray] = []
-    while first < count and sum(map(len, tokens)) <= ROWS * seq_length:
-        tokens.append(corpus[first])
-        first += 1
-    ids = torch.from_numpy(np.concatenate(tokens or [np.zeros(0)]).astype(np.int64))
-    if len(ids) <= seq_length:
-        raise UpcyclingError(
-            f"{path} holds out {len(ids)} tokens; expected more than {seq_length}. Use a larger "
-            "corpus."
-        )
-    return ids.unfold(0, seq_length + 1, seq_length)[:ROWS]
-
-
-def _loss(model: torch.nn.Module, rows: torch.Tensor) -> float:
-    total = 0.0
-    for part in rows.split(ROWS_AT_ONCE):
-        ids_RL, targets_RL = part[:, :-1], part[:, 1:]
-        positions = torch.arange(ids_RL.shape[1]).expand_as(ids_RL)
-        # Without a mask, attention is causal.
-        logits_RLV = model(ids_RL.contiguous(), positions, attention_mask=None)
-        total += float(
-            torch.nn.functional.cross_entropy(
-                logits_RLV.float().flatten(0, 1), targets_RL.flatten(), reduction="sum"
-            )
-        )
-    return total / rows[:, 1:].numel()
-
-
-@dataclass
-class _Assigned:
-    """A forward hook that counts the assignments of routers, before and after dropping."""
-
-    wanted: int = 0
-    kept: int = 0
-
-    def __call__(self, router: TopKRouter, inputs: Any, outputs: Any) -> None:
-        self.wanted += inputs[0].shape[:-1].numel() * router.topk
-        self.kept += int(outputs[1].sum())
-
-
-class _Watch(pl.Callback):
-    """A callback that measures the held-out loss before the first step and after the last."""
-
-    def __init__(self, held_out: HeldOut) -> None:
-        self.held_out = held_out
+    def __init__(self, held_out: HeldOut, questions: Questions | None = None) -> None:
+        self.held_out, self.questions = held_out, questions
         self.scores: list[tuple[float, float, float]] = []
+        self.accuracies: list[float] = []
         self.steps = 0
+        self._ends: list[float] = []
         self._parent = os.getppid()
 
+    @property
+    def step_seconds(self) -> float | None:
+        """Median seconds per step; None after too few steps."""
+        times = [after - before for before, after in zip(self._ends, self._ends[1:], strict=False)]
+        times = times[FIRST_STEPS - 1 :]
+        return statistics.median(times) if times else None
+
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Measure the model before the first step."""
         self._measure(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Count the step; end this process if the parent was killed."""
         self.steps = trainer.global_step
-        if os.getppid() != self._parent:  # the parent was killed
+        self._ends.append(time.perf_counter())
+        if os.getppid() != self._parent:
             os._exit(1)
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Measure the model after the last step."""
         self._measure(trainer)
 
     def _measure(self, trainer: pl.Trainer) -> None:
@@ -177,10 +131,12 @@ class _Watch(pl.Callback):
         (chunk,) = trainer.strategy.megatron_parallel
         model = unwrap_model(chunk.module)
         model.eval()
-        with _dropless(model) as routers:
+        with dropless(model) as routers:
             loss = self.held_out.loss(model)
+            if self.questions is not None:
+                self.accuracies.append(self.questions.accuracy(model))
         if any(router.config.moe_expert_capacity_factor for router in routers):
-            counted = _Assigned()
+            counted = Assigned()
             hooks = [router.register_forward_hook(counted) for router in routers]
             capped = self.held_out.loss(model)
             for hook in hooks:
@@ -189,18 +145,3 @@ class _Watch(pl.Callback):
         else:
             self.scores.append((loss, loss, 0.0))
         model.train()
-
-
-@contextmanager
-def _dropless(model: torch.nn.Module) -> Iterator[list[TopKRouter]]:
-    """Disable the capacity factor temporarily, because transformers drops no tokens."""
-    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
-    configs = {id(router.config): router.config for router in routers}.values()
-    before = [config.moe_expert_capacity_factor for config in configs]
-    for config in configs:
-        config.moe_expert_capacity_factor = None
-    try:
-        yield routers
-    finally:
-        for config, factor in zip(configs, before, strict=True):
-            config.moe_expert_capacity_factor = factor

@@ -1,4 +1,8 @@
-"""Trainings in processes: a server process imports NeMo once and forks one process per training."""
+"""Trainings in processes, which a server process starts.
+
+On CPU the server imports NeMo once and forks one process per training. On a GPU each training is a
+new process, one at a time: CUDA does not survive a fork, and imports of NeMo may have touched CUDA.
+"""
 
 import multiprocessing
 import os
@@ -6,8 +10,9 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +22,31 @@ from nemo_upcycle.errors import UpcyclingError
 if TYPE_CHECKING:
     from nemo_upcycle.ablations.results import Job
 
+    Tasks = list[tuple[Job, float | None]]
+    """Trainings, each with the latest time at which it may start."""
+
 _ENDED = "[ablate] "
 """Start of the log line that states why a training failed."""
 
+_TOO_LATE = "too late"
 
-def train_all(jobs: "Sequence[Job]", workers: int, logs: Path) -> "Iterator[Job]":
+
+def train_all(
+    jobs: "Sequence[Job]",
+    workers: int,
+    logs: Path,
+    deadline: float | None = None,
+    expected: "Callable[[Job], float]" = lambda job: 0.0,
+) -> "Iterator[Job]":
     """Run trainings in parallel; yield each training when its result is stored.
 
     Args:
-        jobs: The trainings.
-        workers: Number of parallel trainings, each on one core.
+        jobs: The trainings, all on the same accelerator.
+        workers: Number of parallel trainings, each on one core; ignored on a GPU.
         logs: Directory of the logs; only logs of failed trainings are kept.
+        deadline: Time of `time.time` after which no training may end; None for no limit.
+        expected: The seconds that a training is expected to take. Trainings that would end after
+            the deadline are not started, and not yielded.
 
     Raises:
         UpcyclingError: A training fails. Running trainings are ended; stored results are kept.
@@ -35,14 +54,24 @@ def train_all(jobs: "Sequence[Job]", workers: int, logs: Path) -> "Iterator[Job]
     logs.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    # One thread per process: the processes occupy all cores, and threads would not survive a fork.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    server = context.Process(target=_serve, args=(theirs, list(jobs), workers, logs))
+    on_gpu = jobs[0].arm.base.accelerator == "gpu"
+    if not on_gpu:
+        # One thread per process: the processes occupy all cores, and threads would not survive a
+        # fork.
+        os.environ["OMP_NUM_THREADS"] = "1"
+    latest = [None if deadline is None else deadline - expected(job) for job in jobs]
+    tasks = list(zip(jobs, latest, strict=True))
+    start = "spawn" if on_gpu else "fork"
+    server = context.Process(
+        target=_serve, args=(theirs, tasks, 1 if on_gpu else workers, logs, start)
+    )
     server.start()
     theirs.close()
     try:
         for _ in jobs:
             number, code = ours.recv()
+            if code == _TOO_LATE:
+                continue
             if code or jobs[number].result() is None:
                 raise UpcyclingError(_failure(jobs[number], code, logs))
             yield jobs[number]
@@ -64,19 +93,20 @@ def _failure(job: "Job", code: int, logs: Path) -> str:
     return f"The training {job.name} has failed: {why}. All it said is in {log}."
 
 
-def _serve(connection: Connection, jobs: "list[Job]", workers: int, logs: Path) -> None:
+def _serve(connection: Connection, tasks: "Tasks", workers: int, logs: Path, start: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process by closing the pipe
     _print_to(logs / "server.log")
-    import torch
+    if start == "fork":
+        import torch
 
-    from nemo_upcycle.ablations import training
+        from nemo_upcycle.ablations import training
 
-    assert training
-    torch.set_num_threads(1)
+        assert training
+        torch.set_num_threads(1)
     running: dict[Any, tuple[int, Any]] = {}
     with tempfile.TemporaryDirectory(dir=logs.parent, prefix=".training-") as scratch:
         try:
-            _start_all(connection, jobs, workers, running, Path(scratch), logs)
+            _start_all(connection, tasks, workers, running, (Path(scratch), logs), start)
         except (EOFError, OSError):
             traceback.print_exc()  # usually the parent has ended
         finally:
@@ -88,21 +118,26 @@ def _serve(connection: Connection, jobs: "list[Job]", workers: int, logs: Path) 
 
 def _start_all(
     connection: Connection,
-    jobs: "list[Job]",
+    tasks: "Tasks",
     workers: int,
     running: dict[Any, tuple[int, Any]],
-    scratch: Path,
-    logs: Path,
+    directories: tuple[Path, Path],
+    start: str,
 ) -> None:
-    """Fork a process per job and report exit codes, until all have ended or the pipe is closed."""
-    context = multiprocessing.get_context("fork")
-    waiting = list(enumerate(jobs))
+    """Start a process per job and report exit codes, until all have ended or the pipe is closed."""
+    context: Any = multiprocessing.get_context(start)
+    waiting = list(enumerate(tasks))
     while waiting or running:
         while waiting and len(running) < workers:
-            number, job = waiting.pop(0)
-            process = context.Process(target=_train, args=(connection, job, scratch, logs))
+            number, (job, latest) = waiting.pop(0)
+            if latest is not None and time.time() > latest:
+                connection.send((number, _TOO_LATE))
+                continue
+            process = context.Process(target=_train, args=(connection, job, *directories))
             process.start()
             running[process.sentinel] = number, process
+        if not running:
+            break
         for ready in wait([connection, *running]):
             if ready is connection:
                 connection.recv()  # raises EOFError: nothing is ever sent, so the pipe was closed
@@ -112,6 +147,7 @@ def _start_all(
 
 
 def _train(connection: Connection, job: "Job", scratch: Path, logs: Path) -> None:
+    began = time.perf_counter()
     connection.close()
     log = logs / f"{job.name}.log"
     _print_to(log)
@@ -119,7 +155,7 @@ def _train(connection: Connection, job: "Job", scratch: Path, logs: Path) -> Non
 
     directory = scratch / job.name
     try:
-        train(job, directory)
+        train(job, directory, began)
     except Exception as error:
         traceback.print_exc()
         print(f"{_ENDED}{type(error).__name__}: {error}".replace("\n", " "))

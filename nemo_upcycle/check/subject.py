@@ -120,7 +120,11 @@ def build(subject: Subject, folding: ParallelFolding) -> Chunks:
         _chunk(config, fields, stage).to(device(), subject.dtype)
         for stage in (range(stages) if stages else [None])
     ]
-    return FinishModel(subject.architecture)(chunks)
+    upcycling = subject.upcycling
+    finish = FinishModel(
+        subject.architecture, upcycling.router_logit_normalization, upcycling.router_dense_gradient
+    )
+    return finish(chunks)
 
 
 def _chunk(

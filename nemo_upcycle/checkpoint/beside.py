@@ -21,9 +21,14 @@ FIELD = "kept"
 MODEL_FIELDS = "model_fields"
 """Key, in that record, of Megatron's fields that the programs' configs do not record."""
 
-_UNSAID = ("vocab_size", "activation_func", "softmax_scale", *MULTIPLIERS, *ROPE_SCALING_FIELDS)
+_UNSAID = (
+    *("vocab_size", "activation_func", "softmax_scale", "router_logit_normalization"),
+    *MULTIPLIERS,
+    *ROPE_SCALING_FIELDS,
+)
 """These fields: the vocabulary without padding, functions, RoPE scaling other than Megatron's,
-multipliers, and the factor of the scores, for which Megatron-LM has no argument."""
+multipliers, normalised router logits, and the factor of the scores, for which Megatron-LM has no
+argument."""
 
 
 def record_beside(weights: Path) -> Any:

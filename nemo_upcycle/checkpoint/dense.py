@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 """Start and stop of a range."""
 
-DEQUANTISING_BYTES = 2**21
+STRIP = 2**14
+"""Values that are dequantised at a time: so few that torch starts no threads of its own."""
+
+DEQUANTISING_BYTES = 64 * STRIP
 """Memory of dequantising, at most, beside the values themselves and one scale per row."""
 
 

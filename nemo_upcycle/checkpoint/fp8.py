@@ -13,23 +13,20 @@ compressed-tensors 0.20. A block at the edge may be smaller, as in `FP8Linear` o
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
 
-from nemo_upcycle.checkpoint.dense import DenseCheckpoint, Entry, Piece, Span, TensorInfo
+import numpy as np
+
+from nemo_upcycle.checkpoint.dense import STRIP, DenseCheckpoint, Entry, Piece, Span, TensorInfo
 from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.errors import UpcyclingError
-
-if TYPE_CHECKING:
-    import torch
 
 WEIGHT = "F8_E4M3"
 """safetensors' name of the weights' dtype."""
 
 SCALE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E8M0": 1}
 """Bytes of a scale, by dtype. E8M0 is a power of two."""
-
-STRIP = 2**15
-"""Values that are dequantised at a time: below it torch starts no threads of its own."""
 
 _UNUSED = re.compile(r"\.(input_scale|input_scale_ub|activation_scale|output_scale|[qkv]_scale)$")
 """Scales of activations and of the cache, which the dequantised model has no use for."""
@@ -46,7 +43,7 @@ class ScaledWeight:
         grid: Rows and columns of the scales.
         block: Rows and columns of the weight that share a scale.
         dtype: The dtype of the dequantised weight, by safetensors' name.
-        product: The dtype of weight times scale, by safetensors' name.
+        product: The dtype to which weight times scale is rounded first.
     """
 
     weight: Piece
@@ -65,23 +62,24 @@ class ScaledWeight:
 
         width, product = columns[1] - columns[0], torch_dtype(self.product)
         grid, first = self._grid(checkpoint, rows, columns)
-        grid = grid.to(product)
-        of_column = torch.arange(*columns) // self.block[1] - columns[0] // self.block[1]
+        of_column = np.arange(*columns) // self.block[1] - columns[0] // self.block[1]
         target = torch.frombuffer(buffer, dtype=torch_dtype(self.dtype)).view(-1, width)
         step = max(1, STRIP // width)
-        raw = bytearray(min(step, rows[1] - rows[0]) * width)
+        raw = np.empty((min(step, rows[1] - rows[0]), width), np.uint8)
         for start in range(*rows, step):
             stop = min(start + step, rows[1])
-            strip = memoryview(raw)[: (stop - start) * width]
-            checkpoint.read_stored(strip, (self.weight,), 1, (start, stop), columns)
-            stored = torch.frombuffer(strip, dtype=torch.float8_e4m3fn).view(-1, width)
-            scales = grid[torch.arange(start, stop) // self.block[0] - first]
-            scales = scales if grid.shape[1] == 1 else scales[:, of_column]
-            target[start - rows[0] : stop - rows[0]] = stored.to(product) * scales
+            strip = raw[: stop - start]
+            checkpoint.read_stored(strip.data.cast("B"), (self.weight,), 1, (start, stop), columns)
+            values = _numbers()[strip]
+            of_row = np.arange(start, stop) // self.block[0] - first
+            for row in np.unique(of_row):
+                values[of_row == row] *= grid[row, of_column]
+            done = torch.from_numpy(values).to(product)
+            target[start - rows[0] : stop - rows[0]] = done
 
     def _grid(
         self, checkpoint: DenseCheckpoint, rows: Span, columns: Span
-    ) -> "tuple[torch.Tensor, int]":
+    ) -> "tuple[np.ndarray[Any, Any], int]":
         """Return the scales of a block, [rows, columns] of the grid, and the first row's number."""
         import torch
 
@@ -93,8 +91,15 @@ class ScaledWeight:
         checkpoint.read_stored(memoryview(raw), (self.scales,), size, high, wide)
         e8m0 = self.scale_dtype == "F8_E8M0"
         dtype = torch.float8_e8m0fnu if e8m0 else torch_dtype(self.scale_dtype)
-        values = torch.frombuffer(raw, dtype=dtype).view(shape)
-        return values.float() if e8m0 else values, high[0]
+        return torch.frombuffer(raw, dtype=dtype).view(shape).float().numpy(), high[0]
+
+
+@cache
+def _numbers() -> "np.ndarray[Any, Any]":
+    """Return the 256 numbers of E4M3 in fp32."""
+    import torch
+
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
 
 
 Blocks = Callable[[str, tuple[int, ...]], tuple[int, int] | None]
@@ -154,12 +159,13 @@ def _pair(value: Any) -> tuple[int, int]:
     return rows, columns
 
 
-_Group = tuple[list[str], Blocks]
+_Group = tuple[list["str | re.Pattern[str]"], Blocks]
 
 
 def _group(group: Mapping[str, Any]) -> _Group:
     """Return the targets of a group of compressed-tensors, and its blocks."""
-    targets, weights = list(group["targets"]), group.get("weights") or {}
+    targets = [re.compile(t[3:]) if t.startswith("re:") else t for t in group["targets"]]
+    weights = group.get("weights") or {}
     strategy, size = weights.get("strategy"), weights.get("group_size")
     if strategy is None:
         strategy = "tensor" if size is None else "group" if size > 0 else "channel"
@@ -189,11 +195,11 @@ def _of_groups(
     return None
 
 
-def _is_target(target: str, module: str) -> bool:
+def _is_target(target: "str | re.Pattern[str]", module: str) -> bool:
     """Return whether a target of compressed-tensors means a linear layer."""
-    if target.startswith("re:"):
-        return re.match(target[3:], module) is not None
-    return target in ("Linear", module)
+    if isinstance(target, str):
+        return target in ("Linear", module)
+    return target.match(module) is not None
 
 
 def scaled_weights(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_upcycle.checkpoint.dense import DenseCheckpoint, Piece, Span, TensorInfo
+from nemo_upcycle.checkpoint.dense import STRIP, DenseCheckpoint, Piece, Span, TensorInfo
 from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.checkpoint.gguf_header import Listed, Placed, read_header
 from nemo_upcycle.errors import UpcyclingError, listing
@@ -70,9 +70,6 @@ _WIDTHS = ("rope.dimension_count", "attention.key_length", "attention.value_leng
 
 _IDLE = ("tensor_data_layout", "vocab_size")
 """Keys that say nothing more; the first is that of old Llamas."""
-
-STRIP = 2**17
-"""Values that are dequantised at a time: gguf takes some 12 bytes for each."""
 
 _PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64"}
 """safetensors' names of the types that need no dequantising."""
@@ -135,7 +132,7 @@ class GGUFCheckpoint(DenseCheckpoint):
         import torch
 
         target = torch.frombuffer(buffer, dtype=torch_dtype(info.dtype)).view(-1, last - first)
-        order = _order(info.shape[0], heads)[slice(*rows)]
+        order = _order(info.shape[0], heads)[slice(*rows)] if heads else np.arange(*rows)
         step = max(1, STRIP // (last - first))
         for start in range(0, len(order), step):
             strip = self._strip(name, placed, order[start : start + step], (first, last))
@@ -164,14 +161,17 @@ class GGUFCheckpoint(DenseCheckpoint):
         for name, placed in self._placed.items():
             if placed.kind not in _PLAIN and not _is_dequantised(placed.kind):
                 raise self._error(f"{name} is in {placed.kind}, which gguf does not dequantise")
-            entries[_name(name)] = placed, self._heads(name)
+            heads = self._heads(name)
+            if heads and placed.shape[0] % (2 * heads):
+                raise self._error(f"{name} is {list(placed.shape)}, with {heads} heads")
+            entries[_name(name)] = placed, heads
         return entries
 
     def _heads(self, name: str) -> int:
         if self._architecture != "llama" or not re.search(r"\.attn_[qk]\.(weight|bias)$", name):
             return 0
-        key = "num_attention_heads" if ".attn_q." in name else "num_key_value_heads"
-        return int(self.config.get(key) or self.config["num_attention_heads"])
+        arch = self.architecture
+        return arch.num_attention_heads if ".attn_q." in name else arch.num_query_groups
 
     @property
     def _architecture(self) -> str:
@@ -214,14 +214,15 @@ class GGUFCheckpoint(DenseCheckpoint):
             for key, value in self._fields.items()
             if key.startswith(prefix)
         }
-        hidden, heads = said.get("embedding_length", 0), said.get("attention.head_count", 1)
-        width = self.config.get("head_dim") or hidden // heads
+        width = self.architecture.kv_channels
         wrong = [
             f"{prefix}{key}={value!r}"
             for key, value in said.items()
             if (key not in (*_CONFIG, *_WIDTHS, *_IDLE) and value not in (0, "none"))
             or (key in _WIDTHS and value != width)
         ]
+        if (parts := self._fields.get("split.count", 1)) not in (0, 1):
+            raise self._error(f"it is one of {parts} parts; `llama-gguf-split --merge` joins them")
         if "rope_freqs.weight" in self._placed:
             wrong.append("RoPE scaling as a tensor (rope_freqs.weight)")
         if wrong:
@@ -249,8 +250,7 @@ def _order(count: int, heads: int) -> _Numbers:
 
     llama.cpp rotates neighbouring rows, transformers rows half a head apart.
     """
-    rows = np.arange(count)
-    return rows if not heads else rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    return np.arange(count).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 def _info(placed: Placed) -> TensorInfo:

@@ -33,6 +33,8 @@ _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32
 _MOST = 2**32
 """Limit of counts and lengths: larger ones are damage."""
+_LONGEST = 2**24
+"""Limit of bytes in a text, such as a chat template."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Placed]]:
         raise UpcyclingError(
             f"{path} cannot be read: {error.strerror}. Check the disk and the permissions."
         ) from error
-    except (ValueError, KeyError, OverflowError, MemoryError, struct.error) as error:
+    except (ValueError, TypeError, KeyError, ArithmeticError, struct.error) as error:
         raise _damaged(path, f"its header is not one ({error})") from error
     end = max((tensor.end for tensor in tensors.values()), default=0)
     if end > size:
@@ -137,7 +139,7 @@ def _value(file: BinaryIO, kind: int) -> Any:
 
 def _string(file: BinaryIO) -> str:
     length = _count(file)
-    raw = file.read(length)
+    raw = file.read(min(length, _LONGEST))
     if len(raw) < length:
         raise ValueError("it ends in a name")
     return raw.decode("utf-8", "replace")

@@ -52,15 +52,26 @@ app = typer.Typer(help="Text, tokenizer and Megatron .bin/.idx files.", no_args_
 
 @app.command("sample")
 @one_line_errors
-def sample(out: Directory) -> None:
+def sample(
+    out: Directory,
+    packages: Annotated[
+        bool,
+        typer.Option(
+            "--packages", help="Of all installed packages, as whole files: some 500 MB of text."
+        ),
+    ] = False,
+) -> None:
     """Write real text from this Python's standard library, as two JSONL files.
 
     `documentation.jsonl` holds the documentation and docstrings, `sources.jsonl` the sources
-    without docstrings: 11 MB in total, 3M tokens. Nothing is downloaded.
+    without docstrings: 11 MB in total, 3M tokens. With --packages they hold the documentation files
+    and the sources of all installed packages, each text once, in an order that is random but always
+    the same. Nothing is downloaded.
     """
+    from nemo_upcycle.data.package_sample import write_package_sample
     from nemo_upcycle.data.sample import write_stdlib_sample
 
-    for path in write_stdlib_sample(out).values():
+    for path in (write_package_sample if packages else write_stdlib_sample)(out).values():
         typer.echo(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 

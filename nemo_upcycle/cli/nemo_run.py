@@ -18,11 +18,18 @@ import typer
 from nemo_run.cli import cli_parser
 from nemo_run.cli.api import Entrypoint, RunContext
 from nemo_run.cli.cli_parser import CLIException
-from nemo_upcycle_recipes import any_model, executors, llama_tiny, upcycled, upcycled_gpt
 
 from nemo_upcycle.cli import app, job_output
 from nemo_upcycle.cli.interrupt import listen
 from nemo_upcycle.errors import UpcyclingError
+
+try:
+    from nemo_upcycle_recipes import any_model, executors, llama_tiny, upcycled, upcycled_gpt
+except UpcyclingError as error:  # a version; NeMo-Run would say only that there is no such command
+    if sys.argv[1:2] not in (["llm"], ["upcycle"]):
+        raise
+    typer.secho(f"Error: {error}", err=True, fg=typer.colors.RED)
+    raise SystemExit(1) from None
 
 __all__ = ["any_model", "executors", "llama_tiny", "upcycled", "upcycled_gpt"]
 

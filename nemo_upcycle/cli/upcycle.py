@@ -43,6 +43,16 @@ def upcycle(
     pre_softmax: Annotated[
         bool, typer.Option("--pre-softmax", help="Softmax over all experts, before top-k.")
     ] = False,
+    shared_expert_size: Annotated[
+        float | None,
+        typer.Option(help="Keep so many neurons of the dense layer, or a fraction, for all."),
+    ] = None,
+    score_function: Annotated[
+        str | None, typer.Option(help="softmax or sigmoid. Default: softmax.")
+    ] = None,
+    expert_bias: Annotated[
+        bool, typer.Option("--expert-bias", help="A bias per expert; needs sigmoid.")
+    ] = False,
     weight_scaling: Annotated[
         str | None, typer.Option(help="exact, paper or none. Default: exact where possible.")
     ] = None,
@@ -88,6 +98,9 @@ def upcycle(
         layers=layers,
         moe_shared_expert=shared_expert or None,
         moe_router_pre_softmax=pre_softmax or None,
+        moe_shared_expert_intermediate_size=shared_expert_size,
+        moe_router_score_function=score_function,
+        moe_router_enable_expert_bias=expert_bias or None,
         weight_scaling=weight_scaling,
         router_initializer=router_initializer,
         router_init_std=router_init_std,

@@ -1,9 +1,10 @@
 """What the dense feed-forward layers become; checked on construction."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nemo_upcycle.config import step0
+from nemo_upcycle.config.step0 import Exactness, Scales
 from nemo_upcycle.errors import UpcyclingError
 
 LARGEST_NUMBER = 1e30
@@ -11,27 +12,6 @@ LARGEST_NUMBER = 1e30
 
 LARGEST_SEED = 2**63 - 1
 """Limit for seeds: numpy rounds larger seeds, so that several would give the same values."""
-
-
-@dataclass(frozen=True)
-class Exactness:
-    """Whether the upcycled model computes the dense model's function at step 0, and why."""
-
-    exact: bool
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{'exact' if self.exact else 'not exact'}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Factors of an expert's weights, and of a shared expert's down projection."""
-
-    gate: float = 1.0
-    up: float = 1.0
-    down: float = 1.0
-    shared_down: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +28,19 @@ class UpcyclingConfig:
         moe_router_topk: T, experts that each token visits.
         moe_router_pre_softmax: False: top-k, then softmax over the k (Mixtral-type, the paper's
             choice). True: softmax over all experts, then top-k (ST-type).
+        moe_router_score_function: `softmax`, or `sigmoid` (DeepSeek-V3-type): each expert's score
+            is independent of the others, and the k chosen scores are divided by their sum.
+        moe_router_enable_expert_bias: Balance the load by a bias per expert, which only decides
+            the choice of experts and is moved after each step; needs `sigmoid`. Usual together
+            with `moe_router_load_balancing_type="none"`.
+        moe_router_bias_update_rate: What a step adds to the bias of an expert with less than the
+            mean load, and takes from that of an expert with more.
+        router_logit_normalization: λ: for each token, the experts' logits become λ times their
+            distances from the mean in standard deviations, before softmax or sigmoid. None leaves
+            the logits. 1 is arXiv 2406.06563's choice.
+        router_dense_gradient: In training, all experts compute all tokens, so that the router
+            learns from the experts that were not chosen too; the forward pass is that of top-k.
+            The experts cost E·G/T times as much.
         moe_router_load_balancing_type: `aux_loss`, `seq_aux_loss`, `global_aux_loss`, or `none`.
         moe_aux_loss_coeff: Factor of the auxiliary loss. 1e-2 is arXiv 2410.07524's best.
         moe_z_loss_coeff: Factor of the router's z-loss; None disables the z-loss.
@@ -60,7 +53,10 @@ class UpcyclingConfig:
             from the first, or a list of 0 and 1, as in Megatron; or a text, see
             `layers.moe_layers`.
         moe_shared_expert: Keep the dense feed-forward layer as an expert for all tokens, in
-            addition to the routed experts.
+            addition to the routed experts, which together hold whole copies.
+        moe_shared_expert_intermediate_size: Width of a shared expert that holds a part of the
+            dense feed-forward layer; the routed experts then hold only the rest. 1 or more: the
+            first so many neurons; below 1: a fraction of the layer. None: no such part.
         weight_scaling: Compensation for the router's weights and for G: `exact`, `paper` or
             `none`, see `scales`. None takes `exact` if exact; otherwise the papers' choice: `none`
             for G=1 (arXiv 2412.09952), `paper` for G>1 (arXiv 2410.07524).
@@ -75,13 +71,19 @@ class UpcyclingConfig:
     Raises:
         UpcyclingError: A value is out of range or contradicts another.
 
-    Source: arXiv 2412.09952 §3, arXiv 2410.07524 §3; the capacity is Megatron-Core's.
+    Source: arXiv 2412.09952 §3, arXiv 2410.07524 §3; the expert bias is arXiv 2408.15664's; the
+    capacity is Megatron-Core's.
     """
 
     num_moe_experts: int | None = 8
     granularity: int = 1
     moe_router_topk: int = 2
     moe_router_pre_softmax: bool = False
+    moe_router_score_function: str = "softmax"
+    moe_router_enable_expert_bias: bool = False
+    moe_router_bias_update_rate: float = 1e-3
+    router_logit_normalization: float | None = None
+    router_dense_gradient: bool = False
     moe_router_load_balancing_type: str = "aux_loss"
     moe_aux_loss_coeff: float = 1e-2
     moe_z_loss_coeff: float | None = None
@@ -90,6 +92,7 @@ class UpcyclingConfig:
     moe_token_dispatcher_type: str = "alltoall"
     moe_layer_freq: int | str | tuple[int, ...] = 1
     moe_shared_expert: bool = False
+    moe_shared_expert_intermediate_size: float | None = None
     weight_scaling: str | None = None
     initializer: str = "copy"
     router_initializer: str = "virtual_groups"
@@ -101,8 +104,10 @@ class UpcyclingConfig:
             return
         self._check_experts(self.num_moe_experts)
         self._check_choices()
+        self._check_scores()
+        self._check_shared()
         self._check_dispatch()
-        for name in ("router_init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= LARGEST_NUMBER:  # also true for NaN
                 raise UpcyclingError(
@@ -140,7 +145,10 @@ class UpcyclingConfig:
                 f"moe_router_topk is {self.moe_router_topk}; expected 1 to num_moe_experts "
                 f"({experts})."
             )
-        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+        softmax_last = (
+            self.moe_router_score_function == "softmax" and not self.moe_router_pre_softmax
+        )
+        if self.moe_router_topk == 1 and softmax_last:
             raise UpcyclingError(
                 "moe_router_topk is 1 with softmax after top-k: the softmax of one value is 1, so "
                 "the router would not learn. Use 2 or more, or moe_router_pre_softmax=True."
@@ -152,6 +160,41 @@ class UpcyclingConfig:
             if value not in choices:
                 expected = ", ".join(str(choice) for choice in choices)
                 raise UpcyclingError(f"{name} is {value!r}; expected one of: {expected}.")
+
+    def _check_scores(self) -> None:
+        normalization = self.router_logit_normalization
+        if normalization is not None and not 0 < normalization <= LARGEST_NUMBER:  # also for NaN
+            raise UpcyclingError(
+                f"router_logit_normalization is {normalization}; expected a number above 0, such "
+                "as 1, or None to leave the logits."
+            )
+        if self.moe_router_score_function == "sigmoid" and self.moe_router_pre_softmax:
+            raise UpcyclingError(
+                "moe_router_pre_softmax is True with moe_router_score_function='sigmoid'; expected "
+                "False: each sigmoid is computed before top-k in any case. Leave "
+                "moe_router_pre_softmax out."
+            )
+        if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
+            raise UpcyclingError(
+                "moe_router_enable_expert_bias is True with moe_router_score_function="
+                f"{self.moe_router_score_function!r}; Megatron-Core has the bias only with "
+                "'sigmoid'. Set moe_router_score_function='sigmoid'."
+            )
+
+    def _check_shared(self) -> None:
+        size = self.moe_shared_expert_intermediate_size
+        if size is None:
+            return
+        if self.moe_shared_expert:
+            raise UpcyclingError(
+                "moe_shared_expert=True keeps the whole dense layer, "
+                f"moe_shared_expert_intermediate_size={size:g} a part of the layer. Leave one out."
+            )
+        if not (0 < size < 1 or (1 < size < math.inf and size == int(size))):  # also for NaN
+            raise UpcyclingError(
+                f"moe_shared_expert_intermediate_size is {size}; expected 2 or more neurons, or a "
+                "fraction of the dense feed-forward layer between 0 and 1."
+            )
 
     def _check_dispatch(self) -> None:
         factor = self.moe_expert_capacity_factor
@@ -171,6 +214,15 @@ class UpcyclingConfig:
                 "pad; moe_pad_expert_input_to_capacity needs 'alltoall'."
             )
 
+        if self.router_dense_gradient and (
+            factor is not None or self.moe_token_dispatcher_type == "flex"
+        ):
+            raise UpcyclingError(
+                f"router_dense_gradient is True with moe_expert_capacity_factor={factor} and "
+                f"moe_token_dispatcher_type={self.moe_token_dispatcher_type!r}; expected no "
+                "capacity, because all experts compute all tokens, and 'alltoall' or 'allgather'."
+            )
+
     @property
     def expansion_rate(self) -> int:
         """E: copies of the dense feed-forward layer; 1 in a dense model."""
@@ -182,8 +234,15 @@ class UpcyclingConfig:
         if self.num_moe_experts is None:
             return "dense, as it is"
         granularity = f"G{self.granularity}" if self.granularity > 1 else ""
-        shared = " and a shared expert" if self.moe_shared_expert else ""
-        return f"E{self.expansion_rate}{granularity}T{self.moe_router_topk}{shared}"
+        return f"E{self.expansion_rate}{granularity}T{self.moe_router_topk}{self._shared_label}"
+
+    @property
+    def _shared_label(self) -> str:
+        size = self.moe_shared_expert_intermediate_size
+        if size is not None:
+            part = f"{size:.0%} of the layer" if size < 1 else f"{size:.0f} neurons"
+            return f" and a shared expert of {part}"
+        return " and a shared expert" if self.moe_shared_expert else ""
 
     def active_parameters(self, parameters: int, routed: int) -> int:
         """Return the parameters that a token uses.
@@ -202,14 +261,64 @@ class UpcyclingConfig:
 
         Args:
             expert: The global expert.
-            ffn_hidden_size: Neurons of the dense layer; G divides it.
+            ffn_hidden_size: Neurons of the dense layer.
 
         Returns:
-            Start and stop of shard e mod G.
+            Start and stop of shard e mod G of the layer, or of what a shared part leaves.
         """
-        width = ffn_hidden_size // self.granularity
-        shard = expert % self.granularity
-        return shard * width, (shard + 1) * width
+        width = self.expert_width(ffn_hidden_size)
+        start = self._taken(ffn_hidden_size) + expert % self.granularity * width
+        return start, start + width
+
+    def expert_width(self, ffn_hidden_size: int) -> int:
+        """Return the neurons of a routed expert.
+
+        Args:
+            ffn_hidden_size: Neurons of the dense layer.
+
+        Raises:
+            UpcyclingError: The neurons that a shared part leaves do not divide by G.
+        """
+        left, granularity = ffn_hidden_size - self._taken(ffn_hidden_size), self.granularity
+        if left % granularity:
+            less = "" if left == ffn_hidden_size else f" less {ffn_hidden_size - left} shared"
+            raise UpcyclingError(
+                f"ffn_hidden_size={ffn_hidden_size}{less} does not divide by granularity="
+                f"{granularity}; choose a divisor of {left}."
+            )
+        return left // granularity
+
+    def shared_width(self, ffn_hidden_size: int) -> int:
+        """Return the neurons of the shared expert; 0 if there is none.
+
+        They are the dense layer's first, in the order of an initialiser that rearranges neurons.
+
+        Args:
+            ffn_hidden_size: Neurons of the dense layer.
+
+        Raises:
+            UpcyclingError: The shared part is no whole number of neurons, or not a part.
+        """
+        if self.num_moe_experts is None:
+            return 0
+        return ffn_hidden_size if self.moe_shared_expert else self._taken(ffn_hidden_size)
+
+    def _taken(self, ffn_hidden_size: int) -> int:
+        """Return the neurons that routed experts leave to a shared part."""
+        size = self.moe_shared_expert_intermediate_size
+        if size is None or self.num_moe_experts is None:
+            return 0
+        neurons = round(size * ffn_hidden_size if size < 1 else size)
+        # A fraction such as 0.1 is rounded in binary.
+        whole = size >= 1 or math.isclose(neurons, size * ffn_hidden_size, rel_tol=1e-9)
+        if not whole or not 1 < neurons < ffn_hidden_size:
+            made = size * ffn_hidden_size if size < 1 else size
+            raise UpcyclingError(
+                f"moe_shared_expert_intermediate_size={size:g} gives the shared expert {made:g} of "
+                f"{ffn_hidden_size} neurons; expected a whole number from 2 to "
+                f"{ffn_hidden_size - 1}. Give the number of neurons."
+            )
+        return neurons
 
     def copy_of(self, expert: int) -> int:
         """Return the copy of the layer that an expert belongs to: e div G."""
@@ -227,16 +336,26 @@ class UpcyclingConfig:
         whole copies. Every expert has a row of its own with `random`, and where there is only one
         copy: with the same row for all, the router would have nothing to choose.
         """
-        return self.copy_of(expert) if self._routes_copies else expert
+        return self.copy_of(expert) if self.routes_copies else expert
 
     @property
-    def _routes_copies(self) -> bool:
-        if self._router == "virtual_groups":
+    def rearranges(self) -> bool:
+        """Whether the initialiser puts the dense layer's neurons, all of them, in another order.
+
+        A shared part then has the first neurons in that order.
+        """
+        name = self.initializer.partition("(")[0].strip()
+        return name in step0.REARRANGING and name != "copy"
+
+    @property
+    def routes_copies(self) -> bool:
+        """Whether the experts of a copy of the layer have the same row of the router."""
+        if self.router == "virtual_groups":
             return True
-        return self._router != "random" and self.expansion_rate > 1
+        return self.router != "random" and self.expansion_rate > 1
 
     @property
-    def _router(self) -> str:
+    def router(self) -> str:
         """Name of the router's initialiser, without options."""
         return self.router_initializer.partition("(")[0].strip()
 
@@ -266,115 +385,24 @@ class UpcyclingConfig:
         return "none" if self.granularity == 1 else "paper"
 
     def scales(self, gated: bool) -> Scales:
-        """Return the factors of an expert's weights.
-
-        The routed output is smaller than the dense output by a factor, the base. With top-k first
-        the base is G, because the weights sum to 1 over T/G copies of each shard. With softmax
-        first the base is about E·G²/T, because each weight is about 1/(E·G).
-
-        `exact` makes the output larger by the base. A SwiGLU neuron is linear in up and in down,
-        so up and down get √base each. A squared-ReLU neuron is quadratic in up, so both get ∛base.
-        With a shared expert, routed and shared output are both halved in down. `paper` multiplies
-        gate, up and down by ∛base, as Megatron-Core does, which changes a SwiGLU neuron's function.
-
-        Args:
-            gated: Whether a neuron is SwiGLU; squared ReLU otherwise.
-
-        Source: arXiv 2410.07524 Eq. 2.
-        """
-        base = float(self.granularity)
-        if self.moe_router_pre_softmax:
-            base *= self.expansion_rate * self.granularity / self.moe_router_topk
-        if self.scaling == "none":
-            return Scales()
-        if self.scaling == "paper":
-            factor = base ** (1 / 3)
-            return Scales(gate=factor, up=factor, down=factor)
-        factor = base ** (1 / 2 if gated else 1 / 3)
-        half = 0.5 if self.moe_shared_expert else 1.0
-        return Scales(up=factor, down=half * factor, shared_down=half)
+        """Return the factors of an expert's weights; see `step0.scales`."""
+        return step0.scales(self, gated)
 
     def exactness(self, gated: bool, dense_checkpoints: int) -> Exactness:
-        """Return whether the upcycled model computes the dense model's function at step 0.
+        """Return whether the model computes the dense function; see `step0.exactness`."""
+        return step0.exactness(self, gated, dense_checkpoints)
 
-        Args:
-            gated: Whether a neuron is SwiGLU; squared ReLU otherwise.
-            dense_checkpoints: Number of dense models that the experts come from.
-        """
-        if self.num_moe_experts is None:
-            return Exactness(True, "every layer is the dense layer")
-        problems = [*self._inexact_weights(gated, dense_checkpoints), *self._inexact_routing()]
-        if problems:
-            return Exactness(False, "; ".join(problems))
-        if self.granularity == 1:
-            made = "experts are the dense layer and their weights sum to 1"
-        else:
-            made = "a token's experts make up whole copies of the dense layer"
-        return Exactness(True, made)
-
-    def _inexact_weights(self, gated: bool, dense_checkpoints: int) -> Iterator[str]:
-        if dense_checkpoints > 1:
-            yield (
-                f"experts come from {dense_checkpoints} dense models, and all other weights are "
-                "averages"
-            )
-        if self.initializer.partition("(")[0].strip() not in _REARRANGING:
-            yield f"the initializer {self.initializer} makes experts unlike the dense layer"
-        if self.moe_shared_expert and self.scaling != "exact":
-            yield (
-                "the shared expert and the routed ones add up to twice the feed-forward output "
-                "(weight_scaling='exact' halves both)"
-            )
-        if self.granularity > 1 and not self.moe_router_pre_softmax:
-            if self.scaling == "none":
-                yield f"the feed-forward output is divided by granularity {self.granularity}"
-            elif self.scaling == "paper" and gated:
-                yield (
-                    "cube-root scaling changes what a SwiGLU neuron computes "
-                    "(weight_scaling='exact' does not)"
-                )
-
-    def _inexact_routing(self) -> Iterator[str]:
-        experts, topk, granularity = (
-            self.num_moe_experts or 0,
-            self.moe_router_topk,
-            self.granularity,
-        )
-        if self.moe_router_pre_softmax and self.scaling == "none":
-            yield (
-                "softmax before top-k weights the chosen experts by less than 1 in total, so "
-                f"feed-forward outputs are scaled by a factor from {topk}/{experts} to 1 "
-                "(set moe_router_pre_softmax=False for an exact start)"
-            )
-        elif self.moe_router_pre_softmax:
-            yield (
-                "softmax before top-k weights experts unevenly, which a fixed scaling makes up "
-                "for only on average (set moe_router_pre_softmax=False for an exact start)"
-            )
-        if granularity > 1 and not self._routes_copies:
-            yield (
-                f"a {self._router} router picks {topk} of {experts} experts without regard to the "
-                f"{granularity} shards of the layer that they hold"
-            )
-        elif topk % granularity:
-            yield (
-                f"{topk} experts per token do not make up whole copies of {granularity} shards "
-                f"(use a multiple of {granularity})"
-            )
-        if self.can_drop_tokens:
-            yield (
-                f"capacity factor {self.moe_expert_capacity_factor:g} drops tokens beyond an "
-                f"expert's capacity: if all tokens pick the same experts, "
-                f"{self.dropped_at_worst:.0%} of the assignments (at {experts / topk:g} and "
-                "above, or with None, none is dropped)"
-            )
-
-
-_REARRANGING = ("copy", "activation_sorted")
-"""Initialisers whose experts are neurons of the dense layer, all of them in each copy."""
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "weight_scaling": (None, "exact", "paper", "none"),
+    "moe_router_score_function": ("softmax", "sigmoid"),
     "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
     "moe_token_dispatcher_type": ("alltoall", "allgather", "flex"),
 }
+
+_NOT_NEGATIVE = (
+    "router_init_std",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
+)

@@ -12,7 +12,7 @@ import os
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -69,7 +69,7 @@ def write_stdlib_sample(out: Path, *, stdlib: Path | None = None) -> dict[str, P
         "documentation": [*_topic_documents(), *_docstring_documents(modules)],
         "sources": [(f"source:{m.name}", remove_docstrings(m.source, m.tree)) for m in modules],
     }
-    return _write_corpora(out, corpora)
+    return write_corpora(out, corpora)
 
 
 def remove_docstrings(source: str, tree: ast.Module | None = None) -> str:
@@ -171,7 +171,7 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
             yield from _docstrings(child, name)
 
 
-def _write_corpora(out: Path, corpora: dict[str, list[tuple[str, str]]]) -> dict[str, Path]:
+def write_corpora(out: Path, corpora: Mapping[str, Iterable[tuple[str, str]]]) -> dict[str, Path]:
     """Write one JSONL file per corpus; either all files appear or none."""
     with scratch_directory(out, "sample") as temporary:
         for name, documents in corpora.items():

@@ -88,7 +88,8 @@ def exactness_of(
     ]
     if not other:
         return exactness
-    why = f"{', '.join(other)} makes the router differ from softmax and top-k"
+    expected = upcycling.moe_router_score_function
+    why = f"{', '.join(other)} makes the router differ from {expected} and top-k"
     return Exactness(False, why if exactness.exact else f"{exactness.reason}; {why}")
 
 

@@ -18,7 +18,7 @@ from nemo_upcycle.engine.dense_parts import BLOCK_BYTES, DenseParts
 from nemo_upcycle.engine.owned_shards import OwnedShard
 from nemo_upcycle.engine.reading import thread_count
 from nemo_upcycle.families import Architecture
-from nemo_upcycle.families.names import expert_of, layer_of
+from nemo_upcycle.families.names import expert_of, is_shared, layer_of
 from nemo_upcycle.initializers import Initializer, Neurons, make_initializer
 
 
@@ -27,7 +27,7 @@ class _Expert:
     """A rank's part of an expert: some neurons of gate, up and down; those of down as columns."""
 
     layer: int
-    number: int
+    number: int | None
     start: int
     parts: Mapping[str, torch.Tensor]
 
@@ -39,7 +39,7 @@ def bytes_to_initialize(
     scales = upcycling.scales(arch.gated_linear_unit)
     if upcycling.initializer == "copy" and scales.gate == scales.up == scales.down == 1:
         return 0
-    return sum(own.data.nbytes for own in owned if expert_of(own.shard.name) is not None)
+    return sum(own.data.nbytes for own in owned if _is_initialized(own, upcycling))
 
 
 def initialize_experts(
@@ -67,7 +67,7 @@ def initialize_experts(
     _scale_shared_experts(owned, scales.shared_down)
     if not bytes_to_initialize(owned, arch, upcycling):
         return 0
-    experts = list(_experts(owned, arch))
+    experts = list(_experts((own for own in owned if _is_initialized(own, upcycling)), arch))
     if upcycling.initializer == "copy":
         _scale(experts, scales, done)
         return 0
@@ -104,12 +104,19 @@ def _scale_shared_experts(owned: Iterable[OwnedShard], scale: float) -> None:
                 own.data.mul_(scale)
 
 
+def _is_initialized(own: OwnedShard, upcycling: UpcyclingConfig) -> bool:
+    """Return whether a shard is of an expert to initialise: of a routed one, or a shared part."""
+    is_part = upcycling.moe_shared_expert_intermediate_size is not None
+    shared = is_part and upcycling.rearranges and is_shared(own.shard.name)
+    return shared or expert_of(own.shard.name) is not None
+
+
 def _experts(owned: Iterable[OwnedShard], arch: Architecture) -> Iterator[_Expert]:
-    """Group the shards of each routed expert."""
-    shards: dict[tuple[int, int], list[OwnedShard]] = {}
+    """Group the shards of each expert."""
+    shards: dict[tuple[int, int | None], list[OwnedShard]] = {}
     for own in owned:
         layer, expert = layer_of(own.shard.name), expert_of(own.shard.name)
-        if layer is not None and expert is not None:
+        if layer is not None:
             shards.setdefault((layer, expert), []).append(own)
     for (layer, expert), group in shards.items():
         parts = {}
@@ -133,17 +140,20 @@ class _Work:
     @torch.no_grad()
     def initialize(self, expert: _Expert, rows: range) -> int:
         """Initialise a block of an expert's neurons on this rank; return the size in bytes."""
-        first, stop = self.upcycling.neurons(expert.number, self.arch.ffn_hidden_size)
+        width, copy = self.arch.ffn_hidden_size, 0
+        first, stop, scales = 0, self.upcycling.shared_width(width), Scales()
+        if expert.number is not None:
+            first, stop = self.upcycling.neurons(expert.number, width)
+            copy, scales = self.upcycling.copy_of(expert.number), self.scales
         start = first + expert.start
         here = slice(rows.start, rows.stop)
         values = {
             part: data[here].float().cpu().numpy().copy() for part, data in expert.parts.items()
         }
-        copy = self.upcycling.copy_of(expert.number)
         self.initializer(
             Neurons(
                 layer=expert.layer,
-                expert=expert.number,
+                expert=expert.number or 0,
                 copy=copy,
                 ids=range(start + rows.start, start + rows.stop),
                 expert_ids=range(first, stop),
@@ -156,6 +166,6 @@ class _Work:
             )
         )
         for part, data in expert.parts.items():
-            scaled = values[part] * np.float32(getattr(self.scales, part))
+            scaled = values[part] * np.float32(getattr(scales, part))
             data[here].copy_(torch.from_numpy(scaled))
         return sum(data[here].nbytes for data in expert.parts.values())

@@ -21,6 +21,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.fields import experts_in
+from nemo_upcycle.families.model import upcycling_of
 from nemo_upcycle.families.names import expert_of, layer_of
 from nemo_upcycle.initializers import initialize_router
 
@@ -65,10 +67,11 @@ class MoEHealth:
 
     `load_balancing_loss`, `z_loss`: Megatron's. `expert_load_cv`: coefficient of variation of the
     experts' loads. `dead_experts`: experts without a token. `dropped_tokens`: share of assignments
-    dropped. `router_entropy`: of the softmax over all experts, in nats. `router_confidence`: its
-    largest probability. `expert_distance`: mean pairwise distance of a layer's experts, relative
-    to the dense feed-forward layer's weights. `router_distance`: of the router from where it
-    began, relative to that.
+    dropped. `router_entropy`: of the scores over all experts, in nats; sigmoid scores are divided
+    by their sum. `router_confidence`: the largest score. `expert_bias_range`: the largest minus
+    the smallest expert bias, if there is one. `expert_distance`: mean pairwise distance of a
+    layer's experts, relative to the dense feed-forward layer's weights. `router_distance`: of the
+    router from where it began, relative to that.
     """
 
     _due = False
@@ -94,12 +97,9 @@ class MoEHealth:
         self._sums = torch.zeros(config.num_layers, 2 * self._experts + 3, device=device)
         self._not_finite = torch.zeros(config.num_layers, dtype=torch.bool, device=device)
         self._first_router = None if upcycling is None else _router_at_start(upcycling, config)
-        self._hooks = [
-            module.register_forward_hook(self._watch)
-            for chunk in chunks
-            for module in chunk.modules()
-            if isinstance(module, TopKRouter)
-        ]
+        modules = [module for chunk in chunks for module in chunk.modules()]
+        self._routers = [module for module in modules if isinstance(module, TopKRouter)]
+        self._hooks = [router.register_forward_hook(self._watch) for router in self._routers]
 
     def begin_interval(self) -> None:
         """Add up what the forward passes from here on show, until `measure`."""
@@ -120,14 +120,15 @@ class MoEHealth:
         if self._due:
             with torch.no_grad():
                 logits = router.gating(inputs[0].detach()).view(-1, self._experts).float()
-                self._sums[layer] += _sums(logits, outputs[1], self._topk)
+                scores = _log_scores(router, logits)
+                self._sums[layer] += _sums(*scores, outputs[1], self._topk)
 
     def measure(self) -> Health:
         """Add up over the ranks; every rank calls this, after a backward pass."""
         self._due = False
         sums, losses = self._sums.clone(), _losses(len(self._sums), self._sums.device)
-        moved = _Moved(self._owned, self._first_router, self._config)
-        for values in (sums, losses, *moved.sums):
+        moved, biases = _Moved(self._owned, self._first_router, self._config), self._bias_ranges()
+        for values in (sums, losses, biases, *moved.sums):
             if torch.distributed.is_initialized():
                 torch.distributed.all_reduce(values)
         measures = _of_sums(sums, self._experts, self._topk)
@@ -135,8 +136,19 @@ class MoEHealth:
         for name, values in zip(LOSSES, losses, strict=True):
             if values.any():
                 measures[name] = torch.where(is_moe, values, torch.nan)
+        if self._config.moe_router_enable_expert_bias:
+            measures["expert_bias_range"] = torch.where(is_moe, biases, torch.nan)
         measures |= moved.distances()
         return Health(_load(sums, self._experts).cpu(), {n: v.cpu() for n, v in measures.items()})
+
+    def _bias_ranges(self) -> torch.Tensor:
+        """Return this rank's part of the ranges of the experts' biases, [L]."""
+        ranges_L = torch.zeros(len(self._sums), device=self._sums.device)
+        if self._config.moe_router_enable_expert_bias and _first_with_its_router():
+            for router in self._routers:
+                bias_E = router.expert_bias.float()
+                ranges_L[router.layer_number - 1] = bias_E.max() - bias_E.min()
+        return ranges_L
 
     def check_finite(self) -> None:
         """Raise `UpcyclingError` if a router has computed NaN or Inf; names its layer."""
@@ -149,16 +161,27 @@ class MoEHealth:
             )
 
 
-def _sums(logits_TE: torch.Tensor, routing_map_TE: torch.Tensor, topk: int) -> torch.Tensor:
+def _log_scores(router: TopKRouter, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logarithms of scores that sum to 1, and the values that top-k compares."""
+    if router.score_function != "sigmoid":
+        return logits_TE.log_softmax(-1), logits_TE
+    scores_TE = logits_TE.sigmoid()
+    logs_TE = torch.nn.functional.logsigmoid(logits_TE) - scores_TE.sum(-1, keepdim=True).log()
+    return logs_TE, scores_TE if router.expert_bias is None else scores_TE + router.expert_bias
+
+
+def _sums(
+    logs_TE: torch.Tensor, compared_TE: torch.Tensor, routing_map_TE: torch.Tensor, topk: int
+) -> torch.Tensor:
     """Return the sums over tokens, [2E + 3].
 
     Per expert the tokens kept and the tokens assigned; then the number of tokens, the sum of
     entropies and the sum of largest probabilities.
     """
-    scores_TE = logits_TE.softmax(-1)
-    entropy = -(scores_TE * logits_TE.log_softmax(-1)).sum()
-    tokens = logits_TE.new_tensor(float(len(logits_TE)))
-    chosen_TE = torch.zeros_like(logits_TE).scatter(1, logits_TE.topk(topk).indices, 1)
+    scores_TE = logs_TE.exp()
+    entropy = -(scores_TE * logs_TE).sum()
+    tokens = logs_TE.new_tensor(float(len(logs_TE)))
+    chosen_TE = torch.zeros_like(logs_TE).scatter(1, compared_TE.topk(topk).indices, 1)
     rest = torch.stack((tokens, entropy, scores_TE.max(-1).values.sum()))
     # Padding to capacity adds tokens that are not assigned to the expert.
     kept_TE = chosen_TE * routing_map_TE.view(chosen_TE.shape)
@@ -213,8 +236,9 @@ class _Moved:
         first_router: Callable[[int], torch.Tensor] | None,
         config: Any,
     ) -> None:
-        width = config.moe_ffn_hidden_size or config.ffn_hidden_size
-        self._shards = config.ffn_hidden_size // width
+        experts = experts_in(vars(config))
+        width = experts.expert_width
+        self._shards = upcycling_of(experts, config.ffn_hidden_size).granularity
         self._copies = config.num_moe_experts // self._shards
         rows = width * (2 if config.gated_linear_unit else 1)
         self._stride, self._hidden = max(1, rows // SAMPLED_ROWS), config.hidden_size

@@ -108,6 +108,8 @@ def _tensors(file: OutputFile, memory: mmap.mmap) -> Iterator[tuple[Output, torc
     """Yield the tensors of a file with views of their memory."""
     position = len(file.head)
     for output in file.outputs.values():
+        if not output.bytes:  # a shared expert of no neurons
+            continue
         dtype, shape = torch_dtype(output.info.dtype), output.info.shape
         values = torch.frombuffer(memory, dtype=dtype, count=prod(shape), offset=position)
         yield output, values.view(shape)

@@ -13,9 +13,11 @@ MAY_CHANGE = frozenset(
         "moe_aux_loss_coeff",
         "moe_expert_capacity_factor",
         "moe_pad_expert_input_to_capacity",
+        "moe_router_bias_update_rate",
         "moe_router_load_balancing_type",
         "moe_token_dispatcher_type",
         "moe_z_loss_coeff",
+        "router_dense_gradient",
     }
 )
 """Fields of `UpcyclingConfig` that may change during a run."""

@@ -25,7 +25,7 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.model import MoEModel, upcycled_model
 from nemo_upcycle.families.moe import moe_family_of
 from nemo_upcycle.families.moe_family import MoEFamily
-from nemo_upcycle.families.names import stored_name
+from nemo_upcycle.families.names import is_expert_bias, stored_name
 from nemo_upcycle.plans.layout import shards
 from nemo_upcycle.progress import Progress, no_progress
 from nemo_upcycle.trained.configs import write_configs
@@ -122,7 +122,10 @@ def plan_directory(
     }
     own = _dtype_of_embeddings(dense)
     dtype = dtype or own
-    infos = {name: TensorInfo(shape, dtype) for name, shape in shapes.items()}
+    infos = {
+        name: TensorInfo(shape, "F32" if is_expert_bias(name) else dtype)
+        for name, shape in shapes.items()
+    }
     outputs = outputs_of(infos, model, family)
     notes = []
     if DTYPE_BYTES[dtype] < DTYPE_BYTES[own]:

@@ -167,7 +167,10 @@ def _original_length(
 def _experts(config: dict[str, Any]) -> dict[str, Any]:
     """Store the number of experts under the family's key in transformers 4."""
     names = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
-    name = names.get(str(config.get("model_type")))
+    kind = str(config.get("model_type"))
+    if kind == "glm4_moe":
+        _check_one_count(config, "n_routed_experts", "num_local_experts")
+    name = names.get(kind)
     if name is None:
         return config
     said = {key: config[key] for key in names.values() if key in config}
@@ -178,3 +181,17 @@ def _experts(config: dict[str, Any]) -> dict[str, Any]:
         config = {key: value for key, value in config.items() if key not in said}
         config[name] = next(iter(said.values()))
     return config
+
+
+def _check_one_count(config: Mapping[str, Any], name: str, other: str) -> None:
+    """Check that a key that transformers 5 alone reads says what the other key says."""
+    if other in config and config[other] != config.get(name, config[other]):
+        raise UpcyclingError(
+            f"config.json says {name}={config[name]!r} and {other}={config[other]!r}, of which "
+            f"transformers 4 reads the first alone; remove {other}."
+        )
+    if other in config and name not in config:
+        raise UpcyclingError(
+            f"config.json says {other}={config[other]!r}, which transformers 4 does not read; say "
+            f"{name}."
+        )

@@ -161,6 +161,30 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_experts": 128,
         "attention_bias": False,
     },
+    "glm4_moe": {
+        **_ALL,
+        "vocab_size": 151552,
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "num_hidden_layers": 46,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "moe_intermediate_size": 1408,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "n_routed_experts": 128,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+    },
 }
 """Defaults by model type and key. A family's class does not read keys that are missing here, with
-one exception: the models of Qwen2, Qwen2-MoE, SmolLM3, Phi-3 and Granite read `head_dim` if set."""
+one exception: the models of Qwen2, Qwen2-MoE, SmolLM3, Phi-3, Granite and GLM-4-MoE read `head_dim`
+if set."""

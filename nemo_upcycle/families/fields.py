@@ -23,20 +23,28 @@ from nemo_upcycle.families.model import (
 from nemo_upcycle.families.rope import scaling_fields
 
 ROUTER_FIELDS: dict[str, Any] = {
-    "moe_router_score_function": "softmax",
     "moe_router_topk_scaling_factor": None,
     "moe_router_num_groups": None,
     "moe_router_group_topk": None,
     "moe_router_topk_limited_devices": None,
-    "moe_router_enable_expert_bias": False,
     "moe_apply_probs_on_input": False,
 }
-"""Megatron's fields that change what a router computes, with the values of upcycling."""
+"""Megatron's fields that change what a router computes, with the values of upcycling.
+
+Score function and expert bias are not among them: `UpcyclingConfig` has both.
+"""
+
+SCORE_FUNCTIONS = ("softmax", "sigmoid")
+"""Score functions that upcycled models have; newer versions of Megatron-Core have more."""
+
+LOGIT_NORMALIZATION, DENSE_GRADIENT = "router_logit_normalization", "router_dense_gradient"
+"""The fields of experts that Megatron's own configs do not have."""
 
 _OF_TRAINING = (
     "moe_router_load_balancing_type",
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
     "moe_expert_capacity_factor",
     "moe_pad_expert_input_to_capacity",
     "moe_token_dispatcher_type",
@@ -110,31 +118,31 @@ def window_fields(arch: Architecture, seq_length: int | None = None) -> dict[str
     return {"window_size": (arch.sliding_window - 1, 0)}
 
 
-def experts_fields(experts: Experts, dense_width: int) -> dict[str, Any]:
-    """Return the fields that describe the experts.
-
-    Args:
-        experts: The experts.
-        dense_width: Neurons of a dense feed-forward layer.
-    """
+def experts_fields(experts: Experts) -> dict[str, Any]:
+    """Return the fields that describe the experts."""
     if not any(experts.is_moe):
         return {"num_moe_experts": None}
+    normalization = experts.logit_normalization
     return {
+        **({} if normalization is None else {LOGIT_NORMALIZATION: normalization}),
         "num_moe_experts": experts.num_experts,
         "moe_router_topk": experts.topk,
         "moe_router_pre_softmax": experts.pre_softmax,
         "moe_ffn_hidden_size": experts.expert_width,
         "moe_layer_freq": megatron_layer_freq(experts.is_moe, len(experts.is_moe)),
-        "moe_shared_expert_intermediate_size": dense_width if experts.has_shared_expert else None,
+        "moe_shared_expert_intermediate_size": experts.shared_width or None,
+        "moe_router_score_function": experts.score_function,
+        "moe_router_enable_expert_bias": experts.has_expert_bias,
     }
 
 
 def moe_fields(arch: Architecture, upcycling: UpcyclingConfig) -> dict[str, Any]:
     """Return the fields that the upcycling of a dense model determines."""
-    width = arch.ffn_hidden_size
-    values = experts_fields(experts_of(upcycling, arch.num_layers, width), width)
+    values = experts_fields(experts_of(upcycling, arch.num_layers, arch.ffn_hidden_size))
     if upcycling.num_moe_experts is None:
         return values
+    if upcycling.router_dense_gradient:
+        values[DENSE_GRADIENT] = True
     return values | {name: getattr(upcycling, name) for name in _OF_TRAINING}
 
 
@@ -145,16 +153,23 @@ def experts_in(config: Mapping[str, Any]) -> Experts:
         config: Values by field; `ffn_hidden_size` is the dense layer's width.
 
     Raises:
-        UpcyclingError: The shared expert is not as wide as the dense layer.
+        UpcyclingError: The router has another score function, or the shared expert is wider than
+            the dense layer.
     """
     dense_width, layers = config["ffn_hidden_size"], config["num_layers"]
     if not config.get("num_moe_experts"):
         return no_experts(layers, dense_width)
-    shared = config.get("moe_shared_expert_intermediate_size")
-    if shared not in (None, dense_width):
+    shared = config.get("moe_shared_expert_intermediate_size") or 0
+    if shared > dense_width:
         raise UpcyclingError(
             f"moe_shared_expert_intermediate_size is {shared}; a shared expert is the dense "
-            f"feed-forward layer, {dense_width} wide, or there is none."
+            f"feed-forward layer, {dense_width} wide, or a part of the layer."
+        )
+    score_function = config.get("moe_router_score_function") or "softmax"
+    if score_function not in SCORE_FUNCTIONS:
+        raise UpcyclingError(
+            f"moe_router_score_function is {score_function!r}; expected one of: "
+            f"{', '.join(SCORE_FUNCTIONS)}."
         )
     return Experts(
         num_experts=config["num_moe_experts"],
@@ -162,7 +177,10 @@ def experts_in(config: Mapping[str, Any]) -> Experts:
         pre_softmax=bool(config.get("moe_router_pre_softmax")),
         expert_width=config.get("moe_ffn_hidden_size") or dense_width,
         is_moe=moe_layers(config.get("moe_layer_freq") or 1, layers),
-        has_shared_expert=shared is not None,
+        shared_width=shared,
+        score_function=score_function,
+        has_expert_bias=bool(config.get("moe_router_enable_expert_bias")),
+        logit_normalization=config.get(LOGIT_NORMALIZATION),
     )
 
 
@@ -178,6 +196,7 @@ def upcycling_in(config: Any, **chosen: Any) -> UpcyclingConfig:
     """
     if config.num_moe_experts is not None:
         chosen |= {name: getattr(config, name) for name in _OF_TRAINING}
+        chosen[DENSE_GRADIENT] = getattr(config, DENSE_GRADIENT, False)
     return upcycling_of(experts_in(vars(config)), config.ffn_hidden_size, **chosen)
 
 
@@ -195,6 +214,7 @@ def megatron_model(config: Mapping[str, Any]) -> MoEModel:
     if config.get("num_moe_experts") and other:
         said = ", ".join(f"{name}={value!r}" for name, value in other.items())
         raise UpcyclingError(
-            f"The checkpoint's config says {said}; expected a router with softmax and top-k alone."
+            f"The checkpoint's config says {said}; expected a router "
+            "with softmax or sigmoid and top-k alone."
         )
     return with_experts(moe_architecture(config), experts_in(config))

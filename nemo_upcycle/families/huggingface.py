@@ -42,7 +42,8 @@ def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> 
     """
     values = Values(config, family)
     for bias in ("attention_bias", "mlp_bias"):
-        if bias in values.defaults and values.flag(bias):
+        can_have = bias == "attention_bias" and "add_qkv_bias" in fields
+        if bias in values.defaults and not can_have and values.flag(bias):
             raise unfit(bias, True, "false: only a model without it can be upcycled")
     head_width = _head_width(values)
     arch = Architecture(

@@ -7,6 +7,7 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.config.layers import moe_layers
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.family import Architecture
+from nemo_upcycle.families.names import is_shared
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,11 @@ class Experts:
         pre_softmax: Softmax before top-k; the weights then do not sum to 1.
         expert_width: Neurons per expert.
         is_moe: For every layer, whether the layer has experts.
-        has_shared_expert: Whether the dense feed-forward layer is kept as a shared expert.
+        shared_width: Neurons of the shared expert: all of the dense feed-forward layer's, a part
+            that the routed experts leave, or 0 if there is none.
+        score_function: `softmax` or `sigmoid`; see `UpcyclingConfig`.
+        has_expert_bias: Whether the choice of experts has a bias per expert.
+        logit_normalization: Factor of the normalised logits; None if they are not normalised.
     """
 
     num_experts: int
@@ -27,7 +32,15 @@ class Experts:
     pre_softmax: bool
     expert_width: int
     is_moe: tuple[bool, ...]
-    has_shared_expert: bool
+    shared_width: int = 0
+    score_function: str = "softmax"
+    has_expert_bias: bool = False
+    logit_normalization: float | None = None
+
+    @property
+    def has_shared_expert(self) -> bool:
+        """Whether there is a shared expert."""
+        return self.shared_width > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +53,16 @@ class MoEModel(Experts):
 
     arch: Architecture
 
+    def neurons_of(self, parameter: str) -> int:
+        """Return the neurons of the feed-forward layer that a Megatron parameter belongs to.
+
+        Args:
+            parameter: The name, with numbers or `{layer}` and `{expert}`.
+        """
+        if ".mlp.experts." in parameter:
+            return self.expert_width
+        return self.shared_width if is_shared(parameter) else self.arch.ffn_hidden_size
+
 
 def experts_of(upcycling: UpcyclingConfig, num_layers: int, dense_width: int) -> Experts:
     """Return the experts that upcycling makes.
@@ -48,6 +71,9 @@ def experts_of(upcycling: UpcyclingConfig, num_layers: int, dense_width: int) ->
         upcycling: What the dense feed-forward layers become.
         num_layers: Layers of the dense model.
         dense_width: Neurons of a dense feed-forward layer.
+
+    Raises:
+        UpcyclingError: The layer does not divide into the experts.
     """
     if upcycling.num_moe_experts is None:
         return no_experts(num_layers, dense_width)
@@ -55,15 +81,18 @@ def experts_of(upcycling: UpcyclingConfig, num_layers: int, dense_width: int) ->
         num_experts=upcycling.num_moe_experts,
         topk=upcycling.moe_router_topk,
         pre_softmax=upcycling.moe_router_pre_softmax,
-        expert_width=dense_width // upcycling.granularity,
+        expert_width=upcycling.expert_width(dense_width),
         is_moe=moe_layers(upcycling.moe_layer_freq, num_layers),
-        has_shared_expert=upcycling.moe_shared_expert,
+        shared_width=upcycling.shared_width(dense_width),
+        score_function=upcycling.moe_router_score_function,
+        has_expert_bias=upcycling.moe_router_enable_expert_bias,
+        logit_normalization=upcycling.router_logit_normalization,
     )
 
 
 def no_experts(num_layers: int, dense_width: int) -> Experts:
     """Return the description of a model that stays dense."""
-    return Experts(0, 0, False, dense_width, (False,) * num_layers, False)
+    return Experts(0, 0, False, dense_width, (False,) * num_layers)
 
 
 def upcycling_of(experts: Experts, dense_width: int, **chosen: Any) -> UpcyclingConfig:
@@ -79,18 +108,25 @@ def upcycling_of(experts: Experts, dense_width: int, **chosen: Any) -> Upcycling
     """
     if not any(experts.is_moe):
         return UpcyclingConfig(num_moe_experts=None, **chosen)
-    if dense_width % experts.expert_width:
+    is_whole = experts.shared_width in (0, dense_width)
+    routed = dense_width if is_whole else dense_width - experts.shared_width
+    if routed % experts.expert_width:
+        what = "the dense feed-forward layer's" if is_whole else "what a shared expert leaves of it"
         raise UpcyclingError(
-            f"The experts' width moe_ffn_hidden_size={experts.expert_width} does not divide the "
-            f"dense feed-forward layer's, {dense_width}. Make it 1/granularity of that."
+            f"The experts' width moe_ffn_hidden_size={experts.expert_width} does not divide "
+            f"{what}, {routed}. Make it 1/granularity of that."
         )
     return UpcyclingConfig(
         num_moe_experts=experts.num_experts,
         moe_router_topk=experts.topk,
         moe_router_pre_softmax=experts.pre_softmax,
-        granularity=dense_width // experts.expert_width,
+        granularity=routed // experts.expert_width,
         moe_layer_freq=1 if all(experts.is_moe) else tuple(map(int, experts.is_moe)),
-        moe_shared_expert=experts.has_shared_expert,
+        moe_shared_expert=experts.shared_width == dense_width,
+        moe_shared_expert_intermediate_size=None if is_whole else experts.shared_width,
+        moe_router_score_function=experts.score_function,
+        moe_router_enable_expert_bias=experts.has_expert_bias,
+        router_logit_normalization=experts.logit_normalization,
         **chosen,
     )
 

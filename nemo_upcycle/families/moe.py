@@ -10,6 +10,7 @@ from nemo_upcycle.families.llama import LAYER, LLAMA, MLP
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe_family import (
     EXPERT,
+    EXPERT_BIAS,
     ROUTER,
     SHARED,
     MoEFamily,
@@ -76,20 +77,34 @@ QWEN3_MOE = MoEFamily(
 )
 
 
-def _inert(model: MoEModel) -> dict[str, tuple[int, int]]:
+def _shared_expert(prefix: str) -> dict[str, Operation]:
+    return {
+        SHARED + "linear_fc1.weight": GatedMLP(
+            prefix + "gate_proj.weight", prefix + "up_proj.weight"
+        ),
+        SHARED + "linear_fc2.weight": Rename(prefix + "down_proj.weight"),
+    }
+
+
+def _empty(prefix: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Return a shared expert's tensors in a model that has no shared expert."""
+    return {
+        prefix + "gate_proj.weight": (width, hidden),
+        prefix + "up_proj.weight": (width, hidden),
+        prefix + "down_proj.weight": (hidden, width),
+    }
+
+
+def _inert(model: MoEModel) -> dict[str, tuple[int, ...]]:
     """Return tensors that make the shared expert's gate neutral.
 
     A gate of 0 lets half of the output through. A model without a shared expert gets a shared
     expert of one neuron with weights of 0, which adds nothing.
     """
     hidden = model.arch.hidden_size
-    zeros: dict[str, tuple[int, int]] = {MLP + "shared_expert_gate.weight": (1, hidden)}
+    zeros: dict[str, tuple[int, ...]] = {MLP + "shared_expert_gate.weight": (1, hidden)}
     if not model.has_shared_expert:
-        zeros |= {
-            MLP + "shared_expert.gate_proj.weight": (1, hidden),
-            MLP + "shared_expert.up_proj.weight": (1, hidden),
-            MLP + "shared_expert.down_proj.weight": (hidden, 1),
-        }
+        zeros |= _empty(MLP + "shared_expert.", hidden, 1)
     return zeros
 
 
@@ -100,20 +115,63 @@ QWEN2_MOE = MoEFamily(
     parameters={
         **QWEN2.parameters,
         **_QWEN_EXPERTS,
-        SHARED + "linear_fc1.weight": GatedMLP(
-            MLP + "shared_expert.gate_proj.weight", MLP + "shared_expert.up_proj.weight"
-        ),
-        SHARED + "linear_fc2.weight": Rename(MLP + "shared_expert.down_proj.weight"),
+        **_shared_expert(MLP + "shared_expert."),
     },
     config=lambda model: {
         **_qwen_config(model),
         "qkv_bias": model.arch.add_qkv_bias,
-        "shared_expert_intermediate_size": (
-            model.arch.ffn_hidden_size if model.has_shared_expert else 1
-        ),
+        "shared_expert_intermediate_size": model.shared_width or 1,
     },
     layer_zeros=_inert,
     doubled="shared_expert.down_proj.weight",
+)
+
+
+def _without(model: MoEModel) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a GLM-4-MoE that the model does not have; a shared expert is empty."""
+    zeros: dict[str, tuple[int, ...]] = {}
+    if not model.has_expert_bias:
+        zeros[MLP + "gate.e_score_correction_bias"] = (model.num_experts,)
+    if not model.has_shared_expert:
+        zeros |= _empty(MLP + "shared_experts.", model.arch.hidden_size, 0)
+    return zeros
+
+
+# Attention with biases, with norms of queries and keys, with both or neither.
+_GLM4 = replace(
+    QWEN2,
+    parameters={**QWEN2.parameters, **QWEN3.parameters},
+    tensors={**QWEN2.tensors, **QWEN3.tensors},
+)
+
+GLM4_MOE = MoEFamily(
+    model_type="glm4_moe",
+    class_name="Glm4MoeForCausalLM",
+    dense=_GLM4,
+    parameters={
+        **_GLM4.parameters,
+        **_QWEN_EXPERTS,
+        EXPERT_BIAS: Rename(MLP + "gate.e_score_correction_bias"),
+        **_shared_expert(MLP + "shared_experts."),
+    },
+    config=lambda model: {
+        "intermediate_size": model.arch.ffn_hidden_size,
+        "moe_intermediate_size": model.expert_width,
+        "n_routed_experts": model.num_experts,
+        "n_shared_experts": model.shared_width // model.expert_width,
+        "num_experts_per_tok": model.topk,
+        # As in Megatron-Core, the score of a single expert is not divided by itself.
+        "norm_topk_prob": model.topk > 1,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": model.is_moe.index(True),
+        "head_dim": model.arch.kv_channels,
+        "partial_rotary_factor": model.arch.rotary_percent,
+        "attention_bias": model.arch.add_qkv_bias,
+        "use_qk_norm": model.arch.qk_layernorm,
+    },
+    layer_zeros=_without,
 )
 
 
@@ -171,6 +229,9 @@ def moe_family_of(model: MoEModel) -> MoEFamily:
     _refuse(not arch.gated_linear_unit, "experts with squared ReLU and no gate")
     _refuse(arch.norm_has_bias, "LayerNorm with biases")
     _refuse(bool(arch.nope_layers), f"layers without RoPE ({list(arch.nope_layers)})")
+    _refuse(model.logit_normalization is not None, "normalised router logits")
+    if model.score_function == "sigmoid":
+        return _with_sigmoid(model)
     _refuse(arch.rotary_percent != 1, f"rotary_percent={arch.rotary_percent}")
     if arch.qk_layernorm:
         _refuse(arch.add_qkv_bias, "norms of queries and keys together with their biases")
@@ -185,10 +246,12 @@ def moe_family_of(model: MoEModel) -> MoEFamily:
             "a sliding window": arch.sliding_window is not None,
             "softmax before top-k": model.pre_softmax,
             "dense layers": not all(model.is_moe),
+            "a shared part of the layer": model.shared_width not in (0, arch.ffn_hidden_size),
             f"heads of size {arch.kv_channels}": heads != arch.hidden_size,
         }.items():
             _refuse(applies, f"multipliers together with {what}")
         return GRANITE_MOE_SHARED if model.has_shared_expert else GRANITE_MOE
+    _refuse(model.shared_width == 1, "a shared expert of one neuron")
     plain = all(model.is_moe) and not (
         model.pre_softmax or arch.add_qkv_bias or model.has_shared_expert
     )
@@ -200,10 +263,23 @@ def moe_family_of(model: MoEModel) -> MoEFamily:
     return QWEN2_MOE
 
 
+def _with_sigmoid(model: MoEModel) -> MoEFamily:
+    arch, first = model.arch, model.is_moe.index(True)
+    for what, applies in {
+        "a sliding window": arch.sliding_window is not None,
+        "multipliers": arch.is_multiplied,
+        "dense layers after MoE layers": not all(model.is_moe[first:]),
+        f"a shared expert of {model.shared_width} neurons, no multiple of the "
+        f"{model.expert_width} of an expert": model.shared_width % model.expert_width > 0,
+    }.items():
+        _refuse(applies, f"sigmoid scores together with {what}")
+    return GLM4_MOE
+
+
 def _refuse(applies: bool, what: str) -> None:
     if applies:
         raise UpcyclingError(
             f"The model has {what}, which no Mixture-of-Experts architecture of transformers "
-            "computes; expected what Mixtral, Qwen2-MoE, Qwen3-MoE or Granite-MoE compute. It can "
-            "be evaluated and trained in NeMo."
+            "computes; expected what Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4-MoE or Granite-MoE "
+            "compute. It can be evaluated and trained in NeMo."
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from nemo_upcycle.families import names
 from nemo_upcycle.families.family import Architecture, Family, Neurons, Operation, Rows
 from nemo_upcycle.families.llama import MEGATRON_LAYER, MLP
 from nemo_upcycle.families.model import MoEModel
@@ -14,6 +15,7 @@ from nemo_upcycle.families.model import MoEModel
 EXPERT = MEGATRON_LAYER + "mlp.experts.{expert}."
 SHARED = MEGATRON_LAYER + "mlp.shared_experts."
 ROUTER = MEGATRON_LAYER + "mlp.router.weight"
+EXPERT_BIAS = MEGATRON_LAYER + names.EXPERT_BIAS
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class MoEFamily:
     dense: Family
     parameters: Mapping[str, Operation]
     config: Callable[[MoEModel], dict[str, Any]]
-    layer_zeros: Callable[[MoEModel], Mapping[str, tuple[int, int]]] = field(
+    layer_zeros: Callable[[MoEModel], Mapping[str, tuple[int, ...]]] = field(
         default=lambda model: {}
     )
     doubled: str | None = None
@@ -75,9 +77,8 @@ class MoEFamily:
             model: The model.
             expert: The parameter's expert, None if it has none.
         """
-        width = model.arch.ffn_hidden_size if expert is None else model.expert_width
         operation = self.parameters[pattern]
-        for rows in operation.rows(model.arch, (0, width)):
+        for rows in operation.rows(model.arch, (0, model.neurons_of(pattern))):
             if isinstance(operation, _STACKED) and expert and rows.stop is not None:
                 yield Rows(rows.tensor, expert * rows.stop, (expert + 1) * rows.stop)
             else:
@@ -86,8 +87,8 @@ class MoEFamily:
     def stack(self, tensor: str, model: MoEModel) -> int:
         """Return the experts that a tensor stacks along its first axis; 1 for other tensors."""
         stacked = (op.tensor for op in self.parameters.values() if isinstance(op, _STACKED))
-        names = tuple(name.partition("{layer}")[2] for name in stacked)
-        return model.num_experts if names and tensor.endswith(names) else 1
+        ends = tuple(name.partition("{layer}")[2] for name in stacked)
+        return model.num_experts if ends and tensor.endswith(ends) else 1
 
     def shapes(self, model: MoEModel) -> dict[str, tuple[int, ...]]:
         """Return the expected shape of every tensor, layers and experts filled in."""
@@ -98,6 +99,7 @@ class MoEFamily:
             for name, shape in self.dense.shapes(model.arch).items()
             if not name.startswith(replaced)
             and (model.arch.add_qkv_bias or not name.endswith("_proj.bias"))
+            and (model.arch.qk_layernorm or not name.endswith(("q_norm.weight", "k_norm.weight")))
         }
         for layer in moe:
             shapes |= self._moe_layer(model, layer)
@@ -109,18 +111,22 @@ class MoEFamily:
         for name in self.parameters.keys() - self.dense.parameters.keys():
             if name.startswith(SHARED) and not model.has_shared_expert:
                 continue
+            if name == EXPERT_BIAS:
+                continue
             is_expert = name.startswith(EXPERT)
-            width = model.expert_width if is_expert else model.arch.ffn_hidden_size
-            columns = width if name.endswith("linear_fc2.weight") else hidden
+            columns = model.neurons_of(name) if name.endswith("linear_fc2.weight") else hidden
             for rows in self.rows(name, model, 0 if is_expert else None):
                 whole = model.num_experts if name == ROUTER else hidden
                 count = (rows.stop or whole) * self.stack(rows.tensor, model)
                 for expert in range(model.num_experts if is_expert else 1):
                     tensor = rows.tensor.format(layer=layer, expert=expert)
                     shapes[tensor] = (count, columns)  # of a fused tensor the last rows decide
+        if model.has_expert_bias:
+            (bias,) = self.parameters[EXPERT_BIAS].rows(model.arch)
+            shapes[bias.tensor.format(layer=layer)] = (model.num_experts,)
         return shapes
 
-    def zeros(self, model: MoEModel) -> dict[str, tuple[int, int]]:
+    def zeros(self, model: MoEModel) -> dict[str, tuple[int, ...]]:
         """Return names and shapes of tensors without a counterpart in Megatron, which must be 0."""
         layers = [layer for layer, moe in enumerate(model.is_moe) if moe]
         shapes = self.layer_zeros(model)

@@ -3,6 +3,9 @@
 import re
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+EXPERT_BIAS = "mlp.router.expert_bias"
+"""Megatron's name of the bias per expert, within a layer."""
+
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 
 
@@ -34,6 +37,16 @@ def expert_of(name: str) -> int | None:
     """Return the routed expert of a parameter; None if there is none."""
     match = _EXPERT.search(name)
     return int(match[1]) if match else None
+
+
+def is_expert_bias(name: str) -> bool:
+    """Return whether a name is that of a router's expert bias, a buffer that is trained."""
+    return name.endswith(f".{EXPERT_BIAS}")
+
+
+def is_shared(name: str) -> bool:
+    """Return whether a parameter belongs to a shared expert."""
+    return ".mlp.shared_experts." in name
 
 
 def layer_of(name: str) -> int | None:

@@ -88,6 +88,11 @@ def rope_scaling(values: Values, family: str) -> dict[str, Any]:
         numbers = {name: _number(scaling, name) for name in SCALING_FIELDS[kind].values()}
         return {"rope_scaling": {"rope_type": kind, **numbers}}
     if kind == "yarn":
+        if family == "mixtral" and values.is_null("head_dim"):
+            raise UpcyclingError(
+                "config.json asks for RoPE scaling 'yarn' with head_dim=null, of which "
+                "transformers makes no Mixtral; say head_dim, the hidden size over the heads."
+            )
         return {"rope_scaling": {"rope_type": kind, **_yarn(scaling)}}
     way_out = _OF_LENGTH.get(kind)
     why = (

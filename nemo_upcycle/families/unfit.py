@@ -41,7 +41,6 @@ MOE: dict[str, str] = {
     "dots1": "a router by sigmoid with groups and biases",
     "ernie4_5_moe": "a router with biases, and RoPE of neighbouring numbers",
     "flex_olmo": f"{_AFTER} in place of before",
-    "glm4_moe": "a router by sigmoid with groups and biases",
     "gpt_oss": "biases of experts and router, clamped activations, and attention sinks",
     "llama4_text": "a router by sigmoid that scales the experts' inputs",
     "olmoe": "norms over all heads' queries and keys together",

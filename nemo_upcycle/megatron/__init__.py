@@ -7,5 +7,6 @@ Knows neither NeMo nor Lightning. `upcycle` needs Megatron-Core alone; `gpt_mode
 from nemo_upcycle.megatron.hook import upcycle
 from nemo_upcycle.megatron.metrics import TrainingMetrics
 from nemo_upcycle.megatron.model import gpt_model_config
+from nemo_upcycle.megatron.router_warm_up import RouterWarmUp
 
-__all__ = ["TrainingMetrics", "gpt_model_config", "upcycle"]
+__all__ = ["RouterWarmUp", "TrainingMetrics", "gpt_model_config", "upcycle"]

@@ -13,7 +13,12 @@ from nemo_upcycle.engine.provenance import Origin, mapping_of
 from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks, check_same, said_on_every_rank
 from nemo_upcycle.engine.upcycling import Prepared, fill_all, prepare
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.fields import moe_fields, upcycling_in
+from nemo_upcycle.families.fields import (
+    DENSE_GRADIENT,
+    LOGIT_NORMALIZATION,
+    moe_fields,
+    upcycling_in,
+)
 from nemo_upcycle.megatron.model import Chunks, described, fields_beside_config, with_rope_of
 from nemo_upcycle.megatron.run import checkpoint_to_resume, read_origin, write_origin
 
@@ -134,7 +139,8 @@ class _Hook:
             origin = Origin.of(self.dense_checkpoint, None, upcycling)
             remark = f"the resume does not need the dense checkpoint: {error}"
             return _Start(origin, config, None, resumed, (remark, *_check_origin(origin, resumed)))
-        unsaid = fields_beside_config(prepared.checkpoint.architecture)
+        normalization = upcycling.router_logit_normalization
+        unsaid = fields_beside_config(prepared.checkpoint.architecture, normalization)
         kept = {**(prepared.kept or {}), MODEL_FIELDS: unsaid}
         origin = Origin.of(self.dense_checkpoint, prepared.fingerprint, upcycling, kept)
         if resumed is not None:
@@ -186,6 +192,10 @@ def _check_experts(config: SimpleNamespace, prepared: Prepared) -> None:
     """
     asked = moe_fields(prepared.checkpoint.architecture, prepared.upcycling)
     if asked["num_moe_experts"] is not None and config.num_moe_experts is not None:
+        for name, default in ((LOGIT_NORMALIZATION, None), (DENSE_GRADIENT, False)):
+            asked.setdefault(name, default)  # no fields of Megatron's
+            if not hasattr(config, name):
+                setattr(config, name, default)
         # A width of None is the dense layer's.
         config = SimpleNamespace(**vars(config))
         config.moe_ffn_hidden_size = config.moe_ffn_hidden_size or config.ffn_hidden_size

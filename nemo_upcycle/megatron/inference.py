@@ -37,7 +37,7 @@ def inference_model(
     length = arch.max_position_embeddings
     values: dict[str, Any] = {
         **fields_of_architecture(arch, seq_length=None),  # a text may be longer than the context
-        **experts_fields(model, arch.ffn_hidden_size),
+        **experts_fields(model),
         "moe_router_dtype": "fp32",  # routing decides by small differences
         "moe_token_dispatcher_type": "alltoall",
         "attention_dropout": 0.0,
@@ -65,7 +65,7 @@ def inference_model(
         rotary_base=arch.rotary_base,
         seq_len_interpolation_factor=arch.seq_len_interpolation_factor,
     )
-    FinishModel(arch)([chunk])
+    FinishModel(arch, model.logit_normalization)([chunk])
     return chunk.cuda() if on_gpu else chunk
 
 

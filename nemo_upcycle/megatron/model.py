@@ -19,10 +19,17 @@ from nemo_upcycle.engine.model import (
     rope_frequencies,
     two_stages_fields,
 )
+from nemo_upcycle.engine.routers import set_up_routers
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.family import MULTIPLIERS
-from nemo_upcycle.families.fields import architecture_fields, moe_fields, window_fields
+from nemo_upcycle.families.fields import (
+    DENSE_GRADIENT,
+    LOGIT_NORMALIZATION,
+    architecture_fields,
+    moe_fields,
+    window_fields,
+)
 from nemo_upcycle.families.megatron import LLAMA_FIELDS, MEGATRON_ROPE_SCALING
 from nemo_upcycle.families.rope import ROPE_SCALING_FIELDS, scaling_fields
 from nemo_upcycle.plans.layout import padded_vocabulary
@@ -68,15 +75,19 @@ def gpt_model_config(
     """
     gpt, transformer = _config_classes()
     arch = open_branches(dense_checkpoint).architecture
-    folding = folding or ParallelFolding()
+    folding, upcycling = folding or ParallelFolding(), upcycling or UpcyclingConfig()
+    normalization = upcycling.router_logit_normalization
+    finish = FinishModel(arch, normalization, upcycling.router_dense_gradient)
     values = {
-        **model_fields(arch, upcycling or UpcyclingConfig(), folding, dtype, seq_length),
+        **model_fields(arch, upcycling, folding, dtype, seq_length),
         "autocast_dtype": dtype,
-        "pre_wrap_hooks": [FinishModel(arch)],
-        "extra_checkpoint_metadata": {MODEL_FIELDS: fields_beside_config(arch)},
+        "pre_wrap_hooks": [finish],
+        "extra_checkpoint_metadata": {MODEL_FIELDS: fields_beside_config(arch, normalization)},
         **_of_machine(),
         **others,
     }
+    for name in (LOGIT_NORMALIZATION, DENSE_GRADIENT):
+        values.pop(name, None)  # no field of Megatron's: a hook sets it
     of_gpt = {field.name for field in fields_of(gpt)}
     of_transformer = {field.name for field in fields_of(transformer)}
     if unknown := sorted(values.keys() - of_gpt - of_transformer):
@@ -186,15 +197,23 @@ class FinishModel:
 
     Attributes:
         arch: The dense model's architecture.
+        logit_normalization: See `UpcyclingConfig.router_logit_normalization`.
+        dense_gradient: See `UpcyclingConfig.router_dense_gradient`.
     """
 
     arch: Architecture
+    logit_normalization: float | None = None
+    dense_gradient: bool = False
 
     def __call__(self, chunks: Chunks) -> Chunks:
         for chunk in chunks:
             mark_experts(chunk)
             multiply(chunk, self.arch.multipliers)
             chunk.rotary_pos_emb.inv_freq = _frequencies(chunk, self.arch)
+            set_up_routers(chunk, self.logit_normalization, self.dense_gradient)
+            # `described` reads them; Megatron's own configs have no such fields.
+            setattr(chunk.config, LOGIT_NORMALIZATION, self.logit_normalization)
+            setattr(chunk.config, DENSE_GRADIENT, self.dense_gradient)
             if chunk.post_process:
                 leave_padding_out(chunk, self.arch.vocab_size)
         return chunks
@@ -276,13 +295,23 @@ def with_rope_of(
     return SimpleNamespace(**{**vars(config), **scaling_fields(arch.rope_scaling)})
 
 
-def fields_beside_config(arch: Architecture) -> dict[str, Any]:
-    """Return the fields of a dense model that Megatron-LM's and Bridge's configs do not record."""
+def fields_beside_config(
+    arch: Architecture, logit_normalization: float | None = None
+) -> dict[str, Any]:
+    """Return the fields of a model that Megatron-LM's and Bridge's configs do not record.
+
+    Args:
+        arch: The dense model's architecture.
+        logit_normalization: See `UpcyclingConfig.router_logit_normalization`.
+    """
     function = architecture_fields(arch).get("activation_func", "silu")
-    return {
+    found = {
         "vocab_size": arch.vocab_size,
         "activation_func": function,
         "softmax_scale": arch.softmax_scale,
         **arch.multipliers,
         **scaling_fields(arch.rope_scaling),
     }
+    if logit_normalization is not None:
+        found[LOGIT_NORMALIZATION] = logit_normalization
+    return found

@@ -27,6 +27,7 @@ from nemo_upcycle.engine.model import (
     rope_frequencies,
     two_stages_fields,
 )
+from nemo_upcycle.engine.routers import set_up_routers
 from nemo_upcycle.families import Architecture, fields
 from nemo_upcycle.families.family import MULTIPLIERS
 from nemo_upcycle.families.megatron import scaling_in
@@ -73,6 +74,8 @@ class UpcycledGPTConfig(LlamaConfig):
     moe_expert_capacity_factor: float | None = None
     transformer_layer_spec: Callable[..., Any] = layer_spec
 
+    router_logit_normalization: float | None = None
+    router_dense_gradient: bool = False
     vocab_size: int | None = None
     unpadded_vocab_size: int | None = field(default=None, init=False)
     scale_factor: float | None = None
@@ -103,6 +106,7 @@ class UpcycledGPTConfig(LlamaConfig):
         model = super().configure_model(tokenizer, pre_process, post_process, vp_stage)
         mark_experts(model)
         multiply(model, {name: getattr(self, name) for name in MULTIPLIERS})
+        set_up_routers(model, self.router_logit_normalization, self.router_dense_gradient)
         if self.unpadded_vocab_size is not None and model.post_process:
             leave_padding_out(model, self.unpadded_vocab_size)
         if self.scale_factor is not None:
@@ -229,11 +233,7 @@ def trained_config(model: MoEModel, dtype: torch.dtype, **others: Any) -> Upcycl
     """
     arch, length = model.arch, model.arch.max_position_embeddings
     on_cpu = MODEL_OVERRIDES | {"transformer_layer_spec": cpu.cpu_layer_spec}
-    of_model = (
-        architecture_fields(arch)
-        | fields.window_fields(arch)
-        | fields.experts_fields(model, arch.ffn_hidden_size)
-    )
+    of_model = architecture_fields(arch) | fields.window_fields(arch) | fields.experts_fields(model)
     return UpcycledGPTConfig(
         **(of_model if torch.cuda.is_available() else of_model | on_cpu),
         **others,

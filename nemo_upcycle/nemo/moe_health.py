@@ -22,8 +22,10 @@ class MoEHealthCallback(pl.Callback, Recorded, MoEHealth):
     `moe/expert_load_cv`: coefficient of variation of the experts' loads.
     `moe/dead_experts`: number of experts without a token.
     `moe/dropped_tokens`: share of dropped assignments.
-    `moe/router_entropy`: entropy of the softmax over all experts, in nats.
-    `moe/router_confidence`: largest probability of that softmax.
+    `moe/router_entropy`: entropy of the scores over all experts, in nats; sigmoid scores are
+    divided by their sum.
+    `moe/router_confidence`: largest of these scores.
+    `moe/expert_bias_range`: largest minus smallest expert bias, if there is one.
     `moe/expert_distance`: mean pairwise distance of a layer's experts, relative to the weights of
     the dense feed-forward layer.
     `moe/router_distance`: distance of the router from the initial router, relative to the latter.

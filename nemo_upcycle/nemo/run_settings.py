@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 
 from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.nemo.router_warm_up import RouterWarmUp
 
 Settings = dict[str, Any]
 
@@ -32,7 +33,7 @@ _ARCHITECTURE = (
     *("no_rope_freq", "normalization", "num_attention_heads", "num_layers"),
     *("num_moe_experts", "num_query_groups", "old_context_len", "position_embedding_type"),
     *("qk_layernorm", "rotary_base", "rotary_interleaved", "rotary_percent"),
-    *("scale_factor", "seq_len_interpolation_factor"),
+    *("router_logit_normalization", "scale_factor", "seq_len_interpolation_factor"),
     *("share_embeddings_and_output_weights", "softmax_scale", "softmax_type", "vocab_size"),
     *("window_attn_skip_freq", "window_size", "yarn_attention_factor", "yarn_beta_fast"),
     *("yarn_beta_slow", "yarn_correction_range_round_to_int"),
@@ -42,9 +43,14 @@ _ARCHITECTURE = (
 
 _REFUSED = frozenset(
     {"data.seq_length", "data.tokenizer"}
+    # Adam's moments of parameters that have been trained would move them while they are frozen.
+    | {"router_warmup_steps"}
     | {"optim.config.optimizer", "optim.config.use_distributed_optimizer"}
     | {f"model.config.{name}" for name in _ARCHITECTURE}
 )
+
+_OF_OLDER_VERSIONS: Settings = {"router_warmup_steps": 0}
+"""Values of settings that older versions did not have."""
 
 # Fields for parallel mapping, kernels and initialisation. Fields in no list are settings that may
 # change.
@@ -80,6 +86,8 @@ def settings_of(trainer: pl.Trainer, module: pl.LightningModule) -> Settings:
     """
     settings: Settings = {"trainer.max_steps": trainer.max_steps}
     settings |= _of_plugins(trainer) | _of_optimizer(getattr(module, "optim", None))
+    warm_ups = [each.steps for each in trainer.callbacks if isinstance(each, RouterWarmUp)]
+    settings["router_warmup_steps"] = sum(warm_ups)
     settings |= _of_data(getattr(trainer, "datamodule", None))
     return settings | _of_config(getattr(module, "config", None))
 
@@ -98,6 +106,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], run: str) -> list
     Raises:
         UpcyclingError: A setting has changed that is fixed for a run.
     """
+    before = {**_OF_OLDER_VERSIONS, **before}
     # Settings added by another version exist on only one side.
     names = sorted(before.keys() & now.keys())
     changed = [name for name in names if _compared(before[name]) != _compared(now[name])]

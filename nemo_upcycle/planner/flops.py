@@ -88,7 +88,7 @@ def _neurons(model: MoEModel, done: float) -> float:
         done: Fraction of the tokens' assignments to experts that is computed.
     """
     dense = model.arch.ffn_hidden_size
-    moe = done * model.topk * model.expert_width + (dense if model.has_shared_expert else 0)
+    moe = done * model.topk * model.expert_width + model.shared_width
     return sum(moe if is_moe else dense for is_moe in model.is_moe)
 
 

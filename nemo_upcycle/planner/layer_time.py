@@ -99,8 +99,8 @@ class Layers:
         if not self.workload.is_moe:
             return StepTime()
         experts = self.experts
-        if self.workload.upcycling.moe_shared_expert:
-            experts += self.feed_forward
+        if shared := self.workload.model.shared_width:
+            experts += self.feed_forward(shared)
         layer = self._both_ways(self.around_attention, experts, self.recompute)
         return layer + StepTime(host=max(0.0, self.launching - layer.total))
 
@@ -121,7 +121,8 @@ class Layers:
     @cached_property
     def dense_layer(self) -> StepTime:
         recompute = "full" if self.recompute == "full" else "none"
-        feed_forward = self.feed_forward + self.gather_sequence
+        width = self.workload.arch.ffn_hidden_size
+        feed_forward = self.feed_forward(width) + self.gather_sequence
         return self._both_ways(self.around_attention, feed_forward, recompute)
 
     def _both_ways(self, first: StepTime, second: StepTime, recompute: str) -> StepTime:
@@ -185,14 +186,13 @@ class Layers:
         """Return the time to read or write `elements` activations."""
         return self.machine.moved(elements * self.workload.element_bytes)
 
-    @cached_property
-    def feed_forward(self) -> StepTime:
-        """A dense feed-forward layer, forward, without its collectives."""
+    def feed_forward(self, neurons: int) -> StepTime:
+        """A dense feed-forward layer or shared expert, forward, without its collectives."""
         arch = self.workload.arch
-        tokens, width = self.tokens * self.tp, arch.ffn_hidden_size // self.tp
+        tokens, width = self.tokens * self.tp, neurons // self.tp
         products = self.product(tokens, arch.fc1_rows * width, arch.hidden_size)
         products += self.product(tokens, arch.hidden_size, width)
-        moved = self.moved((arch.fc1_rows + 1) * arch.ffn_hidden_size * self.tokens)
+        moved = self.moved((arch.fc1_rows + 1) * neurons * self.tokens)
         return products + StepTime(memory_bound=moved)
 
     @cached_property
@@ -201,7 +201,7 @@ class Layers:
         workload, arch = self.workload, self.workload.arch
         hidden, width = arch.hidden_size, workload.model.expert_width // self.etp
         local = workload.model.num_experts // self.ep
-        assignments = self.tokens * workload.model.topk * self.fullest
+        assignments = self.tokens * workload.visited * self.fullest
         received = assignments * self.etp
         each = received / local
         products = self.product(each, arch.fc1_rows * width, hidden) * local
@@ -219,6 +219,8 @@ class Layers:
     @cached_property
     def fullest(self) -> float:
         """Tokens of the fullest expert-parallel rank over the mean."""
+        if self.workload.upcycling.router_dense_gradient:
+            return 1.0
         upcycling, workload = self.workload.upcycling, self.workload
         capacity = upcycling.moe_expert_capacity_factor
         if capacity is not None and upcycling.moe_pad_expert_input_to_capacity:
@@ -260,7 +262,7 @@ class Layers:
         Args:
             each: Bytes of a token.
         """
-        machine, topk = self.machine, self.workload.model.topk
+        machine, topk = self.machine, self.workload.visited
         match self.workload.upcycling.moe_token_dispatcher_type:
             case "allgather":
                 ranks = self.etp * self.ep

@@ -159,7 +159,7 @@ def _layer_bytes(workload: Workload, mapping: Mapping) -> tuple[LayerBytes, Laye
     neurons = arch.fc1_rows * each + factor
     dense = norm + arch.ffn_hidden_size * neurons * tokens
     routed, activated = _expert_bytes(workload, mapping, tokens)
-    moe = norm + routed + (dense - norm if workload.upcycling.moe_shared_expert else 0)
+    moe = norm + routed + workload.model.shared_width * neurons * tokens
     match mapping.recompute:
         case "full":
             kept = arch.hidden_size * each * tokens
@@ -190,8 +190,10 @@ def _expert_bytes(workload: Workload, mapping: Mapping, tokens: float) -> tuple[
     capacity = workload.upcycling.moe_expert_capacity_factor
     # A rank that has all experts gets all of its tokens' assignments and no more.
     worst = UNEVEN_ROUTING if folding.expert_model_parallel_size > 1 else 1.0
+    if workload.upcycling.router_dense_gradient:
+        worst = 1.0  # all experts have all tokens
     uneven = min(worst, capacity or worst)
-    assignments = tokens * workload.model.topk * uneven
+    assignments = tokens * workload.visited * uneven
     # Every expert-tensor-parallel rank has all of their tokens, and a part of the neurons.
     inputs = arch.hidden_size * factor * folding.expert_tensor_parallel_size
     neurons = workload.model.expert_width * assignments

@@ -19,6 +19,7 @@ from nemo_upcycle.config import (
 )
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.model import MoEModel, upcycled_model
+from nemo_upcycle.families.names import is_expert_bias
 from nemo_upcycle.planner.flops import Flops, flops
 from nemo_upcycle.plans.layout import Coordinates, shards_at, stage_layers
 
@@ -65,6 +66,11 @@ class Workload:
         """Operations per sequence."""
         capacity = self.upcycling.moe_expert_capacity_factor if self.is_moe else None
         return flops(self.model, self.seq_length, capacity)
+
+    @property
+    def visited(self) -> int:
+        """Experts that compute a token in training."""
+        return self.model.num_experts if self.upcycling.router_dense_gradient else self.model.topk
 
     @property
     def is_moe(self) -> bool:
@@ -169,6 +175,8 @@ class Workload:
             sizes[kind, False].clear()
             sizes[kind, True].clear()
             for shard in named:
+                if is_expert_bias(shard.name):  # no parameter: neither gradient nor state
+                    continue
                 parts = shard.name.split(".")
                 where = kind
                 if parts[0] == "embedding":

@@ -14,6 +14,7 @@ from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.config.layers import moe_layers
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, dimensions
+from nemo_upcycle.families.names import EXPERT_BIAS
 from nemo_upcycle.plans.rank import Shard
 
 
@@ -108,14 +109,15 @@ def validate(
     if experts is None or upcycling.moe_shared_expert or not all(_moe_layers(arch, upcycling)):
         sizes.append(("ffn_hidden_size", arch.ffn_hidden_size, tp))
     if experts is not None:
-        granularity, width = upcycling.granularity, arch.ffn_hidden_size
-        if width % granularity:
-            raise UpcyclingError(
-                f"ffn_hidden_size={width} does not divide by granularity={granularity}; choose a "
-                f"divisor of {width}."
-            )
-        name = "ffn_hidden_size" if granularity == 1 else f"ffn_hidden_size / {granularity}"
-        sizes.append((name, width // granularity, "expert_tensor_parallel_size"))
+        width = upcycling.expert_width(arch.ffn_hidden_size)
+        shared = upcycling.shared_width(arch.ffn_hidden_size)
+        if 0 < shared < arch.ffn_hidden_size:
+            sizes.append(("moe_shared_expert_intermediate_size", shared, tp))
+            name = "moe_ffn_hidden_size"
+        else:
+            granularity = upcycling.granularity
+            name = "ffn_hidden_size" if granularity == 1 else f"ffn_hidden_size / {granularity}"
+        sizes.append((name, width, "expert_tensor_parallel_size"))
     for name, size, split in sizes:
         _check_divides(name, size, split, getattr(folding, split))
     stage_layers(arch.num_layers, folding)
@@ -134,7 +136,7 @@ def validate_expert_width(
     Raises:
         UpcyclingError: The experts have another width.
     """
-    width = arch.ffn_hidden_size // upcycling.granularity
+    width = upcycling.expert_width(arch.ffn_hidden_size)
     if moe_ffn_hidden_size not in (None, width):
         raise UpcyclingError(
             f"moe_ffn_hidden_size is {moe_ffn_hidden_size}; with granularity="
@@ -317,15 +319,17 @@ class _Owner:
             return
         yield from self._norm(layer + "pre_mlp_layernorm.")
         yield _whole(layer + "mlp.router.weight", experts, self.arch.hidden_size)
+        if self.upcycling.moe_router_enable_expert_bias:
+            yield _whole(layer + EXPERT_BIAS, experts)
         for expert in stage_experts(self.upcycling, self.folding, self.place.ep):
             yield from self._feed_forward(
                 f"{layer}mlp.experts.{expert}.",
-                width // self.upcycling.granularity,
+                self.upcycling.expert_width(width),
                 self.place.etp,
                 self.folding.expert_tensor_parallel_size,
             )
-        if self.upcycling.moe_shared_expert:
-            yield from self._feed_forward(layer + "mlp.shared_experts.", width, tp, size)
+        if shared := self.upcycling.shared_width(width):
+            yield from self._feed_forward(layer + "mlp.shared_experts.", shared, tp, size)
 
     def _attention(self, prefix: str) -> Iterator[Shard]:
         arch, tp, size = self.arch, self.place.tp, self.folding.tensor_model_parallel_size

@@ -15,7 +15,13 @@ from nemo_upcycle.checkpoint.megatron import VOCABULARY
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, Family, Operation, Rows
-from nemo_upcycle.families.names import dense_name, expert_of, layer_of
+from nemo_upcycle.families.names import (
+    dense_name,
+    expert_of,
+    is_expert_bias,
+    is_shared,
+    layer_of,
+)
 
 CHUNK_BYTES = 4 * 2**20
 """Maximum size of a chunk: small enough to stay in the processor's cache until written."""
@@ -196,7 +202,7 @@ class _Upcycling:
         if shard.name.endswith(".mlp.router.weight") and layer is not None:
             self._check_router(shard)
             self.builder.router(index, layer)
-        elif shard.name.endswith(".mlp.router.expert_bias"):
+        elif is_expert_bias(shard.name):
             self.builder.zero(index, shard)
         else:
             self._add_copies(index, shard, layer)
@@ -221,6 +227,8 @@ class _Upcycling:
         neurons = None
         if expert is not None:
             neurons = self.upcycling.neurons(expert, self.arch.ffn_hidden_size)
+        elif is_shared(shard.name):
+            neurons = 0, self.upcycling.shared_width(self.arch.ffn_hidden_size)
         parts = self._segments(operation.rows(self.arch, neurons), shard, layer, expert)
         total = sum(stop - start for _, start, stop in parts)
         if shard.global_shape[0] != total and not is_padded(shard, total):
@@ -267,7 +275,9 @@ class _Upcycling:
         if expert_of(shard.name) is not None:
             granularity = self.upcycling.granularity
             share = f"1/{granularity} as wide as" if granularity > 1 else "as wide as"
-            width = self.arch.ffn_hidden_size // granularity
+            if self.upcycling.moe_shared_expert_intermediate_size is not None:
+                share += " what the shared expert leaves of"
+            width = self.upcycling.expert_width(self.arch.ffn_hidden_size)
             return UpcyclingError(
                 f"The model's {shard.name} has {actual} {axis}, the dense checkpoint gives "
                 f"{expected}: experts must be {share} the dense feed-forward layer. "

@@ -110,6 +110,10 @@ def origin_rows(run: Run) -> list[tuple[str, str]]:
 def _upcycling_rows(config: UpcyclingConfig, run: Run) -> list[tuple[str, str]]:
     layers = run.settings.get("model.config.num_layers")
     order = "softmax, then top-k" if config.moe_router_pre_softmax else "top-k, then softmax"
+    if config.moe_router_score_function == "sigmoid":
+        order = "sigmoid, then top-k"
+        if config.moe_router_enable_expert_bias:
+            order += f", balanced by a bias in steps of {config.moe_router_bias_update_rate:g}"
     shards = f" × {config.granularity} shards" if config.granularity > 1 else ""
     capacity = config.moe_expert_capacity_factor
     return [

@@ -24,6 +24,7 @@ _TOKENIZERS = {
     "qwen2_moe": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
     "qwen3_moe": "Qwen2Tokenizer",
+    "glm4_moe": "PreTrainedTokenizerFast",
 }
 """Tokenizer classes that transformers uses by model type if a tokenizer's files name none."""
 

@@ -1,6 +1,6 @@
 """Distance of an upcycled model's weights from the dense weights, read tensor by tensor."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -8,9 +8,11 @@ import torch
 
 from nemo_upcycle.checkpoint import DenseCheckpoint, Span
 from nemo_upcycle.checkpoint.dtypes import torch_dtype
+from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, Family
 from nemo_upcycle.families.model import MoEModel, upcycling_of
+from nemo_upcycle.families.names import is_shared
 from nemo_upcycle.plans.rank import Segment, segments
 from nemo_upcycle.progress import Progress
 from nemo_upcycle.trained.opened import Trained
@@ -52,7 +54,8 @@ def drift(dense: DenseCheckpoint, trained: Trained, progress: Progress | None = 
     """
     family, arch = dense.family, dense.architecture
     _check_alike(arch, trained.model.arch)
-    total, neurons = Drift(), _neurons(trained.model, arch)
+    total = Drift()
+    upcycling = upcycling_of(trained.model, arch.ffn_hidden_size)
     pairs = list(_pairs(family, trained.model))
 
     def missing(tensor: str) -> UpcyclingError:
@@ -62,14 +65,13 @@ def drift(dense: DenseCheckpoint, trained: Trained, progress: Progress | None = 
         )
 
     for done, (pattern, layer, expert, name) in enumerate(pairs, 1):
-        rows = family.parameters[pattern].rows(arch, None if expert is None else neurons(expert))
-        columns = None
-        if expert is not None and family.parameters[pattern].columns_are_neurons:
-            columns = neurons(expert)
+        neurons = _neurons(name, expert, upcycling, arch.ffn_hidden_size)
+        rows = family.parameters[pattern].rows(arch, neurons)
+        columns = neurons if family.parameters[pattern].columns_are_neurons else None
         source = segments(rows, dense.tensors, partial(str.format, layer=layer), missing)
         before = _read(dense, source, columns)
         after = _read(trained.checkpoint, trained.segments(name), None)
-        if ".experts." in name or ".shared_experts." in name:
+        if ".experts." in name or is_shared(name):
             _add_expert(total, name, before, after)
         else:
             total.others = max(total.others, _distance(before, after))
@@ -92,10 +94,13 @@ def _check_alike(dense: Architecture, moe: Architecture) -> None:
         )
 
 
-def _neurons(model: MoEModel, dense: Architecture) -> Callable[[int], Span]:
-    """Return which dense neurons an expert has."""
-    upcycling = upcycling_of(model, dense.ffn_hidden_size)
-    return lambda expert: upcycling.neurons(expert, dense.ffn_hidden_size)
+def _neurons(
+    name: str, expert: int | None, upcycling: UpcyclingConfig, dense_width: int
+) -> Span | None:
+    """Return the dense neurons of a routed or shared expert; None for another parameter."""
+    if expert is not None:
+        return upcycling.neurons(expert, dense_width)
+    return (0, upcycling.shared_width(dense_width)) if is_shared(name) else None
 
 
 def _pairs(family: Family, model: MoEModel) -> Iterator[tuple[str, int | None, int | None, str]]:
@@ -133,7 +138,7 @@ def _read(
 
 
 def _add_expert(total: Drift, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
-    shared = "shared " if ".shared_experts." in name else ""
+    shared = "shared " if is_shared(name) else ""
     parts = [("down", before, after)]
     if "linear_fc1" in name:
         halves = before.chunk(2), after.chunk(2)

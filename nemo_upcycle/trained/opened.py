@@ -201,7 +201,8 @@ def _check_zeros(opened: Trained) -> None:
                 f"{checkpoint.directory} has {name} {list(info.shape)}; expected {list(shape)}."
             )
         buffer = bytearray(prod(shape) * DTYPE_BYTES[info.dtype])
-        checkpoint.read_into(memoryview(buffer), name, (0, shape[0]), None)
+        if buffer:
+            checkpoint.read_into(memoryview(buffer), name, (0, shape[0]), None)
         if any(buffer):
             raise UpcyclingError(
                 f"{name} of {checkpoint.directory} is not 0; Megatron's model has no gate of the "

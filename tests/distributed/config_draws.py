@@ -13,7 +13,7 @@ from typing import Any
 
 GRANITE_MOE = ("granitemoe", "granitemoeshared")
 GRANITE = ("granite", *GRANITE_MOE)
-MOE = ("mixtral", "qwen2_moe", "qwen3_moe", *GRANITE_MOE)
+MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", *GRANITE_MOE)
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "nemotron", "smollm3", "phi3", "granite")
 FAMILIES = (*DENSE, *MOE)
 VOCABULARY = 96
@@ -36,6 +36,7 @@ class Sizes:
     is_moe: tuple[bool, ...]
     is_tied: bool
     has_qkv_bias: bool
+    has_qk_norm: bool
 
 
 def config_of(family: str, seed: int) -> tuple[dict[str, Any], Sizes]:
@@ -55,8 +56,8 @@ def config_of(family: str, seed: int) -> tuple[dict[str, Any], Sizes]:
         "max_position_embeddings": [128, 128, 64, 32, ABSENT],
         "pad_token_id": [0 if family in ("smollm3", "phi3") else ABSENT] * 16
         + [None, ABSENT, 0, -1, VOCABULARY],
-        "attention_bias": [ABSENT] * 12 + [False, False, True],
-        "mlp_bias": [ABSENT] * 10 + [False, False, True],
+        "attention_bias": [ABSENT] * 12 + [False] * 8 + [True],
+        "mlp_bias": [ABSENT] * 10 + [False] * 8 + [True],
         "attention_dropout": [ABSENT, ABSENT, 0.0, 0.1],
         "pretraining_tp": [ABSENT, ABSENT, 1, 2],
         **_multipliers(family),
@@ -70,7 +71,9 @@ def config_of(family: str, seed: int) -> tuple[dict[str, Any], Sizes]:
         "torch_dtype": [ABSENT, "float32", "bfloat16"],
         "dtype": [ABSENT, "float32"],
     }.items():
-        _say(config, key, random.choice(values))
+        value = random.choice(values)
+        if not (family == "glm4_moe" and key == "attention_bias"):  # which has been said
+            _say(config, key, value)
     if random.random() < 0.12:
         _damage(random, config)
     return config, sizes
@@ -94,7 +97,8 @@ def _rotating(family: str, layers: int) -> list[Any]:
     if family != "smollm3":
         return [ABSENT] * 5 + [[1, 0]]
     mixed = [int(layer % 2 == 0) for layer in range(layers)]
-    return [ABSENT, ABSENT, None, [1] * layers, [0] * layers, mixed, mixed[1:]]
+    usual = [ABSENT, ABSENT, None, [1] * layers, [0] * layers, mixed]
+    return [*usual * 3, mixed[1:]]
 
 
 def _say(config: dict[str, Any], key: str, value: Any) -> None:
@@ -118,7 +122,7 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
         choices = [width, ABSENT, None] if derives else [width, ABSENT, ABSENT]
         said = width if family == "qwen3" else random.choice(choices)
     _say(config, "head_dim", said)
-    one_each = groups == heads and family not in ("nemotron", "qwen2_moe")
+    one_each = groups == heads and family not in ("nemotron", "qwen2_moe", "glm4_moe")
     silent = [ABSENT, None] if one_each or random.random() < 0.05 else []
     _say(config, "num_key_value_heads", random.choice([groups, groups, groups, *silent]))
     ffn = random.choice([48, 64])
@@ -135,7 +139,11 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
     experts, expert_width, shared, is_moe = 0, ffn, 0, (False,) * layers
     if family in MOE:
         experts, is_moe = random.choice([2, 4, 8]), (True,) * layers
-        names = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts"}
+        names = {
+            "mixtral": "num_local_experts",
+            "qwen2_moe": "num_experts",
+            "glm4_moe": "n_routed_experts",
+        }
         names |= dict.fromkeys(GRANITE_MOE, "num_local_experts")
         name = names.get(family) or random.choice(["num_experts", "num_local_experts"])
         if family == "mixtral" and random.random() < 0.1:
@@ -164,9 +172,32 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
     if family == "granitemoeshared":
         shared = random.choice([0, ffn, 2 * ffn])
         config["shared_intermediate_size"] = shared
+    norm = family in ("qwen3", "qwen3_moe")
+    if family == "glm4_moe":
+        expert_width = random.choice([ffn, ffn // 2])
+        shared = random.choice([ABSENT, 0, 1, 2])
+        first = random.choice([ABSENT, 0, 0, 1, layers])
+        norm_topk = random.choice([ABSENT, True, True, topk != 1, topk != 1, None])
+        bias, norm = random.choice([False, True]), random.choice([False, True])
+        config["moe_intermediate_size"] = expert_width
+        for key, value in {
+            "n_shared_experts": shared,
+            "first_k_dense_replace": first,
+            "norm_topk_prob": norm_topk,
+            "attention_bias": bias or random.choice([ABSENT, False]),
+            "use_qk_norm": norm or random.choice([ABSENT, False]),
+            "n_group": random.choice([ABSENT, 1, 1, 1, 1, 2]),
+            "topk_group": random.choice([ABSENT, 1]),
+            "routed_scaling_factor": random.choice([ABSENT, 1.0, 1.0, 1, 2.5]),
+            "num_local_experts": random.choice([ABSENT] * 8 + [experts, 4]),
+        }.items():
+            _say(config, key, value)
+        shared = (1 if shared is ABSENT else shared) * expert_width
+        first = 1 if first is ABSENT else first
+        is_moe = tuple(layer >= first for layer in range(layers))
     return Sizes(
         hidden, heads, groups, width, ffn, layers, experts, expert_width, shared, is_moe,
-        is_tied, bias,
+        is_tied, bias, norm,
     )  # fmt: skip
 
 
@@ -176,7 +207,7 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
 def _rope(random: Random, family: str) -> dict[str, Any]:
     theta = random.choice([ABSENT, 10000.0, 500, 5e5, 5e5])
     partial: Any = ABSENT
-    if family in ("nemotron", "phi3"):
+    if family in ("nemotron", "phi3", "glm4_moe"):
         partial = random.choice([ABSENT, 0.25, 0.5, 0.75, 1.0, 1])
     elif random.random() < 0.05:
         partial = random.choice([0.5, 1.0])
@@ -270,11 +301,11 @@ def _windows(random: Random, family: str, layers: int) -> dict[str, Any]:
     if random.random() < reads.get(family, 0.9):
         _say(found, "sliding_window", random.choice([ABSENT, None, 4, 8, 36, 4096]))
     if family.startswith("qwen") or family == "smollm3":
-        often = 0.05 if family == "qwen2_moe" else 0.5
+        often = {"qwen2_moe": 0.05, "smollm3": 0.2}.get(family, 0.5)
         is_used = random.random() < often or random.choice([ABSENT, False])
         _say(found, "use_sliding_window", is_used)
         _say(found, "max_window_layers", random.choice([ABSENT, 0, 0, 1, layers]))
-    if random.random() < (0.3 if family in ("qwen2", "qwen3", "smollm3") else 0.1):
+    if random.random() < (0.3 if family in ("qwen2", "qwen3") else 0.1):
         kinds = ["full_attention", "sliding_attention"]
         one = random.choice([*kinds, *kinds, "chunked_attention", "attention"])
         found["layer_types"] = random.choice(
@@ -356,7 +387,7 @@ def shapes(family: str, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         found[attention + "o_proj.weight"] = (hidden, queries)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             found[f"{prefix}{norm}.weight"] = (hidden,)
-        if family in ("qwen3", "qwen3_moe"):
+        if sizes.has_qk_norm:
             for norm in ("q_norm", "k_norm"):
                 found[f"{attention}{norm}.weight"] = (sizes.width,)
         found |= _feed_forward(prefix, family, sizes, sizes.is_moe[layer])
@@ -403,6 +434,9 @@ def _feed_forward(
     if family == "qwen2_moe":
         found |= gated(mlp + "shared_expert.", sizes.shared, usual)
         found[mlp + "shared_expert_gate.weight"] = (1, hidden)
+    if family == "glm4_moe":
+        found |= gated(mlp + "shared_experts.", sizes.shared, usual)
+        found[mlp + "gate.e_score_correction_bias"] = (sizes.experts,)
     return found
 
 

@@ -16,6 +16,8 @@ from tests.distributed.whole import differing, whole
 from tests.tiny import write_dense
 
 G4 = {"num_moe_experts": 32, "granularity": 4, "moe_router_topk": 8}
+SIGMOID = {"moe_router_score_function": "sigmoid"}
+BIAS = SIGMOID | {"moe_router_enable_expert_bias": True}
 EXACT: dict[str, dict[str, Any]] = {
     "E8G2T2": {"num_moe_experts": 16, "granularity": 2, "moe_router_topk": 2},
     "E8G2T4": {"num_moe_experts": 16, "granularity": 2, "moe_router_topk": 4},
@@ -27,6 +29,16 @@ EXACT: dict[str, dict[str, Any]] = {
     "every 2nd layer": {"moe_layer_freq": 2},
     "all but the first": {"moe_layer_freq": "skip_first=1"},
     "a list of layers": {"moe_layer_freq": "[1]+[0]*2+[1]"},
+    "sigmoid": SIGMOID,
+    "sigmoid, expert bias": BIAS,
+    "E8G4T8, sigmoid, shared expert": G4 | SIGMOID | {"moe_shared_expert": True},
+    "dense gradient": {"router_dense_gradient": True},
+    "normalised logits": {"router_logit_normalization": 2.0},
+    "a part shared": {"moe_shared_expert_intermediate_size": 32},
+    "E8G4T8, a quarter shared": G4 | {"moe_shared_expert_intermediate_size": 0.25},
+    "E8G4T8, a quarter shared, sigmoid": G4
+    | SIGMOID
+    | {"moe_shared_expert_intermediate_size": 0.25},
     "all together": G4 | {"moe_shared_expert": True, "moe_layer_freq": (0, 1, 0, 1)},
     "padded to capacity 4": {
         "moe_expert_capacity_factor": 4.0,
@@ -42,6 +54,9 @@ INEXACT: dict[str, dict[str, Any]] = {
     "softmax first": {"moe_router_pre_softmax": True},
     "G4, softmax first": G4 | {"moe_router_pre_softmax": True},
     "shared expert, no scaling": {"moe_shared_expert": True, "weight_scaling": "none"},
+    "sigmoid, one expert": SIGMOID | {"moe_router_topk": 1},
+    "G4, a quarter shared, no scaling": G4
+    | {"moe_shared_expert_intermediate_size": 0.25, "weight_scaling": "none"},
     "capacity 0.5": {"moe_expert_capacity_factor": 0.5},
     "noise": {"initializer": "noise"},
     "drop": {"initializer": "drop"},
@@ -126,6 +141,24 @@ def test_weights_are_bit_identical_on_any_folding(
     mapping = FOLDINGS[name]
     found = everything(ranks, dense, mapping.world_size, mapping.folding)
     assert differing(found, one_rank) == []
+
+
+PART = {"moe_shared_expert": False, "moe_shared_expert_intermediate_size": 0.25, **BIAS}
+
+
+@pytest.fixture(scope="module")
+def part_on_one_rank(ranks: RankPool, dense: Path) -> Any:
+    return everything(ranks, dense, 1, ParallelFolding(), **PART)
+
+
+@pytest.mark.parametrize("name", ["ETP2", "EP2-ETP2", "PP2-VPP2-TP2-EP2-ETP1"])
+def test_a_part_shared_is_bit_identical_on_any_folding(
+    ranks: RankPool, dense: Path, part_on_one_rank: Any, name: str
+) -> None:
+    mapping = FOLDINGS[name]
+    found = everything(ranks, dense, mapping.world_size, mapping.folding, **PART)
+    assert any(shape.endswith("router.expert_bias") for shape in found)
+    assert differing(found, part_on_one_rank) == []
 
 
 def test_another_seed_gives_others(ranks: RankPool, dense: Path, one_rank: Any) -> None:

@@ -122,7 +122,7 @@ def test_routers_that_transformers_has_not_are_refused(ranks: RankPool, tmp_path
     model = saved / "context" / "model.yaml"
     text = model.read_text()
     for name, usual, value in (
-        ("moe_router_score_function", "softmax", "sigmoid"),
+        ("moe_router_score_function", "softmax", "sqrtsoftplus"),
         ("moe_router_topk_scaling_factor", "null", "2.5"),
     ):
         assert f"{name}: {usual}" in text

@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "E4G4T4": ("llama", {"num_moe_experts": 16, "granularity": 4, "moe_router_topk": 4}),
     "partly dense": ("llama", {"moe_layer_freq": (0, 1, 1, 0)}),
     "shared expert": ("llama", {"moe_shared_expert": True}),
+    "part shared": ("llama", {"moe_shared_expert_intermediate_size": 0.25}),
     "no gate": ("nemotron", {}),
     "biases, tied": ("qwen2, tied", {}),
 }

@@ -107,7 +107,8 @@ def test_what_megatron_does_not_compute_is_refused(ranks: RankPool, tmp_path: Pa
         open_trained(first)
     save_file(tensors, first / WEIGHTS, {"format": "pt"})
     for name, value, message in (
-        ("shared_expert_intermediate_size", 7, "expected the dense layer's width"),
+        ("shared_expert_intermediate_size", 97, "expected at most the dense layer's width"),
+        ("shared_expert_intermediate_size", 7, "of the wrong shape|expected"),
         ("use_sliding_window", True, "use_sliding_window"),
         ("model_type", "deepseek_v3", "families that can be read"),
     ):

@@ -161,8 +161,17 @@ CASES += [
     for family in ("mistral", "qwen2", "qwen3", "nemotron")
     for world_size, upcycling, folding in ((1, DENSE, {}), (4, MIXED, FOLDED))
 ]
+BIASED = replace(
+    MIXED,
+    moe_shared_expert=False,
+    moe_shared_expert_intermediate_size=0.5,
+    moe_router_score_function="sigmoid",
+    moe_router_enable_expert_bias=True,
+)
 CASES += [
     case(1, MIXED),
+    case(2, BIASED, tensor_model_parallel_size=2, expert_tensor_parallel_size=1),
+    case(4, BIASED, **FOLDED),
     case(2, GRANULAR, expert_tensor_parallel_size=2),
     case(4, MIXED, tensor_model_parallel_size=2, expert_tensor_parallel_size=4),
     case(4, MIXED, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),

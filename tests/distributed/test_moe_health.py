@@ -32,6 +32,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "moe_router_topk": 4,
         "moe_layer_freq": (0, 1, 1, 1),
     },
+    "sigmoid, expert bias, part shared": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 1e-2,
+        "moe_shared_expert_intermediate_size": 0.25,
+    },
 }
 
 
@@ -104,7 +110,12 @@ def one(ranks: RankPool, workspace: Path, name: str, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "kind", ["plain", pytest.param("granular, partly dense", marks=pytest.mark.slow)]
+    "kind",
+    [
+        "plain",
+        "sigmoid, expert bias, part shared",
+        pytest.param("granular, partly dense", marks=pytest.mark.slow),
+    ],
 )
 def test_any_mapping_says_the_same(ranks: RankPool, workspace: Path, kind: str) -> None:
     expected = one(ranks, workspace, f"{kind}-1", **KINDS[kind])
@@ -114,6 +125,10 @@ def test_any_mapping_says_the_same(ranks: RankPool, workspace: Path, kind: str) 
     common |= {"router_confidence", "expert_distance", "router_distance", "load_balancing_loss"}
     assert {f"moe/{name}" for name in common} <= names
     assert ("moe/z_loss" in names) == ("moe_z_loss_coeff" in KINDS[kind])
+    is_biased = "moe_router_enable_expert_bias" in KINDS[kind]
+    assert ("moe/expert_bias_range" in names) == is_biased
+    if is_biased:  # at first the same step up or down for every expert
+        assert expected[0]["moe/expert_bias_range"] == pytest.approx(2e-2)
     distances = [each["moe/expert_distance"] for each in expected]
     assert 0 < distances[0] < distances[-1] < 1
     assert distances[0] < 1e-3  # copies, one step later

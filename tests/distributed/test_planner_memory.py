@@ -23,6 +23,11 @@ MODELS = {
     "E8T2": E8T2,
     "dense": UpcyclingConfig(num_moe_experts=None),
     "granular": UpcyclingConfig(num_moe_experts=8, granularity=2, moe_router_topk=4),
+    "part shared, expert bias": UpcyclingConfig(
+        moe_shared_expert_intermediate_size=0.5,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+    ),
     "partly dense, shared": UpcyclingConfig(moe_layer_freq=(0, 1, 1, 0), moe_shared_expert=True),
 }
 CASES = [
@@ -39,6 +44,7 @@ CASES = [
     (spread(2, pp=2, num_layers_in_first_pipeline_stage=1), "E8T2"),
     (spread(2, pp=2), "partly dense, shared"),
     (spread(2, ep=2), "partly dense, shared"),
+    (spread(2, ep=2), "part shared, expert bias"),
     (spread(2), "dense"),
     (spread(4), "dense"),
     (spread(4, tp=2), "dense"),

@@ -17,6 +17,16 @@ WAYS = {
     "granular, dropped": ("llama", replace(E4, granularity=2, initializer="drop(ratio=0.3)")),
     "softmax first, scaled": ("llama", replace(E4, moe_router_pre_softmax=True, granularity=2)),
     "shared expert, noise": ("qwen2", replace(E4, moe_shared_expert=True, initializer="noise")),
+    "sigmoid": ("llama", replace(E4, moe_router_score_function="sigmoid")),
+    "sigmoid, expert bias, part shared": (
+        "qwen2",
+        replace(
+            E4,
+            moe_router_score_function="sigmoid",
+            moe_router_enable_expert_bias=True,
+            moe_shared_expert_intermediate_size=0.5,
+        ),
+    ),
     "every other layer": ("qwen2, tied", replace(E4, moe_layer_freq=2)),
     "stacked experts": (
         "granite",

@@ -23,6 +23,8 @@ def import_ckpt(source: Path, output: Path) -> None:
 
 
 G4 = {"num_moe_experts": 16, "granularity": 4, "moe_router_topk": 8}
+SIGMOID = {"moe_router_score_function": "sigmoid"}
+BIAS = {**SIGMOID, "moe_router_enable_expert_bias": True}
 PARTLY = {"moe_layer_freq": (0, 1, 1, 0)}
 KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "plain": ("mixtral", "llama", {}, {}),
@@ -43,6 +45,16 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         "qwen2, tied",
         {"rope_scaling": YARN},
         {**G4, **PARTLY, "moe_shared_expert": True, "moe_router_pre_softmax": True},
+    ),
+    "part shared": ("qwen2_moe", "llama", {}, {**G4, "moe_shared_expert_intermediate_size": 32}),
+    "sigmoid": ("glm4_moe", "llama", {"rope_scaling": LLAMA31_ROPE}, SIGMOID),
+    "sigmoid, expert bias": ("glm4_moe", "qwen3", {"tie_word_embeddings": True}, BIAS),
+    "sigmoid, one expert": ("glm4_moe", "llama", {}, {**SIGMOID, "moe_router_topk": 1}),
+    "sigmoid, everything": (
+        "glm4_moe",
+        "qwen2, tied",
+        {},
+        {**G4, **BIAS, "moe_layer_freq": (0, 1, 1, 1), "moe_shared_expert": True},
     ),
     "multipliers": ("granitemoe", "granite", {"tie_word_embeddings": True}, {}),
     "multipliers, shared expert": (
@@ -79,6 +91,24 @@ NOT_EXPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
         "granite",
         {"moe_router_pre_softmax": True},
         "multipliers together with softmax before top-k",
+    ),
+    "multipliers, sigmoid": ("granite", SIGMOID, "sigmoid scores together with multipliers"),
+    "multipliers, part shared": (
+        "granite",
+        {"moe_shared_expert_intermediate_size": 32},
+        "multipliers together with a shared part of the layer",
+    ),
+    "window, sigmoid": ("mistral, window", SIGMOID, "scores together with a sliding window"),
+    "normalised logits": ("llama", {"router_logit_normalization": 1.0}, "normalised router logits"),
+    "sigmoid, a later dense layer": (
+        "llama",
+        {**SIGMOID, "moe_layer_freq": (1, 0, 1, 1)},
+        "dense layers after MoE layers",
+    ),
+    "sigmoid, half an expert shared": (
+        "llama",
+        {**SIGMOID, "moe_shared_expert_intermediate_size": 32},
+        "no multiple of the 64",
     ),
 }
 """What no architecture of transformers computes: a family, the upcycling, and what is said."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import psutil
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_upcycle.ablations import studies
+from nemo_upcycle.ablations.bases import BATCH
 from nemo_upcycle.ablations.results import Workspace, jobs_of
+from nemo_upcycle.data.choices import write_choices
 from tests import progress
 from tests.end_to_end import cli
 from tests.workspace import make_workspace
@@ -82,7 +85,7 @@ def test_the_recipes_are_the_factorys_with_what_the_arms_say(tmp_path: Path) -> 
         recipe = made[job.name]
         assert recipe.trainer.max_steps == job.steps == STEPS
         assert (recipe.data.seed, recipe.data.num_train_samples) == (job.seed, job.samples)
-        assert recipe.data.global_batch_size == studies.BATCH["global_batch_size"]
+        assert recipe.data.global_batch_size == BATCH["global_batch_size"]
         upcycles = [c for c in recipe.trainer.callbacks if hasattr(c, "dense_checkpoint")]
         assert len(upcycles) == (job.arm.start != "scratch")
         if job.arm.start == "upcycled":
@@ -136,6 +139,86 @@ def _without_time(text: bytes) -> dict[str, Any]:
     found = json.loads(text)
     del found["result"]["seconds"]
     return found
+
+
+REAL = (
+    *("nemo-upcycle", "ablate", "seq_length=64", "global_batch_size=4", "micro_batch_size=2"),
+    *("precision=32", "--recipe", "smollm2_135m_e8t2", "--accelerator", "cpu"),
+    *("--dense", "demo/dense_hf", "--data", "0.7 demo/data/documentation 0.3 demo/data/sources"),
+    *("--items", "demo/task/next_line.jsonl", "--seeds", "2", "--workers", "2"),
+    *("--out", "ablations"),
+)
+
+
+def next_line_accuracy(workspace: Path) -> float:
+    """Return the share of questions that transformers' dense model answers right."""
+    model = AutoModelForCausalLM.from_pretrained(workspace / "dense_hf").eval()
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "dense_hf")
+    lines = (workspace / "task" / "next_line.jsonl").read_text().splitlines()
+    right = 0
+    for item in map(json.loads, lines):
+        before = len(tokenizer(item["context"], add_special_tokens=False)["input_ids"])
+        scores = []
+        for choice in item["choices"]:
+            ids = tokenizer(item["context"] + choice, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                known = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(float(known[at - 1, ids[at]]) for at in range(before, len(ids))))
+        right += scores.index(max(scores)) == item["label"]
+    return right / len(lines)
+
+
+@pytest.mark.slow
+def test_a_recipe_is_compared_within_its_minutes_and_goes_on(tmp_path: Path) -> None:
+    """The minutes are far more than two steps need; what is chosen depends on the machine."""
+    workspace = make_workspace(tmp_path / "demo")
+    corpora = [workspace / "data" / f"{name}.jsonl" for name in ("documentation", "sources")]
+    write_choices(corpora, workspace / "task", items=12)
+
+    # With a number of steps; killed, then gone on with.
+    steps = (*REAL, "--steps", "2")
+    process = cli.start_until(tmp_path, lambda: results(tmp_path), *steps)
+    process.kill()
+    process.wait()
+    kept = results(tmp_path)
+    output = cli.run(tmp_path, *steps)
+    found = results(tmp_path)
+    assert found.items() >= kept.items()
+    arms = ("e8t2", "dense", "dense_flops", "drop", "g4", "scratch")
+    assert set(found) == {f"{arm}-{seed}" for arm in arms for seed in (1, 2)}, output
+    before = next_line_accuracy(workspace)
+    for name, text in found.items():
+        result = json.loads(text)["result"]
+        if name.startswith(("e8t2", "dense", "g4")):
+            assert result["start_accuracy"] == pytest.approx(before)
+        assert 0 <= result["end_accuracy"] <= 1
+    table = (tmp_path / "ablations" / "ablations.md").read_text()
+    assert table.count("| next_line |") == 1
+    assert "smollm2_135m, upcycled and trained on for 2 steps" in table
+    assert (tmp_path / "ablations" / "ablations.png").read_bytes()[:4] == b"\x89PNG"
+
+    # With minutes: trials, a plan that is kept, and what is left out.
+    limited = (*REAL[:-1], "limited", "--minutes", "30", "--min-steps", "1")
+    shutil.copytree(tmp_path / "ablations" / "results", tmp_path / "limited" / "results")
+    _keep_plan_of_two_steps(tmp_path, limited)
+    report = (tmp_path / "limited" / "ablations.md").read_text()
+    assert "**Left out:** 2 of the recipe's" in report
+    again = {path.stem: path.read_bytes() for path in (tmp_path / "limited/results").glob("*.json")}
+    assert again == found  # the plan has the steps of the results that are there
+
+
+def _keep_plan_of_two_steps(directory: Path, command: tuple[str, ...]) -> None:
+    """Run the trials alone, then the command with a plan of two steps, as a slow machine's."""
+    plan = directory / "limited" / "plan.json"
+    process = cli.start_until(directory, plan.is_file, *command)
+    process.kill()
+    process.wait()
+    kept = json.loads(plan.read_text())
+    kept["plan"]["steps"], kept["plan"]["seeds"] = 2, 2
+    kept["plan"]["arms"] = ["e8t2", "dense", "dense_flops", "drop", "g4", "scratch"]
+    kept["plan"]["left_out"] = ["2 of the recipe's 763 steps are trained"]
+    plan.write_text(json.dumps(kept))
+    cli.run(directory, *command)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import os
 import signal
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.utils import get_model_config
 
-from nemo_upcycle.check.models import Chunks, rows_here, train_step
+from nemo_upcycle.check.models import Chunks, rows_here, shards, train_step
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.megatron import upcycle
+from nemo_upcycle.megatron import RouterWarmUp, upcycle
 from tests.megatron import broken, scenarios
 from tests.tiny import tokens
 
@@ -32,6 +33,7 @@ def train(
     steps: int,
     killed_after: int | None = None,
     breakage: str | None = None,
+    warm_up: int | None = None,
 ) -> dict[str, Any]:
     """Start a run, or resume it; save at every second step.
 
@@ -43,9 +45,11 @@ def train(
         steps: The last step.
         killed_after: Step after which all ranks are killed.
         breakage: What breaks the hook, of `broken`.
+        warm_up: Steps in which only the routers are trained.
 
     Returns:
-        `losses` of the steps that ran, and what was `said`; or the `error`.
+        `losses` of the steps that ran, names of parameters that have `changed`, and what was
+        `said`; or the `error`.
     """
     said = io.StringIO()
     try:
@@ -53,10 +57,12 @@ def train(
             hook = upcycle(str(dense), upcycling, resume_from=run)
             if breakage is not None:
                 hook = getattr(broken, breakage)(hook)
-            losses = _train(dense, folding, upcycling, run, steps, killed_after, hook)
+            losses, changed = _train(
+                dense, folding, upcycling, run, steps, killed_after, hook, warm_up
+            )
     except UpcyclingError as error:
         return {"error": str(error), "said": said.getvalue()}
-    return {"losses": losses, "said": said.getvalue()}
+    return {"losses": losses, "changed": changed, "said": said.getvalue()}
 
 
 def _train(
@@ -67,15 +73,23 @@ def _train(
     steps: int,
     killed_after: int | None,
     hook: Any,
-) -> dict[int, float]:
+    warm_up: int | None,
+) -> tuple[dict[int, float], set[str]]:
     models = scenarios.build(
         dense, folding, upcycling, [hook], wrap=True, ddp={"use_distributed_optimizer": True}
     )
     get_model_config(models[0]).finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(lr=1e-3, use_distributed_optimizer=True), models
+        # Megatron's default beta2 of 0.999 is refused with a warm-up of routers.
+        OptimizerConfig(lr=1e-3, adam_beta2=0.95, use_distributed_optimizer=True),
+        models,
     )
     first = _load(models, optimizer, run)
+    if warm_up is not None:
+        state = SimpleNamespace(train_state=SimpleNamespace(step=first))
+        context = SimpleNamespace(model=models, optimizer=optimizer, state=state)
+        RouterWarmUp(warm_up).on_train_start(context)
+    before = shards([model.module for model in models])
     losses = {}
     for step in range(first + 1, steps + 1):
         for model in models:
@@ -89,7 +103,10 @@ def _train(
         if step == killed_after:
             torch.distributed.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
-    return losses
+    after = shards([model.module for model in models])
+    pairs = zip(before, after, strict=True)
+    changed = {shard.name for (shard, old), (_, new) in pairs if not torch.equal(old, new)}
+    return losses, changed
 
 
 def _state(models: Chunks, optimizer: Any, is_loading: bool) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def _other_experts(model: MoEModel) -> Iterator[str]:
     found = {
         "experts per layer": (model.num_experts, EXPERTS),
         "experts per token": (model.topk, TOPK),
-        "granularity": (arch.ffn_hidden_size // model.expert_width, GRANULARITY),
+        "granularity": (round(arch.ffn_hidden_size / model.expert_width), GRANULARITY),
         "MoE layers": (sum(model.is_moe), arch.num_layers),
     }
     for name, (value, fitted) in found.items():

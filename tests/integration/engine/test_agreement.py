@@ -188,7 +188,8 @@ def test_a_vocabulary_that_is_the_tokenizers() -> None:
     [
         ({}, None),
         ({"moe_router_topk_scaling_factor": 2.5}, "moe_router_topk_scaling_factor=2.5"),
-        ({"moe_router_score_function": "sigmoid"}, "moe_router_score_function='sigmoid'"),
+        ({"moe_router_score_function": "sigmoid"}, None),
+        ({"moe_router_num_groups": 4}, "moe_router_num_groups=4 makes the router differ from"),
         ({"moe_input_jitter_eps": 0.1}, "moe_input_jitter_eps=0.1"),
     ],
 )

@@ -4,8 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from nemo_upcycle_recipes.arguments import with_arguments
 from nemo_upcycle_recipes.expectations import expected, workload
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2, RECIPES
+from nemo_upcycle_recipes.scaled import scaled_schedule
 
 from nemo_upcycle.config import RECOMPUTE
 from nemo_upcycle.errors import UpcyclingError
@@ -14,7 +16,9 @@ from nemo_upcycle.planner.tuning import tune
 from tests.integration.recipes.built import callbacks, megatrons_config
 
 NEMOTRON = ("nemotron4_15b_e8g1t2", "nemotron4_15b_e8g8t8")
-MODULES = {name: name for name in RECIPES if name.endswith("e8t2") and "tiny" not in name}
+SMOLLM2 = ("smollm2_135m_e8t2", "smollm2_135m_dense")
+MODULES = [name for name in RECIPES if name.endswith("e8t2") and "tiny" not in name]
+SIBLINGS = [name for name in MODULES if name not in SMOLLM2]
 
 
 def factory(name: str) -> Any:
@@ -56,7 +60,7 @@ def test_models_are_nemos(name: str, nemo: str, same: list[str]) -> None:
         assert getattr(config, field) == getattr(by_hand, field), field
 
 
-@pytest.mark.parametrize("name", [*MODULES, *NEMOTRON])
+@pytest.mark.parametrize("name", [*MODULES, *NEMOTRON, "smollm2_135m_dense"])
 def test_each_says_its_gpus_memory_and_step_time(name: str) -> None:
     numbers = RECIPES[name]
     prediction = expected(numbers, hardware("h100"))
@@ -67,7 +71,7 @@ def test_each_says_its_gpus_memory_and_step_time(name: str) -> None:
     assert str(numbers.folding) in text
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", SIBLINGS)
 def test_siblings_differ_from_the_paper_in_model_and_mapping_alone(name: str) -> None:
     built, paper = recipe(name), recipe()
     numbers = RECIPES[name]
@@ -81,6 +85,24 @@ def test_siblings_differ_from_the_paper_in_model_and_mapping_alone(name: str) ->
         assert getattr(strategy, field) == value
     assert built.trainer.num_nodes * built.trainer.devices == numbers.world_size
     assert built.trainer.callbacks[-1].dense_checkpoint == numbers.checkpoint
+
+
+def test_smollm2_is_scaled_from_the_paper_and_its_control_sees_the_same_tokens() -> None:
+    """One GPU, the learning rate by the rule of the recipe `upcycle`, 100M tokens."""
+    moe, control = (recipe(name) for name in SMOLLM2)
+    schedule = RECIPES[SMOLLM2[0]].schedule
+    dense = RECIPES[SMOLLM2[0]].dense_model
+    rule = scaled_schedule(dense, 1, {"seq_length": 2048}, max_steps=schedule.max_steps)
+    assert (schedule.lr, schedule.min_lr) == (rule.lr, rule.min_lr)
+    assert schedule.warmup_steps == rule.warmup_steps
+    assert 0 <= schedule.max_steps * 64 * 2048 - 100e6 < 64 * 2048
+    assert dense.parameters == pytest.approx(134.5e6, rel=1e-3)
+    assert (moe.trainer.num_nodes, moe.trainer.devices) == (1, 1)
+    assert (moe.model.config.num_moe_experts, control.model.config.num_moe_experts) == (8, None)
+    assert moe.model.config.share_embeddings_and_output_weights
+    assert moe.data == control.data
+    assert moe.optim == control.optim
+    assert moe.trainer.max_steps == control.trainer.max_steps == schedule.max_steps
 
 
 @pytest.mark.parametrize(
@@ -112,10 +134,52 @@ def test_the_nemotron_control_sees_the_same_tokens() -> None:
 
 def test_what_watches_a_run() -> None:
     watching = ["TimingCallback", "MFUCallback", "PreemptionCallback"]
-    moe = ["MoEHealthCallback", "UpcyclingCallback"]
-    assert callbacks(recipe()) == [*watching, *moe]
+    then = ["FusedWeightGradients", "UpcyclingCallback"]
+    assert callbacks(recipe()) == [*watching, "MoEHealthCallback", *then]
     dense = factory("llama3_8b_dense")()
-    assert callbacks(dense) == [*watching, "UpcyclingCallback"]
+    assert callbacks(dense) == [*watching, *then]
+
+
+STATIC = {"moe_expert_capacity_factor": 2.0, "moe_pad_expert_input_to_capacity": True}
+
+
+def test_cuda_graphs_are_megatrons_for_static_shapes() -> None:
+    numbers = STATIC | {"recompute": "none", "cuda_graphs": True}
+    built = recipe(**numbers)
+    config = megatrons_config(recipe(**numbers, performance_mode=True))
+    assert (config.cuda_graph_impl, config.cuda_graph_scope) == ("local", "full")
+    assert config.use_te_rng_tracker
+    assert built.trainer.strategy.use_te_rng_tracker
+    # The Python of hooks is not replayed, and Megatron asks its own config about fusion.
+    assert not {"MoEHealthCallback", "FusedWeightGradients"} & {*callbacks(built)}
+    dense = factory("llama3_8b_dense")(cuda_graphs=True)
+    assert dense.model.config.cuda_graph_impl == "local"
+    assert "cuda_graph_impl" not in recipe().model.config.__arguments__
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"recompute": "none"}, "tokens per expert varies.*moe_pad_expert_input_to_capacity=True"),
+        (STATIC, "recompute='moe', which Megatron-Core does not"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_shapes_vary(numbers: dict[str, Any], message: str) -> None:
+    with pytest.raises(UpcyclingError, match=message):
+        recipe(**numbers, cuda_graphs=True)
+
+
+def test_cuda_graphs_are_refused_on_cpu_and_without_megatrons(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nemo_upcycle_recipes import factory as of_all
+
+    padded = with_arguments(LLAMA3_8B_E8T2, STATIC | {"recompute": "none"})
+    with pytest.raises(UpcyclingError, match="cuda_graphs is set on CPU"):
+        of_all._cuda_graphs(padded, cpu_only=True)
+    monkeypatch.setattr(of_all, "fields", lambda _: ())
+    with pytest.raises(UpcyclingError, match="has no cuda_graph_impl"):
+        of_all._cuda_graphs(padded, cpu_only=False)
 
 
 def test_performance_mode_hides_collectives() -> None:

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nemo_upcycle.ablations import runner, studies
+from nemo_upcycle.ablations.bases import BATCH, TINY
 from nemo_upcycle.ablations.picture import draw
 from nemo_upcycle.ablations.report import Report, markdown, report_of, to_json
 from nemo_upcycle.ablations.results import Job, Result, Workspace, jobs_of
@@ -62,7 +63,7 @@ class TestStudies:
         assert arm.start in studies.STARTS
         assert arm.budget in studies.BUDGETS
         taken = vars(recipe.upcycling) | vars(recipe.schedule)
-        for name, value in {**studies.BATCH, **arm.numbers, **arm.schedule}.items():
+        for name, value in {**BATCH, **arm.numbers, **arm.schedule}.items():
             assert taken[name] == value
 
     def test_every_arm_is_in_a_study_and_every_claim_of_its_study(self) -> None:
@@ -91,7 +92,7 @@ class TestStudies:
         }
         assert of["dense"] < of["e8t2"] == of["scratch"] < of["scratch_flops"]
         assert of["dense_flops"] == pytest.approx(of["e8t2"], rel=1e-3)
-        dense = studies.LLAMA_TINY
+        dense = TINY.dense
         per_sequence = flops(upcycled_model(arch, dense.upcycling), 256).training
         before = per_sequence * 16 * 250
         assert of["scratch_flops"] == pytest.approx(of["e8t2"] + before, rel=1e-3)
@@ -248,4 +249,4 @@ class TestErrors:
             runner._alone_in(tmp_path),
             pytest.raises(UpcyclingError, match="Another command is writing to"),
         ):
-            runner.ablate([CLAIMED], 1, 1, workspace.directory, tmp_path, 1, print)
+            runner.ablate(runner.Question([CLAIMED], 1, 1), workspace, tmp_path, 1, print)

@@ -125,8 +125,8 @@ def test_a_slice_costs_memory_of_the_slice(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert sum(read) == 800 * 512 + 50 * 32 * 4
-    assert max(read) <= 2**15
-    assert peak < 2**17
+    assert max(read) <= 2**14
+    assert peak < 2**18
 
 
 def _stored(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
@@ -188,6 +188,11 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
         _said(config_groups={"g": {"targets": ["Linear"], "weights": {"num_bits": 4}}}),
         "no config group says how",
     ),
+    "a pattern that is none": (
+        "compressed-tensors, channel",
+        _said(config_groups={"g": {"targets": ["re:("], "weights": {}}}),
+        "cannot be read as compressed-tensors",
+    ),
     "a group of other layers": (
         "compressed-tensors, channel",
         _said(
@@ -227,6 +232,17 @@ def test_scales_are_never_dropped(dense: Path, tmp_path: Path, case: str) -> Non
         open_checkpoint(str(tmp_path / "fp8"))
         open_dense(str(tmp_path / "fp8"))
     assert message in str(error.value)
+
+
+def test_a_weight_that_is_no_number_is_seen(dense: Path, tmp_path: Path) -> None:
+    write_fp8(dense, tmp_path / "fp8", "blocks")
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[DOWN].view(torch.uint8)[3, 5] = 0x7F
+
+    _stored(damage)(tmp_path / "fp8")
+    with pytest.raises(UpcyclingError, match=f"Tensor {DOWN} of .* holds NaN or Inf"):
+        upcycle_directory(str(tmp_path / "fp8"), tmp_path / "moe", UpcyclingConfig())
 
 
 def test_a_base_model_and_shards(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A GGUF file is the model that transformers loads from it."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,23 @@ def test_the_plan_counts_the_bytes_of_the_file(tmp_path: Path) -> None:
     assert 0.8 * file < size < file
 
 
+def test_no_damage_is_another_error(tmp_path: Path) -> None:
+    """A flipped byte of the header, or a file that ends there, is read or refused by name."""
+    write_gguf(write_dense(tmp_path / "dense", "llama"), tmp_path / "tiny.gguf", "Q8_0")
+    file, draw = tmp_path / "tiny.gguf", random.Random(0)
+    good, refused = file.read_bytes(), 0
+    header = good.index(b"output_norm.weight")
+    for number in range(300):
+        damaged = bytearray(good)
+        damaged[draw.randrange(header)] = draw.choice((0, 255, draw.randrange(256)))
+        file.write_bytes(damaged if number % 3 else good[: draw.randrange(header)])
+        try:
+            open_dense(str(tmp_path))
+        except UpcyclingError:
+            refused += 1
+    assert refused > 100
+
+
 Change = Callable[[Path, Path], object]
 
 
@@ -118,6 +136,10 @@ def _cut(dense: Path, file: Path) -> None:
 def _two(dense: Path, file: Path) -> None:
     write_gguf(dense, file, "Q8_0")
     file.with_name("other.gguf").touch()
+
+
+def _part(dense: Path, file: Path) -> None:
+    write_gguf(dense, file, "Q8_0", {"add_uint16": ("split.count", 3)})
 
 
 def _of_another_kind(dense: Path, file: Path) -> None:
@@ -139,6 +161,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a window": (_with(add_sliding_window=16), "llama.attention.sliding_window=16"),
     "experts": (_with(add_expert_count=8), "llama.expert_count=8"),
     "heads of another width": (_with(add_key_length=16), "llama.attention.key_length=16"),
+    "a part of a file": (_part, "it is one of 3 parts; `llama-gguf-split --merge` joins them"),
     "a file that was cut": (_cut, "cannot be read as GGUF"),
     "two files": (_two, "holds several GGUF files (other.gguf, tiny.gguf)"),
     "another architecture": (_of_another_kind, "general.architecture is 'mamba'"),

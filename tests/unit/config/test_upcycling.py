@@ -7,6 +7,10 @@ import pytest
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
 
+G4 = {"num_moe_experts": 32, "granularity": 4, "moe_router_topk": 8}
+PART_G4 = G4 | {"moe_shared_expert_intermediate_size": 0.25}
+SIGMOID = {"moe_router_score_function": "sigmoid"}
+
 
 @pytest.mark.parametrize(
     ("values", "message"),
@@ -39,6 +43,28 @@ from nemo_upcycle.errors import UpcyclingError
         ({"moe_token_dispatcher_type": "magic"}, "alltoall, allgather, flex"),
         ({"moe_router_load_balancing_type": "luck"}, "aux_loss"),
         ({"moe_pad_expert_input_to_capacity": True}, "needs a capacity to pad to"),
+        ({"moe_router_score_function": "tanh"}, "expected one of: softmax, sigmoid"),
+        (SIGMOID | {"moe_router_pre_softmax": True}, "Leave moe_router_pre_softmax out"),
+        ({"moe_router_enable_expert_bias": True}, "Set moe_router_score_function='sigmoid'"),
+        ({"router_logit_normalization": 0.0}, "expected a number above 0, such as 1"),
+        ({"router_logit_normalization": math.nan}, "router_logit_normalization is nan"),
+        (
+            {"router_dense_gradient": True, "moe_expert_capacity_factor": 4.0},
+            "expected no capacity",
+        ),
+        (
+            {"router_dense_gradient": True, "moe_token_dispatcher_type": "flex"},
+            "and 'alltoall' or 'allgather'",
+        ),
+        ({"moe_router_bias_update_rate": -1.0}, "moe_router_bias_update_rate is -1.0"),
+        ({"moe_shared_expert_intermediate_size": 0}, "expected 2 or more neurons, or a fraction"),
+        ({"moe_shared_expert_intermediate_size": 1}, "expected 2 or more neurons"),
+        ({"moe_shared_expert_intermediate_size": 2.5}, "expected 2 or more neurons"),
+        ({"moe_shared_expert_intermediate_size": math.nan}, "expected 2 or more neurons"),
+        (
+            {"moe_shared_expert": True, "moe_shared_expert_intermediate_size": 64},
+            "Leave one out",
+        ),
         (
             {
                 "moe_pad_expert_input_to_capacity": True,
@@ -69,15 +95,18 @@ def test_bad_upcycling_is_refused(values: dict, message: str) -> None:
         ({"moe_shared_expert": True}, True, "sum to 1"),
         ({"moe_shared_expert": True, "weight_scaling": "none"}, False, "twice"),
         ({"initializer": "drop"}, False, "the initializer drop"),
+        (SIGMOID, True, "sum to 1"),
+        (SIGMOID | {"moe_router_topk": 1}, False, "does not normalise the sigmoid score"),
+        ({"moe_shared_expert_intermediate_size": 0.25}, True, "that the shared expert leaves"),
+        (PART_G4, True, "whole copies of the part"),
+        (PART_G4 | {"weight_scaling": "none"}, False, "the routed output is divided by"),
+        (PART_G4 | {"weight_scaling": "paper"}, False, "cube-root scaling"),
     ],
 )
 def test_exactness_at_step_0(values: dict, exact: bool, words: str) -> None:
     found = UpcyclingConfig(**values).exactness(gated=True, dense_checkpoints=1)
     assert found.exact is exact
     assert words in found.reason
-
-
-G4 = {"num_moe_experts": 32, "granularity": 4, "moe_router_topk": 8}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +122,8 @@ G4 = {"num_moe_experts": 32, "granularity": 4, "moe_router_topk": 8}
         ({"moe_router_pre_softmax": True}, True, (1, 1, 1)),
         ({"moe_router_pre_softmax": True, "weight_scaling": "exact"}, True, (1, 2, 2)),
         (G4 | {"moe_shared_expert": True}, True, (1, 2, 1)),
+        (PART_G4, True, (1, 2, 2)),
+        (G4 | SIGMOID, True, (1, 2, 2)),
     ],
 )
 def test_scales(values: dict, gated: bool, scales: tuple[float, float, float]) -> None:
@@ -107,3 +138,36 @@ def test_experts_are_shards_of_copies() -> None:
     assert config.expansion_rate == 2
     assert [config.neurons(e, 100) for e in (0, 3, 4)] == [(0, 25), (75, 100), (0, 25)]
     assert [config.copy_of(e) for e in range(8)] == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("size", [20, 0.2])
+def test_routed_experts_are_shards_of_what_a_shared_part_leaves(size: float) -> None:
+    config = UpcyclingConfig(
+        num_moe_experts=8,
+        granularity=4,
+        moe_router_topk=4,
+        moe_shared_expert_intermediate_size=size,
+    )
+    assert config.shared_width(100) == 20
+    assert config.expert_width(100) == 20
+    assert [config.neurons(e, 100) for e in (0, 3, 4)] == [(20, 40), (80, 100), (20, 40)]
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (0.255, "gives the shared expert 25.5 of 100 neurons; expected a whole number"),
+        (100, "gives the shared expert 100 of 100 neurons"),
+        (0.01, "gives the shared expert 1 of 100 neurons"),
+        (30, "less 30 shared does not divide by granularity=4; choose a divisor of 70"),
+    ],
+)
+def test_a_shared_part_that_does_not_fit_is_refused(size: float, message: str) -> None:
+    config = UpcyclingConfig(
+        num_moe_experts=8,
+        granularity=4,
+        moe_router_topk=4,
+        moe_shared_expert_intermediate_size=size,
+    )
+    with pytest.raises(UpcyclingError, match=message):
+        config.expert_width(100)

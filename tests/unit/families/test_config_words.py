@@ -20,7 +20,7 @@ THETA = 5e5
 
 def read(family: str, **config: Any) -> Architecture:
     """Return what is read of a config of a tiny model."""
-    config = {"pad_token_id": 0, **config}
+    config = {"pad_token_id": 0, **({"head_dim": 8} if family == "mixtral" else {}), **config}
     experts = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -72,9 +72,9 @@ def test_partial_rotary_factor(inside: Any, outside: Any, expected: float) -> No
 
 @pytest.mark.parametrize("family", sorted(MOE_FAMILIES))
 def test_number_of_experts_by_either_name(family: str) -> None:
-    names = ["num_experts", "num_local_experts"]
-    if family not in ("mixtral", "qwen3_moe"):
-        names = ["num_experts" if family == "qwen2_moe" else "num_local_experts"]
+    own = {"qwen2_moe": ["num_experts"], "glm4_moe": ["n_routed_experts"]}
+    either = ["num_experts", "num_local_experts"]
+    names = either if family in ("mixtral", "qwen3_moe") else own.get(family, either[1:])
     for name in names:
         config = {**SIZES, "model_type": family, "shared_expert_intermediate_size": 1, name: 16}
         config["moe_intermediate_size"] = 48
@@ -187,6 +187,7 @@ def test_what_transformers_reads_is_read(config: dict, expected: dict) -> None:
              "original_max_position_embeddings": 32},
             "say original_max_position_embeddings in rope_scaling",
         ),
+        ("mixtral", {"rope_scaling": YARN, "head_dim": None}, "'yarn' with head_dim=null"),
         ("smollm3", {"rope_scaling": YARN}, "layers [3] without RoPE; Megatron can only scale all"),
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers=[1, 0, 1]; expected 0 or 1"),
         ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval=0; expected"),

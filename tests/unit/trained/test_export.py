@@ -136,10 +136,11 @@ def test_what_was_exported_is_not_exported_again(tmp_path: Path, saved: Path) ->
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"moe_router_score_function": "sigmoid"}, "moe_router_score_function='sigmoid'"),
+        ({"moe_router_score_function": "sqrtsoftplus"}, "expected one of: softmax, sigmoid"),
         ({"moe_router_topk_scaling_factor": 2.5}, "moe_router_topk_scaling_factor=2.5"),
         ({"moe_ffn_hidden_size": 6}, "do not belong together"),
-        ({"moe_shared_expert_intermediate_size": 6}, "a shared expert is the dense"),
+        ({"moe_shared_expert_intermediate_size": 1000}, "a shared expert is the dense"),
+        ({"moe_shared_expert_intermediate_size": 6}, "has nothing for 6 tensors of a Qwen2Moe"),
         (
             {"moe_router_pre_softmax": True, "window_size": [3, 0]},
             "together with a sliding window",

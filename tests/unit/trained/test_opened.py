@@ -119,6 +119,8 @@ def test_what_must_be_0_is_nothing_of_megatrons(exported: Path) -> None:
 def test_a_config_of_another_width_is_refused(exported: Path) -> None:
     path = exported / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"shared_expert_intermediate_size": 7}))
-    with pytest.raises(UpcyclingError, match="expected the dense layer's width"):
-        open_trained(exported)
+    width = config["intermediate_size"]
+    for size, said in ((width + 1, "expected at most the dense layer's width"), (7, "wrong shape")):
+        path.write_text(json.dumps(config | {"shared_expert_intermediate_size": size}))
+        with pytest.raises(UpcyclingError, match=said):
+            open_trained(exported)
