@@ -15,13 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.export import GIB, write_tokenizer
+from benchmarks.export import GIB
+from nemo_upcycle.data.tokenizer import train_tokenizer
 
 POLL_S = 0.2
 
 
 def build(directory: Path, layers: int) -> None:
-    """Write a random Llama in bf16 with layers and vocabulary of Llama 3 8B, and a tokenizer."""
+    """Write a random Llama in bf16 with layers and vocabulary of Llama 3 8B."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,7 +39,6 @@ def build(directory: Path, layers: int) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(config).save_pretrained(directory)
-    write_tokenizer(directory)
 
 
 def write_text(file: Path) -> None:
@@ -94,9 +94,11 @@ def main() -> None:
             check=True,
         )
         write_text(text)
+        tokenizer = Path(temporary) / "tokenizer"
+        train_tokenizer([text], tokenizer, 512)
         command = [
             *(sys.executable, "-m", "nemo_upcycle.cli", "calibrate", str(dense)),
-            *("--text", str(text), "--out", str(out)),
+            *("--text", str(text), "--tokenizer", str(tokenizer), "--out", str(out)),
             *("--tokens", str(arguments.tokens)),
             *("--sequence-length", str(arguments.sequence_length)),
             *("--processes", str(arguments.processes)),

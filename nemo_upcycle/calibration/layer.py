@@ -24,6 +24,8 @@ from nemo_upcycle.evaluation.generation import transformers_config
 from nemo_upcycle.evaluation.transformers_model import fill_parameters, no_init_weights
 
 _LAYER = "layers.0."
+_PER_LAYER = ("layer_types", "no_rope_layers")
+"""Lists of a config with a value per layer."""
 _EMBEDDINGS = "model.embed_tokens.weight"
 
 
@@ -140,9 +142,11 @@ def embeddings(checkpoint: DenseCheckpoint, tokens: Tokens) -> torch.Tensor:
 def _model_of_one_layer(config: PretrainedConfig, layer: int) -> PreTrainedModel:
     """Build a model with room for one layer of the dense model and nothing else."""
     config = copy.deepcopy(config)
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        config.layer_types = [kinds[layer]]
+    for name in _PER_LAYER:
+        if values := getattr(config, name, None):
+            setattr(config, name, [values[layer]])
+    if layer > 0 and hasattr(config, "embedding_multiplier"):
+        config.embedding_multiplier = 1.0  # of the inputs of the first layer alone
     config.num_hidden_layers = 1
     config.vocab_size = 1
     config.pad_token_id = None
