@@ -124,8 +124,11 @@ def _experts(owned: Iterable[OwnedShard], arch: Architecture) -> Iterator[_Exper
             if own.shard.name.endswith(".linear_fc2.weight"):
                 parts["down"], start = own.data.T, own.shard.offset[1]
             else:
-                first_half = own.shard.offset[0] < own.shard.global_shape[0] // 2
-                parts["gate" if arch.gated_linear_unit and first_half else "up"] = own.data
+                # A stacked tensor of transformers has both halves in one shard.
+                gates = own.shard.global_shape[0] // 2 if arch.gated_linear_unit else 0
+                first = min(max(gates - own.shard.offset[0], 0), len(own.data))
+                halves = {"gate": own.data[:first], "up": own.data[first:]}
+                parts |= {part: data for part, data in halves.items() if len(data)}
         yield _Expert(layer, expert, start, parts)
 
 
