@@ -48,6 +48,11 @@ class Base:
         return self.upcycled.name == LLAMA_TINY_E8T2.name
 
     @property
+    def start_method(self) -> str:
+        """How processes of trainings start; CUDA does not survive a fork."""
+        return "spawn" if self.accelerator == "gpu" else "fork"
+
+    @property
     def peak(self) -> float:
         """The highest learning rate."""
         return self.dense.schedule.lr

@@ -135,11 +135,11 @@ def _left_out(
 ) -> tuple[str, ...]:
     left = []
     if steps < most:
-        left.append(f"{steps} of the recipe's {most} steps are trained")
+        left.append(f"steps beyond {steps} of the recipe's {most:,}")
     if times < seeds:
-        left.append(f"{times} of {seeds} seeds per arm")
+        left.append(f"seeds beyond {times} of {seeds} per arm")
     if count < len(arms):
-        left.append(f"not the arms {', '.join(arm.label for arm in arms[count:])}")
+        left.append(f"the arms {', '.join(arm.label for arm in arms[count:])}")
     return tuple(left)
 
 

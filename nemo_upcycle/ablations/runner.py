@@ -90,7 +90,7 @@ def ablate(
             )
         left_out = [*chosen.left_out]
         if late:
-            left_out.append(f"no time was left for {', '.join(late)}; the same command goes on")
+            left_out.append(f"{', '.join(late)}, for want of time (the same command goes on)")
         paired = {job.seed for job in done if job.arm.name == BASELINE}
         kept = {job.arm.name for job in done if job.seed in paired}
         studies = [replace(study.of(kept), note=study.note) for study in question.studies]

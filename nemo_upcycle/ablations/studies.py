@@ -390,8 +390,8 @@ STUDIES = {
 """Studies by name for `--study`."""
 
 
-ONE_GPU = Study(
-    "one_gpu",
+REAL_MODEL = Study(
+    "real_model",
     "Does upcycling a real model pay, and which way?",
     # In the order in which arms are left out where the time is short, from the end.
     ("e8t2", "dense", "dense_flops", "drop", "g4", "scratch"),
@@ -426,13 +426,13 @@ def studies_named(names: list[str], base: Base = TINY) -> list[Study]:
     Raises:
         UpcyclingError: There is no study with such a name.
     """
-    offered = STUDIES if base.is_tiny else {ONE_GPU.name: ONE_GPU, **STUDIES}
+    offered = STUDIES if base.is_tiny else {REAL_MODEL.name: REAL_MODEL, **STUDIES}
     for name in names:
         if name not in offered:
             raise UpcyclingError(
                 f"There is no study {name!r}; expected one of: {', '.join(offered)}."
             )
-    wanted = names or list(STUDIES if base.is_tiny else [ONE_GPU.name])
+    wanted = names or list(STUDIES if base.is_tiny else [REAL_MODEL.name])
     return [study.of(arms_with(base)) for name, study in offered.items() if name in wanted]
 
 

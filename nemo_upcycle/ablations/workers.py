@@ -54,17 +54,16 @@ def train_all(
     logs.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    on_gpu = jobs[0].arm.base.accelerator == "gpu"
-    if not on_gpu:
+    base = jobs[0].arm.base
+    if base.accelerator == "gpu":
+        workers = 1
+    else:
         # One thread per process: the processes occupy all cores, and threads would not survive a
         # fork.
         os.environ["OMP_NUM_THREADS"] = "1"
     latest = [None if deadline is None else deadline - expected(job) for job in jobs]
     tasks = list(zip(jobs, latest, strict=True))
-    start = "spawn" if on_gpu else "fork"
-    server = context.Process(
-        target=_serve, args=(theirs, tasks, 1 if on_gpu else workers, logs, start)
-    )
+    server = context.Process(target=_serve, args=(theirs, tasks, workers, logs, base.start_method))
     server.start()
     theirs.close()
     try:

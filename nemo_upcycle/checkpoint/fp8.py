@@ -14,13 +14,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.checkpoint.dense import STRIP, DenseCheckpoint, Entry, Piece, Span, TensorInfo
 from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.errors import UpcyclingError
+
+if TYPE_CHECKING:  # plans need neither numpy nor torch
+    import numpy as np
 
 WEIGHT = "F8_E4M3"
 """safetensors' name of the weights' dtype."""
@@ -58,6 +59,7 @@ class ScaledWeight:
         self, checkpoint: DenseCheckpoint, buffer: memoryview, rows: Span, columns: Span
     ) -> None:
         """Read and dequantise a block; see `DenseCheckpoint.read_into`."""
+        import numpy as np
         import torch
 
         width, product = columns[1] - columns[0], torch_dtype(self.product)

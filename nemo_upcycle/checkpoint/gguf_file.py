@@ -14,16 +14,17 @@ from functools import cached_property
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from nemo_upcycle.checkpoint.dense import STRIP, DenseCheckpoint, Piece, Span, TensorInfo
 from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.checkpoint.gguf_header import Listed, Placed, read_header
 from nemo_upcycle.errors import UpcyclingError, listing
 
-_Numbers = np.ndarray[Any, Any]
+if TYPE_CHECKING:  # plans need no numpy
+    import numpy as np
+
+    _Numbers = np.ndarray[Any, Any]
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Values of `general.architecture` that are read. llama.cpp calls a Mistral a llama too."""
@@ -129,6 +130,7 @@ class GGUFCheckpoint(DenseCheckpoint):
         if info.packed is None and not heads:
             self.read_stored(buffer, self.pieces(name), placed.block[0], rows, (first, last))
             return
+        import numpy as np
         import torch
 
         target = torch.frombuffer(buffer, dtype=torch_dtype(info.dtype)).view(-1, last - first)
@@ -138,8 +140,9 @@ class GGUFCheckpoint(DenseCheckpoint):
             strip = self._strip(name, placed, order[start : start + step], (first, last))
             target[start : start + step] = torch.from_numpy(strip)
 
-    def _strip(self, name: str, placed: Placed, rows: _Numbers, columns: Span) -> _Numbers:
+    def _strip(self, name: str, placed: Placed, rows: "_Numbers", columns: Span) -> "_Numbers":
         """Return rows of the file, dequantised to fp32."""
+        import numpy as np
         from gguf import GGMLQuantizationType, dequantize
 
         size, values = placed.block
@@ -245,11 +248,13 @@ def _name(name: str) -> str:
     return _OUTSIDE.get(name, name)
 
 
-def _order(count: int, heads: int) -> _Numbers:
+def _order(count: int, heads: int) -> "_Numbers":
     """Return the file's row for each of transformers' rows.
 
     llama.cpp rotates neighbouring rows, transformers rows half a head apart.
     """
+    import numpy as np
+
     return np.arange(count).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 

@@ -25,7 +25,7 @@ def ablate(
         list[str] | None,
         typer.Option(
             help="controls, capacity_factor, router, granularity, weight_scaling, learning_rate, "
-            "initializers; may be repeated. Default: all. With --recipe also one_gpu, the default.",
+            "initializers; may be repeated. Default: all. With --recipe: real_model.",
             show_default=False,
         ),
     ] = None,

@@ -10,7 +10,7 @@ nvcc, Megatron-Core 0.15                        every process compiles an extens
                                                 memory that only Megatron's inference uses
 ==============================================  ==================================================
 
-A library is mended only where it needs it. Nothing is imported here but numpy.
+A library is mended only where it needs it, and when it is imported: nothing is imported here.
 """
 
 import importlib.abc
@@ -23,6 +23,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+MEGATRON = "megatron.core"
 PERMUTATION = "transformer_engine.pytorch.triton.permutation"
 UNIFIED_MEMORY = "megatron.core.inference.unified_memory"
 
@@ -32,15 +33,12 @@ Around = Callable[[ModuleType], Any]
 
 def mend() -> None:
     """Mend what is imported already, and whatever will be; idempotent."""
-    import numpy
-
-    give_product(numpy)
-    if PERMUTATION in sys.modules:
-        mend_permutation(sys.modules[PERMUTATION])
+    for name, around in MENDED.items():
+        if name in sys.modules:
+            with around(sys.modules[name]):
+                pass
     if not any(isinstance(finder, Mender) for finder in sys.meta_path):
-        sys.meta_path.insert(
-            0, Mender({PERMUTATION: _mended_permutation, UNIFIED_MEMORY: without_compiler})
-        )
+        sys.meta_path.insert(0, Mender(MENDED))
 
 
 def give_product(numpy: Any) -> None:
@@ -91,6 +89,22 @@ def without_compiler(_: ModuleType) -> Iterator[None]:
             yield
     finally:
         cpp_extension.load_inline = compiles
+
+
+@contextmanager
+def _given_product(_: ModuleType) -> Iterator[None]:
+    import numpy
+
+    give_product(numpy)
+    yield
+
+
+MENDED: dict[str, Around] = {
+    MEGATRON: _given_product,
+    PERMUTATION: _mended_permutation,
+    UNIFIED_MEMORY: without_compiler,
+}
+"""What is mended around the execution of a module."""
 
 
 class Mender(importlib.abc.MetaPathFinder):

@@ -27,7 +27,8 @@ class StackedFC1:
 
     def rows(self, arch: Architecture, neurons: Neurons | None = None) -> Iterator[Rows]:
         first, last = neurons or (0, arch.ffn_hidden_size)
-        yield Rows(self.tensor, 0, arch.fc1_rows * (last - first))
+        for part in range(arch.fc1_rows):
+            yield Rows(self.tensor, part * (last - first), (part + 1) * (last - first))
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class MoEFamily:
     doubled: str | None = None
 
     def rows(self, pattern: str, model: MoEModel, expert: int | None) -> Iterator[Rows]:
-        """Yield the rows that make up a parameter; stacked tensors have one row after another.
+        """Yield the rows that make up a parameter; in a stacked tensor, experts follow each other.
 
         Args:
             pattern: The parameter's name, with `{layer}` and `{expert}`.
@@ -78,11 +79,13 @@ class MoEFamily:
             expert: The parameter's expert, None if it has none.
         """
         operation = self.parameters[pattern]
-        for rows in operation.rows(model.arch, (0, model.neurons_of(pattern))):
-            if isinstance(operation, _STACKED) and expert and rows.stop is not None:
-                yield Rows(rows.tensor, expert * rows.stop, (expert + 1) * rows.stop)
-            else:
-                yield rows
+        found = list(operation.rows(model.arch, (0, model.neurons_of(pattern))))
+        if not isinstance(operation, _STACKED):
+            yield from found
+            return
+        before = (expert or 0) * max(rows.stop or 0 for rows in found)
+        for rows in found:
+            yield Rows(rows.tensor, before + rows.start, before + (rows.stop or 0))
 
     def stack(self, tensor: str, model: MoEModel) -> int:
         """Return the experts that a tensor stacks along its first axis; 1 for other tensors."""

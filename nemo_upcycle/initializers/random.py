@@ -14,17 +14,25 @@ ROUTER, CLUSTERS, SAMPLE = 1, 11, 12
 """Streams keep the draws of different purposes apart; 2 to 8 are those of `Neurons`."""
 
 
-def generators(
-    seed: int, stream: int, layer: int, expert: int, rows: Iterable[int]
-) -> Iterator[np.random.Generator]:
-    """Yield the generator of each row: one object, for which making a new one takes 4 times longer.
+def generator(seed: int, stream: int, layer: int, expert: int, row: int) -> np.random.Generator:
+    """Return the generator of one row.
 
     Args:
         seed: Seed of the whole model.
         stream: Purpose of the draw, such as `ROUTER`.
         layer: Global layer, from 0.
         expert: Global expert, from 0.
-        rows: Rows of the expert (its neurons), from 0.
+        row: Row of the expert (its neuron), from 0.
+    """
+    return next(generators(seed, stream, layer, expert, [row]))
+
+
+def generators(
+    seed: int, stream: int, layer: int, expert: int, rows: Iterable[int]
+) -> Iterator[np.random.Generator]:
+    """Yield the generator of each row; see `generator`.
+
+    It is one object, set to each row in turn: a new generator would take four times longer.
     """
     philox = np.random.Philox(key=[seed, stream])
     source, start = np.random.Generator(philox), philox.state
@@ -34,13 +42,8 @@ def generators(
         yield source
 
 
-def generator(seed: int, stream: int, layer: int, expert: int, row: int) -> np.random.Generator:
-    """Return the generator of one row; see `generators`."""
-    return next(generators(seed, stream, layer, expert, [row]))
-
-
 def normal_row(
     seed: int, stream: int, layer: int, expert: int, row: int, size: int
 ) -> npt.NDArray[np.float64]:
-    """Draw `size` standard normal values for one row; see `generators`."""
+    """Draw `size` standard normal values for one row; see `generator`."""
     return generator(seed, stream, layer, expert, row).standard_normal(size)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import gcd, lcm
 from typing import Any
 
-from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.config import ACCOUNTED_LAYERS, ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.nodes import near, of_job
@@ -52,6 +52,31 @@ def impossible(
         f"No mapping of the model and {batch} sequences onto {world_size} GPUs is possible: "
         f"{reason} {' '.join(said) or 'Give fewer settings.'}"
     )
+
+
+def even_batches(
+    workload: Workload, world_size: int, hardware: Hardware, allowed: Allowed
+) -> list[int]:
+    """Return the nearest batches for which the layers alone can be divided over the stages.
+
+    Args:
+        workload: Model and batch.
+        world_size: Number of GPUs.
+        hardware: The GPUs and their nodes.
+        allowed: Which mappings were considered.
+    """
+    given = given_by(allowed)
+    even = replace(given, folding=dict.fromkeys(ACCOUNTED_LAYERS, False) | given.folding)
+    used = of_job(hardware, world_size)
+    batches = _batches(
+        workload.global_batch_size, world_size, _units(workload, world_size, hardware, even)
+    )
+    others = (replace(workload, global_batch_size=batch) for batch in batches)
+    return [
+        other.global_batch_size
+        for other in others
+        if any(mappings_of(other, world_size, used, even))
+    ]
 
 
 Works = Callable[[Workload, Hardware, Iterable[list[Mapping]]], bool]

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_upcycle.config import PRECISIONS, OptimizerStorage
+from nemo_upcycle.config import ACCOUNTED_LAYERS, PRECISIONS, OptimizerStorage
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
-from nemo_upcycle.planner.impossible import impossible
+from nemo_upcycle.planner.impossible import even_batches, impossible
 from nemo_upcycle.planner.memory import Memory, memory
 from nemo_upcycle.planner.nodes import of_job
 from nemo_upcycle.planner.remedies import remedies
@@ -38,6 +38,8 @@ class Tuning:
             none.
         saving: How the optimizer is stored, if the planner had to save memory there, and what this
             costs; None otherwise.
+        even_batches: Batches for which the layers alone divide over the stages, where no mapping
+            does so for this batch.
     """
 
     best: tuple[Prediction, ...]
@@ -46,6 +48,7 @@ class Tuning:
     compared: dict[str, Prediction]
     faster: Prediction | None
     saving: str | None = None
+    even_batches: tuple[int, ...] = ()
 
 
 def tune(
@@ -95,7 +98,21 @@ def tune(
         compared=_compared(workload, world_size, hardware, predictions, own),
         faster=_faster(workload, hardware, too_large, predictions[0]),
         saving=saving,
+        even_batches=_even_batches(workload, world_size, whole, allowed, every),
     )
+
+
+def _even_batches(
+    workload: Workload,
+    world_size: int,
+    hardware: Hardware,
+    allowed: Allowed,
+    every: Sequence[list[Mapping]],
+) -> tuple[int, ...]:
+    counted = (any(getattr(one.folding, name) for name in ACCOUNTED_LAYERS) for one, *_ in every)
+    if not all(counted):
+        return ()
+    return tuple(even_batches(workload, world_size, hardware, allowed))
 
 
 def _distinct(predictions: list[Prediction]) -> list[Prediction]:
@@ -204,6 +221,13 @@ def explain(tuning: Tuning) -> list[str]:
         if other.mapping != first.mapping
     ]
     lines += _routing(first)
+    if tuning.even_batches:
+        batches = " or ".join(map(str, tuning.even_batches))
+        lines.append(
+            f"{first.workload.global_batch_size} sequences divide over {first.mapping.world_size} "
+            "GPUs only where the output layer, or the embedding too, counts as a layer. "
+            f"global_batch_size={batches} has more mappings."
+        )
     if tuning.faster is not None:
         faster = tuning.faster
         lines.append(

@@ -107,8 +107,8 @@ DAMAGED: dict[str, tuple[str, Callable[[Weights], Weights], Config, str]] = {
     "another number of layers": ("llama", lambda w: w, {"num_hidden_layers": 5}, "9 missing"),
     "RoPE of a kind that is not computed": (
         *("llama", lambda weights: weights),
-        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-        "'yarn'",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        "'dynamic'",
     ),
     "an MoE without an expert's weights": ("mixtral", lacking(EXPERT), {}, f"has no {EXPERT}"),
     "an MoE without an output layer": (

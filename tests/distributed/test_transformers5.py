@@ -12,6 +12,7 @@ from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.families import FAMILIES
 from nemo_upcycle.families.defaults import DEFAULTS
 from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
+from nemo_upcycle.families.rope import UNSCALED_ROPE
 from nemo_upcycle.trained.export import export
 from nemo_upcycle.trained.opened import open_trained
 from tests.distributed import transformers5
@@ -61,8 +62,9 @@ def test_configs_of_transformers_5(transformers_5: Path) -> None:
     given = {
         family: CONFIG
         | {"rope_theta": 5e5, "model_type": family}
-        | ({"partial_rotary_factor": 0.25} if family == "nemotron" else {"rope_scaling": LINEAR})
-        | ({"num_local_experts": 8} if family == "mixtral" else {"num_experts": 8})
+        | ({"partial_rotary_factor": 0.25} if family in UNSCALED_ROPE else {"rope_scaling": LINEAR})
+        | {"num_experts" if family.startswith("qwen") else "num_local_experts": 8}
+        | {"pad_token_id": 0}
         | {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 1}
         for family in DEFAULTS
     }

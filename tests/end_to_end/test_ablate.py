@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_upcycle.ablations import studies
-from nemo_upcycle.ablations.bases import BATCH
+from nemo_upcycle.ablations.bases import BATCH, TINY, Base
 from nemo_upcycle.ablations.results import Workspace, jobs_of
+from nemo_upcycle.ablations.workers import train_all
 from nemo_upcycle.data.choices import write_choices
 from tests import progress
 from tests.end_to_end import cli
@@ -202,9 +205,33 @@ def test_a_recipe_is_compared_within_its_minutes_and_goes_on(tmp_path: Path) -> 
     shutil.copytree(tmp_path / "ablations" / "results", tmp_path / "limited" / "results")
     _keep_plan_of_two_steps(tmp_path, limited)
     report = (tmp_path / "limited" / "ablations.md").read_text()
-    assert "**Left out:** 2 of the recipe's" in report
+    assert "**Left out:** steps beyond 2 of the recipe's" in report
     again = {path.stem: path.read_bytes() for path in (tmp_path / "limited/results").glob("*.json")}
     assert again == found  # the plan has the steps of the results that are there
+
+
+class Spawned(Base):
+    """The tiny model, with processes that start as on a GPU."""
+
+    start_method = "spawn"
+
+
+@pytest.mark.slow
+def test_a_process_that_starts_as_on_a_gpu_comes_to_the_same(tmp_path: Path) -> None:
+    workspace = Workspace(make_workspace(tmp_path / "demo"))
+    arm = studies.ARMS["dense"]
+    ends = []
+    for name, base in (("forked", TINY), ("spawned", Spawned(**vars(TINY)))):
+        jobs = jobs_of([replace(arm, base=base)], 1, STEPS, workspace, tmp_path / name)
+        late = [replace(jobs[0], seed=2)]  # would end after the deadline, and is not started
+        deadline, logs = time.time() + 1e6, tmp_path / f"{name}-logs"
+        done = train_all([*late, *jobs], 1, logs, deadline, lambda job: 1e9 * (job.seed == 2))
+        assert [job.seed for job in done] == [1]
+        result = jobs[0].result()
+        assert result is not None
+        assert late[0].result() is None
+        ends.append((result.start, result.end))
+    assert ends[0] == pytest.approx(ends[1])
 
 
 def _keep_plan_of_two_steps(directory: Path, command: tuple[str, ...]) -> None:
@@ -216,7 +243,7 @@ def _keep_plan_of_two_steps(directory: Path, command: tuple[str, ...]) -> None:
     kept = json.loads(plan.read_text())
     kept["plan"]["steps"], kept["plan"]["seeds"] = 2, 2
     kept["plan"]["arms"] = ["e8t2", "dense", "dense_flops", "drop", "g4", "scratch"]
-    kept["plan"]["left_out"] = ["2 of the recipe's 763 steps are trained"]
+    kept["plan"]["left_out"] = ["steps beyond 2 of the recipe's 763"]
     plan.write_text(json.dumps(kept))
     cli.run(directory, *command)
 

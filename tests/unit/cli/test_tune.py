@@ -136,11 +136,11 @@ CLEAR: list[tuple[list[str], str]] = [
     ),
     (["global_batch_size=0"], "global_batch_size is 0; expected 1 or more"),
     (["--recipe", "llama3_8b_dense", "recompute=moe"], "has no experts"),
-    (["--gpus", "96"], "Possible: global_batch_size=480 or 576; or 64 or 128 GPUs."),
-    (["--gpus", "24"], "Possible: global_batch_size=480 or 576; or 16 or 32 GPUs."),
-    (["--gpus", "12"], "with more memory per GPU: global_batch_size=480 or 576; or 8 or 16 GPUs."),
+    (["--gpus", "80"], "Possible: global_batch_size=480 or 560; or 68 or 88 GPUs."),
+    (["--gpus", "40"], "Possible: global_batch_size=480 or 560; or 32 or 44 GPUs."),
+    (["--gpus", "10"], "with more memory per GPU: global_batch_size=480 or 560; or 8 or 12 GPUs."),
     (["--gpus", "13"], "13 GPUs do not spread evenly over nodes of 8 GPUs, with at least half of"),
-    (["--gpus", "13"], "Use 8 (1 node of 8) or 16 (2 nodes of 8)."),
+    (["--gpus", "13"], "Use 12 (2 nodes of 6) or 16 (2 nodes of 8)."),
     (["--gpus", "64", "num_gpus_per_node=6"], "num_gpus_per_node=6 does not make 64; expected 60"),
     (["--gpus", "64", "num_gpus_per_node=16"], "but a node of H100 has 8 GPUs; use 1 to 8"),
     (["--gpus", "64", "num_nodes=128"], "num_nodes=128 does not make 64; expected 128 GPUs"),
@@ -261,3 +261,14 @@ def test_one_node_gets_a_command_with_the_optimizer_on_the_host(tmp_path: Path) 
     given = ("--gpus", "8", "optimizer_offload_fraction=0.8")
     kept = trained_with("--dense", str(tmp_path), *given)
     assert kept["optimizer_offload_fraction"] == "0.8"
+
+
+@pytest.mark.parametrize("gpus", ["96", "24", "12"])
+def test_a_batch_that_divides_only_unevenly_is_named(gpus: str) -> None:
+    result = run("--gpus", gpus)
+    assert result.exit_code == 0, result.output
+    assert "PP3+L" in result.output
+    assert "global_batch_size=480 or 576 has more mappings" in " ".join(result.output.split())
+    assert f"num_nodes={-(-int(gpus) // 8)}," in result.output
+    assert "account_for_loss_in_pipeline_split=True" in result.output
+    assert "has more mappings" not in run("--gpus", gpus, "global_batch_size=480").output
