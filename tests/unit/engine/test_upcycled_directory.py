@@ -37,11 +37,16 @@ EXACT = {
     ),
 }
 SHARED = {"shared expert", "part shared"}
+SIGMOID = {"sigmoid", "sigmoid, expert bias, part shared"}
 REFUSED = {
     "qwen3": SHARED,
-    "mistral, window": SHARED | {"some layers", "sigmoid", "sigmoid, expert bias, part shared"},
+    "mistral, window": SHARED | SIGMOID | {"some layers"},
+    "granite": SIGMOID | {"some layers", "part shared"},
+    "phi3": EXACT.keys(),
+    "smollm3": EXACT.keys(),
 }
-"""What no architecture of transformers has beside a window, or norms of queries and keys."""
+"""What no architecture of transformers has beside a window, norms of queries and keys, multipliers,
+a head rotated in part, and layers without RoPE."""
 
 TOKENS = torch.arange(40)[None] * 5 % 250
 
