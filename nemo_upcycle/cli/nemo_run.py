@@ -28,7 +28,7 @@ try:
 except UpcyclingError as error:  # a version; NeMo-Run would say only that there is no such command
     if sys.argv[1:2] not in (["llm"], ["upcycle"]):
         raise
-    typer.secho(f"Error: {error}", err=True, fg=typer.colors.RED)
+    print(f"Error: {error}", file=sys.__stderr__)  # what is written while importing is hidden
     raise SystemExit(1) from None
 
 __all__ = ["any_model", "executors", "llama_tiny", "upcycled", "upcycled_gpt"]
