@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nemo_upcycle.initializers.random import generator, generators
+from nemo_upcycle.initializers.random import generators
 
 Values = npt.NDArray[np.float32]
 Statistics = Callable[[str], tuple[float, float]]
@@ -101,9 +101,9 @@ class Neurons:
         """
         count = len(self.expert_ids)
         stream = _CHOICE + _STREAMS_OF_A_DRAW * draw
-        order = generator(self.seed, stream, self.layer, self.expert, 0).permutation(count)
+        source = next(generators(self.seed, stream, self.layer, self.expert, [0]))
         chosen = np.zeros(count, bool)
-        chosen[order[: int(fraction * count)]] = True
+        chosen[source.permutation(count)[: int(fraction * count)]] = True
         first = self.ids.start - self.expert_ids.start
         return chosen[first : first + len(self.ids)]
 

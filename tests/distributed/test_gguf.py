@@ -8,8 +8,7 @@ import torch
 from nemo_upcycle.config import UpcyclingConfig
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool
-from tests.distributed.step0 import FOLDED, IDS, TOLERANCE
-from tests.distributed.test_import import logits
+from tests.distributed.step0 import FOLDED, IDS, TOLERANCE, opened_logits
 from tests.gguf_files import write_gguf
 from tests.tiny import write_dense
 
@@ -34,5 +33,5 @@ def test_logits_equal_transformers(ranks: RankPool, tmp_path: Path) -> None:
     )
     for positions, found in filter(None, outputs):
         assert (found - expected[:, positions]).abs().max() <= TOLERANCE
-    (evaluated,) = ranks.run(logits, 1, source=source, ids=IDS)
+    (evaluated,) = ranks.run(opened_logits, 1, source=source, ids=IDS)
     assert (evaluated - expected).abs().max() <= TOLERANCE

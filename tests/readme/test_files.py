@@ -27,6 +27,13 @@ def test_links_lead_somewhere(page: str) -> None:
         assert not anchor or anchor in anchors(name), link
 
 
+def test_no_module_of_tests_imports_from_another() -> None:
+    """What several modules use is in modules without `test_`, as CONTRIBUTING.md says."""
+    imports = re.compile(r"^ *from tests[\w.]*(?:\.test_\w+ import| import test_).*", re.MULTILINE)
+    found = {path: imports.findall(path.read_text()) for path in ROOT.glob("tests/**/*.py")}
+    assert not {path: lines for path, lines in found.items() if lines}
+
+
 def test_the_readme_is_short() -> None:
     assert len(text("README.md").splitlines()) <= 170
 
