@@ -4,7 +4,7 @@ Memory is that of all processes together: resident pages that are in no file, sa
 largest sum. The weights' files are in the page cache if they fit.
 
 Usage: python -m benchmarks.calibrate [--layers 32] [--tokens 2048] [--processes 2] [--dir DIR]
-           [--second-moment diagonal]
+           [--second-moment diagonal] [--vocabulary 128256]
 """
 
 import argparse
@@ -21,13 +21,13 @@ from nemo_upcycle.data.tokenizer import train_tokenizer
 POLL_S = 0.2
 
 
-def build(directory: Path, layers: int) -> None:
-    """Write a random Llama in bf16 with layers and vocabulary of Llama 3 8B."""
+def build(directory: Path, layers: int, vocabulary: int) -> None:
+    """Write a random Llama in bf16 with the layers of Llama 3 8B."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=128256,
+        vocab_size=vocabulary,
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=layers,
@@ -74,6 +74,7 @@ def main() -> None:
     """Calibrate once, and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--processes", type=int, default=2)
@@ -88,8 +89,8 @@ def main() -> None:
             [
                 *(sys.executable, "-c"),
                 "import sys; from pathlib import Path; from benchmarks.calibrate import build; "
-                "build(Path(sys.argv[1]), int(sys.argv[2]))",
-                *(str(dense), str(arguments.layers)),
+                "build(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))",
+                *(str(dense), str(arguments.layers), str(arguments.vocabulary)),
             ],
             check=True,
         )

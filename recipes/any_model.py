@@ -1,5 +1,9 @@
 """The factory `upcycle`: any dense checkpoint, on the GPUs that are there."""
 
+import nemo_upcycle.nemo  # noqa: F401  checks versions, before NeMo is imported
+
+# isort: split
+
 import sys
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,5 +1,9 @@
 """NeMo-Run configurations from a recipe's numbers."""
 
+import nemo_upcycle.nemo  # noqa: F401  checks versions, before NeMo is imported
+
+# isort: split
+
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable

@@ -1,5 +1,9 @@
 """A Llama of 1.1M parameters, dense and upcycled: the whole pipeline on a laptop's CPU."""
 
+import nemo_upcycle.nemo  # noqa: F401  checks versions, before NeMo is imported
+
+# isort: split
+
 from collections.abc import Callable
 from typing import Any, Optional
 

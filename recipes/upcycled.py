@@ -1,5 +1,9 @@
 """The factory of every full-size recipe: one function, many numbers."""
 
+import nemo_upcycle.nemo  # noqa: F401  checks versions, before NeMo is imported
+
+# isort: split
+
 from collections.abc import Callable
 from typing import Any, Optional
 

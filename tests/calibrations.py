@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from nemo_upcycle.calibration.calibrate import Calibration, calibrate
 from nemo_upcycle.checkpoint.branches import open_branches
-from nemo_upcycle.checkpoint.fingerprint import fingerprint
+from nemo_upcycle.checkpoint.fingerprint import weights_fingerprint
 from nemo_upcycle.initializers.statistics import FORMAT, MANIFEST
 from tests.corpora import many, write
 from tests.tiny import write_dense
@@ -59,7 +59,7 @@ def write_statistics(
     of_source = {"input.mean": hidden, "neurons.rate": ffn, "neurons.magnitude": ffn}
     values = {
         "format": FORMAT,
-        "fingerprint": fingerprint(checkpoint),
+        "fingerprint": weights_fingerprint(checkpoint),
         "branches": len(checkpoint.branches),
         "num_layers": arch.num_layers,
         "hidden_size": hidden,

@@ -23,7 +23,7 @@ from nemo_upcycle.calibration.text import Prompts, Source, read_prompts, read_so
 from nemo_upcycle.checkpoint import DenseCheckpoint, Piece, TensorInfo
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.checkpoint.described import check_whole
-from nemo_upcycle.checkpoint.fingerprint import fingerprint
+from nemo_upcycle.checkpoint.fingerprint import weights_fingerprint
 from nemo_upcycle.checkpoint.huggingface import read_header
 from nemo_upcycle.checkpoint.tokenizer_directory import named_tokenizer
 from nemo_upcycle.data.encoder import load_encoder
@@ -184,7 +184,7 @@ def _manifest(
     arch = checkpoint.architecture
     return {
         "format": FORMAT,
-        "fingerprint": fingerprint(checkpoint),
+        "fingerprint": weights_fingerprint(checkpoint),
         "branches": len(checkpoint.branches),
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,

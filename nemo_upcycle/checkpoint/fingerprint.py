@@ -1,6 +1,7 @@
 """What a few values of each tensor tell about a dense checkpoint, without reading all of it."""
 
 import hashlib
+from dataclasses import fields
 
 from nemo_upcycle.checkpoint import DTYPE_BYTES, DenseCheckpoint
 from nemo_upcycle.errors import UpcyclingError
@@ -25,7 +26,14 @@ def fingerprint(checkpoint: DenseCheckpoint) -> str:
     Raises:
         UpcyclingError: The checkpoint is damaged.
     """
-    return _digest(repr(checkpoint.architecture), checkpoint)
+    # Fields at their default do not count: new fields must not change what is known.
+    arch = checkpoint.architecture
+    said = [
+        (field.name, getattr(arch, field.name))
+        for field in fields(arch)
+        if getattr(arch, field.name) != field.default
+    ]
+    return _digest(repr(said), checkpoint)
 
 
 def weights_fingerprint(checkpoint: DenseCheckpoint) -> str:

@@ -25,10 +25,12 @@ from nemo_upcycle.errors import UpcyclingError
 
 try:
     from nemo_upcycle_recipes import any_model, executors, llama_tiny, upcycled, upcycled_gpt
+
+    import nemo_upcycle.nemo  # noqa: F401  checks versions, before recipes import NeMo
 except UpcyclingError as error:  # a version; NeMo-Run would say only that there is no such command
     if sys.argv[1:2] not in (["llm"], ["upcycle"]):
         raise
-    typer.secho(f"Error: {error}", err=True, fg=typer.colors.RED)
+    print(f"Error: {error}", file=sys.__stderr__)  # what is written while importing is hidden
     raise SystemExit(1) from None
 
 __all__ = ["any_model", "executors", "llama_tiny", "upcycled", "upcycled_gpt"]

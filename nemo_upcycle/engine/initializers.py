@@ -1,7 +1,7 @@
 """Check initialisers against the dense checkpoint, before anything is written."""
 
 from nemo_upcycle.checkpoint import DenseCheckpoint
-from nemo_upcycle.checkpoint.fingerprint import fingerprint
+from nemo_upcycle.checkpoint.fingerprint import weights_fingerprint
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.initializers import Target, make_initializer, make_router_initializer
 
@@ -24,6 +24,6 @@ def check_initializers(upcycling: UpcyclingConfig, checkpoint: DenseCheckpoint) 
     )
     checks = [each.check for each in made if hasattr(each, "check")]
     if checks:
-        target = Target(fingerprint(checkpoint), checkpoint.architecture, upcycling)
+        target = Target(weights_fingerprint(checkpoint), checkpoint.architecture, upcycling)
         for check in checks:
             check(target)

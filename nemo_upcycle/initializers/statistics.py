@@ -28,7 +28,8 @@ class Target:
     """The model that is made, as far as statistics must fit.
 
     Attributes:
-        fingerprint: Of the dense checkpoint; see `checkpoint.fingerprint`.
+        fingerprint: Of the dense weights; see `checkpoint.fingerprint`. It does not change with the
+            fields of a config that this package knows.
         arch: The dense model's architecture.
         upcycling: What the feed-forward layers become.
     """

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.checkpoint.checks import check_tensors
 from nemo_upcycle.checkpoint.fingerprint import check_tied, fingerprint
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families import family_of
+from nemo_upcycle.families import Architecture, family_of
 from tests.tiny import write_llama
 
 
@@ -56,3 +57,16 @@ def test_fingerprint_tells_checkpoints_apart(dense: Path, tmp_path: Path) -> Non
         fingerprint(HuggingFaceCheckpoint(path)) for path in (dense, same, other)
     )
     assert first == sharded != second
+
+
+def test_a_new_field_of_the_architecture_changes_no_fingerprint(dense: Path) -> None:
+    """Runs and statistics of earlier versions stay known, unless the field is used."""
+    checkpoint = HuggingFaceCheckpoint(dense)
+    before, arch = fingerprint(checkpoint), checkpoint.architecture
+    later = make_dataclass("Later", [("new", int, 0)], bases=(Architecture,), frozen=True)
+    vars(checkpoint)["architecture"] = later(**vars(arch))
+    assert fingerprint(checkpoint) == before
+    vars(checkpoint)["architecture"] = later(**vars(arch), new=1)
+    assert fingerprint(checkpoint) != before
+    vars(checkpoint)["architecture"] = replace(arch, rotary_base=arch.rotary_base + 1)
+    assert fingerprint(checkpoint) != before
