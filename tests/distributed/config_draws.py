@@ -352,7 +352,7 @@ def write(directory: Path, family: str, seed: int) -> Path:
         elif "norm" in name:
             values = 0.3 * values + (family != "nemotron")  # which adds 1
         elif "embed" not in name:
-            values *= 1.5 / shape[-1] ** 0.5
+            values *= 1.5 / max(1, shape[-1]) ** 0.5  # a shared expert may have no neurons
         tensors[name] = values
     inert = Random(seed).random() < 0.9
     for name in tensors:

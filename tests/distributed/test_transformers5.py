@@ -57,13 +57,18 @@ def configs(transformers_5: Path, given: dict[str, Any]) -> dict[str, Any]:
     return json.loads(transformers5.end(process).splitlines()[-1])
 
 
+NAMES = {"glm4_moe": "n_routed_experts"}
+NAMES |= {family: "num_experts" for family in DEFAULTS if family.startswith("qwen")}
+"""The key for the number of experts in transformers 4, where it is not `num_local_experts`."""
+
+
 def test_configs_of_transformers_5(transformers_5: Path) -> None:
     """The defaults are the same, and what 5 saves of a config of 4 is read as that one."""
     given = {
         family: CONFIG
         | {"rope_theta": 5e5, "model_type": family}
         | ({"partial_rotary_factor": 0.25} if family in UNSCALED_ROPE else {"rope_scaling": LINEAR})
-        | {"num_experts" if family.startswith("qwen") else "num_local_experts": 8}
+        | {NAMES.get(family, "num_local_experts"): 8}
         | {"pad_token_id": 0}
         | {"moe_intermediate_size": 48, "shared_expert_intermediate_size": 1}
         for family in DEFAULTS
