@@ -176,8 +176,8 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
     if family == "glm4_moe":
         expert_width = random.choice([ffn, ffn // 2])
         shared = random.choice([ABSENT, 0, 1, 2])
-        first = random.choice([ABSENT, 0, 0, 1, layers])
-        norm_topk = random.choice([ABSENT, True, True, topk != 1, topk != 1, None])
+        first = random.choice([ABSENT, 0, 0, 1] * 4 + [layers])
+        norm_topk = random.choice([ABSENT, True, True, topk != 1, topk != 1] * 4 + [None])
         bias, norm = random.choice([False, True]), random.choice([False, True])
         config["moe_intermediate_size"] = expert_width
         for key, value in {
@@ -186,10 +186,10 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
             "norm_topk_prob": norm_topk,
             "attention_bias": bias or random.choice([ABSENT, False]),
             "use_qk_norm": norm or random.choice([ABSENT, False]),
-            "n_group": random.choice([ABSENT, 1, 1, 1, 1, 2]),
+            "n_group": random.choice([ABSENT, 1] * 8 + [2]),
             "topk_group": random.choice([ABSENT, 1]),
-            "routed_scaling_factor": random.choice([ABSENT, 1.0, 1.0, 1, 2.5]),
-            "num_local_experts": random.choice([ABSENT] * 8 + [experts, 4]),
+            "routed_scaling_factor": random.choice([ABSENT, 1.0, 1] * 6 + [2.5]),
+            "num_local_experts": random.choice([ABSENT] * 18 + [experts, 4]),
         }.items():
             _say(config, key, value)
         shared = (1 if shared is ABSENT else shared) * expert_width
@@ -296,7 +296,7 @@ def _yarn(random: Random) -> dict[str, Any]:
 
 def _windows(random: Random, family: str, layers: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    reads = {"llama": 0.1, "nemotron": 0.1, "mistral": 0.8, "mixtral": 0.8}
+    reads = {"llama": 0.1, "nemotron": 0.1, "glm4_moe": 0.1, "mistral": 0.8, "mixtral": 0.8}
     reads |= {"phi3": 0.8, "smollm3": 0.8} | dict.fromkeys(GRANITE, 0.1)
     if random.random() < reads.get(family, 0.9):
         _say(found, "sliding_window", random.choice([ABSENT, None, 4, 8, 36, 4096]))
