@@ -31,7 +31,7 @@ from nemo_upcycle.check.models import (
     owned,
     shards,
 )
-from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
+from nemo_upcycle.checkpoint import open_checkpoint
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine import cpu, load
@@ -63,7 +63,7 @@ def build(
     dense: Path, folding: ParallelFolding, upcycling: UpcyclingConfig, **overrides: Any
 ) -> Chunks:
     """Build this rank's model for a dense checkpoint."""
-    hf_config = HuggingFaceCheckpoint(dense).config
+    hf_config = open_checkpoint(str(dense)).config
     arch = architecture_of(hf_config)
     return build_from(arch, folding, upcycling, **overrides)
 
@@ -102,7 +102,7 @@ def upcycled(
 ) -> Chunks:
     """Build the model and fill it."""
     chunks = build(dense, folding, upcycling, **overrides)
-    load.fill(chunks, HuggingFaceCheckpoint(dense), upcycling)
+    load.fill(chunks, open_checkpoint(str(dense)), upcycling)
     return chunks
 
 
