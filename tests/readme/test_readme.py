@@ -208,7 +208,7 @@ def test_the_blend_shown_is_taken(tmp_path: Path) -> None:
 def test_the_initializer_shown_works(monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo_upcycle.initializers import make_initializer, registry
 
-    monkeypatch.setattr(registry, "_makers", dict(registry._makers))
+    monkeypatch.setattr(registry.EXPERTS, "_makers", dict(registry.EXPERTS._makers))
     (shown,) = code("docs/ways-of-upcycling.md", "python")
     exec(shown, {})
     make_initializer("flip(fraction=0.1)")
