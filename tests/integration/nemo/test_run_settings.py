@@ -12,7 +12,10 @@ def settings(**config: Any) -> dict[str, Any]:
     optim = SimpleNamespace(config=SimpleNamespace(lr=1e-3, **config), lr_scheduler=None)
     module: Any = SimpleNamespace(optim=optim, config=None)
     trainer: Any = SimpleNamespace(
-        max_steps=3, precision_plugin=SimpleNamespace(precision="bf16-mixed"), datamodule=None
+        max_steps=3,
+        callbacks=(),
+        precision_plugin=SimpleNamespace(precision="bf16-mixed"),
+        datamodule=None,
     )
     return settings_of(trainer, module)
 
