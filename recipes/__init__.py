@@ -1,5 +1,3 @@
 """NeMo-Run recipes. `numbers` is plain data; only the factories import NeMo."""
 
-from nemo_upcycle.engine.versions import mend
-
-mend()  # before a factory imports NeMo
+import nemo_upcycle.engine  # noqa: F401  mends what a factory imports with NeMo

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_upcycle.checkpoint import DenseCheckpoint
+from nemo_upcycle.checkpoint.dtypes import torch_dtype
+
 LARGEST = 448.0
 """The largest number of E4M3."""
 
@@ -130,3 +133,18 @@ def write_fp8(dense: Path, directory: Path, way: str, dtype: torch.dtype = BF16)
         json.dumps(config | {"quantization_config": kind.config})
     )
     return plain
+
+
+def read_block(
+    checkpoint: DenseCheckpoint,
+    name: str,
+    rows: tuple[int, int],
+    columns: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Read a block of a tensor, as a plan does."""
+    info = checkpoint.tensors[name]
+    dtype = torch_dtype(info.dtype)
+    width = info.width if columns is None else columns[1] - columns[0]
+    raw = bytearray((rows[1] - rows[0]) * width * dtype.itemsize)
+    checkpoint.read_into(memoryview(raw), name, rows, columns)
+    return torch.frombuffer(raw, dtype=dtype).view(-1, width)

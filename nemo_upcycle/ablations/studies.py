@@ -196,6 +196,13 @@ BASELINE = next(iter(ARMS))
 _REAL_CONTROLS = ("dense", "dense_flops", "scratch")
 _LLAMA3, _NVIDIA = "arXiv 2412.09952", "arXiv 2410.07524"
 
+_DROP_IS_LOWER = Claim(
+    "Drop-Upcycling (ratio 0.5) ends lower than copies",
+    "arXiv 2502.19261, over far longer trainings",
+    "drop",
+    "e8t2",
+)
+
 STUDIES = {
     study.name: study
     for study in (
@@ -364,12 +371,7 @@ STUDIES = {
             "Should experts start as copies?",
             ("e8t2", "drop", "noise", "random", "hybrid"),
             (
-                Claim(
-                    "Drop-Upcycling (ratio 0.5) ends lower than copies",
-                    "arXiv 2502.19261, over far longer trainings",
-                    "drop",
-                    "e8t2",
-                ),
+                _DROP_IS_LOWER,
                 Claim(
                     "Copies start lower than Drop-Upcycling",
                     "arXiv 2502.19261: dropping costs knowledge at first",
@@ -397,12 +399,7 @@ REAL_MODEL = Study(
     ("e8t2", "dense", "dense_flops", "drop", "g4", "scratch"),
     (
         *(claim for claim in STUDIES["controls"].claims if claim.higher in _REAL_CONTROLS),
-        Claim(
-            "Drop-Upcycling (ratio 0.5) ends lower than copies",
-            "arXiv 2502.19261, over far longer trainings",
-            "drop",
-            "e8t2",
-        ),
+        _DROP_IS_LOWER,
         Claim(
             "32 experts in virtual groups (E8G4T8) end lower than 8",
             f"{_NVIDIA}: finer is better up to about 64 experts",

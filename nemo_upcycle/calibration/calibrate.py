@@ -7,7 +7,7 @@ complete lane. The output depends neither on the number of processes nor on inte
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,17 @@ from nemo_upcycle.calibration.processes import Processes
 from nemo_upcycle.calibration.reduce import reduce
 from nemo_upcycle.calibration.sums import DIAGONAL, SECOND_MOMENTS
 from nemo_upcycle.calibration.text import Prompts, Source, read_prompts, read_sources
-from nemo_upcycle.checkpoint import DenseCheckpoint, Piece, TensorInfo
+from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.fingerprint import weights_fingerprint
-from nemo_upcycle.checkpoint.huggingface import read_header
+from nemo_upcycle.checkpoint.safetensors_header import header_of, read_header
 from nemo_upcycle.checkpoint.tokenizer_directory import named_tokenizer
 from nemo_upcycle.data.encoder import load_encoder
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.files import check_writable, output_directory
+from nemo_upcycle.files import check_writable, output_directory, write_whole
 from nemo_upcycle.initializers.statistics import FORMAT, MANIFEST, read_manifest
 from nemo_upcycle.progress import Progress, no_progress, size
-from nemo_upcycle.trained.outputs import header
 from nemo_upcycle.work_directory import work_directory
 
 SEQUENCE_LENGTH = 2048
@@ -246,9 +245,7 @@ def _compute_layers(
                 arrays = reduce(
                     work, sources, prompts, lanes, layer, calibration.clusters, calibration.seed
                 )
-                new = file.with_suffix(".partial")
-                new.write_bytes(save({f"layers.{layer}.{k}": v for k, v in arrays.items()}))
-                os.replace(new, file)
+                write_whole(file, save({f"layers.{layer}.{k}": v for k, v in arrays.items()}))
             work.remove(layer)
 
 
@@ -259,23 +256,18 @@ def _put_together(
     calibration: Calibration, manifest: dict[str, Any], layers: Sequence[Path]
 ) -> None:
     """Write all layers as one safetensors file, a tensor at a time."""
-    infos = {
+    infos = {  # in the order of their bytes
         name: info
         for layer in layers
-        for name, (info, _) in _in_order(read_header(layer.parent, layer.name))
+        for name, (info, _) in sorted(
+            read_header(layer.parent, layer.name).items(), key=lambda entry: entry[1][1].start
+        )
     }
     new = calibration.work / "new.statistics"
     with new.open("wb") as out:
-        out.write(header(infos, {MANIFEST: json.dumps(manifest, sort_keys=True)}))
+        out.write(header_of(infos, {MANIFEST: json.dumps(manifest, sort_keys=True)}))
         for layer in layers:
             with layer.open("rb") as file:
                 file.seek(8 + int.from_bytes(file.read(8), "little"))
                 shutil.copyfileobj(file, out)
     os.replace(new, calibration.out)
-
-
-def _in_order(
-    entries: Mapping[str, tuple[TensorInfo, Piece]],
-) -> list[tuple[str, tuple[TensorInfo, Piece]]]:
-    """Return a file's tensors in the order of their bytes."""
-    return sorted(entries.items(), key=lambda entry: entry[1][1].start)

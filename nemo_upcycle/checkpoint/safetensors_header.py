@@ -1,10 +1,13 @@
-"""The header of a safetensors file: where each tensor's bytes are."""
+"""The header of a safetensors file, read and written: where each tensor's bytes are."""
 
 import json
 import math
 import os
+import struct
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from nemo_upcycle.checkpoint.dense import DTYPE_BYTES, Entry, Piece, TensorInfo
 from nemo_upcycle.errors import UpcyclingError
@@ -61,6 +64,25 @@ def read_header(directory: Path, file: str) -> dict[str, Entry]:
     if 8 + length + end > size:
         raise _damaged(path, f"it has {size} bytes of the {8 + length + end} that its header says")
     return entries
+
+
+def header_of(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """Return what stands before the tensors of a safetensors file.
+
+    Args:
+        infos: The tensors, by name, in the file's order.
+        metadata: Texts by name.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, info in infos.items():
+        stop = position + info.bytes
+        offsets = [position, stop]
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+        position = stop
+    raw = json.dumps(entries, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
 
 
 def _entry(file: str, data: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:

@@ -104,10 +104,9 @@ class ParallelFolding:
                 f"{uneven[0]} is {getattr(self, uneven[0])}, but pipeline_model_parallel_size is "
                 "1; uneven stages need pipeline stages."
             )
-        accounted = [name for name in ACCOUNTED_LAYERS if getattr(self, name)]
-        if uneven and accounted:
+        if uneven and self.accounted:
             raise UpcyclingError(
-                f"Both {uneven[0]} and {accounted[0]} are set; Megatron supports one kind of "
+                f"Both {uneven[0]} and {self.accounted[0]} are set; Megatron supports one kind of "
                 "uneven stages at a time. Leave one out."
             )
 
@@ -127,6 +126,11 @@ class ParallelFolding:
             f"VPP{sizes['VPP']}" if sizes["VPP"] else "",
         ]
         return f"{' '.join(filter(None, attention))} · ETP{sizes['ETP']} EP{sizes['EP']}"
+
+    @property
+    def accounted(self) -> list[str]:
+        """The fields of `ACCOUNTED_LAYERS` that are set."""
+        return [name for name in ACCOUNTED_LAYERS if getattr(self, name)]
 
     @property
     def sequence_parallel(self) -> bool:

@@ -23,7 +23,7 @@ from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.fields import experts_in
 from nemo_upcycle.families.model import upcycling_of
-from nemo_upcycle.families.names import expert_of, layer_of
+from nemo_upcycle.families.names import expert_of, is_router, layer_of
 from nemo_upcycle.initializers import initialize_router
 
 LOSSES = {
@@ -254,7 +254,7 @@ class _Moved:
                 self._add_expert(own)
         if first_router is not None and _first_with_its_router():
             for own in owned:
-                if own.shard.name.endswith(".mlp.router.weight"):
+                if is_router(own.shard.name):
                     self._add_router(own, first_router)
         self.sums = (self._sum_of_copies, self._squares)
 

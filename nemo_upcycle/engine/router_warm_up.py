@@ -13,17 +13,13 @@ from typing import Any
 import torch
 
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.families.names import is_router
 
 LARGEST_STEP = 2.0
 """Limit of the size of the first updates after the warm-up, relative to a new Adam's."""
 
 _STEPS = 1000
 """Steps over which the largest update is looked for; the largest comes after 1 / (1 - beta1)."""
-
-
-def is_router(name: str) -> bool:
-    """Return whether a parameter is a router's weight."""
-    return name.endswith(".mlp.router.weight")
 
 
 @contextmanager
@@ -48,6 +44,29 @@ def only_routers(models: Iterable[torch.nn.Module], optimizer: Any) -> Iterator[
     finally:
         for group, decay in zip(groups, decays, strict=True):
             group["weight_decay"] = decay
+
+
+def check_steps(steps: int) -> None:
+    """Check the number of steps.
+
+    Raises:
+        UpcyclingError: It is less than 1.
+    """
+    if steps < 1:
+        raise UpcyclingError(f"router_warmup_steps is {steps}; expected 1 or more.")
+
+
+def check_optimizer(config: Any) -> None:
+    """Check that the optimizer's first updates after the warm-up are not too large.
+
+    Args:
+        config: Megatron's config of the optimizer.
+
+    Raises:
+        UpcyclingError: As of `check_betas`; other optimizers than Adam are not checked.
+    """
+    if config.optimizer == "adam":
+        check_betas(config.adam_beta1, config.adam_beta2)
 
 
 def check_betas(beta1: float, beta2: float) -> None:

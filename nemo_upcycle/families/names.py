@@ -39,6 +39,11 @@ def expert_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_router(name: str) -> bool:
+    """Return whether a parameter is a router's weight."""
+    return name.endswith(".mlp.router.weight")
+
+
 def is_expert_bias(name: str) -> bool:
     """Return whether a name is that of a router's expert bias, a buffer that is trained."""
     return name.endswith(f".{EXPERT_BIAS}")

@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from nemo_upcycle.engine.router_warm_up import check_betas, only_routers
-from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.engine.router_warm_up import check_optimizer, check_steps, only_routers
 
 
 class RouterWarmUp:
@@ -23,8 +22,7 @@ class RouterWarmUp:
     """
 
     def __init__(self, steps: int) -> None:
-        if steps < 1:
-            raise UpcyclingError(f"router_warmup_steps is {steps}; expected 1 or more.")
+        check_steps(steps)
         self.steps = steps
 
     def start(self, models: Sequence[torch.nn.Module], optimizer: Any, step: int = 0) -> None:
@@ -38,8 +36,7 @@ class RouterWarmUp:
         Raises:
             UpcyclingError: Adam's betas do not fit a warm-up.
         """
-        if optimizer.config.optimizer == "adam":
-            check_betas(optimizer.config.adam_beta1, optimizer.config.adam_beta2)
+        check_optimizer(optimizer.config)
         left, plain_step = self.steps - step, optimizer.step
 
         def frozen_step() -> Any:

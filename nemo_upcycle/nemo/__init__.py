@@ -2,8 +2,7 @@
 
 import lightning.pytorch.loggers
 
-from nemo_upcycle.engine.versions import mend
+import nemo_upcycle.engine  # noqa: F401  mends what NeMo imports
 from nemo_upcycle.nemo.versions import check_lightning
 
-mend()  # before NeMo imports what is mended
 check_lightning(lightning.pytorch.loggers)

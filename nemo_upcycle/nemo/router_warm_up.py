@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from nemo_upcycle.engine.router_warm_up import check_betas, only_routers
+from nemo_upcycle.engine.router_warm_up import check_optimizer, check_steps, only_routers
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.nemo.recorded import Recorded
 
@@ -25,8 +25,7 @@ class RouterWarmUp(pl.Callback, Recorded):
     """
 
     def __init__(self, steps: int, verbose: bool = True) -> None:
-        if steps < 1:
-            raise UpcyclingError(f"router_warmup_steps is {steps}; expected 1 or more.")
+        check_steps(steps)
         self.steps = steps
         self.verbose = verbose
         self._frozen = ExitStack()
@@ -38,9 +37,7 @@ class RouterWarmUp(pl.Callback, Recorded):
                 "router_warmup_steps is given for a dense model, which has no routers. Leave it "
                 "out."
             )
-        config = pl_module.optim.config
-        if config.optimizer == "adam":
-            check_betas(config.adam_beta1, config.adam_beta2)
+        check_optimizer(pl_module.optim.config)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any

@@ -9,7 +9,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nemo_upcycle.config import ACCOUNTED_LAYERS
 from nemo_upcycle.planner.efficiency import ACCURACY
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.memory import Memory
@@ -90,11 +89,7 @@ def _mappings(shown: Sequence[Prediction], compared: dict[str, Prediction]) -> T
     table.add_section()
     for name, one in compared.items():
         table.add_row(*_row(name, one), style="dim")
-    counted = any(
-        getattr(one.mapping.folding, name)
-        for one in (*shown, *compared.values())
-        for name in ACCOUNTED_LAYERS
-    )
+    counted = any(one.mapping.folding.accounted for one in (*shown, *compared.values()))
     table.caption = (
         ("+L, +EL: output layer, embedding count as layers; " if counted else "")
         + "mb: microbatch; step in s; even: with tokens spread evenly over the experts; "

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemo_upcycle.config import ACCOUNTED_LAYERS, PRECISIONS, OptimizerStorage
+from nemo_upcycle.config import PRECISIONS, OptimizerStorage
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware
 from nemo_upcycle.planner.impossible import even_batches, impossible
@@ -109,8 +109,7 @@ def _even_batches(
     allowed: Allowed,
     every: Sequence[list[Mapping]],
 ) -> tuple[int, ...]:
-    counted = (any(getattr(one.folding, name) for name in ACCOUNTED_LAYERS) for one, *_ in every)
-    if not all(counted):
+    if not all(one.folding.accounted for one, *_ in every):
         return ()
     return tuple(even_batches(workload, world_size, hardware, allowed))
 

@@ -19,6 +19,7 @@ from nemo_upcycle.families.names import (
     dense_name,
     expert_of,
     is_expert_bias,
+    is_router,
     is_shared,
     layer_of,
 )
@@ -199,7 +200,7 @@ class _Upcycling:
 
     def add(self, index: int, shard: Shard) -> None:
         layer = layer_of(shard.name)
-        if shard.name.endswith(".mlp.router.weight") and layer is not None:
+        if is_router(shard.name) and layer is not None:
             self._check_router(shard)
             self.builder.router(index, layer)
         elif is_expert_bias(shard.name):

@@ -4,17 +4,15 @@ The operations of upcycling say which rows of which tensors make up a Megatron p
 backwards, the operations say where the parameter's rows go.
 """
 
-import json
 import shutil
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from nemo_upcycle.checkpoint import TensorInfo
+from nemo_upcycle.checkpoint.safetensors_header import header_of
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe_family import MoEFamily
@@ -166,26 +164,7 @@ class OutputFile:
     def head(self) -> bytes:
         """What stands before the tensors."""
         infos = {name: output.stored for name, output in self.outputs.items()}
-        return header(infos, {"format": "pt"})
-
-
-def header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """Return what stands before the tensors of a safetensors file.
-
-    Args:
-        infos: The tensors, by name, in the file's order.
-        metadata: Texts by name.
-    """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    position = 0
-    for name, info in infos.items():
-        stop = position + info.bytes
-        offsets = [position, stop]
-        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
-        position = stop
-    raw = json.dumps(entries, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw
+        return header_of(infos, {"format": "pt"})
 
 
 def files_of(outputs: Mapping[str, Output], shard_bytes: int) -> list[OutputFile]:

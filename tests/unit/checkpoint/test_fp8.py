@@ -14,26 +14,14 @@ from safetensors.torch import load_file, save_file
 from nemo_upcycle import UpcyclingConfig, upcycle_directory
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, open_checkpoint
 from nemo_upcycle.checkpoint.described import open_dense
-from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.checkpoint.fingerprint import fingerprint
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.plans.job import plan_job
-from tests.quantised import FP8, write_fp8
+from tests.quantised import FP8, read_block, write_fp8
 from tests.tiny import write_dense
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-def _read(
-    checkpoint: HuggingFaceCheckpoint, name: str, rows: tuple[int, int], columns: Any
-) -> torch.Tensor:
-    info = checkpoint.tensors[name]
-    dtype = torch_dtype(info.dtype)
-    width = info.width if columns is None else columns[1] - columns[0]
-    raw = bytearray((rows[1] - rows[0]) * width * dtype.itemsize)
-    checkpoint.read_into(memoryview(raw), name, rows, columns)
-    return torch.frombuffer(raw, dtype=dtype).view(-1, width)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -57,7 +45,7 @@ def test_every_part_is_the_dequantised_weights(
                 (15, rows - 5, (7, columns - 3)),
             ):
                 part = whole[name][low:high, slice(*(span or (0, columns)))]
-                assert torch.equal(_read(checkpoint, name, (low, high), span), part), name
+                assert torch.equal(read_block(checkpoint, name, (low, high), span), part), name
 
 
 @pytest.mark.parametrize("way", FP8)
@@ -262,7 +250,7 @@ def test_a_base_model_and_shards(tmp_path: Path) -> None:
     )
     checkpoint = HuggingFaceCheckpoint(tmp_path / "fp8")
     whole = load_file(plain / "model.safetensors")
-    assert torch.equal(_read(checkpoint, DOWN, (0, 64), None), whole[DOWN])
+    assert torch.equal(read_block(checkpoint, DOWN, (0, 64), None), whole[DOWN])
     open_dense(str(tmp_path / "fp8"))
 
 

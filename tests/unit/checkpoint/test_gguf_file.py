@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemo_upcycle import UpcyclingConfig, upcycle_directory
 from nemo_upcycle.checkpoint import GGUFCheckpoint, open_checkpoint
 from nemo_upcycle.checkpoint.described import open_dense
-from nemo_upcycle.checkpoint.dtypes import torch_dtype
 from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.checkpoint.tokenizer_files import load_tokenizer
@@ -21,6 +20,7 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import architecture_of
 from tests.corpora import TEXTS
 from tests.gguf_files import write_gguf
+from tests.quantised import read_block
 from tests.tiny import write_dense
 
 pytest.importorskip("gguf")
@@ -37,15 +37,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2, tied": ("qwen2, tied", "Q5_0", {}),
     "qwen3, with norms of queries": ("qwen3", "Q8_0", {"head_dim": 128}),
 }
-
-
-def _read(checkpoint: Any, name: str, rows: tuple[int, int], columns: Any = None) -> torch.Tensor:
-    info = checkpoint.tensors[name]
-    dtype = torch_dtype(info.dtype)
-    width = info.width if columns is None else columns[1] - columns[0]
-    raw = bytearray((rows[1] - rows[0]) * width * dtype.itemsize)
-    checkpoint.read_into(memoryview(raw), name, rows, columns)
-    return torch.frombuffer(raw, dtype=dtype).view(-1, width)
 
 
 def _transformers(directory: Path) -> Any:
@@ -65,9 +56,9 @@ def test_weights_and_config_are_those_of_transformers(tmp_path: Path, case: str)
     for name in checkpoint.tensors:
         whole = expected[name] if expected[name].ndim == 2 else expected[name][:, None]
         rows, columns = whole.shape
-        assert torch.equal(_read(checkpoint, name, (0, rows)).float(), whole), name
+        assert torch.equal(read_block(checkpoint, name, (0, rows)).float(), whole), name
         if columns > 1:
-            part = _read(checkpoint, name, (5, rows - 3), (7, columns - 9))
+            part = read_block(checkpoint, name, (5, rows - 3), (7, columns - 9))
             assert torch.equal(part.float(), whole[5 : rows - 3, 7 : columns - 9]), name
 
 
