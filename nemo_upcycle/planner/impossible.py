@@ -63,10 +63,10 @@ def even_batches(
         workload: Model and batch.
         world_size: Number of GPUs.
         hardware: The GPUs and their nodes.
-        allowed: Which mappings were considered.
+        allowed: Which mappings were considered, without uneven stages that are given.
     """
     given = given_by(allowed)
-    even = replace(given, folding=dict.fromkeys(ACCOUNTED_LAYERS, False) | given.folding)
+    even = replace(given, folding=given.folding | dict.fromkeys(ACCOUNTED_LAYERS, False))
     used = of_job(hardware, world_size)
     batches = _batches(
         workload.global_batch_size, world_size, _units(workload, world_size, hardware, even)

@@ -19,9 +19,9 @@ from nemo_upcycle.planner.search import (
     room,
     unfolded,
 )
-from nemo_upcycle.planner.space import Allowed, everything, mappings_of
+from nemo_upcycle.planner.space import Allowed, everything, given_by, mappings_of
 from nemo_upcycle.planner.step_time import fullest_rank, step_time
-from nemo_upcycle.planner.workload import Mapping, Workload
+from nemo_upcycle.planner.workload import STAGES, Mapping, Workload
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def _even_batches(
     allowed: Allowed,
     every: Sequence[list[Mapping]],
 ) -> tuple[int, ...]:
-    if not all(one.folding.accounted for one, *_ in every):
+    given = any(name in given_by(allowed).folding for name in STAGES)
+    if given or not all(one.folding.accounted for one, *_ in every):
         return ()
     return tuple(even_batches(workload, world_size, hardware, allowed))
 

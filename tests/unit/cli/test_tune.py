@@ -271,4 +271,12 @@ def test_a_batch_that_divides_only_unevenly_is_named(gpus: str) -> None:
     assert "global_batch_size=480 or 576 has more mappings" in " ".join(result.output.split())
     assert f"num_nodes={-(-int(gpus) // 8)}," in result.output
     assert "account_for_loss_in_pipeline_split=True" in result.output
-    assert "has more mappings" not in run("--gpus", gpus, "global_batch_size=480").output
+    other = run("--gpus", gpus, "global_batch_size=480").output
+    assert "has more mappings" not in " ".join(other.split())
+
+
+def test_stages_that_are_given_are_not_blamed_on_the_batch() -> None:
+    words = ["pipeline_model_parallel_size=3", "account_for_loss_in_pipeline_split=true"]
+    result = run("--gpus", "96", *words)
+    assert "PP3+L" in result.output
+    assert "has more mappings" not in " ".join(result.output.split())
