@@ -14,8 +14,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from typing import Any
 from tests import progress
 
 HAS_NEMO = find_spec("nemo") is not None
+
+
+AFTER_FAILURE_S = 20.0
+"""Once a rank has failed, ranks that do nothing for so many seconds wait for that rank."""
 
 
 class RankError(AssertionError):
@@ -47,22 +52,35 @@ class RankPool:
         with tempfile.TemporaryDirectory() as directory:
             for rank, (_, connection) in enumerate(self._ranks[:world_size]):
                 connection.send((function, kwargs, rank, world_size, f"{directory}/store"))
-            answers = [self._receive(rank) for rank in range(world_size)]
-        failures = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(answers) if not ok]
+            answers = self._answers(world_size)
+        failures = [f"rank {rank}: {text}" for rank, (ok, text) in answers.items() if not ok]
         if failures:
             raise RankError("\n".join(failures))
-        return [value for _, value in answers]
+        return [answers[rank][1] for rank in range(world_size)]
 
-    def _receive(self, rank: int) -> tuple[bool, Any]:
-        connection = self._ranks[rank][1]
-        try:
-            if progress.wait(connection.poll, [process.pid for process, _ in self._ranks]):
-                return pickle.loads(connection.recv_bytes())
-            problem = "no answer, and no rank does anything"
-        except EOFError:
-            problem = "the process died"
-        self.stop()
-        raise RankError(f"rank {rank}: {problem}")
+    def _answers(self, world_size: int) -> dict[int, tuple[bool, Any]]:
+        """Return whether each rank has returned, and what, or why not."""
+        answers: dict[int, tuple[bool, Any]] = {}
+        is_whole = True
+        waited = {self._ranks[rank][1]: rank for rank in range(world_size)}
+        while waited:
+            # A rank that waits for one that has failed does nothing, but may do so for long.
+            quiet_s = progress.QUIET_S if all(ok for ok, _ in answers.values()) else AFTER_FAILURE_S
+            pids = [self._ranks[rank][0].pid for rank in waited.values()]
+            if not progress.wait(partial(wait, list(waited)), pids, quiet_s):
+                problem = False, "no answer, and no rank does anything"
+                answers |= dict.fromkeys(waited.values(), problem)
+                break
+            for connection in wait(list(waited), timeout=0):
+                try:
+                    answers[waited[connection]] = pickle.loads(connection.recv_bytes())
+                except EOFError:
+                    answers[waited[connection]] = False, "the process died"
+                    is_whole = False
+                del waited[connection]
+        if waited or not is_whole:
+            self.stop()
+        return answers
 
     def _start(self) -> None:
         # What comes before all else comes before the import that the others share.
@@ -149,8 +167,10 @@ def _call(
 def _meet(store: Path, rank: int, world_size: int) -> None:
     """Wait until all ranks have ended: a connection that one closes may be new to another."""
     _ended(store, rank).touch()
+    seconds = 0.005
     while not all(_ended(store, other).exists() for other in range(world_size)):
-        time.sleep(0.005)
+        time.sleep(seconds)
+        seconds = min(2 * seconds, 0.5)  # a wait for ever must not look like work
 
 
 def _ended(store: Path, rank: int) -> Path:

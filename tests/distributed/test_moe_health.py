@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nemo_upcycle.engine.load_record import LOADS, read_loads
+from nemo_upcycle.errors import UpcyclingError
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.workspace import make_workspace
 
@@ -81,7 +82,7 @@ def health(
     callbacks += [Damage(), callback]
     try:
         run()
-    except Exception as error:
+    except UpcyclingError as error:
         return f"{type(error).__name__}: {error}"
     return [each.scalars() for each in seen]
 
