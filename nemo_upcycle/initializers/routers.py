@@ -7,6 +7,7 @@ be expressed; each initialiser says what is left out.
 import numpy as np
 
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.initializers.one_thread import one_thread
 from nemo_upcycle.initializers.options import check_positive
 from nemo_upcycle.initializers.registry import RouterInitializer, register_router
 from nemo_upcycle.initializers.rows import RouterRows, Values
@@ -173,19 +174,16 @@ class _Ridge:
 
 
 def _solve(matrix: Values, right: Values) -> Values:
-    """Solve a linear system with one thread: the last bits depend on the number of threads."""
+    """Solve a linear system with one thread."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        solved = torch.linalg.solve(torch.from_numpy(matrix), torch.from_numpy(right))
+        with one_thread():
+            solved = torch.linalg.solve(torch.from_numpy(matrix), torch.from_numpy(right))
     except RuntimeError as error:
         raise UpcyclingError(
             f"ridge: the inputs' second moment cannot be inverted ({error}). Give a larger penalty."
         ) from error
-    finally:
-        torch.set_num_threads(threads)
     return np.asarray(solved.numpy())
 
 

@@ -24,6 +24,8 @@ from tests.tiny import FAMILIES, tokens
 
 CPU = torch.device("cpu")
 Arrays = dict[str, Any]
+RANK = 5
+FULL: dict[str, Any] = {"second_moment": "full", "cluster_rank": RANK}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def statistics(model: Path, texts: tuple[str, ...], prompts: Path, tmp_path_factory: Any) -> Path:
     out = tmp_path_factory.mktemp("out") / "statistics"
-    return calibrated(model, texts, out, second_moment="full", prompts=prompts)
+    return calibrated(model, texts, out, **FULL, prompts=prompts)
 
 
 def whole(model: Path, ids: Any) -> list[tuple[Any, Any]]:
@@ -63,6 +65,13 @@ def whole(model: Path, ids: Any) -> list[tuple[Any, Any]]:
     with torch.no_grad():
         loaded(torch.as_tensor(ids, dtype=torch.long)[None])
     return list(zip(*seen, strict=True))
+
+
+def dense_weights(model: Path, layer: int) -> Any:
+    """Return gate and up of a layer, one after another, [2 · ffn, hidden]."""
+    tensors = load_file(model / "model.safetensors")
+    mlp = f"model.layers.{layer}.mlp."
+    return np.concatenate([tensors[f"{mlp}{name}_proj.weight"] for name in ("gate", "up")])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,6 +118,12 @@ def test_statistics_are_those_of_the_whole_model(
         for number, centroid in enumerate(centroids):
             mean = units[own == number].mean(0)
             assert np.allclose(centroid, mean / np.linalg.norm(mean), atol=1e-4)
+            # No matrix of the rank is nearer for the cluster's inputs.
+            weights = dense_weights(model, layer)
+            left = np.linalg.svd(weights @ x[own == number].T)[0][:, :RANK]
+            to_rank, from_rank = found[prefix + "clusters.basis"][number].astype(float)
+            fitted = weights @ to_rank.T @ from_rank
+            assert np.allclose(fitted, left @ left.T @ weights, atol=1e-5)
         assert np.allclose(np.bincount(own) / len(own), found[prefix + "clusters.share"])
         first, second = (json.loads(line) for line in prompts.read_text().splitlines())
         for kind, expert, some in (
@@ -128,7 +143,7 @@ def test_any_number_of_processes_writes_the_same_bytes(
 ) -> None:
     for processes in (2, 3):
         out = tmp_path / str(processes)
-        calibrated(model, texts, out, processes, second_moment="full", prompts=prompts)
+        calibrated(model, texts, out, processes, **FULL, prompts=prompts)
         assert out.read_bytes() == statistics.read_bytes()
         assert [path.name for path in tmp_path.glob("*")] == [out.name]
         out.unlink()
@@ -154,7 +169,7 @@ def test_goes_on_after_a_kill(
         real(*args)
 
     monkeypatch.setattr(lanes, "_compute", computed)
-    options: Any = {"second_moment": "full", "prompts": prompts}
+    options: Any = {**FULL, "prompts": prompts}
     with pytest.raises(KeyboardInterrupt):
         calibrated(model, texts, tmp_path / "out", **options)
     monkeypatch.setattr(lanes, "_compute", lambda *args: (done.append(1), real(*args)))
@@ -212,6 +227,9 @@ def test_what_cannot_be_calibrated(
     wrong: dict[str, dict[str, Any]] = {
         "second moment is 'half'; expected one of: none, diagonal, full": {"second_moment": "half"},
         "clusters is 0; expected 1 or more": {"clusters": 0},
+        "cluster rank is 65; expected 0 for none, or up to the hidden size, 64": {
+            "cluster_rank": 65
+        },
         "There are 3 tokens to cluster; expected at least 4": {"sample": 3},
         "no file nowhere.jsonl": {"texts": ("nowhere.jsonl",)},
     }

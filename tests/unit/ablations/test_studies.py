@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from nemo_upcycle.ablations import arms as ablation_arms
 from nemo_upcycle.ablations import runner, studies
+from nemo_upcycle.ablations.arms import BASELINE, Arm, Claim, Study
 from nemo_upcycle.ablations.bases import BATCH, TINY
 from nemo_upcycle.ablations.picture import draw
-from nemo_upcycle.ablations.report import Report, markdown, report_of, to_json
+from nemo_upcycle.ablations.report import Report, report_of, to_json
 from nemo_upcycle.ablations.results import Job, Result, Workspace, jobs_of
-from nemo_upcycle.ablations.studies import ARMS, BASELINE, STUDIES, Arm, Claim, Study
+from nemo_upcycle.ablations.studies import ARMS, STUDIES
+from nemo_upcycle.ablations.tables import markdown
 from nemo_upcycle.cli import app
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.model import upcycled_model
@@ -60,8 +63,8 @@ class TestStudies:
     def test_the_recipe_takes_an_arm(self, arm: Arm) -> None:
         recipe = arm.recipe
         assert (recipe.upcycling.num_moe_experts is None) == (arm.start == "dense")
-        assert arm.start in studies.STARTS
-        assert arm.budget in studies.BUDGETS
+        assert arm.start in ablation_arms.STARTS
+        assert arm.budget in ablation_arms.BUDGETS
         taken = vars(recipe.upcycling) | vars(recipe.schedule)
         for name, value in {**BATCH, **arm.numbers, **arm.schedule}.items():
             assert taken[name] == value
@@ -76,7 +79,10 @@ class TestStudies:
                 assert claim.at in ("start", "end")
 
     def test_arms_differ(self) -> None:
-        made = {repr((arm.recipe, arm.start, arm.budget)) for arm in ARMS.values()}
+        made = {
+            repr((arm.recipe, arm.start, arm.budget, arm.router_warmup_steps))
+            for arm in ARMS.values()
+        }
         assert len(made) == len(ARMS)
 
     def test_active_compute_is_the_same_for_every_granularity(self) -> None:
