@@ -21,7 +21,7 @@ from nemo_upcycle.files import write_whole
 FORMAT = 2
 """Version of the measurements; results of other versions are ignored."""
 
-CALIBRATION = {"tokens": 100_000, "clusters": 8}
+CALIBRATION: dict[str, Any] = {"tokens": 100_000, "clusters": 8}
 """Options of the calibration whose statistics arms read; the rank is half of the hidden size."""
 
 DEMO = (("documentation", 0.7), ("sources", 0.3))
