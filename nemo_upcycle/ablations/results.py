@@ -21,6 +21,15 @@ from nemo_upcycle.files import write_whole
 FORMAT = 2
 """Version of the measurements; results of other versions are ignored."""
 
+OVER_TIME = (
+    "router_confidence",
+    "router_entropy",
+    "expert_load_cv",
+    "dead_experts",
+    "expert_distance",
+)
+"""What is measured of routers and experts; see `MoEHealth`."""
+
 CALIBRATION: dict[str, Any] = {"tokens": 100_000, "clusters": 8}
 """Options of the calibration whose statistics arms read; the rank is half of the hidden size."""
 
@@ -202,9 +211,8 @@ class Result:
         seconds: Processor seconds of the training.
         start_accuracy: Accuracy in the task `next_line` before the first step, if it was asked.
         end_accuracy: The same after the last step.
-        over_time: Before the first step, halfway and after the last step: `loss`, and for an MoE
-            means over the layers, on held-out text: `router_confidence`, `router_entropy`,
-            `expert_load_cv`, `dead_experts`, `expert_distance`; see `MoEHealth`.
+        over_time: Before the first step, halfway and after the last step, on held-out text: `loss`,
+            and for an MoE `OVER_TIME`, dead experts in all layers, else means over the layers.
         step_seconds: Median time per step, of all but the first two.
         other_seconds: Time of everything else, from the start of the process.
     """

@@ -18,20 +18,11 @@ from nemo_upcycle_recipes import factory
 
 from nemo_upcycle.ablations.calibrated import with_statistics
 from nemo_upcycle.ablations.held_out import Assigned, HeldOut, Questions, dropless
-from nemo_upcycle.ablations.results import Job, Result
+from nemo_upcycle.ablations.results import OVER_TIME, Job, Result
 from nemo_upcycle.data.paths import text_of
 from nemo_upcycle.engine.health import MoEHealth
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.checks import open_tokenizer
-
-OVER_TIME = (
-    "router_confidence",
-    "router_entropy",
-    "expert_load_cv",
-    "dead_experts",
-    "expert_distance",
-)
-"""What is measured of routers and experts; see `MoEHealth`."""
 
 FIRST_STEPS = 2
 """Steps whose time does not count: kernels are compiled and memory is allocated."""

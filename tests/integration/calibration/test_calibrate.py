@@ -17,6 +17,8 @@ from nemo_upcycle.calibration.layer import DenseLayer, embeddings
 from nemo_upcycle.calibration.text import read_sources
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.data.encoder import load_encoder
+from nemo_upcycle.data.preparation import Preparation, prepare
+from nemo_upcycle.data.tokenizer import train_tokenizer
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers.statistics import read_manifest
 from tests.calibrations import LENGTH, calibrated, write_calibratable, write_texts
@@ -196,6 +198,22 @@ def test_seed_text_and_checkpoint_decide(
     for key in ("seed", "text", "model"):
         differ = [not np.array_equal(found["first"][n], found[key][n]) for n in names]
         assert differ == [True, key != "seed"], key
+
+
+def test_tokenised_data_are_the_text_that_they_were_made_of(
+    model: Path, tokenizer: Path, texts: tuple[str, ...], tmp_path: Path
+) -> None:
+    prefix = tmp_path / "data" / "tokens"
+    prepare(Preparation((texts[0],), tokenizer, prefix))
+    of_text = load_file(calibrated(model, texts[:1], tmp_path / "1"))
+    of_tokens = load_file(calibrated(model, (f"{prefix}.bin",), tmp_path / "2"))
+    assert all(np.array_equal(of_tokens[name], values) for name, values in of_text.items())
+    train_tokenizer([Path(texts[1])], tmp_path / "other", 270)
+    prepare(Preparation((texts[0],), tmp_path / "other", tmp_path / "data" / "others"))
+    with pytest.raises(UpcyclingError, match="was made with another tokenizer than the dense"):
+        calibrated(model, (str(tmp_path / "data" / "others.bin"),), tmp_path / "3")
+    with pytest.raises(UpcyclingError, match="nowhere"):
+        calibrated(model, (str(tmp_path / "nowhere.bin"),), tmp_path / "3")
 
 
 def test_each_branch_computes_its_text(
