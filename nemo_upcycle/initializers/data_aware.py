@@ -30,13 +30,13 @@ def activation_sorted(stats: str) -> Initializer:
 
 class _ActivationSorted:
     def __init__(self, stats: Statistics) -> None:
-        self._stats = stats
+        self.stats = stats
 
     def check(self, target: Target) -> None:
-        self._stats.check(target)
+        self.stats.check(target)
 
     def __call__(self, neurons: Neurons) -> None:
-        order = _most_active(self._stats, neurons)[neurons.ids.start : neurons.ids.stop]
+        order = _most_active(self.stats, neurons)[neurons.ids.start : neurons.ids.stop]
         for part, values in neurons.values.items():
             values[:] = neurons.dense(part, order)
 
@@ -57,13 +57,13 @@ def partial(stats: str, shared: float = 0.5) -> Initializer:
 
 class _Partial:
     def __init__(self, stats: Statistics, shared: float) -> None:
-        self._stats, self._shared = stats, shared
+        self.stats, self._shared = stats, shared
 
     def check(self, target: Target) -> None:
-        self._stats.check(target)
+        self.stats.check(target)
 
     def __call__(self, neurons: Neurons) -> None:
-        order = _most_active(self._stats, neurons)
+        order = _most_active(self.stats, neurons)
         own = order[(order >= neurons.expert_ids.start) & (order < neurons.expert_ids.stop)]
         kept = own[: int(self._shared * len(own))]
         redrawn = ~np.isin(np.arange(neurons.ids.start, neurons.ids.stop), kept)
@@ -110,26 +110,26 @@ def cluster_svd(stats: str, rank: int | None = None) -> Initializer:
 
 class _ClusterSVD:
     def __init__(self, stats: Statistics, rank: int | None) -> None:
-        self._stats, self._rank = stats, rank
+        self.stats, self._rank = stats, rank
 
     def check(self, target: Target) -> None:
-        self._stats.check(target)
-        found, expected = self._stats.manifest["clusters"], target.upcycling.expansion_rate
+        self.stats.check(target)
+        found, expected = self.stats.manifest["clusters"], target.upcycling.expansion_rate
         if found != expected:
             raise UpcyclingError(
-                f"{self._stats.file} has {found} clusters per layer; expected {expected}, one per "
+                f"{self.stats.file} has {found} clusters per layer; expected {expected}, one per "
                 f"copy of the layer. Calibrate with --clusters {expected}."
             )
-        most, rank = self._stats.manifest.get("cluster_rank", 0), self._rank or 1
+        most, rank = self.stats.manifest.get("cluster_rank", 0), self._rank or 1
         if rank > most:
             raise UpcyclingError(
-                f"{self._stats.file} has weights of rank {most} per cluster; cluster_svd needs "
+                f"{self.stats.file} has weights of rank {most} per cluster; cluster_svd needs "
                 f"{rank} or more. Calibrate with --cluster-rank."
             )
 
     def __call__(self, neurons: Neurons) -> None:
-        basis = self._stats.get(neurons.layer, "clusters.basis")[neurons.copy]
-        width = self._stats.manifest["ffn_hidden_size"]
+        basis = self.stats.get(neurons.layer, "clusters.basis")[neurons.copy]
+        width = self.stats.manifest["ffn_hidden_size"]
         to_rank, from_rank = (each[: self._rank] for each in basis)
         for part, values in neurons.values.items():
             if part != "down":

@@ -98,12 +98,12 @@ def hybrid(*initializers: Initializer) -> Initializer:
 
 class _Hybrid:
     def __init__(self, initializers: Sequence[Initializer]) -> None:
-        self._initializers = initializers
+        self.parts = initializers
 
     def check(self, target: Target) -> None:
-        for each in self._initializers:
+        for each in self.parts:
             if hasattr(each, "check"):
                 each.check(target)
 
     def __call__(self, neurons: Neurons) -> None:
-        self._initializers[neurons.copy % len(self._initializers)](neurons)
+        self.parts[neurons.copy % len(self.parts)](neurons)
