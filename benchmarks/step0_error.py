@@ -19,7 +19,11 @@ from typing import Any
 
 import torch
 
+from nemo_upcycle.calibration.calibrate import Calibration, calibrate
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.data.tokenizer import train_tokenizer
+from tests.calibrations import write_calibratable
+from tests.corpora import many, write
 from tests.distributed.pool import RankPool
 from tests.tiny import tokens, write_dense
 
@@ -61,6 +65,25 @@ OTHERS: dict[str, dict[str, Any]] = {
     "`hybrid(copy, drop)`": {"initializer": "hybrid(copy, drop)"},
     "`random`": {"initializer": "random"},
 }
+_G4 = {"num_moe_experts": 32, "granularity": 4, "moe_router_topk": 8}
+OF_STATISTICS: dict[str, dict[str, Any]] = {
+    "`centroids`": {"router_initializer": "centroids(stats={file!r})"},
+    "`activation_sorted`, G4 T8": {**_G4, "initializer": "activation_sorted(stats={file!r})"},
+    "`partial(shared=0.5)`": {"initializer": "partial(stats={file!r})"},
+    "`cluster_svd(rank=128)`, random router": {"initializer": "cluster_svd(stats={file!r})"},
+    "`cluster_svd(rank=128)`, `centroids`": {
+        "initializer": "cluster_svd(stats={file!r})",
+        "router_initializer": "centroids(stats={file!r})",
+    },
+    "`cluster_svd(rank=128)`, G4 T8, `centroids`": {
+        **_G4,
+        "initializer": "cluster_svd(stats={file!r})",
+        "router_initializer": "centroids(stats={file!r})",
+    },
+}
+"""Rows with statistics of text, of models with a tokenizer."""
+
+TOKENS, VOCABULARY = 20_000, 280
 
 
 @dataclass(frozen=True)
@@ -121,6 +144,38 @@ def config_of(granularity: str, topk: str, order: str, scaling: str) -> Upcyclin
     )
 
 
+def statistics_of(dense: Path, text: Path) -> str:
+    """Calibrate a dense model; return the file."""
+    file = dense / "statistics"
+    rank = MODEL["hidden_size"] // 2
+    job = Calibration(str(dense), (str(text),), file, TOKENS, 128, cluster_rank=rank)
+    calibrate(job)
+    return str(file)
+
+
+def _with_file(values: dict[str, Any], file: str) -> dict[str, Any]:
+    return {k: v.format(file=file) if isinstance(v, str) else v for k, v in values.items()}
+
+
+def _with_statistics(ranks: RankPool, scratch: Path) -> Iterator[list[str]]:
+    """Yield the rows of `OF_STATISTICS`."""
+    text = write(scratch / "text.jsonl", many(400))
+    train_tokenizer([text], scratch / "tokenizer", VOCABULARY)
+    options = {**MODEL, "num_hidden_layers": 4}
+    models = {
+        name: write_calibratable(scratch / f"read-{name}", scratch / "tokenizer", name, **options)
+        for name in FAMILIES
+    }
+    files = {name: statistics_of(dense, text) for name, dense in models.items()}
+    for label, values in OF_STATISTICS.items():
+        cells = [label]
+        for name, dense in models.items():
+            upcycling = UpcyclingConfig(**_with_file(values, files[name]))
+            (errors,) = ranks.run(measure, 1, dense=dense, upcycling=upcycling)
+            cells += [_cell(errors.layer), _cell(errors.logits)]
+        yield cells
+
+
 def _cell(error: float) -> str:
     return "0" if error == 0 else f"{error:.1e}" if error < 1e-3 else f"{error:.3f}"
 
@@ -145,6 +200,9 @@ def main() -> None:
         print(OTHER_HEAD)
         for name, values in OTHERS.items():
             print(f"| {' | '.join([name, *row(UpcyclingConfig(**values))])} |", flush=True)
+        print(STATISTICS_HEAD)
+        for cells in _with_statistics(ranks, Path(scratch)):
+            print(f"| {' | '.join(cells)} |", flush=True)
     ranks.stop()
 
 
@@ -170,6 +228,14 @@ layer's output, `logits` the relative error of the whole model of 4 layers. Expa
 
 OTHER_HEAD = """
 Other choices, each with E8T2 and top-k first where nothing else is said:
+
+| choice | SwiGLU: layer | logits | squared ReLU: layer | logits |
+|---|---|---|---|---|"""
+
+STATISTICS_HEAD = """
+With [statistics](calibrate.md) of text, E8T2 where nothing else is said. Inputs of random models
+have no subspace of their own, so that half the rank loses much; a trained model loses less
+([measured](../benchmarks/results/2026-11-29-signals.md)).
 
 | choice | SwiGLU: layer | logits | squared ReLU: layer | logits |
 |---|---|---|---|---|"""

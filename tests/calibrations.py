@@ -20,6 +20,10 @@ LENGTH = 24
 """Tokens per sequence."""
 
 
+RANK = 8
+"""Rank of clusters' weights in `write_statistics`."""
+
+
 def write_calibratable(
     directory: Path, tokenizer: Path, family: str = "llama", seed: int = 0, **config: Any
 ) -> Path:
@@ -67,6 +71,7 @@ def write_statistics(
         "texts": [{"name": str(n), "tokens": 100 + n} for n in range(sources)],
         "prompts": [f"digest {expert}" for expert in range(8)],
         "clusters": 8,
+        "cluster_rank": RANK,
         "second_moment": "full",
     } | manifest
     random = np.random.default_rng(seed)
@@ -80,6 +85,9 @@ def write_statistics(
             "neurons.rate": random.random(ffn),
             "neurons.magnitude": random.random(ffn),
             "clusters.centroids": centroids / np.linalg.norm(centroids, axis=1, keepdims=True),
+            "clusters.basis": random.standard_normal(
+                (values["clusters"], 2, values["cluster_rank"], hidden)
+            ),
             "prompts.positive": random.standard_normal((len(values["prompts"]), hidden)),
             "prompts.negative": random.standard_normal((len(values["prompts"]), hidden)),
             **{

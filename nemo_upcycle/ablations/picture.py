@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_upcycle.ablations.report import Report, StudyReport, counted
+from nemo_upcycle.ablations.report import Report, StudyReport
+from nemo_upcycle.ablations.tables import counted
 from nemo_upcycle.pictures import BLUE, VERMILLION, require_matplotlib
 
 if TYPE_CHECKING:

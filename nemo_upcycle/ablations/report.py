@@ -1,14 +1,14 @@
-"""The report on the trainings: a table per study, and a verdict per claim."""
+"""The results of trainings: rows per study, and a verdict per claim."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
+from nemo_upcycle.ablations.arms import Arm, Claim, Study, dense_run_flops
 from nemo_upcycle.ablations.bases import Base
 from nemo_upcycle.ablations.results import Job, Result
-from nemo_upcycle.ablations.statistics import CONFIDENCE, Estimate, verdict
-from nemo_upcycle.ablations.studies import Arm, Claim, Study, arms_with, dense_run_flops
+from nemo_upcycle.ablations.statistics import Estimate, verdict
+from nemo_upcycle.ablations.studies import arms_with
 
 Results = dict[str, dict[int, Result]]
 """Results by arm and seed."""
@@ -28,6 +28,7 @@ class Row:
         accuracy: Accuracy in `next_line` after the last step; None if it was not asked.
         tokens: Number of training tokens.
         flops: Number of training FLOPs.
+        over_time: As in `Result`, means over seeds.
     """
 
     arm: Arm
@@ -39,6 +40,7 @@ class Row:
     accuracy: Estimate | None
     tokens: int
     flops: float
+    over_time: Mapping[str, tuple[Estimate, ...]]
 
     @property
     def difference(self) -> Estimate:
@@ -164,7 +166,19 @@ def _row(job: Job, of_arm: dict[int, Result], baseline: dict[int, Result]) -> Ro
         None if job.workspace.items is None else estimate("end_accuracy"),
         job.steps * job.arm.recipe.schedule.tokens_per_step,
         job.steps * per_step,
+        _over_time(list(of_arm.values())),
     )
+
+
+def _over_time(results: Sequence[Result]) -> dict[str, tuple[Estimate, ...]]:
+    """Return means over seeds of what was measured over time."""
+    return {
+        name: tuple(
+            Estimate.of(values)
+            for values in zip(*(result.over_time[name] for result in results), strict=True)
+        )
+        for name in results[0].over_time
+    }
 
 
 def _finding(claim: Claim, results: Results) -> Finding:
@@ -173,101 +187,12 @@ def _finding(claim: Claim, results: Results) -> Finding:
     return Finding(
         claim,
         Estimate.of(
-            [getattr(higher[seed], claim.at) - getattr(lower[seed], claim.at) for seed in seeds]
+            [
+                higher[seed].value(claim.of, claim.at) - lower[seed].value(claim.of, claim.at)
+                for seed in seeds
+            ]
         ),
     )
-
-
-def markdown(report: Report, picture: str) -> str:
-    """Return the report as a markdown document.
-
-    Args:
-        report: The report.
-        picture: File name of the picture, in the document's directory.
-    """
-    return "\n".join([*_introduction(report, picture), *_summary(report), *_tables(report)])
-
-
-def _introduction(report: Report, picture: str) -> Iterator[str]:
-    claims = sum(len(one.findings) for one in report.studies)
-    yield "# Ablations\n"
-    model = report.base.upcycled.dense
-    if report.dense_flops is not None:
-        model = f"A dense Llama as the demo trains it ({report.dense_flops:.2g} FLOPs)"
-    yield (
-        f"{model}, upcycled and "
-        f"trained on for {report.steps} steps of {report.tokens_per_step:,} tokens, "
-        f"{counted(report.seeds, 'seed')} per arm. A seed decides the order of the data, the "
-        "routers, the initialisers and random weights; arms of one seed see the same sequences in "
-        "the same order.\n"
-    )
-    yield (
-        f"Losses are language-model losses in nats per token, on {report.held_out_tokens:,} tokens "
-        "of held-out text, with the weights of the training's blend and no token dropped. Shown is "
-        "mean ± standard error over seeds. Differences are to the first arm of a table, seed by "
-        f"seed. A claim holds if Student's {CONFIDENCE:.0%} interval of the difference seed by "
-        f"seed leaves out 0; of {counted(claims, 'claim')}, {claims * (1 - CONFIDENCE):.1f} would "
-        "by chance if nothing made a difference. All trainings took "
-        f"{report.seconds / 60:.0f} minutes of a core.\n"
-    )
-    if report.left_out:
-        yield f"**Left out:** {'; '.join(report.left_out)}.\n"
-    yield f"![Losses of all arms]({picture})\n"
-
-
-def _summary(report: Report) -> Iterator[str]:
-    yield "| study | claim | here |"
-    yield "|:---|:---|:---|"
-    for one in report.studies:
-        for finding in one.findings:
-            yield f"| {_title(one.study)} | {finding.claim.text} | {finding.verdict} |"
-    yield ""
-
-
-def _tables(report: Report) -> Iterator[str]:
-    for one in report.studies:
-        yield f"## {_title(one.study).capitalize()}\n\n{one.study.question}\n"
-        columns = _columns(one.rows)
-        yield "| arm | " + " | ".join(columns) + " |"
-        yield "|:---|" + "---:|" * len(columns)
-        for number, row in enumerate(one.rows):
-            cells = [cell(row, number == 0) for cell in columns.values()]
-            yield f"| {row.arm.label} | " + " | ".join(cells) + " |"
-        yield ""
-        if one.study.note:
-            yield f"{one.study.note}\n"
-        for finding in one.findings:
-            yield f"- {finding.claim.text} ({finding.claim.source}): **{finding}**."
-        yield ""
-
-
-def _columns(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return a table's columns by heading; columns on dropped tokens only if there are any."""
-    columns: dict[str, Any] = {
-        "loss at first": lambda row, first: str(row.start),
-        "at the end": lambda row, first: str(row.end),
-        "difference": lambda row, first: "" if first else row.difference.signed,
-    }
-    if any(row.dropped.mean for row in rows):
-        columns |= {
-            "with its capacity": lambda row, first: str(row.capped),
-            "dropped": lambda row, first: f"{row.dropped.mean:.1%}",
-        }
-    if any(row.accuracy for row in rows):
-        columns["next_line"] = lambda row, first: f"{row.accuracy}"
-    return columns | {
-        "tokens": lambda row, first: f"{row.tokens:,}",
-        "FLOPs": lambda row, first: f"{row.flops:.2e}",
-    }
-
-
-def _title(study: Study) -> str:
-    return study.name.replace("_", " ")
-
-
-def counted(count: int, word: str) -> str:
-    """Return a count with a noun in singular or plural."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def to_json(report: Report, jobs: Sequence[Job]) -> str:
@@ -283,6 +208,7 @@ def to_json(report: Report, jobs: Sequence[Job]) -> str:
             "start": arm.start,
             "numbers": dict(arm.numbers),
             "schedule": dict(arm.schedule),
+            "router_warmup_steps": arm.router_warmup_steps,
             "budget": arm.budget,
         }
         for name, arm in arms_with(report.base).items()
@@ -295,6 +221,12 @@ def to_json(report: Report, jobs: Sequence[Job]) -> str:
                     name: asdict(getattr(row, name)) for name in ("start", "end", "difference")
                 }
                 | {"tokens": row.tokens, "flops": row.flops}
+                | {
+                    "over_time": {
+                        name: [asdict(each) for each in values]
+                        for name, values in row.over_time.items()
+                    }
+                }
                 for row in one.rows
             },
             "claims": [

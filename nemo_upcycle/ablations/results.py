@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from nemo_upcycle_recipes.recipe import Recipe
 
-from nemo_upcycle.ablations.studies import Arm, most_sequences
+from nemo_upcycle.ablations.arms import Arm
+from nemo_upcycle.ablations.studies import most_sequences
 from nemo_upcycle.checkpoint import is_checkpoint, open_checkpoint
 from nemo_upcycle.checkpoint.fingerprint import fingerprint
 from nemo_upcycle.data.paths import DataPath
@@ -17,8 +18,20 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture, architecture_of
 from nemo_upcycle.files import write_whole
 
-FORMAT = 1
+FORMAT = 2
 """Version of the measurements; results of other versions are ignored."""
+
+OVER_TIME = (
+    "router_confidence",
+    "router_entropy",
+    "expert_load_cv",
+    "dead_experts",
+    "expert_distance",
+)
+"""What is measured of routers and experts; see `MoEHealth`."""
+
+CALIBRATION: dict[str, Any] = {"tokens": 100_000, "clusters": 8}
+"""Options of the calibration whose statistics arms read; the rank is half of the hidden size."""
 
 DEMO = (("documentation", 0.7), ("sources", 0.3))
 """The demo's corpora and their shares."""
@@ -108,6 +121,7 @@ class Job:
             seeds give the same sequences in the same order.
         workspace: The data and the dense checkpoint.
         results: Directory of the results.
+        statistics: File of statistics, for arms that need one; see `ablations.calibrated`.
     """
 
     arm: Arm
@@ -116,6 +130,7 @@ class Job:
     samples: int
     workspace: Workspace
     results: Path
+    statistics: Path | None = None
 
     @property
     def name(self) -> str:
@@ -153,6 +168,10 @@ class Job:
             "samples": self.samples,
             **self.workspace.identity,
         }
+        if self.arm.router_warmup_steps:
+            made_of["router_warmup_steps"] = self.arm.router_warmup_steps
+        if self.arm.needs_statistics:
+            made_of["statistics"] = CALIBRATION
         base = self.arm.base
         if not base.is_tiny:
             made_of |= {"accelerator": base.accelerator, "rows": base.rows}
@@ -192,6 +211,8 @@ class Result:
         seconds: Processor seconds of the training.
         start_accuracy: Accuracy in the task `next_line` before the first step, if it was asked.
         end_accuracy: The same after the last step.
+        over_time: Before the first step, halfway and after the last step, on held-out text: `loss`,
+            and for an MoE `OVER_TIME`, dead experts in all layers, else means over the layers.
         step_seconds: Median time per step, of all but the first two.
         other_seconds: Time of everything else, from the start of the process.
     """
@@ -205,12 +226,24 @@ class Result:
     seconds: float
     start_accuracy: float | None = None
     end_accuracy: float | None = None
+    over_time: dict[str, list[float]] = field(default_factory=dict)
     step_seconds: float | None = None
     other_seconds: float | None = None
 
+    def value(self, of: str, at: str) -> float:
+        """Return what a claim is about: `of` and `at` as in `Claim`."""
+        if of == "loss":
+            return float(getattr(self, at))
+        return self.over_time[of][0 if at == "start" else -1]
+
 
 def jobs_of(
-    arms: list[Arm], seeds: int, steps: int, workspace: Workspace, results: Path
+    arms: list[Arm],
+    seeds: int,
+    steps: int,
+    workspace: Workspace,
+    results: Path,
+    statistics: Path | None = None,
 ) -> list[Job]:
     """Return all trainings, seed by seed.
 
@@ -220,12 +253,13 @@ def jobs_of(
         steps: Number of steps of the baseline.
         workspace: The data and the dense checkpoint.
         results: Directory of the results.
+        statistics: File of statistics, for arms that need one.
     """
     arch = workspace.architecture
     # Over all studies, so that the number does not depend on the selected studies.
     samples = most_sequences(steps, arch, arms[0].base)
     return [
-        Job(arm, seed, arm.steps(steps, arch), samples, workspace, results)
+        Job(arm, seed, arm.steps(steps, arch), samples, workspace, results, statistics)
         for seed in range(1, seeds + 1)
         for arm in arms
     ]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nemo_upcycle.ablations.arms import BASELINE, Arm, Study
 from nemo_upcycle.ablations.bases import TINY, Base
 from nemo_upcycle.ablations.budget import (
     TRIAL_STEPS,
@@ -21,9 +22,10 @@ from nemo_upcycle.ablations.budget import (
     same_model,
 )
 from nemo_upcycle.ablations.picture import draw
-from nemo_upcycle.ablations.report import Report, markdown, report_of, to_json
+from nemo_upcycle.ablations.report import Report, report_of, to_json
 from nemo_upcycle.ablations.results import Job, Workspace, jobs_of
-from nemo_upcycle.ablations.studies import BASELINE, Arm, Study, arms_of
+from nemo_upcycle.ablations.studies import arms_of
+from nemo_upcycle.ablations.tables import markdown
 from nemo_upcycle.ablations.workers import train_all
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.pictures import require_matplotlib
@@ -78,7 +80,9 @@ def ablate(
     with _alone_in(out):
         chosen = _plan(question, workspace, out, workers, deadline, show)
         arms = [arm for arm in question.arms if arm.name in chosen.arms]
-        jobs = jobs_of(arms, chosen.seeds, chosen.steps, workspace, out / "results")
+        statistics = _statistics(arms, workspace, out, workers, show)
+        results = out / "results"
+        jobs = jobs_of(arms, chosen.seeds, chosen.steps, workspace, results, statistics)
         costs = _costs(arms, workspace, out) if deadline is not None else {}
         _train(jobs, workers, out / "logs", deadline, costs, show)
         done = [job for job in jobs if job.result() is not None]
@@ -97,6 +101,20 @@ def ablate(
         report = report_of(studies, done, chosen.steps, left_out)
         _write(report, to_json(report, done), out)
     return report
+
+
+def _statistics(
+    arms: Sequence[Arm], workspace: Workspace, out: Path, workers: int, show: Callable[..., None]
+) -> Path | None:
+    """Return the file of statistics, made once; None if no arm needs one."""
+    needs = [arm for arm in arms if arm.needs_statistics]
+    if not needs:
+        return None
+    from nemo_upcycle.ablations.calibrated import statistics_of  # takes seconds to import
+
+    file = (out / "statistics").absolute()
+    statistics_of(workspace, file, needs[0].recipe.schedule.seq_length, workers, show)
+    return file
 
 
 def _train(
@@ -149,7 +167,10 @@ def _plan(
     }
     if (kept := kept_plan(out / "plan.json", asked)) is not None:
         return kept
-    trials = _trials(arms, workspace, out)
+    trials = [
+        replace(trial, statistics=_statistics([trial.arm], workspace, out, workers, show))
+        for trial in _trials(arms, workspace, out)
+    ]
     _train(trials, workers, out / "logs", None, {}, show)
     at_once = workers if question.base.accelerator == "cpu" else 1
     left = at_once * (deadline - time.time())

@@ -3,6 +3,7 @@
 import os
 import statistics
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ from typing import Any
 import fiddle
 import lightning.pytorch as pl
 import nemo_run as run
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
 from nemo.utils.model_utils import unwrap_model
 from nemo_upcycle_recipes import factory
 
+from nemo_upcycle.ablations.calibrated import with_statistics
 from nemo_upcycle.ablations.held_out import Assigned, HeldOut, Questions, dropless
-from nemo_upcycle.ablations.results import Job, Result
+from nemo_upcycle.ablations.results import OVER_TIME, Job, Result
 from nemo_upcycle.data.paths import text_of
+from nemo_upcycle.engine.health import MoEHealth
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.checks import open_tokenizer
 
@@ -44,20 +49,20 @@ def train(job: Job, scratch: Path, began: float) -> None:
         # Questions are shorter than rows, in the logits' memory of one forward pass.
         at_once = 4 * base.rows_at_once
         questions = Questions(workspace.items, open_tokenizer(workspace.dense), at_once)
-    watch = Watch(held_out, questions)
+    watch = Watch(held_out, questions, job.steps // 2)
     started = time.process_time()
     built = fiddle.build(recipe)
     built.keywords["trainer"].callbacks.append(watch)
     built()
     if watch.steps != job.steps:
         raise UpcyclingError(f"{job.name} ended after {watch.steps} steps of {job.steps}.")
-    (start, capped_start, _), (end, capped_end, dropped) = watch.scores
+    (start, capped_start, _), *_, (end, capped_end, dropped) = watch.scores
     seconds = time.process_time() - started
     per_step = watch.step_seconds
-    others: dict[str, float] = {}
+    others: dict[str, Any] = {"over_time": dict(watch.over_time)}
     if per_step is not None:
         other = time.perf_counter() - began - job.steps * per_step
-        others = {"step_seconds": per_step, "other_seconds": max(0.0, other)}
+        others |= {"step_seconds": per_step, "other_seconds": max(0.0, other)}
     if questions is not None:
         others |= dict(zip(("start_accuracy", "end_accuracy"), watch.accuracies, strict=True))
     job.keep(
@@ -73,6 +78,12 @@ def recipe_of(job: Job, scratch: Path) -> run.Partial:
     numbers, workspace = job.recipe, job.workspace
     if job.arm.start != "dense":
         numbers = replace(numbers, upcycling=replace(numbers.upcycling, seed=job.seed))
+    extra: dict[str, int] = {}
+    if job.statistics is not None:
+        upcycling = with_statistics(numbers.upcycling, job.statistics)
+        numbers = replace(numbers, upcycling=upcycling)
+    if job.arm.router_warmup_steps:
+        extra["router_warmup_steps"] = job.arm.router_warmup_steps
     recipe = factory.pretrain(
         numbers,
         dir=str(workspace.directory),
@@ -83,6 +94,7 @@ def recipe_of(job: Job, scratch: Path) -> run.Partial:
         max_steps=job.steps,
         from_scratch=job.arm.start == "scratch",
         accelerator=job.arm.base.accelerator,
+        **extra,
     )
     recipe.log.log_dir, recipe.log.ckpt, recipe.log.tensorboard = str(scratch), None, None
     recipe.resume = None
@@ -93,11 +105,28 @@ def recipe_of(job: Job, scratch: Path) -> run.Partial:
     return recipe
 
 
-class Watch(pl.Callback):
-    """A callback that measures before the first step and after the last, and times the steps."""
+class HeldOutHealth(MoEHealth):
+    """Routers over held-out text, between `begin_interval` and `measure`."""
 
-    def __init__(self, held_out: HeldOut, questions: Questions | None = None) -> None:
-        self.held_out, self.questions = held_out, questions
+    def counts(self, router: TopKRouter) -> bool:
+        """Return whether a forward pass counts: one without training."""
+        return not router.training
+
+
+class Watch(pl.Callback):
+    """A callback that measures before the first step, halfway and after the last.
+
+    Args:
+        held_out: Text for the loss and the routers.
+        questions: Asked before the first step and after the last.
+        halfway: The step after which routers and loss are measured once more.
+    """
+
+    def __init__(
+        self, held_out: HeldOut, questions: Questions | None = None, halfway: int = 0
+    ) -> None:
+        self.held_out, self.questions, self.halfway = held_out, questions, halfway
+        self.over_time: dict[str, list[float]] = defaultdict(list)
         self.scores: list[tuple[float, float, float]] = []
         self.accuracies: list[float] = []
         self.steps = 0
@@ -121,21 +150,23 @@ class Watch(pl.Callback):
         self._ends.append(time.perf_counter())
         if os.getppid() != self._parent:
             os._exit(1)
+        if self.steps == self.halfway:
+            self._measure(trainer, halfway=True)
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Measure the model after the last step."""
         self._measure(trainer)
 
-    def _measure(self, trainer: pl.Trainer) -> None:
+    def _measure(self, trainer: pl.Trainer, halfway: bool = False) -> None:
         """Measure without a capacity, and with the training's capacity factor."""
         (chunk,) = trainer.strategy.megatron_parallel
         model = unwrap_model(chunk.module)
         model.eval()
         with dropless(model) as routers:
-            loss = self.held_out.loss(model)
-            if self.questions is not None:
+            loss = self._measure_over_time(model, bool(routers))
+            if self.questions is not None and not halfway:
                 self.accuracies.append(self.questions.accuracy(model))
-        if any(router.config.moe_expert_capacity_factor for router in routers):
+        if not halfway and any(r.config.moe_expert_capacity_factor for r in routers):
             counted = Assigned()
             hooks = [router.register_forward_hook(counted) for router in routers]
             capped = self.held_out.loss(model)
@@ -145,3 +176,18 @@ class Watch(pl.Callback):
         else:
             self.scores.append((loss, loss, 0.0))
         model.train()
+
+    def _measure_over_time(self, model: torch.nn.Module, is_moe: bool) -> float:
+        """Keep the loss, and what routers and experts do; return the loss."""
+        if is_moe:
+            health = HeldOutHealth()
+            health.start_watching([model], model.config)
+            health.begin_interval()
+        loss = self.held_out.loss(model)
+        self.over_time["loss"].append(loss)
+        if is_moe:
+            health.stop_watching()
+            found = health.measure().scalars()
+            for name in OVER_TIME:
+                self.over_time[name].append(found[f"moe/{name}"])
+        return loss

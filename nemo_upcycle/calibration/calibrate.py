@@ -48,6 +48,7 @@ class Calibration:
         tokens: Tokens in all.
         sequence_length: Tokens per sequence; None means `SEQUENCE_LENGTH`.
         clusters: Clusters of inputs per layer, usually as many as copies of the layer.
+        cluster_rank: Rank of the clusters' weights, which `cluster_svd` needs; 0 for none.
         sample: Tokens whose inputs are clustered, at most.
         second_moment: Of the inputs: `none`, `diagonal` or `full`.
         prompts: File of prompts; see `read_prompts`.
@@ -62,6 +63,7 @@ class Calibration:
     tokens: int = 1_000_000
     sequence_length: int | None = None
     clusters: int = 8
+    cluster_rank: int = 0
     sample: int = 16_384
     second_moment: str = DIAGONAL
     prompts: Path | None = None
@@ -96,6 +98,7 @@ def calibrate(
     checkpoint = open_branches(calibration.dense)
     check_whole(checkpoint)
     _check_texts(calibration, len(checkpoint.branches))
+    _check_rank(calibration.cluster_rank, checkpoint.architecture.hidden_size)
     check_computable(checkpoint)
     sources, prompts = _read(calibration, checkpoint)
     manifest = _manifest(calibration, checkpoint, sources, prompts)
@@ -154,6 +157,13 @@ def _check_texts(calibration: Calibration, branches: int) -> None:
         raise UpcyclingError(f"There are {texts} sources of text; expected {expected} (--text).")
 
 
+def _check_rank(rank: int, most: int) -> None:
+    if not 0 <= rank <= most:
+        raise UpcyclingError(
+            f"cluster rank is {rank}; expected 0 for none, or up to the hidden size, {most}."
+        )
+
+
 def _read(
     calibration: Calibration, checkpoint: DenseCheckpoint
 ) -> tuple[list[Source], list[Prompts]]:
@@ -181,7 +191,8 @@ def _manifest(
 ) -> dict[str, Any]:
     """Return everything that determines the statistics."""
     arch = checkpoint.architecture
-    return {
+    ranks = {"cluster_rank": calibration.cluster_rank} if calibration.cluster_rank else {}
+    return ranks | {
         "format": FORMAT,
         "fingerprint": weights_fingerprint(checkpoint),
         "branches": len(checkpoint.branches),
@@ -243,7 +254,14 @@ def _compute_layers(
 
                 run.compute(work, layer, lanes, show)
                 arrays = reduce(
-                    work, sources, prompts, lanes, layer, calibration.clusters, calibration.seed
+                    work,
+                    sources,
+                    prompts,
+                    lanes,
+                    layer,
+                    calibration.clusters,
+                    calibration.cluster_rank,
+                    calibration.seed,
                 )
                 write_whole(file, save({f"layers.{layer}.{k}": v for k, v in arrays.items()}))
             work.remove(layer)

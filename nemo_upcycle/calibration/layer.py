@@ -80,6 +80,16 @@ class DenseLayer:
             outputs = self._model(inputs_embeds=batch, use_cache=False).last_hidden_state
         return Seen(ffn[0][0], down[0][0], outputs[0])
 
+    def gram(self) -> torch.Tensor:
+        """Return WᵀW of the stacked weights that read the layer's inputs, [hidden, hidden], fp64.
+
+        They are gate and up: all linear layers of the feed-forward layer but down.
+        """
+        down = self._layer.mlp.down_proj
+        linear = [each for each in self._layer.mlp.modules() if isinstance(each, torch.nn.Linear)]
+        weights = [each.weight.detach().double() for each in linear if each is not down]
+        return sum((each.T @ each for each in weights[1:]), weights[0].T @ weights[0])
+
 
 @contextmanager
 def _inputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:

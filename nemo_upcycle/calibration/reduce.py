@@ -1,14 +1,16 @@
 """Statistics of a layer from what its lanes have summed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
-from nemo_upcycle.calibration.clusters import Values, cluster
+from nemo_upcycle.calibration.clusters import Values, bases, cluster
 from nemo_upcycle.calibration.lanes import Lane, Work
+from nemo_upcycle.calibration.layer import DenseLayer
 from nemo_upcycle.calibration.sums import Arrays, Totals
 from nemo_upcycle.calibration.text import Prompts, Source
+from nemo_upcycle.checkpoint.branches import open_branches
 
 
 def reduce(
@@ -18,6 +20,7 @@ def reduce(
     lanes: Sequence[Lane],
     layer: int,
     clusters: int,
+    cluster_rank: int,
     seed: int,
 ) -> Arrays:
     """Add the lanes' sums in order, and cluster the sampled inputs.
@@ -29,6 +32,7 @@ def reduce(
         lanes: All lanes, complete for the layer.
         layer: The layer, from 0.
         clusters: Number of clusters.
+        cluster_rank: Rank of the clusters' weights; 0 for none.
         seed: Seed of the clusters.
 
     Returns:
@@ -55,11 +59,23 @@ def reduce(
     arrays |= Totals.of(tokens, (each.sums for each in totals)).means()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    centroids, shares = cluster(np.concatenate(samples), clusters, seed, layer)
-    torch.set_num_threads(threads)
+    sample = np.concatenate(samples)
+    centroids, shares = cluster(sample, clusters, seed, layer)
     arrays |= {"clusters.centroids": centroids, "clusters.share": shares}
+    if cluster_rank:
+        arrays["clusters.basis"] = bases(sample, centroids, cluster_rank, _grams(work, layer))
+    torch.set_num_threads(threads)
     of_prompts = [work.arrays(layer, lane)["means"] for lane in lanes if lane.source is None]
     return arrays | _of_prompts(prompts, of_prompts)
+
+
+def _grams(work: Work, layer: int) -> Callable[[int], torch.Tensor]:
+    """Return what gives WᵀW of the dense layer that a cluster's expert is made of."""
+    with open_branches(work.dense) as checkpoint:
+        count = len(checkpoint.branches)
+        cpu = torch.device("cpu")
+        grams = [DenseLayer(checkpoint, layer, branch, cpu).gram() for branch in range(count)]
+    return lambda cluster: grams[cluster % count]
 
 
 def _of_prompts(prompts: Sequence[Prompts], means: Sequence[Values]) -> Arrays:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nemo_upcycle.data.checks import Dataset
 from nemo_upcycle.data.documents import parts_of, read_part
 from nemo_upcycle.data.encoder import Encoder
+from nemo_upcycle.data.paths import DataPath
 from nemo_upcycle.data.preparation import PART_BYTES
 from nemo_upcycle.data.selection import Selection
 from nemo_upcycle.data.sources import files_of
@@ -69,7 +71,8 @@ def read_sources(
     """Read the first documents of each source, with an equal share of the tokens each.
 
     Args:
-        names: Files, directories or datasets, as `data tokenize` takes them.
+        names: Files, directories or datasets, as `data tokenize` takes them; or the `.bin` file of
+            tokenised data.
         tokens: Tokens in all; a source with less text gives what it has.
         encoder: Encoder from texts to tokens. A document ends with its eos token.
         length: Tokens per sequence.
@@ -83,7 +86,8 @@ def read_sources(
 
 
 def _read(name: str, tokens: int, encoder: Encoder, length: int, selection: Selection) -> Source:
-    documents = _documents(name, encoder, selection)
+    tokenised = name.endswith(".bin")
+    documents = _tokenised(name, encoder) if tokenised else _documents(name, encoder, selection)
     stream = np.fromiter(
         itertools.islice(itertools.chain.from_iterable(documents), tokens), np.int32
     )
@@ -100,6 +104,24 @@ def _documents(name: str, encoder: Encoder, selection: Selection) -> Iterator[li
         for tokens in encoder.tokens(some):
             if tokens:
                 yield [*tokens, encoder.eos]
+
+
+def _tokenised(name: str, encoder: Encoder) -> Iterator[npt.NDArray[Any]]:
+    """Yield each document's tokens and eos from Megatron's files."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = Dataset(DataPath(name.removesuffix(".bin")))
+    said = dataset.manifest.tokenizer if dataset.manifest else None
+    same = said is None or said["eos"] == encoder.eos
+    if said is not None and not said["parse_special"]:
+        same = same and said["fingerprint"] == encoder.fingerprint()
+    if not same:
+        raise UpcyclingError(
+            f"{name} was made with another tokenizer than the dense checkpoint's. Give data that "
+            "the checkpoint's own tokenizer made, or text."
+        )
+    documents = IndexedDataset(dataset.prefix)
+    yield from (documents[number] for number in range(len(documents)))
 
 
 def _texts(name: str, selection: Selection) -> Iterator[str]:

@@ -38,15 +38,16 @@ def read_header(directory: Path, file: str) -> dict[str, Entry]:
     try:
         with open(path, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            start = stream.read(8)
+            start, brace = stream.read(8), stream.read(1)
             length = int.from_bytes(start, "little")
-            if start.startswith(PICKLES):
+            # The length of a header may begin as a pickle does: 640 is b"\x80\x02".
+            if start.startswith(PICKLES) and brace != b"{":
                 raise _damaged(path, "it is a pickled PyTorch file, which can run code when loaded")
             if start == b"version ":
                 raise _damaged(path, "it is a Git LFS pointer; `git lfs pull` gets the file itself")
             if len(start) < 8 or length > size - 8:
                 raise _damaged(path, f"it has {size} bytes, fewer than its header alone")
-            header = json.loads(stream.read(length))
+            header = json.loads(brace + stream.read(max(0, length - 1)))
         header.pop("__metadata__", None)
         entries = {name: _entry(file, 8 + length, **entry) for name, entry in header.items()}
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)

@@ -12,6 +12,7 @@ import typer
 
 from nemo_upcycle.cli import data, evaluation, noise
 from nemo_upcycle.cli.ablate import ablate
+from nemo_upcycle.cli.align import align
 from nemo_upcycle.cli.calibrate import calibrate
 from nemo_upcycle.cli.check import check
 from nemo_upcycle.cli.plan import groups, plan
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.command()(upcycle)
 app.command()(calibrate)
+app.command()(align)
 app.command()(plan)
 app.command()(groups)
 app.command()(tune)

@@ -25,7 +25,8 @@ def ablate(
         list[str] | None,
         typer.Option(
             help="controls, capacity_factor, router, granularity, weight_scaling, learning_rate, "
-            "initializers; may be repeated. Default: all. With --recipe: real_model.",
+            "initializers, data_aware, signals; may be repeated. Default: all. With --recipe: "
+            "real_model.",
             show_default=False,
         ),
     ] = None,
@@ -86,11 +87,11 @@ def ablate(
 ) -> None:
     """Repeat the papers' comparisons of ways of upcycling, and test the claims at this scale.
 
-    Compares capacity factor, router, granularity, weight scaling, learning-rate reset and
-    initialisers. Controls are the dense model trained further and the MoE from scratch, at equal
-    tokens and equal FLOPs. Writes ablations.md, .json and .png. Everything takes about an hour and
-    2 GiB of memory on 2 cores. After a kill the same command continues, and repeats no finished
-    training.
+    Compares capacity factor, router, granularity, weight scaling, learning-rate reset,
+    initialisers, statistics of the text and training signals. Controls are the dense model trained
+    further and the MoE from scratch, at equal tokens and equal FLOPs. Writes ablations.md, .json
+    and .png. Everything takes an hour and a half and 2 GiB of memory on 2 cores. After a kill the
+    same command continues, and repeats no finished training.
 
     With --recipe a real model is compared, one training at a time on a GPU. With --minutes short
     trainings measure the time of a step. From this time follow the steps with which all arms and

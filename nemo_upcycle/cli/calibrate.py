@@ -39,6 +39,12 @@ def calibrate(
     clusters: Annotated[
         int, typer.Option(help="Clusters of inputs per layer: one per copy of the layer.")
     ] = 8,
+    cluster_rank: Annotated[
+        int,
+        typer.Option(
+            help="Rank of weights fitted to each cluster, which `cluster_svd` needs. Default: none."
+        ),
+    ] = 0,
     sample: Annotated[str, typer.Option(help="Tokens whose inputs are clustered.")] = "16384",
     second_moment: Annotated[
         str,
@@ -87,6 +93,7 @@ def calibrate(
         tokens=int(count("--tokens", tokens)),
         sequence_length=sequence_length,
         clusters=clusters,
+        cluster_rank=cluster_rank,
         sample=int(count("--sample", sample)),
         second_moment=second_moment,
         prompts=prompts,

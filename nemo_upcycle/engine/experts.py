@@ -20,6 +20,7 @@ from nemo_upcycle.engine.reading import thread_count
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.names import expert_of, is_shared, layer_of
 from nemo_upcycle.initializers import Initializer, Neurons, make_initializer
+from nemo_upcycle.initializers.one_thread import one_thread
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def initialize_experts(
         for count in [len(expert.parts["up"])]
         for first in range(0, count, step)
     ]
-    with ThreadPoolExecutor(thread_count()) as threads:
+    with one_thread(), ThreadPoolExecutor(thread_count()) as threads:
         finished = threads.map(lambda block: work.initialize(*block), blocks)
         for size in accumulate(finished):
             done(size)

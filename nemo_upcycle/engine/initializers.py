@@ -1,9 +1,16 @@
-"""Check initialisers against the dense checkpoint, before anything is written."""
+"""The initialisers of a config: checks before anything is written, and what they read."""
 
 from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.checkpoint.fingerprint import weights_fingerprint
 from nemo_upcycle.config import UpcyclingConfig
-from nemo_upcycle.initializers import Target, make_initializer, make_router_initializer
+from nemo_upcycle.initializers import (
+    Initializer,
+    RouterInitializer,
+    Target,
+    make_initializer,
+    make_router_initializer,
+)
+from nemo_upcycle.initializers.statistics import digests
 
 
 def check_initializers(upcycling: UpcyclingConfig, checkpoint: DenseCheckpoint) -> None:
@@ -18,12 +25,20 @@ def check_initializers(upcycling: UpcyclingConfig, checkpoint: DenseCheckpoint) 
     """
     if upcycling.num_moe_experts is None:
         return
-    made = (
-        make_initializer(upcycling.initializer),
-        make_router_initializer(upcycling.router_initializer),
-    )
-    checks = [each.check for each in made if hasattr(each, "check")]
+    checks = [each.check for each in _made(upcycling) if hasattr(each, "check")]
     if checks:
         target = Target(weights_fingerprint(checkpoint), checkpoint.architecture, upcycling)
         for check in checks:
             check(target)
+
+
+def statistics_of(upcycling: UpcyclingConfig) -> dict[str, str]:
+    """Return the digests of the statistics that the initialisers read, by path; see `digests`."""
+    return {} if upcycling.num_moe_experts is None else digests(_made(upcycling))
+
+
+def _made(upcycling: UpcyclingConfig) -> tuple[Initializer, RouterInitializer]:
+    return (
+        make_initializer(upcycling.initializer),
+        make_router_initializer(upcycling.router_initializer),
+    )

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.engine.initializers import statistics_of
 from nemo_upcycle.errors import UpcyclingError
 
 MAY_CHANGE = frozenset(
@@ -58,6 +59,7 @@ class Origin:
         step0: Whether the model computed the dense model's function at step 0, and why, as the
             run has reported; None if nothing was upcycled.
         mapping: The parallel mapping of the latest start; see `mapping_of`.
+        statistics: Digests of the statistics that initialisers read, by path; see `statistics_of`.
     """
 
     dense_checkpoint: str | None
@@ -68,6 +70,7 @@ class Origin:
     settings: Mapping[str, Any] = field(default_factory=dict)
     step0: str | None = None
     mapping: Mapping[str, Any] | None = None
+    statistics: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -78,7 +81,9 @@ class Origin:
         kept: Mapping[str, Any] | None = None,
     ) -> "Origin":
         """Return the origin of a run with a dense checkpoint."""
-        return cls(dense_checkpoint, fingerprint, asdict(config), kept)
+        return cls(
+            dense_checkpoint, fingerprint, asdict(config), kept, statistics=statistics_of(config)
+        )
 
     def __str__(self) -> str:
         experts, topk = self.upcycling["num_moe_experts"], self.upcycling["moe_router_topk"]
@@ -124,6 +129,14 @@ class Origin:
                 f"The run in {run} began from {self.dense_checkpoint}; the weights in "
                 f"{now.dense_checkpoint} are others or were changed since. Give the original "
                 "checkpoint, or another name for a new run."
+            )
+
+        both = self.statistics.keys() & now.statistics.keys()
+        if others := sorted(file for file in both if self.statistics[file] != now.statistics[file]):
+            raise UpcyclingError(
+                f"The run in {run} was upcycled with other statistics than those that are now in "
+                f"{others[0]}. Restore the file or remove it, which a run that goes on does not "
+                "need; or give another name for a new run."
             )
 
     def _kind(self) -> tuple[str, bool]:

@@ -1,6 +1,10 @@
 """Initialisers of experts and routers: values that are not plain copies of the dense model."""
 
-from nemo_upcycle.initializers import experts, routers  # noqa: F401  (registers the initialisers)
+from nemo_upcycle.initializers import (  # noqa: F401  (registers the initialisers)
+    data_aware,
+    experts,
+    routers,
+)
 from nemo_upcycle.initializers.neurons import Neurons
 from nemo_upcycle.initializers.registry import (
     Initializer,

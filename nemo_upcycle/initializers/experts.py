@@ -3,14 +3,11 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers.neurons import Neurons
 from nemo_upcycle.initializers.options import check_fraction, check_positive
 from nemo_upcycle.initializers.registry import Initializer, register
-from nemo_upcycle.initializers.statistics import Statistics, Target
+from nemo_upcycle.initializers.statistics import Target
 
 
 @register("copy")
@@ -101,84 +98,12 @@ def hybrid(*initializers: Initializer) -> Initializer:
 
 class _Hybrid:
     def __init__(self, initializers: Sequence[Initializer]) -> None:
-        self._initializers = initializers
+        self.parts = initializers
 
     def check(self, target: Target) -> None:
-        for each in self._initializers:
+        for each in self.parts:
             if hasattr(each, "check"):
                 each.check(target)
 
     def __call__(self, neurons: Neurons) -> None:
-        self._initializers[neurons.copy % len(self._initializers)](neurons)
-
-
-@register("activation_sorted")
-def activation_sorted(stats: str) -> Initializer:
-    """Sort the layer's neurons by how often they are active, before they are cut into shards.
-
-    Shard 0 gets the most active neurons. All shards of a copy together are the dense layer, in
-    another order. Neurons that are equally often active are sorted by magnitude, then by number.
-
-    Args:
-        stats: File of statistics.
-
-    Source: activation rates of CMoE, arXiv 2502.04416; the order alone, not its clustering.
-    """
-    return _ActivationSorted(Statistics.named("activation_sorted", stats))
-
-
-class _ActivationSorted:
-    def __init__(self, stats: Statistics) -> None:
-        self._stats = stats
-
-    def check(self, target: Target) -> None:
-        self._stats.check(target)
-
-    def __call__(self, neurons: Neurons) -> None:
-        order = _most_active(self._stats, neurons)[neurons.ids.start : neurons.ids.stop]
-        for part, values in neurons.values.items():
-            values[:] = neurons.dense(part, order)
-
-
-@register("partial")
-def partial(stats: str, shared: float = 0.5) -> Initializer:
-    """Keep the most active neurons of each expert, and redraw the others as `drop` does.
-
-    `drop` redraws neurons at random; here all experts share the neurons that the text needs most.
-
-    Args:
-        stats: File of statistics.
-        shared: Fraction of an expert's neurons that stays, rounded down.
-    """
-    check_fraction("partial", "shared", shared)
-    return _Partial(Statistics.named("partial", stats), shared)
-
-
-class _Partial:
-    def __init__(self, stats: Statistics, shared: float) -> None:
-        self._stats, self._shared = stats, shared
-
-    def check(self, target: Target) -> None:
-        self._stats.check(target)
-
-    def __call__(self, neurons: Neurons) -> None:
-        order = _most_active(self._stats, neurons)
-        own = order[(order >= neurons.expert_ids.start) & (order < neurons.expert_ids.stop)]
-        kept = own[: int(self._shared * len(own))]
-        redrawn = ~np.isin(np.arange(neurons.ids.start, neurons.ids.stop), kept)
-        for part, values in neurons.values.items():
-            mean, std = neurons.statistics(part)
-            values[redrawn] = mean + std * neurons.normal(part, redrawn)
-
-
-def _most_active(stats: Statistics, neurons: Neurons) -> npt.NDArray[np.int64]:
-    """Return the dense layer's neurons from the most to the least active, with ties by number.
-
-    Of several dense checkpoints, the layer is that of the copy's checkpoint, over its own text.
-    """
-    branches = stats.manifest["branches"]
-    where = f"sources.{neurons.copy % branches}." if branches > 1 else ""
-    rate, magnitude = (
-        stats.get(neurons.layer, f"{where}neurons.{name}") for name in ("rate", "magnitude")
-    )
-    return np.lexsort((-magnitude, -rate)).astype(np.int64)
+        self.parts[neurons.copy % len(self.parts)](neurons)

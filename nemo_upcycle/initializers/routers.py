@@ -7,6 +7,7 @@ be expressed; each initialiser says what is left out.
 import numpy as np
 
 from nemo_upcycle.errors import UpcyclingError
+from nemo_upcycle.initializers.one_thread import one_thread
 from nemo_upcycle.initializers.options import check_positive
 from nemo_upcycle.initializers.registry import RouterInitializer, register_router
 from nemo_upcycle.initializers.rows import RouterRows, Values
@@ -52,19 +53,19 @@ def centroids(stats: str, scale: float | None = None, center: bool = True) -> Ro
 
 class _Centroids:
     def __init__(self, stats: Statistics, scale: float | None, center: bool) -> None:
-        self._stats, self._scale, self._center = stats, scale, center
+        self.stats, self._scale, self._center = stats, scale, center
 
     def check(self, target: Target) -> None:
-        self._stats.check(target)
-        found, expected = self._stats.manifest["clusters"], target.upcycling.router_rows
+        self.stats.check(target)
+        found, expected = self.stats.manifest["clusters"], target.upcycling.router_rows
         if found != expected:
             raise UpcyclingError(
-                f"{self._stats.file} has {found} clusters per layer; expected {expected}, one per "
+                f"{self.stats.file} has {found} clusters per layer; expected {expected}, one per "
                 f"row of the router. Calibrate with --clusters {expected}."
             )
 
     def __call__(self, rows: RouterRows) -> Values:
-        found = self._stats.get(rows.layer, "clusters.centroids").astype(np.float64)
+        found = self.stats.get(rows.layer, "clusters.centroids").astype(np.float64)
         if self._center:
             found = found - found.mean(0)
         size = np.sqrt(np.square(found).sum(1).mean())
@@ -90,25 +91,25 @@ def prompts(stats: str, scale: float | None = None) -> RouterInitializer:
 
 class _Prompts:
     def __init__(self, stats: Statistics, scale: float | None) -> None:
-        self._stats, self._scale = stats, scale
+        self.stats, self._scale = stats, scale
 
     def check(self, target: Target) -> None:
-        self._stats.check(target)
-        found, expected = len(self._stats.manifest["prompts"]), target.upcycling.router_rows
+        self.stats.check(target)
+        found, expected = len(self.stats.manifest["prompts"]), target.upcycling.router_rows
         if found != expected:
             raise UpcyclingError(
-                f"{self._stats.file} has the prompts of {found} experts; expected {expected}, one "
+                f"{self.stats.file} has the prompts of {found} experts; expected {expected}, one "
                 f"per row of the router. Calibrate with --prompts FILE, a file of {expected} lines."
             )
-        if len(set(self._stats.manifest["prompts"])) < found:
+        if len(set(self.stats.manifest["prompts"])) < found:
             raise UpcyclingError(
-                f"Two experts have the same prompts in {self._stats.file}: the router could not "
+                f"Two experts have the same prompts in {self.stats.file}: the router could not "
                 "tell them apart. Give each expert prompts of its own."
             )
 
     def __call__(self, rows: RouterRows) -> Values:
         positive, negative = (
-            self._stats.get(rows.layer, f"prompts.{kind}").astype(np.float64)
+            self.stats.get(rows.layer, f"prompts.{kind}").astype(np.float64)
             for kind in ("positive", "negative")
         )
         return _unit(positive - negative) * _norm(rows, self._scale)
@@ -139,28 +140,28 @@ def ridge(stats: str, penalty: float = 0.01, scale: float | None = None) -> Rout
 
 class _Ridge:
     def __init__(self, stats: Statistics, penalty: float, scale: float | None) -> None:
-        self._stats, self._penalty, self._scale = stats, penalty, scale
+        self.stats, self._penalty, self._scale = stats, penalty, scale
 
     def check(self, target: Target) -> None:
-        self._stats.check(target)
-        sources = len(self._stats.manifest["texts"])
+        self.stats.check(target)
+        sources = len(self.stats.manifest["texts"])
         if sources < 2:
             raise UpcyclingError(
-                f"{self._stats.file} is of {sources} source of text; expected two or more, which "
+                f"{self.stats.file} is of {sources} source of text; expected two or more, which "
                 "the router is to tell apart: calibrate with several --text."
             )
-        if (moment := self._stats.manifest["second_moment"]) != "full":
+        if (moment := self.stats.manifest["second_moment"]) != "full":
             raise UpcyclingError(
-                f"{self._stats.file} has the second moment {moment!r}; ridge needs the whole: "
+                f"{self.stats.file} has the second moment {moment!r}; ridge needs the whole: "
                 "calibrate with --second-moment full."
             )
 
     def __call__(self, rows: RouterRows) -> Values:
-        counts = [text["tokens"] for text in self._stats.manifest["texts"]]
-        moment = self._stats.get(rows.layer, "input.second_moment").astype(np.float64)
+        counts = [text["tokens"] for text in self.stats.manifest["texts"]]
+        moment = self.stats.get(rows.layer, "input.second_moment").astype(np.float64)
         of_sources = np.stack(
             [
-                count * self._stats.get(rows.layer, f"sources.{source}.input.mean").astype(float)
+                count * self.stats.get(rows.layer, f"sources.{source}.input.mean").astype(float)
                 for source, count in enumerate(counts)
             ]
         )
@@ -173,19 +174,16 @@ class _Ridge:
 
 
 def _solve(matrix: Values, right: Values) -> Values:
-    """Solve a linear system with one thread: the last bits depend on the number of threads."""
+    """Solve a linear system with one thread."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        solved = torch.linalg.solve(torch.from_numpy(matrix), torch.from_numpy(right))
+        with one_thread():
+            solved = torch.linalg.solve(torch.from_numpy(matrix), torch.from_numpy(right))
     except RuntimeError as error:
         raise UpcyclingError(
             f"ridge: the inputs' second moment cannot be inverted ({error}). Give a larger penalty."
         ) from error
-    finally:
-        torch.set_num_threads(threads)
     return np.asarray(solved.numpy())
 
 

@@ -1,7 +1,8 @@
 """Read a file of statistics, which `calibrate` writes, and check that the file fits the model."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,6 +97,11 @@ class Statistics:
         """What the statistics were made of; see `read_manifest`."""
         return read_manifest(self.file)
 
+    @property
+    def digest(self) -> str:
+        """A SHA-256 of the manifest, which determines the statistics."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
     def check(self, target: Target) -> None:
         """Check that the statistics are of the dense checkpoint.
 
@@ -136,3 +142,21 @@ class Statistics:
                 f"{self.file} has no {name} of layer {layer} ({error}). Calibrate with the option "
                 "that gives it; docs/calibrate.md lists them."
             ) from error
+
+
+def digests(initializers: Iterable[object]) -> dict[str, str]:
+    """Return the digests of the statistics that initialisers read, by path.
+
+    Files that are gone are left out: a resumed run does not need them.
+
+    Args:
+        initializers: Initialisers, whose attribute `stats` is a `Statistics` if they read one, and
+            whose `parts` are further initialisers.
+    """
+    found: dict[str, str] = {}
+    for each in initializers:
+        found |= digests(getattr(each, "parts", ()))
+        stats = getattr(each, "stats", None)
+        if isinstance(stats, Statistics) and stats.file.exists():
+            found[str(stats.file)] = stats.digest
+    return found

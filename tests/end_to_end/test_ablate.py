@@ -17,9 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_upcycle.ablations import studies
 from nemo_upcycle.ablations.bases import BATCH, TINY, Base
-from nemo_upcycle.ablations.results import Workspace, jobs_of
+from nemo_upcycle.ablations.results import OVER_TIME, Workspace, jobs_of
+from nemo_upcycle.ablations.runner import Question, ablate
 from nemo_upcycle.ablations.workers import train_all
 from nemo_upcycle.data.choices import write_choices
+from nemo_upcycle.initializers.statistics import read_manifest
+from nemo_upcycle.nemo.router_warm_up import RouterWarmUp
 from tests import progress
 from tests.end_to_end import cli
 from tests.workspace import make_workspace
@@ -81,8 +84,10 @@ def test_the_recipes_are_the_factorys_with_what_the_arms_say(tmp_path: Path) -> 
     from nemo_upcycle.ablations.training import recipe_of
 
     workspace = Workspace(make_workspace(tmp_path / "demo"))
-    arms = [studies.ARMS[name] for name in ("e8t2", "cf1", "lr_minimum", "dense", "scratch")]
-    jobs = jobs_of(arms, 2, STEPS, workspace, tmp_path)
+    names = ("e8t2", "cf1", "lr_minimum", "centroids", "drop_warmup", "dense", "scratch")
+    file = tmp_path / "statistics"
+    arms = [studies.ARMS[name] for name in names]
+    jobs = jobs_of(arms, 2, STEPS, workspace, tmp_path, file)
     made = {job.name: recipe_of(job, tmp_path / "scratch") for job in jobs}
     for job in jobs:
         recipe = made[job.name]
@@ -97,6 +102,13 @@ def test_the_recipes_are_the_factorys_with_what_the_arms_say(tmp_path: Path) -> 
     assert made["lr_minimum-1"].optim.config.lr == made["e8t2-1"].optim.config.min_lr
     assert made["lr_minimum-1"].optim.lr_scheduler.warmup_steps == 0
     assert made["e8t2-1"].optim.lr_scheduler.warmup_steps > 0
+    (upcycles,) = [c for c in made["centroids-1"].trainer.callbacks if hasattr(c, "seed")]
+    assert upcycles.router_initializer == f"centroids(stats='{file}')"
+    warm_ups = {
+        name: [c.steps for c in recipe.trainer.callbacks if c.__fn_or_cls__ is RouterWarmUp]
+        for name, recipe in made.items()
+    }
+    assert {name for name, steps in warm_ups.items() if steps} == {"drop_warmup-1", "drop_warmup-2"}
     assert made["dense-1"].model.config.num_moe_experts is None
     assert made["scratch-2"].model.config.num_moe_experts == 8
 
@@ -130,6 +142,10 @@ def _check_numbers(directory: Path, found: dict[str, dict[str, Any]]) -> None:
     expected = held_out_loss(directory / "demo")
     for result in found.values():
         assert result["start"] == pytest.approx(expected, abs=1e-5)
+        assert result["over_time"]["loss"][::2] == [result["start"], result["end"]]
+        confidence, apart = (result["over_time"][n] for n in OVER_TIME[::4])
+        assert len(confidence) == 3 and all(1 / 8 < each <= 1 for each in confidence)
+        assert apart[0] == 0 < apart[1] < apart[2]
     # Everything else makes a difference: the learning rate, and the seed.
     assert len({result["end"] for result in found.values()}) == len(found)
     written = json.loads((directory / "ablations" / "ablations.json").read_text())
@@ -247,6 +263,24 @@ def _keep_plan_of_two_steps(directory: Path, command: tuple[str, ...]) -> None:
     kept["plan"]["left_out"] = ["steps beyond 2 of the recipe's 763"]
     plan.write_text(json.dumps(kept))
     cli.run(directory, *command)
+
+
+@pytest.mark.slow
+def test_arms_read_statistics_of_the_training_text(tmp_path: Path) -> None:
+    """Made once; a further arm finds them."""
+    workspace = Workspace(make_workspace(tmp_path / "demo"))
+    study = studies.STUDIES["data_aware"].of(("e8t2", "cluster_svd"))
+    out = tmp_path / "ablations"
+    report = ablate(Question([study], 1, 2), workspace, out, 2, lambda *said: None)
+    written = (out / "statistics").stat().st_mtime_ns
+    manifest = read_manifest(out / "statistics")
+    assert [text["name"] for text in manifest["texts"]] == ["documentation.bin", "sources.bin"]
+    copies, fitted = report.studies[0].rows
+    assert fitted.start.mean > copies.start.mean + 0.001
+    assert fitted.over_time["expert_distance"][0].mean > 0.01
+    more = studies.STUDIES["data_aware"].of(("e8t2", "cluster_svd", "partial"))
+    ablate(Question([more], 1, 2), workspace, out, 2, lambda *said: None)
+    assert (out / "statistics").stat().st_mtime_ns == written
 
 
 @pytest.mark.slow

@@ -1,9 +1,13 @@
 """What the hook makes does not depend on how the model is spread, and computes the dense model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from nemo_upcycle.config import ParallelFolding
+from nemo_upcycle.initializers import initialize_router
+from tests.calibrations import write_statistics
 from tests.distributed.foldings import FOLDINGS, NAMES, ONE_RANK
 from tests.distributed.pool import RankPool
 from tests.distributed.whole import differing, whole
@@ -12,6 +16,7 @@ from tests.megatron.grid import IDS, WAYS, Grid, ways
 from tests.stacks import DIGESTS, digest, write_by_numbers
 
 TOLERANCE = 1e-5
+FOLDED = ParallelFolding.of(tp=2, pp=2, ep=2)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -39,6 +44,35 @@ def test_weights_are_those_of_the_nemo_front(
         upcycling=upcycling,
     )
     assert digest(whole(shards[0])) == DIGESTS[way]
+
+
+def test_statistics_give_the_rows_of_the_nemo_front(ranks: RankPool, tmp_path: Path) -> None:
+    """`tests/distributed/test_statistics.py` compares the rows of a NeMo recipe likewise."""
+    dense = write_by_numbers(tmp_path / "dense")
+    file = write_statistics(tmp_path / "statistics", dense)
+    upcycling = scenarios.replace(
+        scenarios.UPCYCLING,
+        initializer=f"cluster_svd(stats={str(file)!r})",
+        router_initializer=f"centroids(stats={str(file)!r})",
+    )
+    given = {"dense": str(dense), "upcycling": upcycling}
+    found = [
+        whole(
+            shard
+            for shards in ranks.run(scenarios.weights, size, folding=folding, **given)
+            for shard in shards
+        )
+        for size, folding in ((1, ParallelFolding()), (4, FOLDED))
+    ]
+    assert differing(*found) == []
+    for layer in range(4):
+        rows = found[0][f"decoder.layers.{layer}.mlp.router.weight"].numpy()
+        expected = initialize_router(upcycling, layer, (0, 8), rows.shape[1])
+        assert rows.any() and (rows == expected).all()
+    arguments = {"dense": dense, "folding": ParallelFolding(), "upcycling": upcycling}
+    write_statistics(file, dense, fingerprint="of another")
+    (error,) = ranks.run(scenarios.error_of, 1, **arguments, arguments={})
+    assert "is of another dense checkpoint" in error
 
 
 @pytest.mark.parametrize("name", [*ONE_RANK, *NAMES])

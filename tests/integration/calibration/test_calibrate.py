@@ -17,6 +17,8 @@ from nemo_upcycle.calibration.layer import DenseLayer, embeddings
 from nemo_upcycle.calibration.text import read_sources
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.data.encoder import load_encoder
+from nemo_upcycle.data.preparation import Preparation, prepare
+from nemo_upcycle.data.tokenizer import train_tokenizer
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.initializers.statistics import read_manifest
 from tests.calibrations import LENGTH, calibrated, write_calibratable, write_texts
@@ -24,6 +26,8 @@ from tests.tiny import FAMILIES, tokens
 
 CPU = torch.device("cpu")
 Arrays = dict[str, Any]
+RANK = 5
+FULL: dict[str, Any] = {"second_moment": "full", "cluster_rank": RANK}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def statistics(model: Path, texts: tuple[str, ...], prompts: Path, tmp_path_factory: Any) -> Path:
     out = tmp_path_factory.mktemp("out") / "statistics"
-    return calibrated(model, texts, out, second_moment="full", prompts=prompts)
+    return calibrated(model, texts, out, **FULL, prompts=prompts)
 
 
 def whole(model: Path, ids: Any) -> list[tuple[Any, Any]]:
@@ -63,6 +67,13 @@ def whole(model: Path, ids: Any) -> list[tuple[Any, Any]]:
     with torch.no_grad():
         loaded(torch.as_tensor(ids, dtype=torch.long)[None])
     return list(zip(*seen, strict=True))
+
+
+def dense_weights(model: Path, layer: int) -> Any:
+    """Return gate and up of a layer, one after another, [2 · ffn, hidden]."""
+    tensors = load_file(model / "model.safetensors")
+    mlp = f"model.layers.{layer}.mlp."
+    return np.concatenate([tensors[f"{mlp}{name}_proj.weight"] for name in ("gate", "up")])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,6 +120,12 @@ def test_statistics_are_those_of_the_whole_model(
         for number, centroid in enumerate(centroids):
             mean = units[own == number].mean(0)
             assert np.allclose(centroid, mean / np.linalg.norm(mean), atol=1e-4)
+            # No matrix of the rank is nearer for the cluster's inputs.
+            weights = dense_weights(model, layer)
+            left = np.linalg.svd(weights @ x[own == number].T)[0][:, :RANK]
+            to_rank, from_rank = found[prefix + "clusters.basis"][number].astype(float)
+            fitted = weights @ to_rank.T @ from_rank
+            assert np.allclose(fitted, left @ left.T @ weights, atol=1e-5)
         assert np.allclose(np.bincount(own) / len(own), found[prefix + "clusters.share"])
         first, second = (json.loads(line) for line in prompts.read_text().splitlines())
         for kind, expert, some in (
@@ -128,7 +145,7 @@ def test_any_number_of_processes_writes_the_same_bytes(
 ) -> None:
     for processes in (2, 3):
         out = tmp_path / str(processes)
-        calibrated(model, texts, out, processes, second_moment="full", prompts=prompts)
+        calibrated(model, texts, out, processes, **FULL, prompts=prompts)
         assert out.read_bytes() == statistics.read_bytes()
         assert [path.name for path in tmp_path.glob("*")] == [out.name]
         out.unlink()
@@ -154,7 +171,7 @@ def test_goes_on_after_a_kill(
         real(*args)
 
     monkeypatch.setattr(lanes, "_compute", computed)
-    options: Any = {"second_moment": "full", "prompts": prompts}
+    options: Any = {**FULL, "prompts": prompts}
     with pytest.raises(KeyboardInterrupt):
         calibrated(model, texts, tmp_path / "out", **options)
     monkeypatch.setattr(lanes, "_compute", lambda *args: (done.append(1), real(*args)))
@@ -181,6 +198,22 @@ def test_seed_text_and_checkpoint_decide(
     for key in ("seed", "text", "model"):
         differ = [not np.array_equal(found["first"][n], found[key][n]) for n in names]
         assert differ == [True, key != "seed"], key
+
+
+def test_tokenised_data_are_the_text_that_they_were_made_of(
+    model: Path, tokenizer: Path, texts: tuple[str, ...], tmp_path: Path
+) -> None:
+    prefix = tmp_path / "data" / "tokens"
+    prepare(Preparation((texts[0],), tokenizer, prefix))
+    of_text = load_file(calibrated(model, texts[:1], tmp_path / "1"))
+    of_tokens = load_file(calibrated(model, (f"{prefix}.bin",), tmp_path / "2"))
+    assert all(np.array_equal(of_tokens[name], values) for name, values in of_text.items())
+    train_tokenizer([Path(texts[1])], tmp_path / "other", 270)
+    prepare(Preparation((texts[0],), tmp_path / "other", tmp_path / "data" / "others"))
+    with pytest.raises(UpcyclingError, match="was made with another tokenizer than the dense"):
+        calibrated(model, (str(tmp_path / "data" / "others.bin"),), tmp_path / "3")
+    with pytest.raises(UpcyclingError, match="nowhere"):
+        calibrated(model, (str(tmp_path / "nowhere.bin"),), tmp_path / "3")
 
 
 def test_each_branch_computes_its_text(
@@ -212,6 +245,9 @@ def test_what_cannot_be_calibrated(
     wrong: dict[str, dict[str, Any]] = {
         "second moment is 'half'; expected one of: none, diagonal, full": {"second_moment": "half"},
         "clusters is 0; expected 1 or more": {"clusters": 0},
+        "cluster rank is 65; expected 0 for none, or up to the hidden size, 64": {
+            "cluster_rank": 65
+        },
         "There are 3 tokens to cluster; expected at least 4": {"sample": 3},
         "no file nowhere.jsonl": {"texts": ("nowhere.jsonl",)},
     }

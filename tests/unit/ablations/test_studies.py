@@ -3,19 +3,25 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from nemo_upcycle.ablations import arms as ablation_arms
 from nemo_upcycle.ablations import runner, studies
+from nemo_upcycle.ablations.arms import BASELINE, Arm, Claim, Study
 from nemo_upcycle.ablations.bases import BATCH, TINY
+from nemo_upcycle.ablations.calibrated import with_statistics
 from nemo_upcycle.ablations.picture import draw
-from nemo_upcycle.ablations.report import Report, markdown, report_of, to_json
-from nemo_upcycle.ablations.results import Job, Result, Workspace, jobs_of
-from nemo_upcycle.ablations.studies import ARMS, BASELINE, STUDIES, Arm, Claim, Study
+from nemo_upcycle.ablations.report import Report, report_of, to_json
+from nemo_upcycle.ablations.results import OVER_TIME, Job, Result, Workspace, jobs_of
+from nemo_upcycle.ablations.studies import ARMS, STUDIES
+from nemo_upcycle.ablations.tables import EXPERTS, markdown
 from nemo_upcycle.cli import app
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.model import upcycled_model
+from nemo_upcycle.initializers import make_initializer
 from nemo_upcycle.planner.flops import flops
 from tests.tiny import write_llama
 
@@ -39,7 +45,7 @@ def _write_manifests(directory: Path, content: str) -> None:
         (directory / "data" / f"{name}.manifest.json").write_text(json.dumps(manifest))
 
 
-def result(end: float, start: float = 5.0, **others: float) -> Result:
+def result(end: float, start: float = 5.0, **others: Any) -> Result:
     values = {"capped_start": start, "capped_end": end, "dropped": 0.0} | others
     return Result(start=start, end=end, held_out_tokens=51_200, seconds=60.0, **values)
 
@@ -60,8 +66,8 @@ class TestStudies:
     def test_the_recipe_takes_an_arm(self, arm: Arm) -> None:
         recipe = arm.recipe
         assert (recipe.upcycling.num_moe_experts is None) == (arm.start == "dense")
-        assert arm.start in studies.STARTS
-        assert arm.budget in studies.BUDGETS
+        assert arm.start in ablation_arms.STARTS
+        assert arm.budget in ablation_arms.BUDGETS
         taken = vars(recipe.upcycling) | vars(recipe.schedule)
         for name, value in {**BATCH, **arm.numbers, **arm.schedule}.items():
             assert taken[name] == value
@@ -74,9 +80,13 @@ class TestStudies:
             for claim in study.claims:
                 assert {claim.lower, claim.higher} <= set(study.arms)
                 assert claim.at in ("start", "end")
+                assert claim.of == "loss" or (claim.of in OVER_TIME and study.shows_experts)
 
     def test_arms_differ(self) -> None:
-        made = {repr((arm.recipe, arm.start, arm.budget)) for arm in ARMS.values()}
+        made = {
+            repr((arm.recipe, arm.start, arm.budget, arm.router_warmup_steps))
+            for arm in ARMS.values()
+        }
         assert len(made) == len(ARMS)
 
     def test_active_compute_is_the_same_for_every_granularity(self) -> None:
@@ -232,6 +242,72 @@ class TestResults:
         assert {job.samples for job in all_jobs} == {few_jobs[0].samples}
         sizes = [job.steps * job.arm.recipe.schedule.global_batch_size for job in all_jobs]
         assert few_jobs[0].samples == max(sizes)
+
+
+class TestExperts:
+    """What is measured of routers and experts over time."""
+
+    STUDY = replace(
+        CLAIMED,
+        claims=(
+            Claim("cf1 is surer", "a paper", lower="e8t2", higher="cf1", of="router_confidence"),
+            Claim(
+                "st began further apart",
+                "a paper",
+                lower="e8t2",
+                higher="st",
+                at="start",
+                of="expert_distance",
+            ),
+        ),
+        shows_experts=True,
+    )
+
+    @pytest.fixture
+    def report(self, workspace: Workspace) -> Report:
+        ends = {"e8t2": [4.0, 4.2], "cf1": [3.9, 4.1], "st": [4.1, 4.1]}
+        measured = {"e8t2": (0.2, 0.0), "cf1": (0.3, 0.5), "st": (0.2, 0.25)}
+        over_time = {
+            arm: {"over_time": {"router_confidence": [0.1, surer], "expert_distance": [apart, 1.0]}}
+            for arm, (surer, apart) in measured.items()
+        }
+        return done(workspace, self.STUDY, ends, **over_time)
+
+    def test_a_claim_is_about_what_it_names(self, report: Report) -> None:
+        surer, apart = report.studies[0].findings
+        assert surer.difference.mean == pytest.approx(0.1)
+        assert apart.difference.mean == pytest.approx(0.25)
+        assert surer.verdict == apart.verdict == "holds"
+
+    def test_the_table_shows_their_course(self, report: Report) -> None:
+        lines = markdown(report, "ablations.png").splitlines()
+        (head,) = [number for number, line in enumerate(lines) if "| confidence |" in line]
+        assert lines[head] == "| arm | " + " | ".join(EXPERTS) + " |"
+        assert "| CF 1 |  | 0.100 → 0.300 ± 0.000 |" in lines[head + 3]
+        numbers = json.loads(to_json(report, []))
+        assert (
+            numbers["studies"][0]["arms"]["st"]["over_time"]["expert_distance"][0]["mean"] == 0.25
+        )
+
+
+class TestStatistics:
+    def test_arms_name_a_file_that_does_not_count(self, workspace: Workspace) -> None:
+        arm = ARMS["cluster_svd"]
+        assert arm.needs_statistics and not ARMS["drop"].needs_statistics
+        jobs = [
+            Job(arm, 1, STEPS, 1, workspace, workspace.directory, file)
+            for file in (None, Path("/one"), Path("/another"))
+        ]
+        assert len({job.key for job in jobs}) == 1
+        upcycling = with_statistics(arm.recipe.upcycling, Path("/one"))
+        assert upcycling.initializer == "cluster_svd(stats='/one')"
+        assert upcycling.router_initializer == "centroids(stats='/one')"
+        make_initializer(upcycling.initializer)
+
+    def test_a_warm_up_counts(self, workspace: Workspace) -> None:
+        arms = (ARMS["drop"], ARMS["drop_warmup"])
+        jobs = [Job(arm, 1, STEPS, 1, workspace, workspace.directory) for arm in arms]
+        assert jobs[0].key != jobs[1].key
 
 
 class TestErrors:

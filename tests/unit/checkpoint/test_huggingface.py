@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint, open_checkpoint
 from nemo_upcycle.checkpoint.checks import check_tensors
+from nemo_upcycle.checkpoint.safetensors_header import read_header
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import family_of
 from tests.tiny import write_llama
@@ -261,3 +262,12 @@ def test_hub_name_is_looked_up_in_the_local_cache_only(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UpcyclingError, match="hf download"):
         HuggingFaceCheckpoint("some-org/some-model")
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152])
+def test_a_header_whose_length_begins_as_a_pickle(tmp_path: Path, length: int) -> None:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"x": entry}).encode().ljust(length)
+    data = length.to_bytes(8, "little") + header + b"\0" * 4
+    (tmp_path / "x.safetensors").write_bytes(data)
+    assert list(read_header(tmp_path, "x.safetensors")) == ["x"]

@@ -9,7 +9,7 @@ from nemo_upcycle.initializers import make_initializer
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dropp", "no initializer 'dropp'; expected one of: activation_sorted, copy, drop"),
+        ("dropp", "no initializer 'dropp'; expected one of: activation_sorted, cluster_svd, copy"),
         ("drop(rate=0.5)", r"unexpected keyword argument 'rate'; expected drop\(ratio"),
         ("drop(ratio=1.5)", "ratio is 1.5; expected a number from 0 to 1"),
         ("drop(ratio='half')", "ratio is 'half'"),
