@@ -17,14 +17,18 @@ if TYPE_CHECKING:
     from nemo_upcycle.initializers import register_router as register_router_initializer
     from nemo_upcycle.plans.job import plan_job as plan
     from nemo_upcycle.trained.export import export
+    from nemo_upcycle.trained.grown_directory import grow_directory
+    from nemo_upcycle.trained.growth import Growth
 
 __version__ = "0.1.0"
 
 _PLACES = {
+    "Growth": ("nemo_upcycle.trained.growth", "Growth"),
     "ParallelFolding": ("nemo_upcycle.config", "ParallelFolding"),
     "UpcyclingConfig": ("nemo_upcycle.config", "UpcyclingConfig"),
     "UpcyclingError": ("nemo_upcycle.errors", "UpcyclingError"),
     "export": ("nemo_upcycle.trained.export", "export"),
+    "grow_directory": ("nemo_upcycle.trained.grown_directory", "grow_directory"),
     "open_dense": ("nemo_upcycle.checkpoint.described", "open_dense"),
     "plan": ("nemo_upcycle.plans.job", "plan_job"),
     "register_initializer": ("nemo_upcycle.initializers", "register"),
@@ -34,10 +38,12 @@ _PLACES = {
 }
 
 __all__ = [
+    "Growth",
     "ParallelFolding",
     "UpcyclingConfig",
     "UpcyclingError",
     "export",
+    "grow_directory",
     "open_dense",
     "plan",
     "register_initializer",

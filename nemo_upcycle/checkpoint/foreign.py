@@ -188,7 +188,7 @@ def check_dense(config: Mapping[str, Any], directory: Path) -> None:
             f"{directory} is an MoE already (config.json says model_type={kind!r}{said}); expected "
             "a dense checkpoint. Give the original dense model. To train a Mixtral, Qwen2-MoE or "
             "Qwen3-MoE further, run `nemo llm import model=upcycled_gpt source=hf://DIR` and "
-            "resume from the output."
+            "resume from the output; `nemo-upcycle upcycle DIR OUT` makes a larger one of it."
         )
     if parts:
         raise UpcyclingError(

@@ -13,6 +13,7 @@ from nemo_upcycle.cli.experts import (
     TopK,
     upcycling_config,
 )
+from nemo_upcycle.cli.grow import check_no_ways, grow
 from nemo_upcycle.cli.tools import before_serving, one_line_errors
 from nemo_upcycle.progress import progress, size
 
@@ -28,7 +29,8 @@ def upcycle(
         str,
         typer.Argument(
             help="The dense checkpoint: a directory of Hugging Face, NeMo 2 or Megatron-LM, or a "
-            "name in the local hub cache; several, separated by semicolons, give experts in turn."
+            "name in the local hub cache; several, separated by semicolons, give experts in turn. "
+            "Or a Mixture-of-Experts model of Hugging Face, which becomes larger."
         ),
     ],
     directory: Annotated[Path, typer.Argument(help="Directory to create.")],
@@ -64,6 +66,13 @@ def upcycle(
         ),
     ] = None,
     router_init_std: Annotated[float | None, typer.Option(help="Default: 0.02.")] = None,
+    router_noise: Annotated[
+        float | None,
+        typer.Option(
+            help="Of a larger Mixture-of-Experts model: noise on the copies' router rows, relative "
+            "to the router's standard deviation. Default: 0 if the function is kept, else 0.01."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Default: 1234.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16. Default: the dense checkpoint's.")
@@ -73,6 +82,8 @@ def upcycle(
     ] = False,
 ) -> None:
     """Write a dense checkpoint as a Mixture-of-Experts model that `transformers` loads.
+
+    From a Mixture-of-Experts model, write a larger one: experts are duplicated (arXiv 2604.19835).
 
     No GPU and no training: the weights are those that a run has before its first step. They are
     streamed, so that memory does not grow with the model. Tokenizer, generation config, chat
@@ -86,27 +97,37 @@ def upcycle(
     """
     from nemo_upcycle.engine.upcycled_directory import plan_directory, upcycle_directory
     from nemo_upcycle.errors import UpcyclingError
+    from nemo_upcycle.trained.growth import Growth, is_trained_moe
     from nemo_upcycle.trained.outputs import check_new
 
     if dtype is not None and dtype not in _DTYPES:
         raise UpcyclingError(f"--dtype is {dtype}; expected one of: {', '.join(_DTYPES)}.")
-    upcycling = upcycling_config(
-        experts=experts,
-        topk=topk,
-        granularity=granularity,
-        initializer=initializer,
-        layers=layers,
-        moe_shared_expert=shared_expert or None,
-        moe_router_pre_softmax=pre_softmax or None,
-        moe_shared_expert_intermediate_size=shared_expert_size,
-        moe_router_score_function=score_function,
-        moe_router_enable_expert_bias=expert_bias or None,
-        weight_scaling=weight_scaling,
-        router_initializer=router_initializer,
-        router_init_std=router_init_std,
-        seed=seed,
-    )
     stored = None if dtype is None else _DTYPES[dtype]
+    ways = {
+        "granularity": granularity,
+        "initializer": initializer,
+        "layers": layers,
+        "moe_shared_expert": shared_expert or None,
+        "moe_router_pre_softmax": pre_softmax or None,
+        "moe_shared_expert_intermediate_size": shared_expert_size,
+        "moe_router_score_function": score_function,
+        "moe_router_enable_expert_bias": expert_bias or None,
+        "weight_scaling": weight_scaling,
+        "router_initializer": router_initializer,
+        "router_init_std": router_init_std,
+    }
+    if is_trained_moe(dense):
+        check_no_ways(dense, ways)
+        growth = Growth(experts, topk, router_noise, 1234 if seed is None else seed)
+        grow(dense, directory, growth, stored, dry_run)
+        return
+    if router_noise is not None:
+        raise UpcyclingError(
+            f"--router-noise is {router_noise:g} for the dense model {dense}; expected the option "
+            "for a Mixture-of-Experts model alone. Routers of a dense model have "
+            "--router-initializer."
+        )
+    upcycling = upcycling_config(experts=experts, topk=topk, seed=seed, **ways)
     if dry_run:
         plan = plan_directory(dense, upcycling, stored)
         check_new(directory.expanduser(), plan.inputs)

@@ -1,6 +1,7 @@
 """Configs and tokenizer of an exported MoE, taken from the dense model's files."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,22 @@ def write_configs(
     if tokenizer is not None:
         notes += _contradictions(tokenizer, config, generation or {})
     return notes
+
+
+def write_grown_configs(source: Path, config: Mapping[str, Any], directory: Path) -> None:
+    """Write config.json, and copy generation_config.json, tokenizer and chat templates.
+
+    Args:
+        source: Directory of an MoE.
+        config: The `config.json`.
+        directory: Output directory.
+    """
+    write_json(directory / "config.json", config)
+    copy_tokenizer(source, directory)
+    if (source / "generation_config.json").is_file():
+        shutil.copy(source / "generation_config.json", directory)
+    if (source / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATES, directory / CHAT_TEMPLATES)
 
 
 def config_of(model: MoEModel, family: MoEFamily, dtype: str) -> dict[str, Any]:

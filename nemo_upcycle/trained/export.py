@@ -5,7 +5,7 @@ At most one chunk of a tensor is in memory.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ from nemo_upcycle.trained.opened import open_trained
 from nemo_upcycle.trained.outputs import (
     SHARD_BYTES,
     Output,
-    files_of,
     new_directory,
     outputs_of,
-    write_index,
+    write_tensors,
 )
 
 
@@ -113,29 +112,14 @@ def export(
             or cannot be written. No files are left then.
     """
     plan = plan_export(source)
-    with new_directory(directory.expanduser(), plan.bytes) as partial:
+    with new_directory(directory.expanduser(), plan.bytes) as new:
         # Small files first: errors appear before the weights are written.
         dtype = plan.outputs["model.norm.weight"].info.dtype
         tokenizer = find_tokenizer(plan.checkpoint.directory, plan.checkpoint.context)
-        plan.notes.extend(
-            write_configs(plan.model, plan.family, dtype, plan.kept, tokenizer, partial)
-        )
-        _write_tensors(plan, partial, progress or no_progress, shard_bytes)
+        plan.notes.extend(write_configs(plan.model, plan.family, dtype, plan.kept, tokenizer, new))
+        chunks = partial(_chunks, plan.checkpoint)
+        write_tensors(plan.outputs, chunks, new, progress or no_progress, shard_bytes)
     return plan
-
-
-def _write_tensors(plan: Export, directory: Path, progress: Progress, shard_bytes: int) -> None:
-    files = files_of(plan.outputs, shard_bytes)
-    done = 0
-    for described in files:
-        with (directory / described.name).open("wb") as file:
-            file.write(described.head)
-            for output in described.outputs.values():
-                for chunk in _chunks(plan.checkpoint, output):
-                    file.write(chunk)
-                    done += len(chunk)
-                    progress(done, plan.bytes)
-    write_index(files, directory)
 
 
 def _chunks(checkpoint: MegatronCheckpoint, output: Output) -> Iterator[bytes | bytearray]:

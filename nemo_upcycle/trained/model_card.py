@@ -30,24 +30,32 @@ def hub_name(directory: Path) -> str:
     return directory.resolve().name
 
 
+UPCYCLED = "upcycled from {names} with nemo-upcycle (online upcycling, arXiv 2412.09952)"
+
+
 def write_model_card(
-    directory: Path, title: str, dense: Mapping[str, Path], facts: Mapping[str, str]
+    directory: Path,
+    title: str,
+    sources: Mapping[str, Path],
+    facts: Mapping[str, str],
+    made: str = UPCYCLED,
 ) -> None:
     """Write the card, and copy the licences.
 
     Args:
-        directory: The upcycled model's.
-        title: The upcycled model's name.
-        dense: Directories of the dense models, by name.
+        directory: The new model's.
+        title: The new model's name.
+        sources: Directories of the models that it was made of, by name.
         facts: What to say of the model, by heading.
+        made: How the model was made, with `{names}`.
     """
-    metadata: dict[str, Any] = {"library_name": "transformers", "base_model": list(dense)}
+    metadata: dict[str, Any] = {"library_name": "transformers", "base_model": list(sources)}
     cards = []
-    for name, source in dense.items():
+    for name, source in sources.items():
         said, text = _card(source)
         metadata |= {key: said[key] for key in _TRAVELS if key in said}
         if text.strip():
-            cards.append(f"## Card of the dense model {name}\n\n{_deeper(text)}\n")
+            cards.append(f"## Card of {name}\n\n{_deeper(text)}\n")
         for pattern in _LICENCES:
             for path in filter(Path.is_file, source.glob(pattern)):
                 shutil.copy(path, directory / path.name)
@@ -56,8 +64,8 @@ def write_model_card(
     text = (
         f"{_FENCE}\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}{_FENCE}\n\n"
         f"# {title}\n\n"
-        f"A Mixture-of-Experts model, upcycled from {' and '.join(dense)} with nemo-upcycle "
-        f"(online upcycling, arXiv 2412.09952). **Not trained since.**\n\n"
+        f"A Mixture-of-Experts model, {made.format(names=' and '.join(sources))}. "
+        f"**Not trained since.**\n\n"
         f"| | |\n|---|---|\n{rows}\n"
     )
     (directory / CARD).write_text(text + "\n".join(cards))

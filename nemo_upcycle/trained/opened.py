@@ -165,12 +165,24 @@ class _HuggingFaceMoE(HuggingFaceCheckpoint):
 
 
 def _open_huggingface(directory: Path) -> Trained:
-    checkpoint = HuggingFaceCheckpoint(directory)
-    model = moe_model(checkpoint.config)
-    family = MOE_FAMILIES[checkpoint.config["model_type"]]
-    opened = Trained(_HuggingFaceMoE(directory, family.doubled), model, family)
-    _check_shapes(opened)
+    opened = open_as_stored(directory)
+    assert opened.family is not None
     _check_zeros(opened)
+    return replace(opened, checkpoint=_HuggingFaceMoE(directory, opened.family.doubled))
+
+
+def open_as_stored(directory: Path) -> Trained:
+    """Open a Hugging Face directory of an MoE with the values of its files.
+
+    What Megatron cannot compute of a supported family, a gate of the shared expert, is no error.
+
+    Raises:
+        UpcyclingError: The directory cannot be read, or is of another family.
+    """
+    checkpoint = _HuggingFaceMoE(directory, None)
+    model = moe_model(checkpoint.config)
+    opened = Trained(checkpoint, model, MOE_FAMILIES[checkpoint.config["model_type"]])
+    _check_shapes(opened)
     return opened
 
 

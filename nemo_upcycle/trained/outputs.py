@@ -5,7 +5,7 @@ backwards, the operations say where the parameter's rows go.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe_family import MoEFamily
 from nemo_upcycle.families.names import expert_of, layer_of, pattern_of
-from nemo_upcycle.progress import size
+from nemo_upcycle.progress import Progress, size
 from nemo_upcycle.trained.configs import write_json
 
 SHARD_BYTES = 5 * 10**9
@@ -198,6 +198,35 @@ def write_index(files: Sequence[OutputFile], directory: Path) -> None:
         total = sum(output.bytes for file in files for output in file.outputs.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         write_json(directory / "model.safetensors.index.json", index)
+
+
+def write_tensors(
+    outputs: Mapping[str, Output],
+    chunks: Callable[[Output], Iterable[bytes | bytearray]],
+    directory: Path,
+    progress: Progress,
+    shard_bytes: int,
+) -> None:
+    """Write tensors chunk by chunk.
+
+    Args:
+        outputs: All tensors, by name.
+        chunks: Yields a tensor's bytes in order.
+        directory: Where the files are written.
+        progress: Called with bytes written and bytes to write.
+        shard_bytes: See `files_of`.
+    """
+    files = files_of(outputs, shard_bytes)
+    done, total = 0, sum(output.bytes for output in outputs.values())
+    for described in files:
+        with (directory / described.name).open("wb") as file:
+            file.write(described.head)
+            for output in described.outputs.values():
+                for chunk in chunks(output):
+                    file.write(chunk)
+                    done += len(chunk)
+                    progress(done, total)
+    write_index(files, directory)
 
 
 @contextmanager

@@ -95,6 +95,8 @@ def test_a_dense_model_becomes_a_directory_as_written(tmp_path: Path, tokenizer:
     said = [cli.run(tmp_path, *c.words) for c in commands("docs/upcycle.md") if c in OURS]
     assert "would be written" in said[0] and "written to demo/moe" in said[1]
     assert "exact: both compute the same" in said[2]
+    assert "16 in each of 4 of 4 layers, 4 per token; before 8 and 2" in said[3]
+    assert "written to demo/moe-large" in said[4]
 
 
 def test_a_router_gets_centroids_as_written(tmp_path: Path, tokenizer: Path) -> None:
