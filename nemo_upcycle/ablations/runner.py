@@ -167,10 +167,9 @@ def _plan(
     }
     if (kept := kept_plan(out / "plan.json", asked)) is not None:
         return kept
-    trials = [
-        replace(trial, statistics=_statistics([trial.arm], workspace, out, workers, show))
-        for trial in _trials(arms, workspace, out)
-    ]
+    trials = _trials(arms, workspace, out)
+    statistics = _statistics([trial.arm for trial in trials], workspace, out, workers, show)
+    trials = [replace(trial, statistics=statistics) for trial in trials]
     _train(trials, workers, out / "logs", None, {}, show)
     at_once = workers if question.base.accelerator == "cpu" else 1
     left = at_once * (deadline - time.time())

@@ -22,6 +22,7 @@ from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.files import write_whole
+from nemo_upcycle.initializers.one_thread import one_thread
 from nemo_upcycle.initializers.random import SAMPLE, generator
 
 LANES = 16
@@ -150,20 +151,15 @@ def compute(
         UpcyclingError: The checkpoint cannot be read.
     """
     todo = [lane for lane in lanes if not work.sums(layer, lane).exists()]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with open_branches(work.dense) as checkpoint:
-            for branch, group in groupby(
-                sorted(todo, key=lambda lane: lane.branch), lambda lane: lane.branch
-            ):
-                dense_layer = DenseLayer(checkpoint, layer, branch, _device(process))
-                for lane in group:
-                    _compute(work, checkpoint, dense_layer, layer, lane)
-                    done()
-                del dense_layer  # before the next one takes as much memory
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), open_branches(work.dense) as checkpoint:
+        for branch, group in groupby(
+            sorted(todo, key=lambda lane: lane.branch), lambda lane: lane.branch
+        ):
+            dense_layer = DenseLayer(checkpoint, layer, branch, _device(process))
+            for lane in group:
+                _compute(work, checkpoint, dense_layer, layer, lane)
+                done()
+            del dense_layer  # before the next one takes as much memory
 
 
 def _device(process: int) -> torch.device:

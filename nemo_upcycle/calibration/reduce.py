@@ -11,6 +11,7 @@ from nemo_upcycle.calibration.layer import DenseLayer
 from nemo_upcycle.calibration.sums import Arrays, Totals
 from nemo_upcycle.calibration.text import Prompts, Source
 from nemo_upcycle.checkpoint.branches import open_branches
+from nemo_upcycle.initializers.one_thread import one_thread
 
 
 def reduce(
@@ -57,14 +58,12 @@ def reduce(
             arrays |= {f"sources.{number}.{name}": values for name, values in means.items()}
     tokens = sum(source.tokens for source in sources)
     arrays |= Totals.of(tokens, (each.sums for each in totals)).means()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     sample = np.concatenate(samples)
-    centroids, shares = cluster(sample, clusters, seed, layer)
-    arrays |= {"clusters.centroids": centroids, "clusters.share": shares}
-    if cluster_rank:
-        arrays["clusters.basis"] = bases(sample, centroids, cluster_rank, _grams(work, layer))
-    torch.set_num_threads(threads)
+    with one_thread():
+        centroids, shares = cluster(sample, clusters, seed, layer)
+        arrays |= {"clusters.centroids": centroids, "clusters.share": shares}
+        if cluster_rank:
+            arrays["clusters.basis"] = bases(sample, centroids, cluster_rank, _grams(work, layer))
     of_prompts = [work.arrays(layer, lane)["means"] for lane in lanes if lane.source is None]
     return arrays | _of_prompts(prompts, of_prompts)
 

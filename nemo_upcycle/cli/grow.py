@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from nemo_upcycle.cli.tools import before_serving
+from nemo_upcycle.cli.tools import before_serving, show_lines
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.progress import progress, size
 
@@ -71,8 +71,5 @@ def _show(plan: "GrownDirectory", what: str) -> None:
         "weights": f"{size(plan.bytes)}, {what}",
         "step 0": str(plan.exactness),
     }
-    for name, text in lines.items():
-        typer.echo(f"  {name:<8} {text}")
-    for note in plan.notes:
-        typer.echo(f"Note: {note}.")
+    show_lines(lines, plan.notes)
     before_serving(plan.family.model_type)

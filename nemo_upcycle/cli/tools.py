@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, ParamSpec
@@ -128,6 +128,14 @@ def one_of(checkpoints: Sequence[Path]) -> Path:
             "expected one. A run's directory means the run's last complete checkpoint."
         )
     return checkpoints[0]
+
+
+def show_lines(lines: Mapping[str, str], notes: Iterable[str]) -> None:
+    """Print facts of a plan, a line each, and notes for the user."""
+    for name, text in lines.items():
+        typer.echo(f"  {name:<8} {text}")
+    for note in notes:
+        typer.echo(f"Note: {note}.")
 
 
 def before_serving(model_type: str) -> None:

@@ -14,7 +14,7 @@ from nemo_upcycle.cli.experts import (
     upcycling_config,
 )
 from nemo_upcycle.cli.grow import check_no_ways, grow
-from nemo_upcycle.cli.tools import before_serving, one_line_errors
+from nemo_upcycle.cli.tools import before_serving, one_line_errors, show_lines
 from nemo_upcycle.progress import progress, size
 
 if TYPE_CHECKING:
@@ -152,8 +152,5 @@ def _show(plan: "UpcycledDirectory", what: str) -> None:
         "weights": f"{size(plan.bytes)} of {plan.dtype}, {what}",
         "step 0": str(plan.exactness),
     }
-    for name, text in lines.items():
-        typer.echo(f"  {name:<8} {text}")
-    for note in plan.notes:
-        typer.echo(f"Note: {note}.")
+    show_lines(lines, plan.notes)
     before_serving(plan.family.model_type)

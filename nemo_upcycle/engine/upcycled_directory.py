@@ -4,7 +4,7 @@ The directory's files take the place of a rank's parameters: the same plan, init
 operations fill them. So they hold what a run's export would hold before the first step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -18,7 +18,6 @@ from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
 from nemo_upcycle.config import Exactness, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.engine.load import LoadReport, check_all_used, fill_shards
 from nemo_upcycle.engine.mapped_files import mapped_files
-from nemo_upcycle.engine.owned_shards import OwnedShard
 from nemo_upcycle.engine.provenance import Origin
 from nemo_upcycle.engine.upcycling import Prepared, prepare
 from nemo_upcycle.errors import UpcyclingError
@@ -33,6 +32,7 @@ from nemo_upcycle.trained.model_card import hub_name, write_model_card
 from nemo_upcycle.trained.outputs import (
     SHARD_BYTES,
     Output,
+    check_finite_fp16,
     files_of,
     new_directory,
     outputs_of,
@@ -208,21 +208,8 @@ def _write_weights(
         for values in mapped.doubled:
             values.mul_(2)
         if plan.dtype == "F16":
-            _check_range(mapped.owned)
+            for own in mapped.owned:
+                check_finite_fp16(own.shard.name, own.data)
     check_all_used(dense, [report])
     write_index(files, directory)
     return report
-
-
-def _check_range(owned: Sequence[OwnedShard]) -> None:
-    """Check that no value has overflowed: fp16 ends at 65504.
-
-    Raises:
-        UpcyclingError: A value is infinite.
-    """
-    for own in owned:
-        if not own.data.isfinite().all():
-            raise UpcyclingError(
-                f"{own.shard.name} has values beyond 65504, which fp16 cannot hold. Give --dtype "
-                "bf16 or fp32."
-            )

@@ -114,12 +114,7 @@ class _ClusterSVD:
 
     def check(self, target: Target) -> None:
         self.stats.check(target)
-        found, expected = self.stats.manifest["clusters"], target.upcycling.expansion_rate
-        if found != expected:
-            raise UpcyclingError(
-                f"{self.stats.file} has {found} clusters per layer; expected {expected}, one per "
-                f"copy of the layer. Calibrate with --clusters {expected}."
-            )
+        self.stats.check_clusters(target.upcycling.expansion_rate, "copy of the layer")
         most, rank = self.stats.manifest.get("cluster_rank", 0), self._rank or 1
         if rank > most:
             raise UpcyclingError(

@@ -57,12 +57,7 @@ class _Centroids:
 
     def check(self, target: Target) -> None:
         self.stats.check(target)
-        found, expected = self.stats.manifest["clusters"], target.upcycling.router_rows
-        if found != expected:
-            raise UpcyclingError(
-                f"{self.stats.file} has {found} clusters per layer; expected {expected}, one per "
-                f"row of the router. Calibrate with --clusters {expected}."
-            )
+        self.stats.check_clusters(target.upcycling.router_rows, "row of the router")
 
     def __call__(self, rows: RouterRows) -> Values:
         found = self.stats.get(rows.layer, "clusters.centroids").astype(np.float64)

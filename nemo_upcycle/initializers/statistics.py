@@ -121,6 +121,23 @@ class Statistics:
                 "other weights, dtypes or names. Calibrate the checkpoint that is upcycled."
             )
 
+    def check_clusters(self, expected: int, each: str) -> None:
+        """Check the number of clusters per layer.
+
+        Args:
+            expected: Number that is needed.
+            each: What a cluster is for.
+
+        Raises:
+            UpcyclingError: There are more or fewer.
+        """
+        found = self.manifest["clusters"]
+        if found != expected:
+            raise UpcyclingError(
+                f"{self.file} has {found} clusters per layer; expected {expected}, one per {each}. "
+                f"Calibrate with --clusters {expected}."
+            )
+
     def get(self, layer: int, name: str) -> Values:
         """Return a statistic of a layer.
 

@@ -16,7 +16,6 @@ import torch
 from nemo_upcycle.checkpoint import DTYPE_BYTES, DenseCheckpoint
 from nemo_upcycle.checkpoint.dtypes import DTYPE_NAMES, torch_dtype
 from nemo_upcycle.checkpoint.fingerprint import weights_fingerprint
-from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.moe_family import ROUTER
 from nemo_upcycle.initializers.random import ROUTER as ROUTER_STREAM
 from nemo_upcycle.initializers.random import normal_row
@@ -25,7 +24,13 @@ from nemo_upcycle.progress import Progress, no_progress
 from nemo_upcycle.trained.configs import write_grown_configs
 from nemo_upcycle.trained.growth import GrownDirectory, Growth, plan_growth
 from nemo_upcycle.trained.model_card import hub_name, write_model_card
-from nemo_upcycle.trained.outputs import SHARD_BYTES, Output, new_directory, write_tensors
+from nemo_upcycle.trained.outputs import (
+    SHARD_BYTES,
+    Output,
+    check_finite_fp16,
+    new_directory,
+    write_tensors,
+)
 
 GROWN_FROM = "grown_from.json"
 """The record of what a larger MoE was made of, in its directory."""
@@ -104,16 +109,14 @@ def _chunks(plan: GrownDirectory, output: Output) -> Iterator[bytes]:
         info = checkpoint.tensors[part.name]
         if not info.bytes:
             continue
+        layer = _layer_of_router(plan, part.name)
         for rows in chunk_spans((0, part.count), info.bytes // part.count):
             values = _read(checkpoint, part.name, rows)
-            if start and plan.growth.router_noise and _layer_of_router(plan, part.name) is not None:
-                values = _with_noise(plan, part.name, values, start + rows[0])
+            if start and layer is not None and plan.growth.router_noise:
+                values = _with_noise(plan, part.name, layer, values, start + rows[0])
             stored = values.to(wanted)
-            if wanted == torch.float16 and not stored.isfinite().all():
-                raise UpcyclingError(
-                    f"{part.name} has values beyond 65504, which fp16 cannot hold. Give --dtype "
-                    "bf16 or fp32."
-                )
+            if wanted == torch.float16:
+                check_finite_fp16(part.name, stored)
             yield stored.view(torch.uint8).numpy().tobytes()
 
 
@@ -134,18 +137,18 @@ def _layer_of_router(plan: GrownDirectory, tensor: str) -> int | None:
 
 
 def _with_noise(
-    plan: GrownDirectory, router: str, values: torch.Tensor, first: int
+    plan: GrownDirectory, router: str, layer: int, values: torch.Tensor, first: int
 ) -> torch.Tensor:
     """Return router rows with noise, the same for every expert of the larger model always.
 
     Args:
         plan: The plan.
         router: The router's name.
+        layer: The router's layer.
         values: Rows [experts, hidden].
         first: The larger model's expert that has the first of them.
     """
-    layer = _layer_of_router(plan, router)
-    assert layer is not None and plan.growth.router_noise is not None
+    assert plan.growth.router_noise is not None
     checkpoint = plan.source.checkpoint
     whole = _read(checkpoint, router, (0, plan.source.model.num_experts)).double()
     scale = plan.growth.router_noise * whole.std(correction=0).item()

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemo_upcycle.checkpoint import TensorInfo
 from nemo_upcycle.checkpoint.safetensors_header import header_of
@@ -19,6 +20,9 @@ from nemo_upcycle.families.moe_family import MoEFamily
 from nemo_upcycle.families.names import expert_of, layer_of, pattern_of
 from nemo_upcycle.progress import Progress, size
 from nemo_upcycle.trained.configs import write_json
+
+if TYPE_CHECKING:
+    import torch
 
 SHARD_BYTES = 5 * 10**9
 """Maximum bytes per output file, as in transformers."""
@@ -227,6 +231,18 @@ def write_tensors(
                     done += len(chunk)
                     progress(done, total)
     write_index(files, directory)
+
+
+def check_finite_fp16(name: str, values: "torch.Tensor") -> None:
+    """Check that no value has overflowed: fp16 ends at 65504.
+
+    Raises:
+        UpcyclingError: A value is infinite.
+    """
+    if not values.isfinite().all():
+        raise UpcyclingError(
+            f"{name} has values beyond 65504, which fp16 cannot hold. Give --dtype bf16 or fp32."
+        )
 
 
 @contextmanager

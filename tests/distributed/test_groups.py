@@ -70,5 +70,5 @@ def groups_of_recipe(directory: Path, folding: ParallelFolding) -> Any:
 
 def test_groups_of_the_tiny_recipe_in_the_papers_shape(ranks: RankPool, tmp_path: Path) -> None:
     make_workspace(tmp_path)
-    ranks.stop()  # new ranks: in ones with a past, NeMo has once kept another run's TP size
+    ranks.stop()  # see `new_ranks`: the tests above give these a past
     check(PAPERS_SHAPE, ranks.run(groups_of_recipe, 4, directory=tmp_path, folding=PAPERS_SHAPE))
