@@ -35,8 +35,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.xdist_group(groups.get(item.path, str(item.path))))
 
 
-def pytest_collection_finish() -> None:
-    """Have the garbage collector pass over what is imported by now, most of all objects."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Check the groups; have the garbage collector pass over what is imported by now.
+
+    What is imported is most of all objects.
+    """
+    if getattr(session.config.option, "loadgroup", False):  # set in its workers
+        ungrouped = [item.nodeid for item in session.items if "@" not in item.nodeid]
+        # Then each test may run in any process, and each process makes all fixtures again.
+        assert not ungrouped, f"pytest-xdist does not group {ungrouped[0]}"
     gc.collect()
     gc.freeze()
 

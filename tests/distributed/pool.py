@@ -170,7 +170,7 @@ def _meet(store: Path, rank: int, world_size: int) -> None:
     seconds = 0.005
     while not all(_ended(store, other).exists() for other in range(world_size)):
         time.sleep(seconds)
-        seconds = min(2 * seconds, 0.5)  # a wait for ever must not look like work
+        seconds = min(2 * seconds, 0.1)  # a wait for ever must not look like work
 
 
 def _ended(store: Path, rank: int) -> Path:
