@@ -307,8 +307,9 @@ def test_a_larger_model_is_imported_and_trained_as_written(tmp_path: Path) -> No
         cli.run(tmp_path, *command.words)
     imported, trained = GROWN
     _in_shell(tmp_path, imported.line)
-    _in_shell(tmp_path, trained.line.replace("--dryrun", "trainer.max_steps=2 --yes"))
-    assert list((tmp_path / "demo" / "large" / "checkpoints").glob("*-last"))
+    line = trained.line.replace("from_scratch", "max_steps=2, from_scratch")
+    output = _in_shell(tmp_path, line.replace("--dryrun", "--yes"))
+    assert list((tmp_path / "demo" / "large" / "checkpoints").glob("*-last")), output
 
 
 @pytest.mark.slow
