@@ -18,7 +18,7 @@ from nemo_upcycle_recipes.on_host import on_host
 from nemo_upcycle_recipes.recipe import Recipe
 from nemo_upcycle_recipes.tuned import Tuned, tuned
 
-from nemo_upcycle.checkpoint.described import open_dense
+from nemo_upcycle.checkpoint.described import Dense, open_dense, without_experts
 from nemo_upcycle.engine.launch import fewest_ranks
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.planner.hardware import Hardware, device_hardware
@@ -115,10 +115,12 @@ def upcycle(
     wants_gpus = hardware is not None or bool({*OF_GPUS} & {*given})
     if accelerator == "auto" and wants_gpus:
         accelerator = "gpu"
+    moe = without_experts(dense_checkpoint) if from_scratch else None
+    dense = moe or open_dense(dense_checkpoint)
     if factory.on_cpu(accelerator):
-        chosen = _for_cpu(dense_checkpoint, given, max_steps, check_memory)
+        chosen = _for_cpu(dense, given, max_steps, check_memory)
     else:
-        chosen = _for_gpus(dense_checkpoint, given, hardware, max_steps, check_memory)
+        chosen = _for_gpus(dense, given, hardware, max_steps, check_memory)
     return factory.pretrain(
         chosen,
         dir=dir,
@@ -141,7 +143,7 @@ def upcycle(
 
 
 def _for_gpus(
-    dense_checkpoint: str,
+    dense: Dense,
     given: dict[str, Any],
     named: str | None,
     max_steps: int | None,
@@ -151,7 +153,6 @@ def _for_gpus(
     hardware = _hardware(named)
     per_node = given.get("num_gpus_per_node", hardware.gpus_per_node)
     gpus = given.get("num_nodes", 1) * per_node
-    dense = open_dense(dense_checkpoint)
     recipe = scaled.scaled_recipe(dense, gpus, per_node, given, max_steps)
     if not check_memory:
         hardware = replace(hardware, memory_gib=1e6)
@@ -161,10 +162,9 @@ def _for_gpus(
 
 
 def _for_cpu(
-    dense_checkpoint: str, given: dict[str, Any], max_steps: int | None, check_memory: bool
+    dense: Dense, given: dict[str, Any], max_steps: int | None, check_memory: bool
 ) -> Recipe:
     """Return the recipe for a trial on this machine's CPU, and print the reasons."""
-    dense = open_dense(dense_checkpoint)
     alone = scaled.scaled_recipe(dense, 1, 1, given, max_steps, on_cpu=True)
     ranks = executors.ranks() or fewest_ranks(alone.folding)
     recipe = scaled.scaled_recipe(dense, ranks, ranks, given, max_steps, on_cpu=True)

@@ -25,6 +25,7 @@ from nemo_upcycle_recipes.arguments import arguments, defaults
 from nemo_upcycle_recipes.recipe import OF_OPTIMIZER, Recipe, Schedule
 
 from nemo_upcycle.checkpoint.branches import split_sources
+from nemo_upcycle.checkpoint.described import moe_here
 from nemo_upcycle.config import PRECISIONS, RECOMPUTE, ParallelFolding, UpcyclingConfig
 from nemo_upcycle.data.blend import read_blend
 from nemo_upcycle.data.checks import check_on_login
@@ -33,6 +34,7 @@ from nemo_upcycle.engine import cpu
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.fields import moe_fields, window_fields
+from nemo_upcycle.families.model import experts_of, upcycling_of
 from nemo_upcycle.nemo.auto_resume import AutoResume
 from nemo_upcycle.nemo.callback import UpcyclingCallback
 from nemo_upcycle.nemo.cpu import cpu_layer_spec
@@ -176,7 +178,8 @@ def pretrain(
             `data_paths`.
         max_steps: Training steps; None takes the recipe's.
         accelerator: `gpu`, `cpu`, or `auto`, which takes the GPU if there is one.
-        from_scratch: Take the dense checkpoint's config and tokenizer, and random weights.
+        from_scratch: Take the dense checkpoint's config and tokenizer, and random weights. The
+            checkpoint may then also be a Hugging Face MoE with the recipe's experts.
         read_once: Read each slice of the dense checkpoint once per job and broadcast the slice.
         performance_mode: Overlap collectives with computation, run garbage collection manually.
         cuda_graphs: Record each layer's kernels once and replay them; needs static shapes. Without
@@ -206,7 +209,7 @@ def pretrain(
         data_paths = read_blend(data_blend).data_paths
     paths = None if data_paths is None else parse(data_paths)
     sources = [] if dense_checkpoint is None else split_sources(dense_checkpoint)
-    arch = recipe.architecture_of(dense_checkpoint)
+    arch = _architecture(recipe, dense_checkpoint, from_scratch)
     check_on_login(paths or (), arch.vocab_size)
     # On CPU the launcher decides the number of ranks; the strategy checks the number.
     layout.validate(arch, upcycling, folding, None if cpu_only else recipe.world_size)
@@ -281,6 +284,30 @@ def pretrain(
         optim=components.optim(schedule, recipe.precision, recipe.optimizer),
         resume=run.Config(AutoResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
     )
+
+
+def _architecture(recipe: Recipe, dense_checkpoint: str | None, from_scratch: bool) -> Architecture:
+    """Return the model's architecture, without weights also that of an MoE with the same experts.
+
+    Raises:
+        UpcyclingError: The dense checkpoint is none, or the MoE has other experts than the recipe.
+    """
+    moe = moe_here(dense_checkpoint) if from_scratch and dense_checkpoint is not None else None
+    if moe is None:
+        return recipe.architecture_of(dense_checkpoint)
+    width = moe.arch.ffn_hidden_size
+    theirs = upcycling_of(moe, width)
+    ours = upcycling_of(experts_of(recipe.upcycling, moe.arch.num_layers, width), width)
+    other = [
+        f"{field.name}={getattr(theirs, field.name)!r}"
+        for field in fields(UpcyclingConfig)
+        if getattr(theirs, field.name) != getattr(ours, field.name)
+    ]
+    if other:
+        raise UpcyclingError(
+            f"{dense_checkpoint} has other experts than the recipe; expected {', '.join(other)}."
+        )
+    return moe.arch
 
 
 def _fp8(recipe: Recipe, cpu_only: bool) -> dict[str, Any]:

@@ -72,11 +72,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "logits_scaling": 6.0,
     },
     "phi3": {"pad_token_id": 0, "partial_rotary_factor": 0.75, "sliding_window": 16},
+    "gemma": {"head_dim": 16, "tie_word_embeddings": True},
+    "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    "stablelm, no biases": {"tie_word_embeddings": True},
 }
 """By name, which begins with the model type: what is asked of `write_dense`."""
 
-_CLASSES = {"smollm3": "SmolLM3"}
+_CLASSES = {"smollm3": "SmolLM3", "stablelm": "StableLm"}
 """Names of classes that are not the model type with a capital letter."""
+
+_EPSILONS = {"nemotron": "norm_eps", "stablelm": "layer_norm_eps"}
 
 
 def write_llama(directory: Path, shard_size: str = "10GB", seed: int = 0, **config: Any) -> Path:
@@ -95,8 +100,8 @@ def write_dense(
     name = _CLASSES.get(kind, kind.capitalize())
     torch.manual_seed(seed)
     values = CONFIG | FAMILIES.get(family, {}) | config
-    if kind == "nemotron":
-        values["norm_eps"] = values.pop("rms_norm_eps")
+    if kind in _EPSILONS:
+        values[_EPSILONS[kind]] = values.pop("rms_norm_eps")
     model_config = getattr(transformers, f"{name}Config")(**values)
     model = getattr(transformers, f"{name}ForCausalLM")(model_config)
     with torch.no_grad():
@@ -105,7 +110,7 @@ def write_dense(
                 parameter.uniform_(-0.5, 0.5)
             elif "norm" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
-                if kind == "nemotron":  # which adds 1
+                if kind in ("nemotron", "gemma"):  # which add 1
                     parameter.sub_(1)
     model.save_pretrained(directory, max_shard_size=shard_size, safe_serialization=True)
     return directory

@@ -22,6 +22,7 @@ from nemo_upcycle.checkpoint.huggingface import is_huggingface
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.generation import transformers_config
 from nemo_upcycle.evaluation.transformers_model import fill_parameters, no_init_weights
+from nemo_upcycle.families.huggingface import ROUNDED_ROOT
 
 _LAYER = "layers.0."
 _PER_LAYER = ("layer_types", "no_rope_layers")
@@ -130,7 +131,7 @@ def check_computable(checkpoint: DenseCheckpoint) -> None:
 
 
 def embeddings(checkpoint: DenseCheckpoint, tokens: Tokens) -> torch.Tensor:
-    """Return the embeddings of tokens in fp32, [tokens, hidden]; no other rows are read.
+    """Return the inputs of the first layer in fp32, [tokens, hidden]; no other rows are read.
 
     Raises:
         UpcyclingError: A token has no row.
@@ -146,7 +147,9 @@ def embeddings(checkpoint: DenseCheckpoint, tokens: Tokens) -> torch.Tensor:
     for place, row in enumerate(rows.tolist()):
         raw = memoryview(values[place].view(torch.uint8).numpy())
         checkpoint.read_into(raw, _EMBEDDINGS, (row, row + 1), None)
-    return values.float()[places]
+    arch = checkpoint.architecture
+    factor = arch.embedding_multiplier * arch.rounded_embedding_multiplier
+    return values.float()[places] * factor
 
 
 def _model_of_one_layer(config: PretrainedConfig, layer: int) -> PreTrainedModel:
@@ -155,13 +158,15 @@ def _model_of_one_layer(config: PretrainedConfig, layer: int) -> PreTrainedModel
     for name in _PER_LAYER:
         if values := getattr(config, name, None):
             setattr(config, name, [values[layer]])
-    if layer > 0 and hasattr(config, "embedding_multiplier"):
-        config.embedding_multiplier = 1.0  # of the inputs of the first layer alone
+    if hasattr(config, "embedding_multiplier"):
+        config.embedding_multiplier = 1.0  # `embeddings` multiplies
     config.num_hidden_layers = 1
     config.vocab_size = 1
     config.pad_token_id = None
     with no_init_weights():
         model = AutoModel.from_config(config, dtype=torch.float32)
+    if config.model_type in ROUNDED_ROOT:
+        model.config.hidden_size = 1  # by whose root transformers 4 multiplies the inputs
     model.embed_tokens = None
     model.norm = torch.nn.Identity()
     return model

@@ -31,6 +31,10 @@ multipliers, normalised router logits, and the factor of the scores, for which M
 argument."""
 
 
+OWN_FUNCTIONS = ("gelu_tanh",)
+"""Activation functions of this package, for which Megatron-LM has no argument."""
+
+
 def record_beside(weights: Path) -> Any:
     """Return the parsed record beside a checkpoint; None if there is none.
 
@@ -77,10 +81,13 @@ def with_unsaid(config: Mapping[str, Any], weights: Path) -> dict[str, Any]:
     """Return a model's config with the fields that are recorded beside the checkpoint.
 
     Args:
-        config: Values by Megatron's field names; a function that is there is kept.
+        config: Values by Megatron's field names; a function that is there is kept, unless
+            the record's is of this package.
         weights: Directory of `.metadata`.
     """
     record = record_beside(weights)
     found = unsaid_fields(record.get(FIELD)) if isinstance(record, Mapping) else {}
-    said = {name: config[name] for name in ("activation_func",) if config.get(name) is not None}
-    return {**config, **found, **said}
+    name = "activation_func"
+    if config.get(name) is not None and found.get(name) not in OWN_FUNCTIONS:
+        found[name] = config[name]
+    return {**config, **found}

@@ -16,8 +16,15 @@ from nemo_upcycle.checkpoint.branches import open_branches, open_parts, split_so
 from nemo_upcycle.checkpoint.checks import check_tensors
 from nemo_upcycle.checkpoint.dtypes import dtype_called
 from nemo_upcycle.checkpoint.foreign import check_dense
-from nemo_upcycle.checkpoint.huggingface import HuggingFaceCheckpoint, find_directory
+from nemo_upcycle.checkpoint.huggingface import (
+    HuggingFaceCheckpoint,
+    find_directory,
+    is_huggingface,
+    read_config,
+)
 from nemo_upcycle.families import Architecture, Family, family_of
+from nemo_upcycle.families.model import MoEModel
+from nemo_upcycle.families.moe_config import MOE_FAMILIES, moe_model
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,12 @@ def dense_of_config(config: dict[str, Any], source: str, note: str) -> Dense:
         note: A remark on the weights, which are not available.
     """
     family = family_of(config)
-    arch = family.architecture(config)
+    return _described(config, family, family.architecture(config), source, note)
+
+
+def _described(
+    config: Mapping[str, Any], family: Family, arch: Architecture, source: str, note: str
+) -> Dense:
     said = config.get("dtype") or config.get("torch_dtype")  # transformers 5, or earlier
     dtype = dtype_called(said) or "BF16"
     shapes = family.shapes(arch)
@@ -109,6 +121,36 @@ def open_dense(source: str) -> Dense:
         checkpoint.tensors,
         len(checkpoint.branches),
     )
+
+
+def moe_here(source: str) -> MoEModel | None:
+    """Return what the config of a Hugging Face MoE on this machine says; None for other sources.
+
+    Args:
+        source: A source for `open_branches`.
+
+    Raises:
+        UpcyclingError: The source cannot be read, or Megatron cannot compute the MoE.
+    """
+    config = _moe_config(source)
+    return None if config is None else moe_model(config)
+
+
+def without_experts(source: str) -> Dense | None:
+    """Return the dense model that a Hugging Face MoE would be, without weights; see `moe_here`."""
+    config = _moe_config(source)
+    if config is None:
+        return None
+    family = MOE_FAMILIES[config["model_type"]].dense
+    return _described(config, family, moe_model(config).arch, source, "an MoE's config, no weights")
+
+
+def _moe_config(source: str) -> dict[str, Any] | None:
+    directory = find_directory(source) if split_sources(source) == [source] else None
+    if directory is None or not is_huggingface(directory):
+        return None
+    config = read_config(directory)
+    return config if config.get("model_type") in MOE_FAMILIES else None
 
 
 def config_alone(source: str) -> Path | None:

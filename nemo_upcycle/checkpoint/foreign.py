@@ -9,6 +9,7 @@ from typing import Any
 from nemo_upcycle.checkpoint.tokenizer_files import NEEDED
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families import FAMILIES
+from nemo_upcycle.families.moe_config import MOE_FAMILIES
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,18 @@ def check_no_adapter(directory: Path) -> None:
         )
 
 
+def _way_on(kind: object, directory: Path) -> str:
+    """Return how an MoE is trained further, or made larger; empty if neither can be done."""
+    if str(kind) not in MOE_FAMILIES:
+        return ""
+    return (
+        f" For more experts, run `nemo-upcycle upcycle {directory} LARGER --experts N`. To train "
+        "an MoE on, run `nemo llm import model=upcycled_gpt source=hf://MOE output_path=NEMO`, and "
+        "give the recipe dense_checkpoint=MOE, from_scratch=True, the MoE's experts, and "
+        "'resume.restore_config=weights(path=NEMO)'."
+    )
+
+
 def check_dense(config: Mapping[str, Any], directory: Path) -> None:
     """Check that a config describes neither an MoE nor a model of several parts.
 
@@ -186,9 +199,7 @@ def check_dense(config: Mapping[str, Any], directory: Path) -> None:
         said = "".join(f", {name}={count}" for name, count in experts.items())
         raise UpcyclingError(
             f"{directory} is an MoE already (config.json says model_type={kind!r}{said}); expected "
-            "a dense checkpoint. Give the original dense model. To train a Mixtral, Qwen2-MoE or "
-            "Qwen3-MoE further, run `nemo llm import model=upcycled_gpt source=hf://DIR` and "
-            "resume from the output; `nemo-upcycle upcycle DIR OUT` makes a larger one of it."
+            "a dense checkpoint. Give the original dense model." + _way_on(kind, directory)
         )
     if parts:
         raise UpcyclingError(

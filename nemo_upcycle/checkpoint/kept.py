@@ -37,6 +37,8 @@ _DEFAULT_TOKENS: dict[str, tuple[int, int, int | None]] = {
     "nemotron": (2, 3, None),
     "smollm3": (128000, 128001, 128004),
     "phi3": (1, 32000, 32000),
+    "gemma": (2, 1, 0),
+    "stablelm": (0, 0, None),
     "granite": (1, 2, None),
     "granitemoe": (1, 2, None),
     "granitemoeshared": (1, 2, None),

@@ -114,7 +114,8 @@ def _check_dense(directory: Path, keys: Mapping[str, object]) -> None:
     if experts:
         raise UpcyclingError(
             f"{directory} is an MoE already: it has {listing(experts, 2)}. "
-            "Give a dense checkpoint; to train this MoE further, resume from it; for a larger one, "
+            "Give a dense checkpoint; to train this MoE further, resume from it, or begin a run "
+            "with 'resume.restore_config=weights(path=DIR)'; for a larger one, "
             "`nemo-upcycle export` it, and `nemo-upcycle upcycle` the export."
         )
 

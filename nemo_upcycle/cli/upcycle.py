@@ -95,9 +95,10 @@ def upcycle(
       nemo-upcycle upcycle Llama-3.1-8B OUT --granularity 4 --topk 8 --dry-run
       nemo-upcycle upcycle Qwen3-8B OUT --initializer "drop(ratio=0.5)"
     """
+    from nemo_upcycle.checkpoint.described import moe_here
     from nemo_upcycle.engine.upcycled_directory import plan_directory, upcycle_directory
     from nemo_upcycle.errors import UpcyclingError
-    from nemo_upcycle.trained.growth import Growth, is_trained_moe
+    from nemo_upcycle.trained.growth import Growth
     from nemo_upcycle.trained.outputs import check_new
 
     if dtype is not None and dtype not in _DTYPES:
@@ -116,7 +117,7 @@ def upcycle(
         "router_initializer": router_initializer,
         "router_init_std": router_init_std,
     }
-    if is_trained_moe(dense):
+    if moe_here(dense) is not None:
         check_no_ways(dense, ways)
         growth = Growth(experts, topk, router_noise, 1234 if seed is None else seed)
         grow(dense, directory, growth, stored, dry_run)

@@ -40,16 +40,16 @@ def scales(config: "UpcyclingConfig", gated: bool) -> Scales:
     with sigmoid, the base is G, because the weights sum to 1 over T/G copies of each shard. With
     softmax first the base is about E·G²/T, because each weight is about 1/(E·G).
 
-    `exact` makes the output larger by the base. A SwiGLU neuron is linear in up and in down,
+    `exact` makes the output larger by the base. A gated neuron is linear in up and in down,
     so up and down get √base each. A squared-ReLU neuron is quadratic in up, so both get ∛base.
     With the whole layer as a shared expert, routed and shared output are both halved in down. A
     shared part and the routed rest are disjoint, so that neither is halved. `paper` multiplies
-    gate, up and down of routed experts by ∛base, as Megatron-Core does, which changes a SwiGLU
+    gate, up and down of routed experts by ∛base, as Megatron-Core does, which changes a gated
     neuron's function.
 
     Args:
         config: The upcycling.
-        gated: Whether a neuron is SwiGLU; squared ReLU otherwise.
+        gated: Whether a neuron has a gate; squared ReLU otherwise.
 
     Source: arXiv 2410.07524 Eq. 2.
     """
@@ -71,7 +71,7 @@ def exactness(config: "UpcyclingConfig", gated: bool, dense_checkpoints: int) ->
 
     Args:
         config: The upcycling.
-        gated: Whether a neuron is SwiGLU; squared ReLU otherwise.
+        gated: Whether a neuron has a gate; squared ReLU otherwise.
         dense_checkpoints: Number of dense models that the experts come from.
     """
     if config.num_moe_experts is None:
@@ -110,7 +110,7 @@ def _inexact_weights(
             yield f"the {part} output is divided by granularity {config.granularity}"
         elif config.scaling == "paper" and gated:
             yield (
-                "cube-root scaling changes what a SwiGLU neuron computes "
+                "cube-root scaling changes what a gated neuron computes "
                 "(weight_scaling='exact' does not)"
             )
 

@@ -53,7 +53,7 @@ def leave_padding_out(model: torch.nn.Module, vocab_size: int) -> None:
 
 
 def multiply(model: torch.nn.Module, factors: Mapping[str, float]) -> None:
-    """Multiply embeddings, what layers add to the residual, and logits, as a Granite does.
+    """Multiply embeddings, what layers add to the residual, and logits, as Granite and Gemma do.
 
     The residual's factor is applied where attention and feed-forward are added, which all of
     Megatron's schedules and graphs share. Must be called before `leave_padding_out`.
@@ -63,9 +63,13 @@ def multiply(model: torch.nn.Module, factors: Mapping[str, float]) -> None:
         factors: `Architecture.multipliers`.
     """
     model.multipliers = dict(factors)
-    embeddings, residual, logits = (factors[name] for name in MULTIPLIERS)
+    embeddings, residual, logits, rounded = (factors[name] for name in MULTIPLIERS)
     if embeddings != 1 and model.pre_process:
         model.embedding.register_forward_hook(lambda _, __, output: output * embeddings)
+    if rounded != 1 and model.pre_process:
+        model.embedding.register_forward_hook(
+            lambda _, __, output: output * torch.tensor(rounded, dtype=output.dtype)
+        )
     if residual != 1:
         for layer in model.decoder.layers:
             for name in ("self_attn_bda", "mlp_bda"):

@@ -34,7 +34,7 @@ WINDOWS = 1.5
 _NUMBERS = (
     *("rotary_base", "rope_scaling", "seq_len_interpolation_factor", "rotary_percent"),
     *("nope_layers", "attention_multiplier", *MULTIPLIERS),
-    *("layernorm_epsilon", "sliding_window", "activation"),
+    *("normalization", "layernorm_epsilon", "sliding_window", "activation"),
     *("num_attention_heads", "num_query_groups", "kv_channels"),
 )
 """Architecture fields that affect the result but have no weights."""

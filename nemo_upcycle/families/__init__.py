@@ -4,6 +4,7 @@ from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.family import Architecture, Family, Operation, Rows, dimensions
+from nemo_upcycle.families.gemma import GEMMA
 from nemo_upcycle.families.granite import GRANITE
 from nemo_upcycle.families.llama import LLAMA
 from nemo_upcycle.families.megatron import MODEL_TYPE
@@ -14,11 +15,15 @@ from nemo_upcycle.families.phi3 import PHI3
 from nemo_upcycle.families.qwen2 import QWEN2
 from nemo_upcycle.families.qwen3 import QWEN3
 from nemo_upcycle.families.smollm3 import SMOLLM3
+from nemo_upcycle.families.stablelm import STABLELM
 from nemo_upcycle.families.unfit import DENSE, feature_of
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, SMOLLM3, PHI3, GRANITE)
+    for family in (
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, SMOLLM3, PHI3),
+        *(GRANITE, GEMMA, STABLELM),
+    )
 }
 
 

@@ -33,13 +33,17 @@ class Activation:
 
 ACTIVATIONS: dict[str, Activation] = {
     "swiglu": Activation(True, "silu", ("silu", "swish")),
+    "geglu": Activation(True, "gelu_tanh", ("gelu_pytorch_tanh",)),
     "squared_relu": Activation(False, "squared_relu", ("relu2",)),
 }
 """All kinds of feed-forward layers that can be upcycled."""
 
 
-MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+OF_GRANITE = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 """Fields of an architecture, of this package's configs, and of a Granite's config.json."""
+
+MULTIPLIERS = (*OF_GRANITE, "rounded_embedding_multiplier")
+"""The same, and a Gemma's, which its config.json does not say."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,16 @@ class Architecture:
         rope_scaling: RoPE scaling of Llama 3.1 or YaRN with Hugging Face's names, see
             `families.rope`.
         activation: A key of `ACTIVATIONS`.
-        normalization: `RMSNorm`, or `LayerNorm1p`: with a bias, and 1 added to the weight.
+        normalization: `RMSNorm`, or `LayerNorm`, which has a bias; `1p` after it means that 1 is
+            added to the weight.
         sliding_window: Tokens that a token attends to, including itself; None for all before it.
         nope_layers: Layers without RoPE.
         embedding_multiplier: The factor of the embeddings.
         residual_multiplier: The factor of what attention and feed-forward add to the residual.
         attention_multiplier: The factor of the attention's scores; None for 1/√width of a head.
         logits_scaling: The divisor of the logits.
+        rounded_embedding_multiplier: A factor of the embeddings that is rounded to their dtype, as
+            in Gemma.
     """
 
     num_layers: int
@@ -84,6 +91,7 @@ class Architecture:
     residual_multiplier: float = 1.0
     attention_multiplier: float | None = None
     logits_scaling: float = 1.0
+    rounded_embedding_multiplier: float = 1.0
 
     @property
     def gated_linear_unit(self) -> bool:
@@ -114,7 +122,7 @@ class Architecture:
     @property
     def norm_has_bias(self) -> bool:
         """Whether norms have a bias."""
-        return self.normalization == "LayerNorm1p"
+        return self.normalization.startswith("LayerNorm")
 
     @property
     def fc1_rows(self) -> int:
@@ -249,6 +257,8 @@ class Family:
         result: dict[str, tuple[int, ...]] = {}
         for name, axes in names.items():
             shape = tuple(size[axis] for axis in axes)
+            if not _is_there(name, arch):
+                continue
             layers = range(arch.num_layers) if "{layer}" in name else range(1)
             result.update({name.format(layer=layer): shape for layer in layers})
         return result
@@ -261,6 +271,15 @@ class Family:
         parts = dict(zip(("up", "down", "gate"), (up, *fc2.rows(arch), *gate), strict=False))
         fill = partial(str.format, layer=layer)
         return {part: Rows(fill(r.tensor), r.start, r.stop) for part, r in parts.items()}
+
+
+def _is_there(tensor: str, arch: Architecture) -> bool:
+    """Return whether a model has a tensor that not all models of its family have."""
+    if tensor.endswith(("_proj.bias", "linear_qkv.bias")):
+        return arch.add_qkv_bias
+    if tensor.endswith(("q_norm.weight", "k_norm.weight")):
+        return arch.qk_layernorm
+    return True
 
 
 def dimensions(arch: Architecture) -> dict[str, int]:

@@ -11,7 +11,7 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.config.layers import megatron_layer_freq, moe_layers
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.family import ACTIVATIONS, Architecture
-from nemo_upcycle.families.megatron import moe_architecture
+from nemo_upcycle.families.megatron import MEGATRON_NORMS, moe_architecture
 from nemo_upcycle.families.model import (
     Experts,
     MoEModel,
@@ -77,14 +77,15 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
     }
     values |= scaling_fields(arch.rope_scaling)
     activation = ACTIVATIONS[arch.activation]
-    if not activation.is_gated:
+    if arch.activation != "swiglu":
         values |= {
             "activation_func": activation.function,
-            "gated_linear_unit": False,
+            "gated_linear_unit": activation.is_gated,
             "bias_activation_fusion": False,  # a kernel for SwiGLU and GeLU
         }
-    if arch.norm_has_bias:
-        values |= {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True}
+    if arch.normalization != "RMSNorm":
+        kind, adds_one = MEGATRON_NORMS[arch.normalization]
+        values |= {"normalization": kind, "layernorm_zero_centered_gamma": adds_one}
     unusual = {
         "add_qkv_bias": (arch.add_qkv_bias, False),
         "qk_layernorm": (arch.qk_layernorm, False),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.family import ACTIVATIONS, MULTIPLIERS, Architecture
+from nemo_upcycle.families.family import ACTIVATIONS, OF_GRANITE, Architecture
 from nemo_upcycle.families.rope import (
     check_attention_factor,
     nope_layers,
@@ -23,6 +23,19 @@ _ONE_KEY_PER_QUERY = (
     *("granite", "granitemoe", "granitemoeshared"),
 )
 """Families for which transformers reads `num_key_value_heads: null` as one per head."""
+
+NORMS = {"nemotron": "LayerNorm1p", "gemma": "RMSNorm1p", "stablelm": "LayerNorm"}
+"""Kinds of norms by family, see `Architecture`; RMSNorm where none is said."""
+
+ROUNDED_ROOT = ("gemma",)
+"""Families whose embeddings are multiplied by the root of the hidden size, in their dtype."""
+
+QKV_BIAS = "use_qkv_bias"
+"""A StableLM's key for biases of queries, keys and values."""
+
+_EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps")
+_UNFIT = ("attention_bias", "mlp_bias", "qk_layernorm", "use_parallel_residual")
+"""Keys that must be false, if the family reads them."""
 
 
 def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> Architecture:
@@ -41,10 +54,12 @@ def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> 
             the model.
     """
     values = Values(config, family)
-    for bias in ("attention_bias", "mlp_bias"):
-        can_have = bias == "attention_bias" and "add_qkv_bias" in fields
-        if bias in values.defaults and not can_have and values.flag(bias):
-            raise unfit(bias, True, "false: only a model without it can be upcycled")
+    for feature in _UNFIT:
+        can_have = feature == "attention_bias" and "add_qkv_bias" in fields
+        if feature in values.defaults and not can_have and values.flag(feature):
+            raise unfit(feature, True, "false: only a model without it can be upcycled")
+    if QKV_BIAS in values.defaults:
+        fields["add_qkv_bias"] = values.flag(QKV_BIAS)
     head_width = _head_width(values)
     arch = Architecture(
         num_layers=_layers(values),
@@ -55,17 +70,16 @@ def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> 
         kv_channels=head_width,
         vocab_size=_vocabulary(values),
         max_position_embeddings=values.count("max_position_embeddings"),
-        layernorm_epsilon=values.number(
-            "norm_eps" if "norm_eps" in values.defaults else "rms_norm_eps"
-        ),
+        layernorm_epsilon=values.number(next(key for key in _EPSILONS if key in values.defaults)),
         rotary_base=values.number("rope_theta"),
-        rotary_percent=rotary_percent(values, head_width),
+        rotary_percent=rotary_percent(values, head_width, family),
         share_embeddings_and_output_weights=values.flag("tie_word_embeddings"),
         init_method_std=values.number("initializer_range"),
-        activation=_activation(values),
+        activation=_activation(values, family),
+        normalization=NORMS.get(family, "RMSNorm"),
         sliding_window=_window(values, family),
         nope_layers=nope_layers(values, _layers(values)),
-        **_multipliers(values, head_width),
+        **_multipliers(values, head_width, family),
         **rope_scaling(values, family),
         **fields,
     )
@@ -79,9 +93,11 @@ def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> 
     return arch
 
 
-def _multipliers(values: Values, head_width: int) -> dict[str, Any]:
-    """Return a Granite's factors; of other families transformers does not read the keys."""
-    found = {name: values.number(name) for name in MULTIPLIERS if name in values.defaults}
+def _multipliers(values: Values, head_width: int, family: str) -> dict[str, Any]:
+    """Return a Granite's factors, or a Gemma's; others do not read the keys in transformers."""
+    if family in ROUNDED_ROOT:
+        return {"rounded_embedding_multiplier": values.count("hidden_size") ** 0.5}
+    found = {name: values.number(name) for name in OF_GRANITE if name in values.defaults}
     if "attention_multiplier" in values.defaults:
         factor = values.number("attention_multiplier")
         found |= {} if factor == head_width**-0.5 else {"attention_multiplier": factor}
@@ -114,12 +130,18 @@ def _vocabulary(values: Values) -> int:
     return size
 
 
-def _activation(values: Values) -> str:
+def _activation(values: Values, family: str) -> str:
     said, usual = values.said["hidden_act"], values.defaults["hidden_act"]
     for name, kind in ACTIVATIONS.items():
         if said in kind.words and usual in kind.words:
             return name
-    raise unfit("hidden_act", said, f"{usual!r}: only that can be upcycled")
+    why = "only that can be upcycled"
+    if (family, said) == ("gemma", "gelu"):
+        why = "the function that Gemma was trained with, by which older versions of transformers "
+        why += (
+            "replaced it. Newer ones compute exact GELU, as config.json says; correct config.json"
+        )
+    raise unfit("hidden_act", said, f"{usual!r}: {why}")
 
 
 # --- Sliding windows -----------------------------------------------------------------------------

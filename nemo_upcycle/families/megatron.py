@@ -146,8 +146,12 @@ _OF_FAMILIES = (
 )
 """Fields of `LLAMA_FIELDS` in which the families that can be upcycled differ."""
 
-_NORMS = {("RMSNorm", False): "RMSNorm", ("LayerNorm", True): "LayerNorm1p"}
-"""Kinds of norms, by Megatron's name and by whether 1 is added to the weight."""
+MEGATRON_NORMS = {
+    kind + ending: (kind, ending == "1p")
+    for kind in ("RMSNorm", "LayerNorm")
+    for ending in ("", "1p")
+}
+"""Megatron's names of an architecture's norms, and whether 1 is added to the weight."""
 
 
 def _activation(config: Mapping[str, Any]) -> str:
@@ -166,20 +170,19 @@ def _activation(config: Mapping[str, Any]) -> str:
             return name
     raise UpcyclingError(
         f"The dense checkpoint's config says activation_func={function!r} with "
-        f"gated_linear_unit={gated}; only SwiGLU ('silu' with a gate) and squared ReLU "
-        "('squared_relu' without a gate) can be upcycled."
+        f"gated_linear_unit={gated}; only SwiGLU ('silu' with a gate), GeGLU ('gelu_tanh', this "
+        "package's, with a gate) and squared ReLU ('squared_relu' without one) can be upcycled."
     )
 
 
 def _normalization(config: Mapping[str, Any]) -> str:
     kind = str(config.get("normalization") or "RMSNorm")
     adds_one = bool(config.get("layernorm_zero_centered_gamma"))
-    found = _NORMS.get((kind, adds_one))
-    if found is None:
+    found = kind + ("1p" if adds_one else "")
+    if found not in MEGATRON_NORMS:
         raise UpcyclingError(
-            f"The dense checkpoint's config says normalization={kind!r} with "
-            f"layernorm_zero_centered_gamma={adds_one}; only RMSNorm without, and LayerNorm with "
-            "it can be upcycled."
+            f"The dense checkpoint's config says normalization={kind!r}; only RMSNorm and "
+            "LayerNorm can be upcycled."
         )
     return found
 

@@ -5,11 +5,13 @@ what all fields say together.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.defaults import DEFAULTS
 from nemo_upcycle.families.family import (
+    ACTIVATIONS,
     Architecture,
     DownMLP,
     Family,
@@ -18,6 +20,7 @@ from nemo_upcycle.families.family import (
     Rename,
     UpMLP,
 )
+from nemo_upcycle.families.huggingface import NORMS, QKV_BIAS, ROUNDED_ROOT
 from nemo_upcycle.families.llama import MEGATRON_LAYER
 from nemo_upcycle.families.llama import PARAMETERS as LLAMA_PARAMETERS
 from nemo_upcycle.families.megatron import MODEL_TYPE, architecture
@@ -25,14 +28,14 @@ from nemo_upcycle.families.rope import UNSCALED_ROPE
 
 _ATTENTION = MEGATRON_LAYER + "self_attention."
 _MLP = MEGATRON_LAYER + "mlp."
-_FC1 = _MLP + "linear_fc1.weight"
+_FC1, _QKV_BIAS = _MLP + "linear_fc1.weight", _ATTENTION + "linear_qkv.bias"
 _EMBEDDINGS, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 _AXES: dict[str, tuple[str, ...]] = {
     _EMBEDDINGS: ("vocab", "hidden"),
     _OUTPUT: ("vocab", "hidden"),
     _ATTENTION + "linear_qkv.weight": ("qkv", "hidden"),
-    _ATTENTION + "linear_qkv.bias": ("qkv",),
+    _QKV_BIAS: ("qkv",),
     _ATTENTION + "q_layernorm.weight": ("head",),
     _ATTENTION + "k_layernorm.weight": ("head",),
     _ATTENTION + "linear_proj.weight": ("hidden", "queries"),
@@ -57,6 +60,7 @@ def dense_family(config: Mapping[str, Any], families: Collection[Family]) -> Fam
         if not _beyond(family, arch):
             return _with_megatrons_names(family)
     unusual = {
+        "activation_func": (ACTIVATIONS[arch.activation].function, "silu"),
         "gated_linear_unit": (arch.gated_linear_unit, True),
         "normalization": (arch.normalization, "RMSNorm"),
         "add_qkv_bias": (arch.add_qkv_bias, False),
@@ -80,24 +84,33 @@ def dense_family(config: Mapping[str, Any], families: Collection[Family]) -> Fam
 
 def _beyond(family: Family, arch: Architecture) -> bool:
     """Return whether a family computes something else than a model with these numbers."""
-    defaults = DEFAULTS[family.model_type]
+    kind, defaults = family.model_type, DEFAULTS[family.model_type]
     scaled = arch.rope_scaling is not None or arch.seq_len_interpolation_factor is not None
+    optional = {_QKV_BIAS} if QKV_BIAS in defaults else set()
+    needed = LLAMA_PARAMETERS.keys() | _own_parameters(arch)
     return (
-        family.parameters.keys() != LLAMA_PARAMETERS.keys() | _own_parameters(arch)
-        or isinstance(family.parameters[_FC1], UpMLP) == arch.gated_linear_unit
+        family.parameters.keys() - optional != needed - optional
+        or NORMS.get(kind, "RMSNorm") != arch.normalization
+        or defaults["hidden_act"] not in ACTIVATIONS[arch.activation].words
+        or (arch.rounded_embedding_multiplier != 1) != (kind in ROUNDED_ROOT)
         or (arch.sliding_window is not None and "sliding_window" not in defaults)
         or (arch.rotary_percent != 1 and "partial_rotary_factor" not in defaults)
-        or (arch.is_multiplied and "residual_multiplier" not in defaults)
+        or (_is_multiplied(arch) and "residual_multiplier" not in defaults)
         or (bool(arch.nope_layers) and "no_rope_layers" not in defaults)
-        or (scaled and family.model_type in UNSCALED_ROPE)
+        or (scaled and kind in UNSCALED_ROPE)
     )
+
+
+def _is_multiplied(arch: Architecture) -> bool:
+    """Return whether a model has a Granite's multipliers."""
+    return replace(arch, rounded_embedding_multiplier=1.0).is_multiplied
 
 
 def _own_parameters(arch: Architecture) -> set[str]:
     """Return the parameters of a model that a Llama does not have."""
     names: set[str] = set()
     if arch.add_qkv_bias:
-        names |= {_ATTENTION + "linear_qkv.bias"}
+        names |= {_QKV_BIAS}
     if arch.qk_layernorm:
         names |= {_ATTENTION + "q_layernorm.weight", _ATTENTION + "k_layernorm.weight"}
     if arch.norm_has_bias:

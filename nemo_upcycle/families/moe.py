@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_upcycle.errors import UpcyclingError
-from nemo_upcycle.families.family import DownMLP, GatedMLP, Operation, Rename
+from nemo_upcycle.families.family import OF_GRANITE, DownMLP, GatedMLP, Operation, Rename
 from nemo_upcycle.families.granite import GRANITE
 from nemo_upcycle.families.llama import LAYER, LLAMA, MLP
 from nemo_upcycle.families.model import MoEModel
@@ -185,7 +185,7 @@ def _granite_config(model: MoEModel) -> dict[str, Any]:
         "intermediate_size": model.expert_width,
         "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.topk,
-        **arch.multipliers,
+        **{name: arch.multipliers[name] for name in OF_GRANITE},
         "attention_multiplier": arch.attention_multiplier or arch.kv_channels**-0.5,
         "output_router_logits": False,
         **shared,
@@ -228,6 +228,7 @@ def moe_family_of(model: MoEModel) -> MoEFamily:
     arch = model.arch
     _refuse(not arch.gated_linear_unit, "experts with squared ReLU and no gate")
     _refuse(arch.norm_has_bias, "LayerNorm with biases")
+    _refuse(arch.normalization == "RMSNorm1p", "norms that add 1 to their weight")
     _refuse(bool(arch.nope_layers), f"layers without RoPE ({list(arch.nope_layers)})")
     _refuse(model.logit_normalization is not None, "normalised router logits")
     if model.score_function == "sigmoid":

@@ -101,8 +101,6 @@ class MoEFamily:
             name: shape
             for name, shape in self.dense.shapes(model.arch).items()
             if not name.startswith(replaced)
-            and (model.arch.add_qkv_bias or not name.endswith("_proj.bias"))
-            and (model.arch.qk_layernorm or not name.endswith(("q_norm.weight", "k_norm.weight")))
         }
         for layer in moe:
             shapes |= self._moe_layer(model, layer)

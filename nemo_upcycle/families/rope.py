@@ -48,7 +48,7 @@ _OF_LENGTH = {
 """Types whose frequencies depend on a sequence's length, and what a user can do."""
 
 
-def rotary_percent(values: Values, head_width: int) -> float:
+def rotary_percent(values: Values, head_width: int, family: str) -> float:
     """Return the fraction of a head that is rotated; below 1 only if the family reads the key."""
     key = "partial_rotary_factor"
     part = values.number(key) if key in values.said else 1.0
@@ -60,7 +60,8 @@ def rotary_percent(values: Values, head_width: int) -> float:
     if part > 1:
         raise unfit(key, part, "a number above 0 and at most 1")
     rotated = int(head_width * part)
-    if not 0 < rotated + rotated % 2 <= head_width:
+    is_odd = family == "stablelm" and rotated % 2  # with which transformers makes no model
+    if is_odd or not 0 < rotated + rotated % 2 <= head_width:
         raise UpcyclingError(
             f"config.json asks for RoPE over {rotated} of the {head_width} numbers of a head; "
             "expected pairs of them, at least one."

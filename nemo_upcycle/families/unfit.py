@@ -11,7 +11,6 @@ DENSE: dict[str, str] = {
     "cohere": "attention and feed-forward in parallel, and RoPE of neighbouring numbers",
     "cohere2": f"attention and feed-forward in parallel, and {_SOME_WINDOWS}",
     "exaone4": f"{_AFTER} in place of before, and {_SOME_WINDOWS}",
-    "gemma": "GeGLU, and embeddings multiplied by the root of their width",
     "gemma2": f"soft-capped scores and logits, {_AFTER}, and {_SOME_WINDOWS}",
     "gemma3": f"{_AFTER}, and in some layers a sliding window and another RoPE base",
     "gemma3_text": f"{_AFTER}, and in some layers a sliding window and another RoPE base",
@@ -30,7 +29,6 @@ DENSE: dict[str, str] = {
     "phi": "attention and feed-forward in parallel, and biases of all linear layers",
     "qwen3_5": "linear attention in some layers, and a gate of the attention's output",
     "qwen3_5_text": "linear attention in some layers, and a gate of the attention's output",
-    "stablelm": "LayerNorm whose weight is stored as it is, and norms or biases by setting",
     "starcoder2": "GELU without a gate, and biases of all linear layers",
 }
 """By model type, the features of dense models; a model type that is not here is unknown."""

@@ -24,6 +24,8 @@ _READ_APART = {
     "attention_chunk_size": _CUTS_THE_CACHE,
     "num_kv_shared_layers": _CUTS_THE_CACHE,
     "kv_sharing_modes": _CUTS_THE_CACHE,
+    "use_bidirectional_attention": "with which tokens of a Gemma see those after them in "
+    "transformers 5 and not in 4",
 }
 """Non-empty keys that one version or part of transformers reads and another does not."""
 

@@ -11,6 +11,7 @@ import torch
 from nemo_upcycle.checkpoint.beside import MODEL_FIELDS
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
+from nemo_upcycle.engine.activations import gelu_tanh
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES, cpu_layer_spec
 from nemo_upcycle.engine.model import (
     leave_padding_out,
@@ -168,7 +169,8 @@ def fields_of_architecture(arch: Architecture, seq_length: int | None) -> dict[s
 def _activation(name: str) -> Any:
     from megatron.core.activations import squared_relu
 
-    return {"silu": torch.nn.functional.silu, "squared_relu": squared_relu}[name]
+    functions = (torch.nn.functional.silu, squared_relu, gelu_tanh)
+    return {function.__name__: function for function in functions}[name]
 
 
 def _is_megatrons(scaling: Mapping[str, float]) -> bool:

@@ -18,6 +18,7 @@ from nemo.lightning import io, teardown
 from nemo_upcycle.checkpoint.beside import FIELD
 from nemo_upcycle.checkpoint.kept import kept_of
 from nemo_upcycle.checkpoint.tokenizer_directory import tokenizer_directory
+from nemo_upcycle.engine.activations import gelu_tanh
 from nemo_upcycle.engine.cpu import MODEL_OVERRIDES
 from nemo_upcycle.engine.loadable import open_loadable
 from nemo_upcycle.engine.model import (
@@ -56,8 +57,8 @@ class UpcycledGPTConfig(LlamaConfig):
     The fields are Megatron's and NeMo's, with the defaults of a Llama. Other families set different
     values (`architecture_fields`). `scale_factor`, `low_freq_factor`, `high_freq_factor` and
     `old_context_len` are Llama 3.1's RoPE scaling, as in NeMo's Llama31Config; with the `yarn_`
-    fields, the scaling is YaRN. A `scale_factor` of None means no scaling. The multipliers are a
-    Granite's.
+    fields, the scaling is YaRN. A `scale_factor` of None means no scaling. The multipliers are
+    Granite's and Gemma's.
 
     With `num_moe_experts=None` this is the dense model.
     """
@@ -89,6 +90,7 @@ class UpcycledGPTConfig(LlamaConfig):
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+    rounded_embedding_multiplier: float = 1.0
 
     def configure_model(
         self,
@@ -218,8 +220,9 @@ def architecture_fields(arch: Architecture) -> dict[str, Any]:
         Llama31Config with RoPE scaling. Values equal to a Llama's are omitted.
     """
     values = fields.architecture_fields(arch)
-    if values.get("activation_func") == squared_relu.__name__:
-        values["activation_func"] = squared_relu
+    for function in (squared_relu, gelu_tanh):
+        if values.get("activation_func") == function.__name__:
+            values["activation_func"] = function
     return values
 
 

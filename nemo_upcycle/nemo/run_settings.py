@@ -38,6 +38,7 @@ _ARCHITECTURE = (
     *("window_attn_skip_freq", "window_size", "yarn_attention_factor", "yarn_beta_fast"),
     *("yarn_beta_slow", "yarn_correction_range_round_to_int"),
     *("embedding_multiplier", "logits_scaling", "residual_multiplier"),
+    "rounded_embedding_multiplier",
 )
 """Fields of the model's config that determine the function computed by the weights."""
 

@@ -15,12 +15,11 @@ from functools import cached_property
 from math import isfinite, prod
 from pathlib import Path
 
-from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo, is_huggingface
-from nemo_upcycle.checkpoint.huggingface import find_directory, read_config, resolve_directory
+from nemo_upcycle.checkpoint import DTYPE_BYTES, TensorInfo
+from nemo_upcycle.checkpoint.huggingface import resolve_directory
 from nemo_upcycle.config import Exactness
 from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.model import MoEModel
-from nemo_upcycle.families.moe_config import MOE_FAMILIES
 from nemo_upcycle.families.moe_family import MoEFamily
 from nemo_upcycle.trained.opened import Trained, open_as_stored
 from nemo_upcycle.trained.outputs import Output, Part
@@ -140,14 +139,6 @@ def exact_topk(source: MoEModel, copies: int) -> int:
     if source.score_function == "sigmoid" and source.topk == 1:
         return 1
     return source.topk * copies
-
-
-def is_trained_moe(source: str) -> bool:
-    """Return whether a source is a Hugging Face directory of an MoE that can grow."""
-    directory = find_directory(source)
-    if directory is None or not is_huggingface(directory):
-        return False
-    return read_config(directory).get("model_type") in MOE_FAMILIES
 
 
 def plan_growth(

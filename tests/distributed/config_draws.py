@@ -15,6 +15,7 @@ GRANITE_MOE = ("granitemoe", "granitemoeshared")
 GRANITE = ("granite", *GRANITE_MOE)
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", *GRANITE_MOE)
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "nemotron", "smollm3", "phi3", "granite")
+DENSE += ("gemma", "stablelm")
 FAMILIES = (*DENSE, *MOE)
 VOCABULARY = 96
 ABSENT = object()
@@ -49,6 +50,10 @@ def config_of(family: str, seed: int) -> tuple[dict[str, Any], Sizes]:
     eps, acts = "rms_norm_eps", ["silu", "swish"]
     if family == "nemotron":
         eps, acts = "norm_eps", ["relu2"]
+    if family == "gemma":
+        acts = ["gelu_pytorch_tanh"]
+    if family == "stablelm":
+        eps = "layer_norm_eps"
     for key, values in {
         eps: [ABSENT, 1e-6, 1e-5, 0.1, 0.5],
         "hidden_act": [ABSENT, *acts * 20, "gelu"],
@@ -63,6 +68,7 @@ def config_of(family: str, seed: int) -> tuple[dict[str, Any], Sizes]:
         **_multipliers(family),
         "no_rope_layers": _rotating(family, sizes.layers),
         "no_rope_layer_interval": [ABSENT] * 3 + [2, 3],
+        **_features(family),
         "is_causal": [ABSENT] * 16 + [True, True, None, False],
         "router_jitter_noise": [ABSENT, 0.1],
         "output_router_logits": [ABSENT, False, True],
@@ -93,6 +99,14 @@ def _multipliers(family: str) -> dict[str, list[Any]]:
     }
 
 
+def _features(family: str) -> dict[str, list[Any]]:
+    """Return keys of one family, with which its models compute something else."""
+    rarely = [ABSENT] * 36 + [False, False, True]
+    if family == "stablelm":
+        return {"qk_layernorm": rarely, "use_parallel_residual": rarely}
+    return {"use_bidirectional_attention": [*rarely, None]} if family == "gemma" else {}
+
+
 def _rotating(family: str, layers: int) -> list[Any]:
     if family != "smollm3":
         return [ABSENT] * 5 + [[1, 0]]
@@ -110,19 +124,21 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
     heads = random.choice([2, 4, 8])
     hidden = heads * random.choice([4, 8, 12])
     groups = random.choice([n for n in (1, 2, 4, 8) if heads % n == 0])
-    often = 30 if family in ("qwen2_moe", *GRANITE_MOE) else 3
+    often = 30 if family in ("qwen2_moe", "stablelm", *GRANITE_MOE) else 3
     width = random.choice([hidden // heads] * often + [8, 16])
     layers = random.choice([2, 2, 3])
-    if family == "qwen3" and random.random() < 0.1:
-        width, said = 128, ABSENT
+    unsaid = {"qwen3": 128, "gemma": 256}
+    if family in unsaid and random.random() < 0.1:
+        width, said = unsaid[family], ABSENT
     elif width != hidden // heads:
         said = width
     else:
         derives = family in ("llama", "mistral", "nemotron", "mixtral")
         choices = [width, ABSENT, None] if derives else [width, ABSENT, ABSENT]
-        said = width if family == "qwen3" else random.choice(choices)
+        said = width if family in unsaid else random.choice(choices)
     _say(config, "head_dim", said)
-    one_each = groups == heads and family not in ("nemotron", "qwen2_moe", "glm4_moe")
+    never_null = ("nemotron", "qwen2_moe", "glm4_moe", "gemma", "stablelm")
+    one_each = groups == heads and family not in never_null
     silent = [ABSENT, None] if one_each or random.random() < 0.05 else []
     _say(config, "num_key_value_heads", random.choice([groups, groups, groups, *silent]))
     ffn = random.choice([48, 64])
@@ -133,9 +149,12 @@ def _sizes(random: Random, family: str, config: dict[str, Any]) -> Sizes:
         "num_attention_heads": heads,
     }
     tied = random.choice([ABSENT, False, True] * 8 + [None])
-    is_tied = tied is True or (tied is ABSENT and family == "smollm3")
+    is_tied = tied is True or (tied is ABSENT and family in ("smollm3", "gemma"))
     _say(config, "tie_word_embeddings", tied)
     bias = family == "qwen2"
+    if family == "stablelm":
+        bias = random.choice([False, True])
+        _say(config, "use_qkv_bias", bias or random.choice([ABSENT, False]))
     experts, expert_width, shared, is_moe = 0, ffn, 0, (False,) * layers
     if family in MOE:
         experts, is_moe = random.choice([2, 4, 8]), (True,) * layers
@@ -209,6 +228,8 @@ def _rope(random: Random, family: str) -> dict[str, Any]:
     partial: Any = ABSENT
     if family in ("nemotron", "phi3", "glm4_moe"):
         partial = random.choice([ABSENT, 0.25, 0.5, 0.75, 1.0, 1])
+    elif family == "stablelm":  # which rotates even numbers alone
+        partial = random.choice([ABSENT, 0.25, 0.5, 0.5, 0.5, 0.5, 1.0, 1])
     elif random.random() < 0.05:
         partial = random.choice([0.5, 1.0])
     scaling = _scaling(random, family)
@@ -297,7 +318,8 @@ def _yarn(random: Random) -> dict[str, Any]:
 def _windows(random: Random, family: str, layers: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     reads = {"llama": 0.1, "nemotron": 0.1, "glm4_moe": 0.1, "mistral": 0.8, "mixtral": 0.8}
-    reads |= {"phi3": 0.8, "smollm3": 0.8} | dict.fromkeys(GRANITE, 0.1)
+    reads |= {"phi3": 0.8, "smollm3": 0.8, "gemma": 0.1, "stablelm": 0.1}
+    reads |= dict.fromkeys(GRANITE, 0.1)
     if random.random() < reads.get(family, 0.9):
         _say(found, "sliding_window", random.choice([ABSENT, None, 4, 8, 36, 4096]))
     if family.startswith("qwen") or family == "smollm3":
@@ -350,7 +372,7 @@ def write(directory: Path, family: str, seed: int) -> Path:
         if name.endswith("bias"):
             values *= 0.3
         elif "norm" in name:
-            values = 0.3 * values + (family != "nemotron")  # which adds 1
+            values = 0.3 * values + (family not in ("nemotron", "gemma"))  # which add 1
         elif "embed" not in name:
             values *= 1.5 / max(1, shape[-1]) ** 0.5  # a shared expert may have no neurons
         tensors[name] = values
@@ -391,7 +413,7 @@ def shapes(family: str, sizes: Sizes) -> dict[str, tuple[int, ...]]:
             for norm in ("q_norm", "k_norm"):
                 found[f"{attention}{norm}.weight"] = (sizes.width,)
         found |= _feed_forward(prefix, family, sizes, sizes.is_moe[layer])
-    if family == "nemotron":
+    if family in ("nemotron", "stablelm"):
         norms = [name for name in found if "norm" in name]
         found |= {name.removesuffix("weight") + "bias": found[name] for name in norms}
     return found

@@ -49,6 +49,8 @@ UNLIKE: dict[str, tuple[str, dict[str, Any]]] = {
     "layers without RoPE": ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
     "other layers without RoPE": ("smollm3", {"no_rope_layers": [0, 1, 1, 1]}),
     "the rotated part": ("phi3", {"partial_rotary_factor": 0.5}),
+    "the rotated part of a StableLM": ("stablelm", {"partial_rotary_factor": 0.25}),
+    "the function of a Gemma": ("gemma", {"hidden_act": "silu"}),
 }
 
 

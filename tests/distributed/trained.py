@@ -75,6 +75,8 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 NOT_EXPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "squared ReLU": ("nemotron", {}, "squared ReLU"),
+    "norms that add 1": ("gemma", {}, "norms that add 1 to their weight"),
+    "LayerNorm": ("stablelm", {}, "LayerNorm with biases"),
     "some layers without RoPE": ("smollm3", {}, r"layers without RoPE \(\[3\]\), which"),
     "a part rotated": ("phi3", {}, r"rotary_percent=0\.75"),
     "q and k norm, shared expert": (

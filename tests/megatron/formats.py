@@ -92,7 +92,7 @@ def arguments(arch: Architecture, upcycling: UpcyclingConfig) -> list[str]:
         "--squared-relu": not arch.gated_linear_unit,
         "--normalization RMSNorm": not arch.norm_has_bias,
         "--normalization LayerNorm": arch.norm_has_bias,
-        "--apply-layernorm-1p": arch.norm_has_bias,
+        "--apply-layernorm-1p": arch.normalization.endswith("1p"),
         "--add-qkv-bias": arch.add_qkv_bias,
         "--qk-layernorm": arch.qk_layernorm,
         "--untie-embeddings-and-output-weights": not arch.share_embeddings_and_output_weights,

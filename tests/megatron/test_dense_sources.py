@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, scaled RoPE": ("llama", {"rope_scaling": LLAMA31_ROPE}),
 }
 
-RECORDED = ("llama, padded", "llama, scaled RoPE", "llama, YaRN", "granite")
+RECORDED = ("llama, padded", "llama, scaled RoPE", "llama, YaRN", "granite", "gemma")
 """What the hook records beside the checkpoints, because Megatron-LM's arguments cannot say it."""
 
 

@@ -19,11 +19,15 @@ from tests.distributed.pool import RankPool
 from tests.end_to_end import cli
 from tests.readme.documents import PAGES, ROOT, Command, code, commands, text
 from tests.tiny import LLAMA_400M, tokens, write_llama
+from tests.workspace import make_workspace
 
 ALL = [command for page in PAGES for command in commands(page)]
 STEPS = commands("docs/demo.md")
 AFTERWARDS = commands("docs/export-and-evaluate.md")
 """Run by the slow test, after the demo."""
+
+GROWN = [c for c in commands("docs/upcycle.md") if c.words[0] == "nemo"]
+"""Run by a slow test of its own."""
 
 OURS = [command for command in ALL if "nemo-upcycle" in command.words[:1]]
 SHOWS = {
@@ -46,7 +50,7 @@ NOT_RUN = {
 
 
 def test_every_command_has_a_test() -> None:
-    tested = {*STEPS, *AFTERWARDS, *OURS, *TRAININGS, *EXPERIMENTS}
+    tested = {*STEPS, *AFTERWARDS, *GROWN, *OURS, *TRAININGS, *EXPERIMENTS}
     others = [c for c in ALL if c.page != "docs/serving.md"]  # other projects' commands, on GPUs
     assert [c for c in others if c not in tested and c.words[0] not in NOT_RUN] == []
 
@@ -149,7 +153,9 @@ def test_trainings_are_configured_as_written(tmp_path: Path, command: Command) -
         assert "--dryrun" in command.words
         steps = 100 if "llama_tiny" in words[4] else 23842
         assert f"max_steps={steps}," in output
-        assert "UpcyclingCallback" in output
+        assert (
+            "RestoreConfig" if "restore_config" in command.line else "UpcyclingCallback"
+        ) in output
 
 
 @pytest.mark.parametrize("command", PREDICTED, ids=str)
@@ -289,6 +295,21 @@ def _in_shell(directory: Path, line: str) -> str:
     script.write_text(f"#!/usr/bin/env bash\nset -e\n{line}\n")
     script.chmod(0o755)
     return cli.run_script(directory, str(script))
+
+
+@pytest.mark.slow
+def test_a_larger_model_is_imported_and_trained_as_written(tmp_path: Path) -> None:
+    make_workspace(tmp_path / "demo")
+    upcycles = [
+        c for c in commands("docs/upcycle.md") if c.words[:2] == ["nemo-upcycle", "upcycle"]
+    ]
+    for command in upcycles:
+        cli.run(tmp_path, *command.words)
+    imported, trained = GROWN
+    _in_shell(tmp_path, imported.line)
+    line = trained.line.replace("from_scratch", "max_steps=2, from_scratch")
+    output = _in_shell(tmp_path, line.replace("--dryrun", "--yes"))
+    assert list((tmp_path / "demo" / "large" / "checkpoints").glob("*-last")), output
 
 
 @pytest.mark.slow

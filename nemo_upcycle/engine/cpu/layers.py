@@ -108,10 +108,14 @@ def _normalize(
     config: TransformerConfig,
     eps: float,
 ) -> torch.Tensor:
-    if config.layernorm_zero_centered_gamma:
-        weight = weight + 1
+    if bias is None and config.layernorm_zero_centered_gamma:
+        # In fp32 as in transformers and Transformer Engine: the weight plus 1 is not rounded.
+        normal = torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight.float() + 1, eps)
+        return normal.to(x.dtype)
     if bias is None:
         return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    if config.layernorm_zero_centered_gamma:
+        weight = weight + 1
     return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nemo.collections.llm.gpt.model.base import GPTConfig
 from nemo.collections.llm.gpt.model.llama import Llama31Config, LlamaConfig
 
@@ -47,6 +48,17 @@ def test_a_model_made_from_the_checkpoint_agrees(kind: str, seq_length: int) -> 
 
 
 DIFFERENT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a Gemma's factor": (
+        "gemma",
+        {"rounded_embedding_multiplier": 1.0},
+        "rounded_embedding_multiplier is 1.0, expected 8.0",
+    ),
+    "a Gemma's function": ("gemma", {"activation_func": F.gelu}, "is 'gelu', expected 'gelu_tanh'"),
+    "a StableLM's norms": (
+        "stablelm",
+        {"layernorm_zero_centered_gamma": True},
+        "layernorm_zero_centered_gamma is True, expected False",
+    ),
     "RoPE base": ("llama", {"rotary_base": 5e5}, "rotary_base is 500000.0, expected 10000.0"),
     "no RoPE scaling": ("llama, llama3 RoPE", {"scale_factor": None}, "is None, expected 4.0"),
     "RoPE scaling where there is none": ("llama", {"scale_factor": 8.0}, "is 8.0, expected None"),

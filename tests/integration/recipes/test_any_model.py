@@ -12,6 +12,7 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.fields import upcycling_in
 from nemo_upcycle.plans.job import plan_job
 from tests.integration.recipes.built import callbacks, megatrons_config
+from tests.moe_models import write_moe
 from tests.tiny import write_llama
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -168,3 +169,19 @@ def test_a_dense_checkpoint_is_needed(arguments: dict[str, Any], message: str) -
 
     with pytest.raises(UpcyclingError, match=message):
         upcycle(**arguments)
+
+
+def test_an_moe_gives_its_architecture_to_a_run_without_its_weights(tmp_path: Path) -> None:
+    moe = write_moe(tmp_path / "moe", "qwen2_moe", moe_intermediate_size=24)
+    options = {"accelerator": "cpu", "from_scratch": True, "num_moe_experts": 4, "granularity": 2}
+    options["moe_router_pre_softmax"] = True
+    recipe = built(moe, moe_shared_expert_intermediate_size=48, **options)
+    config = recipe.model.config
+    assert (config.num_moe_experts, config.moe_ffn_hidden_size, config.add_qkv_bias) == (
+        4,
+        24,
+        True,
+    )
+    assert "UpcyclingCallback" not in callbacks(recipe)
+    with pytest.raises(UpcyclingError, match="is an MoE already"):
+        built(moe, accelerator="cpu")

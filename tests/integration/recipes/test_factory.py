@@ -7,6 +7,7 @@ import pytest
 from nemo_upcycle_recipes.numbers import LLAMA3_8B_DENSE, LLAMA3_8B_E8T2
 
 from nemo_upcycle.errors import UpcyclingError
+from tests.moe_models import write_moe
 from tests.tiny import LLAMA31_ROPE, into_hub_cache, write_llama
 
 
@@ -34,6 +35,19 @@ def test_model_is_made_from_the_checkpoint_at_hand(dense: Path) -> None:
     config = upcycled_recipe(dense_checkpoint=str(dense)).model.config
     assert (config.hidden_size, config.ffn_hidden_size, config.vocab_size) == (64, 96, 256)
     assert upcycled_recipe().model.config.hidden_size == 128
+
+
+def test_an_moe_gives_its_architecture_to_a_run_without_its_weights(tmp_path: Path) -> None:
+    from nemo_upcycle_recipes.llama_tiny import upcycled_recipe
+
+    moe = str(write_moe(tmp_path / "moe", "mixtral"))
+    experts = {"num_moe_experts": 4, "dense_checkpoint": moe}
+    config = upcycled_recipe(from_scratch=True, **experts).model.config
+    assert (config.hidden_size, config.moe_ffn_hidden_size, config.vocab_size) == (64, 96, 256)
+    with pytest.raises(UpcyclingError, match=r"other experts .*; expected num_moe_experts=4\."):
+        upcycled_recipe(from_scratch=True, dense_checkpoint=moe)
+    with pytest.raises(UpcyclingError, match=r"upcycle .*moe LARGER --experts N.* import model="):
+        upcycled_recipe(**experts)
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
         "Merge the two",
     ),
     "Mixtral": (_config(**MIXTRAL), "is an MoE already (config.json says model_type='mixtral'"),
-    "Qwen3-MoE": (_config(**QWEN), "nemo llm import model=upcycled_gpt"),
+    "Qwen3-MoE": (_config(**QWEN), "dense LARGER --experts N`. To train an MoE on, run `nemo llm"),
     "an MoE in a part": (_config(**MOE_PART), "num_local_experts=16"),
     "an MoE by its name": (_config(model_type="granitemoe"), "is an MoE already"),
     "a model that sees": (_config(**VISION), "is a model of several parts"),

@@ -50,7 +50,7 @@ UNSUPPORTED = {
     "add_qkv_bias": (True, "do not fit its config .* missing: .*linear_qkv.bias"),
     "add_bias_linear": (True, "add_bias_linear"),
     "qk_layernorm": (True, "missing: .*q_layernorm.weight"),
-    "normalization": ("LayerNorm", "normalization='LayerNorm'"),
+    "normalization": ("L2Norm", "normalization='L2Norm'"),
     "activation_func": ("megatron.core.activations.squared_relu", "squared_relu"),
     "position_embedding_type": ("learned_absolute", "position_embedding_type"),
     "window_size": ([4096, 1], "window_size"),

@@ -112,7 +112,7 @@ G2_PAPER = ("granularity=2", "moe_router_topk=4", "weight_scaling=paper")
     [
         (("llama",), (), True, "their weights sum to 1"),
         (("llama", "llama"), (), False, "experts come from 2 dense models"),
-        (("llama",), G2_PAPER, False, "changes what a SwiGLU neuron computes"),
+        (("llama",), G2_PAPER, False, "changes what a gated neuron computes"),
         (("nemotron",), G2_PAPER, True, "whole copies of the dense layer"),
     ],
     ids=["one", "two", "SwiGLU", "squared ReLU"],

@@ -44,9 +44,12 @@ REFUSED = {
     "granite": SIGMOID | {"some layers", "part shared"},
     "phi3": EXACT.keys(),
     "smollm3": EXACT.keys(),
+    "gemma": EXACT.keys(),
+    "stablelm": EXACT.keys(),
+    "stablelm, no biases": EXACT.keys(),
 }
 """What no architecture of transformers has beside a window, norms of queries and keys, multipliers,
-a head rotated in part, and layers without RoPE."""
+a head rotated in part, layers without RoPE, and other norms."""
 
 TOKENS = torch.arange(40)[None] * 5 % 250
 

@@ -91,6 +91,22 @@ def test_layers_without_rope() -> None:
     assert read("smollm3", sliding_window=16).sliding_window is None
 
 
+def test_biases_of_a_stablelm_are_a_setting() -> None:
+    assert not read("stablelm").add_qkv_bias
+    arch = read("stablelm", use_qkv_bias=True)
+    assert arch.add_qkv_bias and arch.normalization == "LayerNorm"
+    with_biases, without = (FAMILIES["stablelm"].shapes(each) for each in (arch, read("stablelm")))
+    assert {name.split(".", 3)[3] for name in with_biases.keys() - without.keys()} == {
+        f"self_attn.{letter}_proj.bias" for letter in "qkv"
+    }
+
+
+def test_a_gemmas_embeddings_have_a_factor_of_their_own() -> None:
+    arch = read("gemma")
+    assert arch.rounded_embedding_multiplier == 64**0.5 and arch.embedding_multiplier == 1
+    assert read("llama").rounded_embedding_multiplier == 1
+
+
 def test_attention_factor_of_yarn() -> None:
     """Given, from two weights, or from the factor alone; as in transformers."""
 
@@ -230,6 +246,14 @@ def test_what_transformers_reads_is_read(config: dict, expected: dict) -> None:
         ("qwen3_moe", {"num_experts_per_tok": 5}, "num_experts_per_tok=5 of 4 experts"),
         ("qwen3_moe", {"num_local_experts": 8}, "num_local_experts=8 and num_experts=4"),
         ("mixtral", {"num_experts_per_tok": 1}, "one expert with a weight of 1"),
+        ("gemma", {"hidden_act": "gelu"}, "hidden_act='gelu'; expected 'gelu_pytorch_tanh': the"),
+        ("gemma", {"attention_bias": True}, "attention_bias=True; expected false"),
+        ("gemma", {"num_key_value_heads": None}, "num_key_value_heads=null"),
+        ("gemma", {"use_bidirectional_attention": True}, "with which tokens of a Gemma see those"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True; expected false"),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual=True; expected"),
+        ("stablelm", {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 48},
+         "RoPE over 3 of the 12 numbers of a head; expected pairs"),
     ],
 )  # fmt: skip
 def test_what_transformers_or_megatron_do_not_compute_is_refused(

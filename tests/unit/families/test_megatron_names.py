@@ -18,6 +18,9 @@ NUMBERS = {
 }
 NORM1P = {"normalization": "LayerNorm", "layernorm_zero_centered_gamma": True}
 RELU2 = {"activation_func": "squared_relu", "gated_linear_unit": False}
+NORM = {"normalization": "LayerNorm"}
+ROOT = {"layernorm_zero_centered_gamma": True, "rounded_embedding_multiplier": 8**0.5}
+GEGLU = {"activation_func": "gelu_tanh"}
 SCALED = {
     "scale_factor": 8.0,
     "low_freq_factor": 1.0,
@@ -48,6 +51,9 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
     "a Granite": ("granite", {"softmax_scale": 0.5, "residual_multiplier": 0.22}),
     "YaRN without its attention factor": ("granite", YARN),
     "a Phi-3": ("phi3", {"rotary_percent": 0.75, "window_size": [3, 0]}),
+    "a Gemma": ("gemma", {**GEGLU, **ROOT, "kv_channels": 4}),
+    "a StableLM": ("stablelm", {**NORM, "add_qkv_bias": True, "rotary_percent": 0.25}),
+    "a StableLM without biases": ("stablelm", {**NORM, **SCALED}),
     "off": ("llama", {"window_size": [-1, 0], "use_mup": None, "no_rope_freq": 0}),
 }
 
@@ -60,7 +66,10 @@ def test_the_fields_say_the_family(name: str) -> None:
     assert family.model_type == f"megatron {model_type}"
     arch = family.architecture(config)
     assert family.shapes(arch).keys() >= {
-        parameter.format(layer=layer) for parameter in family.parameters for layer in range(2)
+        parameter.format(layer=layer)
+        for parameter in family.parameters
+        for layer in range(2)
+        if arch.add_qkv_bias or not parameter.endswith("linear_qkv.bias")
     }
     back = architecture_fields(arch) | window_fields(arch)
     said = {name: value for name, value in fields.items() if name in back}
@@ -79,7 +88,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         (
             "add_qkv_bias=True",
             "qk_layernorm=True",
-            "llama, mistral, qwen2, qwen3, nemotron, smollm3, phi3, granite",
+            "llama, mistral, qwen2, qwen3, nemotron, smollm3, phi3, granite, gemma, stablelm",
         ),
     ),
     "Llama with squared ReLU": (RELU2, ("gated_linear_unit=False",)),
@@ -105,8 +114,22 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gated squared ReLU": ({"activation_func": "squared_relu"}, ("gated_linear_unit=True",)),
     "SiLU without a gate": ({"gated_linear_unit": False, "activation_func": "silu"}, ("silu",)),
     "no function": ({"activation_func": None}, ("does not say which activation function",)),
-    "RMSNorm plus 1": ({"layernorm_zero_centered_gamma": True}, ("zero_centered_gamma=True",)),
-    "LayerNorm as it is": ({"normalization": "LayerNorm"}, ("normalization='LayerNorm'",)),
+    "RMSNorm plus 1": ({"layernorm_zero_centered_gamma": True}, ("normalization='RMSNorm1p'",)),
+    "GELU by tanh": (GEGLU, ("activation_func='gelu_tanh'",)),
+    "NeMo's own Gemma, whose factor of the embeddings no field says": (
+        {"activation_func": "nemo.collections.llm.fn.activation.openai_gelu"},
+        ("openai_gelu", "gelu_tanh"),
+    ),
+    "Gemma without its factor": (
+        {**GEGLU, "layernorm_zero_centered_gamma": True},
+        ("activation_func='gelu_tanh'", "normalization='RMSNorm1p'"),
+    ),
+    "Gemma with a factor of the logits": ({**GEGLU, **ROOT, "logits_scaling": 2.0}, ("logits_",)),
+    "Llama with Gemma's factor": (
+        {"rounded_embedding_multiplier": 2.0},
+        ("rounded_embedding_multiplier=2.0",),
+    ),
+    "StableLM with norms of queries": ({**NORM, "qk_layernorm": True}, ("qk_layernorm=True",)),
     "L2Norm": ({"normalization": "L2Norm"}, ("normalization='L2Norm'",)),
     "MLA": ({"multi_latent_attention": True}, ("multi_latent_attention=True",)),
     "soft-capped attention": ({"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping=50.0",)),

@@ -34,5 +34,5 @@ def test_the_model_types_are_those_of_transformers() -> None:
 
 
 def test_an_unknown_model_type_has_no_feature() -> None:
-    with pytest.raises(UpcyclingError, match=r"granite\.$"):
+    with pytest.raises(UpcyclingError, match=r"stablelm\.$"):
         family_of({"model_type": "gpt2"})
