@@ -39,6 +39,7 @@ def write_dense(model: torch.nn.Module, source: Path, directory: Path) -> None:
             UpcyclingConfig(num_moe_experts=None),
             branches=1,
         )
+        assert plan.tensors == dense.tensors.keys()  # none stays as it was
     partial = directory.with_name(f".{directory.name}.partial")
     for old in (partial, directory):
         shutil.rmtree(old, ignore_errors=True)
