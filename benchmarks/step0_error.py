@@ -144,7 +144,7 @@ def config_of(granularity: str, topk: str, order: str, scaling: str) -> Upcyclin
     )
 
 
-def statistics_of(dense: Path, text: Path) -> str:
+def calibrated(dense: Path, text: Path) -> str:
     """Calibrate a dense model; return the file."""
     file = dense / "statistics"
     rank = MODEL["hidden_size"] // 2
@@ -166,7 +166,7 @@ def _with_statistics(ranks: RankPool, scratch: Path) -> Iterator[list[str]]:
         name: write_calibratable(scratch / f"read-{name}", scratch / "tokenizer", name, **options)
         for name in FAMILIES
     }
-    files = {name: statistics_of(dense, text) for name, dense in models.items()}
+    files = {name: calibrated(dense, text) for name, dense in models.items()}
     for label, values in OF_STATISTICS.items():
         cells = [label]
         for name, dense in models.items():

@@ -23,7 +23,7 @@ BUDGETS = ("tokens", "flops", "all_flops")
 STARTS = ("upcycled", "dense", "scratch")
 
 STATISTICS = "STATISTICS"
-"""Stands in an arm's initialisers for the file of statistics; see `ablations.calibrated`."""
+"""Stands in an arm's initialisers for the file of statistics; see `ablations.inputs`."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Arm:
         numbers: Arguments of the recipe's factory.
         schedule: Fields of `Schedule` that differ from the recipe's.
         router_warmup_steps: First steps in which only the routers are trained.
+        mixed: Whether the experts are those of several dense models, each trained on one corpus
+            (Branch-Train-MiX); see `ablations.inputs`.
         budget: As many steps as the baseline (`tokens`), as many FLOPs as the baseline (`flops`),
             or as many FLOPs as the baseline and the preceding dense run together (`all_flops`).
         base: The model.
@@ -49,6 +51,7 @@ class Arm:
     numbers: Mapping[str, Any] = field(default_factory=dict)
     schedule: Mapping[str, Any] = field(default_factory=dict)
     router_warmup_steps: int = 0
+    mixed: bool = False
     budget: str = "tokens"
     base: Base = TINY
 

@@ -209,6 +209,7 @@ def to_json(report: Report, jobs: Sequence[Job]) -> str:
             "numbers": dict(arm.numbers),
             "schedule": dict(arm.schedule),
             "router_warmup_steps": arm.router_warmup_steps,
+            "mixed": arm.mixed,
             "budget": arm.budget,
         }
         for name, arm in arms_with(report.base).items()

@@ -10,6 +10,7 @@ from typing import Any
 from nemo_upcycle_recipes.recipe import Recipe
 
 from nemo_upcycle.ablations.arms import Arm
+from nemo_upcycle.ablations.prompts import PROMPTS
 from nemo_upcycle.ablations.studies import most_sequences
 from nemo_upcycle.checkpoint import is_checkpoint, open_checkpoint
 from nemo_upcycle.checkpoint.fingerprint import fingerprint
@@ -31,7 +32,7 @@ OVER_TIME = (
 """What is measured of routers and experts; see `MoEHealth`."""
 
 CALIBRATION: dict[str, Any] = {"tokens": 100_000, "clusters": 8}
-"""Options of the calibration whose statistics arms read; the rank is half of the hidden size."""
+"""Options of the calibrations whose statistics arms read; see `ablations.inputs` for the others."""
 
 DEMO = (("documentation", 0.7), ("sources", 0.3))
 """The demo's corpora and their shares."""
@@ -121,7 +122,9 @@ class Job:
             seeds give the same sequences in the same order.
         workspace: The data and the dense checkpoint.
         results: Directory of the results.
-        statistics: File of statistics, for arms that need one; see `ablations.calibrated`.
+        statistics: File of statistics, for arms that need one; see `ablations.inputs`.
+        branches: Trainings whose weights are mixed, for arms that mix some.
+        weights: Directory for the trained weights, as a dense checkpoint; None keeps none.
     """
 
     arm: Arm
@@ -131,6 +134,14 @@ class Job:
     workspace: Workspace
     results: Path
     statistics: Path | None = None
+    branches: tuple["Job", ...] = ()
+    weights: Path | None = None
+
+    @property
+    def dense_checkpoint(self) -> str:
+        """The dense checkpoint that is upcycled; several for an arm that mixes some."""
+        mixed = [branch.weights for branch in self.branches]
+        return "; ".join(map(str, mixed or [self.workspace.dense]))
 
     @property
     def name(self) -> str:
@@ -171,7 +182,9 @@ class Job:
         if self.arm.router_warmup_steps:
             made_of["router_warmup_steps"] = self.arm.router_warmup_steps
         if self.arm.needs_statistics:
-            made_of["statistics"] = CALIBRATION
+            made_of["statistics"] = CALIBRATION | {"prompts": PROMPTS}
+        if self.branches:
+            made_of["branches"] = [branch.key for branch in self.branches]
         base = self.arm.base
         if not base.is_tiny:
             made_of |= {"accelerator": base.accelerator, "rows": base.rows}
@@ -185,6 +198,8 @@ class Job:
 
     def result(self) -> "Result | None":
         """Return the stored result of this training; None if missing or of other settings."""
+        if self.weights is not None and not is_checkpoint(self.weights):
+            return None
         try:
             kept = json.loads(self.path.read_text())
             return Result(**kept["result"]) if kept["key"] == self.key else None
@@ -238,12 +253,7 @@ class Result:
 
 
 def jobs_of(
-    arms: list[Arm],
-    seeds: int,
-    steps: int,
-    workspace: Workspace,
-    results: Path,
-    statistics: Path | None = None,
+    arms: list[Arm], seeds: int, steps: int, workspace: Workspace, results: Path
 ) -> list[Job]:
     """Return all trainings, seed by seed.
 
@@ -253,13 +263,12 @@ def jobs_of(
         steps: Number of steps of the baseline.
         workspace: The data and the dense checkpoint.
         results: Directory of the results.
-        statistics: File of statistics, for arms that need one.
     """
     arch = workspace.architecture
     # Over all studies, so that the number does not depend on the selected studies.
     samples = most_sequences(steps, arch, arms[0].base)
     return [
-        Job(arm, seed, arm.steps(steps, arch), samples, workspace, results, statistics)
+        Job(arm, seed, arm.steps(steps, arch), samples, workspace, results)
         for seed in range(1, seeds + 1)
         for arm in arms
     ]

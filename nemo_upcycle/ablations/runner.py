@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +20,13 @@ from nemo_upcycle.ablations.budget import (
     plan,
     same_model,
 )
+from nemo_upcycle.ablations.inputs import make_inputs
 from nemo_upcycle.ablations.picture import draw
 from nemo_upcycle.ablations.report import Report, report_of, to_json
 from nemo_upcycle.ablations.results import Job, Workspace, jobs_of
 from nemo_upcycle.ablations.studies import arms_of
 from nemo_upcycle.ablations.tables import markdown
-from nemo_upcycle.ablations.workers import train_all
+from nemo_upcycle.ablations.workers import train_missing
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.pictures import require_matplotlib
 
@@ -80,11 +80,16 @@ def ablate(
     with _alone_in(out):
         chosen = _plan(question, workspace, out, workers, deadline, show)
         arms = [arm for arm in question.arms if arm.name in chosen.arms]
-        statistics = _statistics(arms, workspace, out, workers, show)
-        results = out / "results"
-        jobs = jobs_of(arms, chosen.seeds, chosen.steps, workspace, results, statistics)
+        inputs = make_inputs(arms, workspace, out, workers, show)
+        jobs = jobs_of(arms, chosen.seeds, chosen.steps, workspace, out / "results")
+        jobs = [inputs.given_to(job) for job in jobs]
         costs = _costs(arms, workspace, out) if deadline is not None else {}
-        _train(jobs, workers, out / "logs", deadline, costs, show)
+
+        def expected(job: Job) -> float:
+            cost = costs.get(job.arm.name)
+            return 0.0 if cost is None else cost.other + job.steps * cost.per_step
+
+        train_missing(jobs, workers, out / "logs", show, deadline, expected)
         done = [job for job in jobs if job.result() is not None]
         late = [job.name for job in jobs if job.result() is None]
         if not {job.arm.name for job in done} >= {BASELINE}:
@@ -101,45 +106,6 @@ def ablate(
         report = report_of(studies, done, chosen.steps, left_out)
         _write(report, to_json(report, done), out)
     return report
-
-
-def _statistics(
-    arms: Sequence[Arm], workspace: Workspace, out: Path, workers: int, show: Callable[..., None]
-) -> Path | None:
-    """Return the file of statistics, made once; None if no arm needs one."""
-    needs = [arm for arm in arms if arm.needs_statistics]
-    if not needs:
-        return None
-    from nemo_upcycle.ablations.calibrated import statistics_of  # takes seconds to import
-
-    file = (out / "statistics").absolute()
-    statistics_of(workspace, file, needs[0].recipe.schedule.seq_length, workers, show)
-    return file
-
-
-def _train(
-    jobs: list[Job],
-    workers: int,
-    logs: Path,
-    deadline: float | None,
-    costs: dict[str, Cost],
-    show: Callable[..., None],
-) -> None:
-    """Run the trainings whose results are missing."""
-    todo = [job for job in jobs if job.result() is None]
-    if not todo:
-        return
-
-    def expected(job: Job) -> float:
-        cost = costs.get(job.arm.name)
-        return 0.0 if cost is None else cost.other + job.steps * cost.per_step
-
-    # In FLOPs, so that the remaining time can be estimated.
-    total, done = sum(job.flops for job in todo), 0.0
-    for job in train_all(todo, workers, logs, deadline, expected):
-        done += job.flops
-        show(done, total, job.name)
-    shutil.rmtree(logs)
 
 
 # --- What fits into the time ---------------------------------------------------------------------
@@ -167,10 +133,9 @@ def _plan(
     }
     if (kept := kept_plan(out / "plan.json", asked)) is not None:
         return kept
-    trials = _trials(arms, workspace, out)
-    statistics = _statistics([trial.arm for trial in trials], workspace, out, workers, show)
-    trials = [replace(trial, statistics=statistics) for trial in trials]
-    _train(trials, workers, out / "logs", None, {}, show)
+    inputs = make_inputs(arms, workspace, out, workers, show)
+    trials = [inputs.given_to(trial) for trial in _trials(arms, workspace, out)]
+    train_missing(trials, workers, out / "logs", show)
     at_once = workers if question.base.accelerator == "cpu" else 1
     left = at_once * (deadline - time.time())
     arch = workspace.architecture

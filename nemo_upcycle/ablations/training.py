@@ -16,8 +16,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 from nemo.utils.model_utils import unwrap_model
 from nemo_upcycle_recipes import factory
 
-from nemo_upcycle.ablations.calibrated import with_statistics
+from nemo_upcycle.ablations.dense_directory import KeptWeights
 from nemo_upcycle.ablations.held_out import Assigned, HeldOut, Questions, dropless
+from nemo_upcycle.ablations.inputs import with_statistics
 from nemo_upcycle.ablations.results import OVER_TIME, Job, Result
 from nemo_upcycle.data.paths import text_of
 from nemo_upcycle.engine.health import MoEHealth
@@ -53,6 +54,9 @@ def train(job: Job, scratch: Path, began: float) -> None:
     started = time.process_time()
     built = fiddle.build(recipe)
     built.keywords["trainer"].callbacks.append(watch)
+    if job.weights is not None:
+        kept = KeptWeights(workspace.dense, job.weights)
+        built.keywords["trainer"].callbacks.append(kept)
     built()
     if watch.steps != job.steps:
         raise UpcyclingError(f"{job.name} ended after {watch.steps} steps of {job.steps}.")
@@ -88,7 +92,7 @@ def recipe_of(job: Job, scratch: Path) -> run.Partial:
         numbers,
         dir=str(workspace.directory),
         name=job.name,
-        dense_checkpoint=str(workspace.dense),
+        dense_checkpoint=job.dense_checkpoint,
         tokenizer=None,
         data_paths=text_of(workspace.paths),
         max_steps=job.steps,

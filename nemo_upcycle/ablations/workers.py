@@ -84,6 +84,38 @@ def train_all(
         server.join()
 
 
+def train_missing(
+    jobs: "Sequence[Job]",
+    workers: int,
+    logs: Path,
+    show: Callable[..., None],
+    deadline: float | None = None,
+    expected: "Callable[[Job], float]" = lambda job: 0.0,
+) -> None:
+    """Run the trainings whose results are missing.
+
+    Args:
+        jobs: The trainings, all on the same accelerator.
+        workers: See `train_all`.
+        logs: See `train_all`.
+        show: Called with the FLOPs done, the FLOPs in total, and the training's name.
+        deadline: See `train_all`.
+        expected: See `train_all`.
+
+    Raises:
+        UpcyclingError: A training fails.
+    """
+    todo = [job for job in jobs if job.result() is None]
+    if not todo:
+        return
+    # In FLOPs, so that the remaining time can be estimated.
+    total, done = sum(job.flops for job in todo), 0.0
+    for job in train_all(todo, workers, logs, deadline, expected):
+        done += job.flops
+        show(done, total, job.name)
+    shutil.rmtree(logs)
+
+
 def _failure(job: "Job", code: int, logs: Path) -> str:
     log = logs / f"{job.name}.log"
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []

@@ -19,7 +19,13 @@ from nemo_upcycle.calibration.layer import check_computable
 from nemo_upcycle.calibration.processes import Processes
 from nemo_upcycle.calibration.reduce import reduce
 from nemo_upcycle.calibration.sums import DIAGONAL, SECOND_MOMENTS
-from nemo_upcycle.calibration.text import Prompts, Source, read_prompts, read_sources
+from nemo_upcycle.calibration.text import (
+    Prompts,
+    Source,
+    check_tokenizer,
+    read_prompts,
+    read_sources,
+)
 from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.checkpoint.branches import open_branches
 from nemo_upcycle.checkpoint.described import check_whole
@@ -168,8 +174,9 @@ def _read(
     calibration: Calibration, checkpoint: DenseCheckpoint
 ) -> tuple[list[Source], list[Prompts]]:
     arch = checkpoint.architecture
-    directory = calibration.tokenizer or checkpoint.branches[0].directory
-    encoder = load_encoder(named_tokenizer(directory))
+    directory = named_tokenizer(calibration.tokenizer or checkpoint.branches[0].directory)
+    encoder = load_encoder(directory)
+    check_tokenizer(calibration.texts, directory)
     length = calibration.sequence_length or min(SEQUENCE_LENGTH, arch.max_position_embeddings)
     sources = read_sources(
         calibration.texts, calibration.tokens, encoder, length, calibration.text_key

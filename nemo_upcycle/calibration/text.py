@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nemo_upcycle.data.checks import Dataset
+from nemo_upcycle.checkpoint.tokenizer_files import load_tokenizer
+from nemo_upcycle.data.checks import Dataset, TokenizerCheck
 from nemo_upcycle.data.documents import parts_of, read_part
 from nemo_upcycle.data.encoder import Encoder
 from nemo_upcycle.data.paths import DataPath
@@ -21,6 +22,9 @@ from nemo_upcycle.data.sources import files_of
 from nemo_upcycle.errors import UpcyclingError
 
 Tokens = npt.NDArray[np.int32]
+
+TOKENISED = ".bin"
+"""End of a source's name that is tokenised data."""
 
 _DOCUMENTS_AT_ONCE = 256
 
@@ -72,7 +76,7 @@ def read_sources(
 
     Args:
         names: Files, directories or datasets, as `data tokenize` takes them; or the `.bin` file of
-            tokenised data.
+            tokenised data, see `check_tokenizer`.
         tokens: Tokens in all; a source with less text gives what it has.
         encoder: Encoder from texts to tokens. A document ends with its eos token.
         length: Tokens per sequence.
@@ -85,9 +89,25 @@ def read_sources(
     return [_read(name, share, encoder, length, Selection(text_key)) for name in names]
 
 
+def check_tokenizer(names: Sequence[str], directory: Path) -> None:
+    """Check that the tokenised data among the sources were made with a tokenizer.
+
+    Args:
+        names: See `read_sources`.
+        directory: The tokenizer's directory.
+
+    Raises:
+        UpcyclingError: As of `TokenizerCheck`; or a dataset is damaged or missing.
+    """
+    if tokenised := [name for name in names if name.endswith(TOKENISED)]:
+        check = TokenizerCheck(load_tokenizer(directory))
+        for name in tokenised:
+            check.check(_dataset(name))
+
+
 def _read(name: str, tokens: int, encoder: Encoder, length: int, selection: Selection) -> Source:
-    tokenised = name.endswith(".bin")
-    documents = _tokenised(name, encoder) if tokenised else _documents(name, encoder, selection)
+    tokenised = name.endswith(TOKENISED)
+    documents = _tokenised(name) if tokenised else _documents(name, encoder, selection)
     stream = np.fromiter(
         itertools.islice(itertools.chain.from_iterable(documents), tokens), np.int32
     )
@@ -106,22 +126,16 @@ def _documents(name: str, encoder: Encoder, selection: Selection) -> Iterator[li
                 yield [*tokens, encoder.eos]
 
 
-def _tokenised(name: str, encoder: Encoder) -> Iterator[npt.NDArray[Any]]:
+def _tokenised(name: str) -> Iterator[npt.NDArray[Any]]:
     """Yield each document's tokens and eos from Megatron's files."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    dataset = Dataset(DataPath(name.removesuffix(".bin")))
-    said = dataset.manifest.tokenizer if dataset.manifest else None
-    same = said is None or said["eos"] == encoder.eos
-    if said is not None and not said["parse_special"]:
-        same = same and said["fingerprint"] == encoder.fingerprint()
-    if not same:
-        raise UpcyclingError(
-            f"{name} was made with another tokenizer than the dense checkpoint's. Give data that "
-            "the checkpoint's own tokenizer made, or text."
-        )
-    documents = IndexedDataset(dataset.prefix)
+    documents = IndexedDataset(_dataset(name).prefix)
     yield from (documents[number] for number in range(len(documents)))
+
+
+def _dataset(name: str) -> Dataset:
+    return Dataset(DataPath(name.removesuffix(TOKENISED)))
 
 
 def _texts(name: str, selection: Selection) -> Iterator[str]:

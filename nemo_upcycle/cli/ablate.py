@@ -30,6 +30,14 @@ def ablate(
             show_default=False,
         ),
     ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Train only these arms of the studies, and the baseline; may be repeated. "
+            "ablations.json has their names.",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Trainings per arm.", min=1)] = 3,
     steps: Annotated[
         int | None,
@@ -108,11 +116,11 @@ def ablate(
     from nemo_upcycle.ablations.bases import base_of
     from nemo_upcycle.ablations.results import Workspace
     from nemo_upcycle.ablations.runner import Question, ablate
-    from nemo_upcycle.ablations.studies import studies_named
+    from nemo_upcycle.ablations.studies import studies_named, with_arms
 
     real = recipe != TINY
     base = base_of(recipe, accelerator or ("gpu" if real else "cpu"), settings or [])
-    studies = studies_named(study or [], base)
+    studies = with_arms(studies_named(study or [], base), arm or [])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = workers or cores or 1
     if real:

@@ -195,8 +195,8 @@ class TokenizerCheck:
             self._warn_of_another(dataset)
             return
         way_out = (
-            "Give the tokenizer that the dataset was made with: tokenizer=DIR; or make the dataset "
-            "anew with this one: `nemo-upcycle data tokenize`."
+            "Give the tokenizer that the dataset was made with: tokenizer=DIR, or --tokenizer DIR "
+            "in a command; or make the dataset anew with this one: `nemo-upcycle data tokenize`."
         )
         if said["eos"] != self._tokenizer.eos_token_id:
             raise UpcyclingError(

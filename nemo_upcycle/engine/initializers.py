@@ -32,7 +32,7 @@ def check_initializers(upcycling: UpcyclingConfig, checkpoint: DenseCheckpoint) 
             check(target)
 
 
-def statistics_of(upcycling: UpcyclingConfig) -> dict[str, str]:
+def statistics_digests(upcycling: UpcyclingConfig) -> dict[str, str]:
     """Return the digests of the statistics that the initialisers read, by path; see `digests`."""
     return {} if upcycling.num_moe_experts is None else digests(_made(upcycling))
 

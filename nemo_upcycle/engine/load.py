@@ -15,7 +15,6 @@ from nemo_upcycle.checkpoint.described import check_whole
 from nemo_upcycle.checkpoint.fingerprint import check_tied
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.experts import bytes_to_initialize, initialize_experts
-from nemo_upcycle.engine.initializers import check_initializers
 from nemo_upcycle.engine.owned_shards import OwnedShard, owned_shards
 from nemo_upcycle.engine.reading import Chunk, chunk_bytes, copy_blocks
 from nemo_upcycle.engine.sharing import Sharers, sharing
@@ -59,7 +58,8 @@ def fill(
     Args:
         modules: The rank's Megatron-Core GPT models, one per virtual pipeline stage.
         checkpoint: The dense checkpoint.
-        upcycling: What the dense feed-forward layers become.
+        upcycling: What the dense feed-forward layers become, with initialisers that fit the
+            checkpoint: `engine.upcycling.prepare` checks them.
         progress: See `fill_shards`.
         read_once: Read each slice once per job and broadcast the slice to all ranks that need
             it; must be equal on all ranks. Otherwise every rank reads what it needs.
@@ -97,7 +97,6 @@ def fill_shards(
     arch = checkpoint.architecture
     for branch in checkpoint.branches:
         check_tied(branch)
-    check_initializers(upcycling, checkpoint)  # before anything is written
     plan = make_plan(
         [own.shard for own in owned],
         checkpoint.tensors,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nemo_upcycle.config import ParallelFolding, UpcyclingConfig
-from nemo_upcycle.engine.initializers import statistics_of
+from nemo_upcycle.engine.initializers import statistics_digests
 from nemo_upcycle.errors import UpcyclingError
 
 MAY_CHANGE = frozenset(
@@ -55,11 +55,13 @@ class Origin:
             None if unknown.
         weights: `DENSE`, `RESTORED` (NeMo's `resume.restore_config`) or `RANDOM`.
         settings: Other settings that determine the result, by name; see `nemo.run_settings`.
-            Empty if saved by an older version.
+            Megatron's front end knows `router_warmup_steps` alone. Empty if saved by an older
+            version.
         step0: Whether the model computed the dense model's function at step 0, and why, as the
             run has reported; None if nothing was upcycled.
         mapping: The parallel mapping of the latest start; see `mapping_of`.
-        statistics: Digests of the statistics that initialisers read, by path; see `statistics_of`.
+        statistics: Digests of the statistics that initialisers read, by path; see
+            `statistics_digests`.
     """
 
     dense_checkpoint: str | None
@@ -81,9 +83,8 @@ class Origin:
         kept: Mapping[str, Any] | None = None,
     ) -> "Origin":
         """Return the origin of a run with a dense checkpoint."""
-        return cls(
-            dense_checkpoint, fingerprint, asdict(config), kept, statistics=statistics_of(config)
-        )
+        digests = statistics_digests(config)
+        return cls(dense_checkpoint, fingerprint, asdict(config), kept, statistics=digests)
 
     def __str__(self) -> str:
         experts, topk = self.upcycling["num_moe_experts"], self.upcycling["moe_router_topk"]

@@ -1,16 +1,18 @@
 """The hook that fills a model from a dense checkpoint, before the model is wrapped and trained."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from nemo_upcycle.checkpoint.beside import MODEL_FIELDS
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.model import mark_experts
 from nemo_upcycle.engine.provenance import Origin, mapping_of
 from nemo_upcycle.engine.ranks import TIMEOUT_S, Ranks, check_same, said_on_every_rank
+from nemo_upcycle.engine.run_settings import ROUTER_WARM_UP, changes
 from nemo_upcycle.engine.upcycling import Prepared, fill_all, prepare
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families.fields import (
@@ -20,6 +22,7 @@ from nemo_upcycle.families.fields import (
     upcycling_in,
 )
 from nemo_upcycle.megatron.model import Chunks, described, fields_beside_config, with_rope_of
+from nemo_upcycle.megatron.router_warm_up import RouterWarmUp
 from nemo_upcycle.megatron.run import checkpoint_to_resume, read_origin, write_origin
 
 PREFIX = "[upcycle]"
@@ -37,6 +40,7 @@ def upcycle(
     resume_from: str | Path | None = None,
     vocab_size_divisible_by: int = 128,
     read_once: bool = False,
+    router_warm_up: RouterWarmUp | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> Callable[[Chunks], Chunks]:
     """Return a hook for `pre_wrap_hooks` that upcycles a dense checkpoint on a fresh start.
@@ -60,6 +64,8 @@ def upcycle(
             tensor-parallel rank.
         read_once: Read each slice once per job and broadcast the slice to all ranks that hold it,
             for file systems that are slower than the network between nodes.
+        router_warm_up: The run's warm-up of routers, whose steps are recorded, and may not change
+            on a resume; None for none.
         timeout_s: Seconds that a rank waits for the others before they count as lost.
 
     Returns:
@@ -77,7 +83,10 @@ def upcycle(
             "can see a checkpoint to resume."
         )
     run = None if resume_from is None else Path(resume_from)
-    return _Hook(dense_checkpoint, upcycling, run, vocab_size_divisible_by, read_once, timeout_s)
+    settings = {ROUTER_WARM_UP: router_warm_up.steps if router_warm_up else 0}
+    return _Hook(
+        dense_checkpoint, upcycling, run, vocab_size_divisible_by, read_once, settings, timeout_s
+    )
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,7 @@ class _Hook:
     run: Path | None
     vocab_size_divisible_by: int
     read_once: bool
+    settings: Mapping[str, Any]
     timeout_s: float
 
     def __call__(self, chunks: Chunks) -> Chunks:
@@ -136,13 +146,13 @@ class _Hook:
         except UpcyclingError as error:
             if resumed is None:
                 raise
-            origin = Origin.of(self.dense_checkpoint, None, upcycling)
+            origin = self._origin(None, upcycling)
             remark = f"the resume does not need the dense checkpoint: {error}"
             return _Start(origin, config, None, resumed, (remark, *_check_origin(origin, resumed)))
         normalization = upcycling.router_logit_normalization
         unsaid = fields_beside_config(prepared.checkpoint.architecture, normalization)
         kept = {**(prepared.kept or {}), MODEL_FIELDS: unsaid}
-        origin = Origin.of(self.dense_checkpoint, prepared.fingerprint, upcycling, kept)
+        origin = self._origin(prepared.fingerprint, upcycling, kept)
         if resumed is not None:
             return _Start(origin, config, prepared, resumed, tuple(_check_origin(origin, resumed)))
         _check_has_memory(chunks)
@@ -150,6 +160,15 @@ class _Hook:
         prepared.check_model(with_rope, way_out=_WAY_OUT)
         _check_experts(config, prepared)
         return _Start(origin, config, prepared, resumed)
+
+    def _origin(
+        self,
+        fingerprint: str | None,
+        upcycling: UpcyclingConfig,
+        kept: Mapping[str, Any] | None = None,
+    ) -> Origin:
+        origin = Origin.of(self.dense_checkpoint, fingerprint, upcycling, kept)
+        return replace(origin, settings=self.settings)
 
     def _fill(self, chunks: Chunks, start: _Start, ranks: Ranks) -> list[str]:
         """Fill the model on all ranks, and record the run's origin; return the report."""
@@ -181,7 +200,7 @@ def _check_origin(now: Origin, resumed: Path) -> list[str]:
             "checkpoint, which is taken as it is"
         ]
     saved.check(now, str(resumed))
-    return []
+    return changes(saved.settings, now.settings, str(resumed), fixed=now.settings)
 
 
 def _check_experts(config: SimpleNamespace, prepared: Prepared) -> None:

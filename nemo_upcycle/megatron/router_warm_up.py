@@ -12,7 +12,8 @@ class RouterWarmUp:
     """Freezes all but the routers for the first steps; see `engine.router_warm_up`.
 
     In Megatron-Bridge the object is a callback, `pretrain(…, callbacks=[RouterWarmUp(100)])`.
-    Another loop calls `start` once, after the optimizer is made and a checkpoint is loaded.
+    Another loop calls `start` once, after the optimizer is made and a checkpoint is loaded. The
+    hook that fills the model records the steps: `upcycle(…, router_warm_up=…)`.
 
     Args:
         steps: Steps in which only the routers are trained.

@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from nemo_upcycle.errors import UpcyclingError, listing
+from nemo_upcycle.engine.run_settings import ROUTER_WARM_UP, changes
 from nemo_upcycle.nemo.router_warm_up import RouterWarmUp
 
 Settings = dict[str, Any]
@@ -44,14 +44,10 @@ _ARCHITECTURE = (
 
 _REFUSED = frozenset(
     {"data.seq_length", "data.tokenizer"}
-    # Adam's moments of parameters that have been trained would move them while they are frozen.
-    | {"router_warmup_steps"}
+    | {ROUTER_WARM_UP}
     | {"optim.config.optimizer", "optim.config.use_distributed_optimizer"}
     | {f"model.config.{name}" for name in _ARCHITECTURE}
 )
-
-_OF_OLDER_VERSIONS: Settings = {"router_warmup_steps": 0}
-"""Values of settings that older versions did not have."""
 
 # Fields for parallel mapping, kernels and initialisation. Fields in no list are settings that may
 # change.
@@ -88,7 +84,7 @@ def settings_of(trainer: pl.Trainer, module: pl.LightningModule) -> Settings:
     settings: Settings = {"trainer.max_steps": trainer.max_steps}
     settings |= _of_plugins(trainer) | _of_optimizer(getattr(module, "optim", None))
     warm_ups = [each.steps for each in trainer.callbacks if isinstance(each, RouterWarmUp)]
-    settings["router_warmup_steps"] = sum(warm_ups)
+    settings[ROUTER_WARM_UP] = sum(warm_ups)
     settings |= _of_data(getattr(trainer, "datamodule", None))
     return settings | _of_config(getattr(module, "config", None))
 
@@ -107,18 +103,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], run: str) -> list
     Raises:
         UpcyclingError: A setting has changed that is fixed for a run.
     """
-    before = {**_OF_OLDER_VERSIONS, **before}
-    # Settings added by another version exist on only one side.
-    names = sorted(before.keys() & now.keys())
-    changed = [name for name in names if _compared(before[name]) != _compared(now[name])]
-    if refused := [name for name in changed if name in _REFUSED]:
-        was = listing([f"{name}={_shown(before[name])}" for name in refused])
-        given = listing([f"{name}={_shown(now[name])}" for name in refused])
-        raise UpcyclingError(
-            f"The run in {run} was trained with {was}; now {given} is given. A run goes on as it "
-            "began: give the first values, or another name for a new run."
-        )
-    return [f"{name} {_change(before[name], now[name])}" for name in changed]
+    return changes(before, now, run, _REFUSED)
 
 
 def _of_plugins(trainer: pl.Trainer) -> Settings:
@@ -211,25 +196,3 @@ def _content(prefix: str) -> str | None:
         except OSError:
             return None
     return digest.hexdigest()[:16]
-
-
-def _compared(value: Any) -> Any:
-    """Return the part of a value to compare: of a dataset's [weight, prefix, content] no prefix."""
-    if isinstance(value, list | tuple):
-        is_dataset = len(value) == 3 and isinstance(value[1], str) and value[2] is not None
-        kept = (value[0], value[2]) if is_dataset else value
-        return [_compared(each) for each in kept]
-    return value
-
-
-def _change(before: Any, now: Any) -> str:
-    if _shown(before) == _shown(now):
-        return f"{_shown(now)}: the content has changed since"
-    return f"{_shown(before)} → {_shown(now)}"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple):
-        parts = [part for weight, prefix, _ in value for part in (weight, prefix)]
-        return " ".join(str(part) for part in parts if part is not None)
-    return str(value)

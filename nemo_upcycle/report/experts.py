@@ -61,8 +61,8 @@ def load_figure(axis: Axis, run: Run) -> Figure:
 def entropy_figure(axis: Axis, run: Run) -> Figure:
     """Return the routers' entropy per layer."""
     even = math.log(run.experts) if run.experts else None
-    caption = "Entropy of the router's softmax over all experts, as a mean over tokens. 0: always "
-    caption += "one expert."
+    caption = "Entropy of the router's scores over all experts, which sum to 1, as a mean over "
+    caption += "tokens. 0: always one expert."
     more: dict[str, Any] = {}
     if even is not None:
         caption += f" ln {run.experts} = {even:.2f}: all experts alike."
@@ -70,6 +70,20 @@ def entropy_figure(axis: Axis, run: Run) -> Figure:
     return _per_layer(
         axis, run, "entropy", "Router entropy", "router_entropy", "entropy (nats)", caption, more
     )
+
+
+def bias_figures(axis: Axis, run: Run) -> list[Figure]:
+    """Return the range of the experts' biases per layer; nothing for a run without biases."""
+    if not axis.curve(run, "moe/expert_bias_range", done=0):
+        return []
+    caption = "The largest expert bias of a layer minus the smallest. 0: no bias has moved yet. A "
+    caption += "bias changes which experts are chosen, and never their weights."
+    return [
+        _per_layer(
+            *(axis, run, "bias", "Expert bias", "expert_bias_range"),
+            *("largest minus smallest", caption),
+        )
+    ]
 
 
 def drift_figures(axis: Axis, run: Run) -> list[Figure]:

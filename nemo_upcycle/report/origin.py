@@ -6,6 +6,7 @@ from typing import Any
 
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.provenance import DENSE
+from nemo_upcycle.engine.run_settings import ROUTER_WARM_UP
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.evaluation.curves import TRAIN_LOSS
 from nemo_upcycle.progress import scaled
@@ -138,6 +139,7 @@ def _upcycling_rows(config: UpcyclingConfig, run: Run) -> list[tuple[str, str]]:
 def training_rows(run: Run) -> list[tuple[str, str]]:
     """Return how the run is trained as names and values."""
     settings = run.settings
+    warm_up = settings.get(ROUTER_WARM_UP)
     batch = list(run.scalars.get(BATCH_SIZE, {}).values())
     rows = [
         ("tokens so far", _tokens(run)),
@@ -148,6 +150,7 @@ def training_rows(run: Run) -> list[tuple[str, str]]:
         ("largest learning rate", _text(settings.get("optim.config.lr"))),
         ("schedule", _text(settings.get("optim.lr_scheduler"))),
         ("weight decay", _text(settings.get("optim.config.weight_decay"))),
+        ("router warm-up", f"{warm_up} steps" if warm_up else ""),
         ("precision", _text(settings.get("trainer.plugins.precision"))),
         ("tokenizer", _text(settings.get("data.tokenizer"))),
     ]

@@ -14,7 +14,12 @@ from jinja2 import Environment, StrictUndefined
 import nemo_upcycle
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.files import write_whole
-from nemo_upcycle.report.experts import drift_figures, entropy_figure, load_figure
+from nemo_upcycle.report.experts import (
+    bias_figures,
+    drift_figures,
+    entropy_figure,
+    load_figure,
+)
 from nemo_upcycle.report.figures import Axis, Figure, loss_figure, rate_figure, speed_figure
 from nemo_upcycle.report.mapping import mapping_figure
 from nemo_upcycle.report.origin import headline, origin_rows, step_zero, summary, training_rows
@@ -73,6 +78,7 @@ def figures_of(run: Run, dense: Run | None, scores: Path | None = None) -> list[
         loss_figure(both, runs),
         load_figure(alone, run),
         entropy_figure(alone, run),
+        *bias_figures(alone, run),
         *drift_figures(alone, run),
         scores_figure(run, scores),
         rate_figure(both, runs),

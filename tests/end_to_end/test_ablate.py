@@ -15,8 +15,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_upcycle.ablations import studies
+from nemo_upcycle.ablations import inputs, studies
 from nemo_upcycle.ablations.bases import BATCH, TINY, Base
+from nemo_upcycle.ablations.inputs import Inputs
 from nemo_upcycle.ablations.results import OVER_TIME, Workspace, jobs_of
 from nemo_upcycle.ablations.runner import Question, ablate
 from nemo_upcycle.ablations.workers import train_all
@@ -60,11 +61,11 @@ def kill_after_a_result(directory: Path) -> None:
     assert progress.until(lambda: not psutil.wait_procs(started, timeout=0)[1], pids)
 
 
-def held_out_loss(workspace: Path) -> float:
-    """Return what transformers' dense model loses on the last 3% of both corpora, at 7:3."""
-    model = AutoModelForCausalLM.from_pretrained(workspace / "dense_hf").eval()
+def held_out_loss(workspace: Path, dense: Path, shares: dict[str, float]) -> float:
+    """Return what transformers' dense model loses on the last 3% of some corpora."""
+    model = AutoModelForCausalLM.from_pretrained(dense).eval()
     total = 0.0
-    for name, weight in {"documentation": 0.7, "sources": 0.3}.items():
+    for name, weight in shares.items():
         corpus = IndexedDataset(str(workspace / "data" / name))
         documents = [corpus[n] for n in range(len(corpus.sequence_lengths))]
         tokens = np.concatenate(documents[round(0.97 * len(documents)) :]).astype(np.int64)
@@ -87,7 +88,7 @@ def test_the_recipes_are_the_factorys_with_what_the_arms_say(tmp_path: Path) -> 
     names = ("e8t2", "cf1", "lr_minimum", "centroids", "drop_warmup", "dense", "scratch")
     file = tmp_path / "statistics"
     arms = [studies.ARMS[name] for name in names]
-    jobs = jobs_of(arms, 2, STEPS, workspace, tmp_path, file)
+    jobs = [Inputs(file).given_to(job) for job in jobs_of(arms, 2, STEPS, workspace, tmp_path)]
     made = {job.name: recipe_of(job, tmp_path / "scratch") for job in jobs}
     for job in jobs:
         recipe = made[job.name]
@@ -139,7 +140,8 @@ def test_killed_ablations_go_on(tmp_path: Path) -> None:
 
 def _check_numbers(directory: Path, found: dict[str, dict[str, Any]]) -> None:
     # The MoE begins as the dense model, whose loss transformers computes too.
-    expected = held_out_loss(directory / "demo")
+    demo = directory / "demo"
+    expected = held_out_loss(demo, demo / "dense_hf", {"documentation": 0.7, "sources": 0.3})
     for result in found.values():
         assert result["start"] == pytest.approx(expected, abs=1e-5)
         assert result["over_time"]["loss"][::2] == [result["start"], result["end"]]
@@ -281,6 +283,39 @@ def test_arms_read_statistics_of_the_training_text(tmp_path: Path) -> None:
     more = studies.STUDIES["data_aware"].of(("e8t2", "cluster_svd", "partial"))
     ablate(Question([more], 1, 2), workspace, out, 2, lambda *said: None)
     assert (out / "statistics").stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_arms_mix_branches_that_were_trained_on_a_corpus_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "BRANCH_STEPS", 4)
+    demo = make_workspace(tmp_path / "demo")
+    study = studies.STUDIES["data_aware"].of(("e8t2", "prompts", "mixed", "mixed_ridge"))
+    out = tmp_path / "ablations"
+    report = ablate(Question([study], 1, 2), Workspace(demo), out, 2, lambda *said: None)
+
+    # What is kept of a branch is what was trained, in transformers too; on its own corpus alone.
+    for corpus in ("documentation", "sources"):
+        kept = json.loads((out / "branches" / f"{corpus}-1.json").read_text())["result"]
+        loss = held_out_loss(demo, out / "branches" / corpus, {corpus: 1.0})
+        assert loss == pytest.approx(kept["end"], abs=1e-5)
+        assert loss < kept["start"]
+        assert AutoTokenizer.from_pretrained(out / "branches" / corpus).vocab_size > 0
+
+    copies, prompts, mixed, ridge = report.studies[0].rows
+    assert prompts.start.mean == pytest.approx(copies.start.mean, abs=1e-5)
+    confident = [row.over_time["router_confidence"][0].mean for row in (copies, prompts)]
+    assert confident[1] != pytest.approx(confident[0], abs=1e-3)
+    assert len({round(row.start.mean, 5) for row in (copies, mixed, ridge)}) == 3
+    assert mixed.over_time["expert_distance"][0].mean > 0
+    manifest = read_manifest(out / "branches" / "statistics")
+    assert (manifest["branches"], manifest["second_moment"]) == (2, "full")
+
+    # The same command finds everything.
+    before = {file: file.stat().st_mtime_ns for file in (out / "branches").rglob("*")}
+    ablate(Question([study], 1, 2), Workspace(demo), out, 2, lambda *said: None)
+    assert {file: file.stat().st_mtime_ns for file in (out / "branches").rglob("*")} == before
 
 
 @pytest.mark.slow

@@ -54,11 +54,12 @@ def train(
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            hook = upcycle(str(dense), upcycling, resume_from=run)
+            only_routers = None if warm_up is None else RouterWarmUp(warm_up)
+            hook = upcycle(str(dense), upcycling, resume_from=run, router_warm_up=only_routers)
             if breakage is not None:
                 hook = getattr(broken, breakage)(hook)
             losses, changed = _train(
-                dense, folding, upcycling, run, steps, killed_after, hook, warm_up
+                dense, folding, upcycling, run, steps, killed_after, hook, only_routers
             )
     except UpcyclingError as error:
         return {"error": str(error), "said": said.getvalue()}
@@ -73,7 +74,7 @@ def _train(
     steps: int,
     killed_after: int | None,
     hook: Any,
-    warm_up: int | None,
+    warm_up: RouterWarmUp | None,
 ) -> tuple[dict[int, float], set[str]]:
     models = scenarios.build(
         dense, folding, upcycling, [hook], wrap=True, ddp={"use_distributed_optimizer": True}
@@ -88,7 +89,7 @@ def _train(
     if warm_up is not None:
         state = SimpleNamespace(train_state=SimpleNamespace(step=first))
         context = SimpleNamespace(model=models, optimizer=optimizer, state=state)
-        RouterWarmUp(warm_up).on_train_start(context)
+        warm_up.on_train_start(context)
     before = shards([model.module for model in models])
     losses = {}
     for step in range(first + 1, steps + 1):

@@ -8,6 +8,7 @@ import pytest
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.megatron import RouterWarmUp
+from nemo_upcycle.megatron.run import read_origin
 from tests.distributed.pool import RankPool
 from tests.megatron import loop
 from tests.megatron.scenarios import UPCYCLING
@@ -37,6 +38,17 @@ def test_only_routers_change_and_a_resume_continues(
     for one, other in zip(resumed, expected, strict=True):
         assert one["losses"] == {step: other["losses"][step] for step in (3, 4, 5)}
         assert any(".experts." in name for name in one["changed"])
+    # The record says so, and a resume with other steps, or none, is refused.
+    assert read_origin(run).settings == {"router_warmup_steps": 3}
+    for other in (4, None):
+        refused = ranks.run(
+            loop.train, 2, dense=dense, run=run, steps=6, **COMMAND | {"warm_up": other}
+        )
+        assert all(
+            f"was trained with router_warmup_steps=3; now router_warmup_steps={other or 0}"
+            in each["error"]
+            for each in refused
+        )
 
 
 def test_a_number_of_steps_is_checked() -> None:

@@ -83,6 +83,28 @@ def studies_named(names: list[str], base: Base = TINY) -> list[Study]:
     return [study.of(arms_with(base)) for name, study in offered.items() if name in wanted]
 
 
+def with_arms(studies: list[Study], names: list[str]) -> list[Study]:
+    """Return studies with some of their arms alone, and the first of each; all without names.
+
+    Raises:
+        UpcyclingError: No study has such an arm.
+    """
+    if not names:
+        return studies
+    offered = list(dict.fromkeys(name for study in studies for name in study.arms))
+    for name in names:
+        if name not in offered:
+            raise UpcyclingError(
+                f"There is no arm {name!r} in these studies; expected one of: {', '.join(offered)}."
+            )
+    kept = [
+        replace(study.of({study.arms[0], *names}), note=study.note)
+        for study in studies
+        if {*study.arms[1:]} & {*names}
+    ]
+    return kept or [studies[0].of({studies[0].arms[0]})]
+
+
 def arms_of(studies: list[Study], base: Base = TINY) -> list[Arm]:
     """Return the distinct arms of studies, and the baseline, in the studies' order."""
     arms = arms_with(base)

@@ -4,7 +4,10 @@ from nemo_upcycle.ablations.arms import STATISTICS, Arm, Claim, Study
 from nemo_upcycle.ablations.bases import Base
 from nemo_upcycle.ablations.studies.architecture import G4
 
+_FROM_PROMPTS = {"router_initializer": f"prompts(stats='{STATISTICS}')"}
+_RIDGE = {"router_initializer": f"ridge(stats='{STATISTICS}')"}
 _CENTROIDS = {"router_initializer": f"centroids(stats='{STATISTICS}')"}
+_DUME = "arXiv 2603.29765, without training"
 _CLUSTER_AWARE = "arXiv 2604.13508, with CLIP"
 _OWN_HYPOTHESIS = "no paper: the hypothesis behind the initializer"
 
@@ -13,6 +16,7 @@ def arms(base: Base) -> tuple[Arm, ...]:
     """Return the family's arms for a model."""
     drop = {"initializer": "drop(ratio=0.5)"}
     return (
+        *(_for_the_demos_text() if base.is_tiny else ()),
         Arm("centroids", "centroids", numbers=_CENTROIDS),
         Arm("drop_centroids", "drop(0.5), centroids", numbers=drop | _CENTROIDS),
         Arm(
@@ -33,6 +37,15 @@ def arms(base: Base) -> tuple[Arm, ...]:
     )
 
 
+def _for_the_demos_text() -> tuple[Arm, ...]:
+    """Return arms with prompts for the demo's text, and with branches of its two corpora."""
+    return (
+        Arm("prompts", "prompts", numbers=_FROM_PROMPTS),
+        Arm("mixed", "a branch per corpus", mixed=True),
+        Arm("mixed_ridge", "a branch per corpus, ridge", numbers=_RIDGE, mixed=True),
+    )
+
+
 STUDIES = (
     Study(
         "data_aware",
@@ -40,7 +53,10 @@ STUDIES = (
         (
             "e8t2",
             "centroids",
+            "prompts",
             "cluster_svd",
+            "mixed",
+            "mixed_ridge",
             "drop",
             "drop_centroids",
             "partial",
@@ -68,6 +84,20 @@ STUDIES = (
                 "centroids",
                 of="expert_distance",
             ),
+            Claim(
+                "With copies, prompts end lower than random rows",
+                "mergekit-moe, without training",
+                "prompts",
+                "e8t2",
+            ),
+            Claim(
+                "With a branch per corpus, ridge starts lower than random rows",
+                _DUME,
+                "mixed_ridge",
+                "mixed",
+                at="start",
+            ),
+            Claim("And ends lower", f"{_DUME}; further training helps", "mixed_ridge", "mixed"),
             Claim(
                 "Experts of low rank per cluster, with centroids, end lower than copies",
                 _CLUSTER_AWARE,
@@ -103,7 +133,8 @@ STUDIES = (
             ),
         ),
         "Statistics are of the training text. Rows are as long as random rows. The rank is half "
-        "the hidden size.",
+        "the hidden size. Branches are the dense model after 100 more steps on each corpus, which "
+        "tokens and FLOPs do not count: compare them with each other alone.",
         shows_experts=True,
     ),
 )

@@ -16,6 +16,7 @@ from nemo_upcycle.calibration.calibrate import Calibration, calibrate
 from nemo_upcycle.calibration.layer import DenseLayer, embeddings
 from nemo_upcycle.calibration.text import read_sources
 from nemo_upcycle.checkpoint.branches import open_branches
+from nemo_upcycle.data.checks import DataWarning
 from nemo_upcycle.data.encoder import load_encoder
 from nemo_upcycle.data.preparation import Preparation, prepare
 from nemo_upcycle.data.tokenizer import train_tokenizer
@@ -210,8 +211,11 @@ def test_tokenised_data_are_the_text_that_they_were_made_of(
     assert all(np.array_equal(of_tokens[name], values) for name, values in of_text.items())
     train_tokenizer([Path(texts[1])], tmp_path / "other", 270)
     prepare(Preparation((texts[0],), tmp_path / "other", tmp_path / "data" / "others"))
-    with pytest.raises(UpcyclingError, match="was made with another tokenizer than the dense"):
+    with pytest.raises(UpcyclingError, match="others was made with another tokenizer, which"):
         calibrated(model, (str(tmp_path / "data" / "others.bin"),), tmp_path / "3")
+    (tmp_path / "data" / "others.manifest.json").unlink()
+    with pytest.warns(DataWarning, match="others seems to be made with another tokenizer"):
+        calibrated(model, (str(tmp_path / "data" / "others.bin"),), tmp_path / "4")
     with pytest.raises(UpcyclingError, match="nowhere"):
         calibrated(model, (str(tmp_path / "nowhere.bin"),), tmp_path / "3")
 

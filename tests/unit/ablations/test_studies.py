@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 from nemo_upcycle.ablations import arms as ablation_arms
 from nemo_upcycle.ablations import runner, studies
 from nemo_upcycle.ablations.arms import BASELINE, Arm, Claim, Study
-from nemo_upcycle.ablations.bases import BATCH, TINY
-from nemo_upcycle.ablations.calibrated import with_statistics
+from nemo_upcycle.ablations.bases import BATCH, TINY, base_of
+from nemo_upcycle.ablations.inputs import Inputs, branches_of, with_statistics
 from nemo_upcycle.ablations.picture import draw
 from nemo_upcycle.ablations.report import Report, report_of, to_json
 from nemo_upcycle.ablations.results import OVER_TIME, Job, Result, Workspace, jobs_of
-from nemo_upcycle.ablations.studies import ARMS, STUDIES
+from nemo_upcycle.ablations.studies import ARMS, STUDIES, arms_with
 from nemo_upcycle.ablations.tables import EXPERTS, markdown
 from nemo_upcycle.cli import app
 from nemo_upcycle.errors import UpcyclingError
@@ -84,7 +84,7 @@ class TestStudies:
 
     def test_arms_differ(self) -> None:
         made = {
-            repr((arm.recipe, arm.start, arm.budget, arm.router_warmup_steps))
+            repr((arm.recipe, arm.start, arm.budget, arm.router_warmup_steps, arm.mixed))
             for arm in ARMS.values()
         }
         assert len(made) == len(ARMS)
@@ -118,6 +118,19 @@ class TestStudies:
     def test_the_help_names_all_studies(self) -> None:
         shown = CliRunner().invoke(app, ["ablate", "--help"], env={"COLUMNS": "1000"}).output
         assert f"{', '.join(STUDIES)};" in " ".join(shown.split())
+
+    def test_some_arms_alone(self) -> None:
+        asked = [STUDIES["data_aware"], STUDIES["router"], STUDIES["signals"]]
+        kept = studies.with_arms(asked, ["prompts", "drop_warmup", "drop"])
+        assert [(study.name, study.arms) for study in kept] == [
+            ("data_aware", ("e8t2", "prompts", "drop")),
+            ("signals", ("e8t2", "drop", "drop_warmup")),
+        ]
+        assert [claim.lower for claim in kept[1].claims] == ["drop_warmup"]
+        assert kept[0].note == STUDIES["data_aware"].note
+        assert studies.with_arms(asked, []) == asked
+        with pytest.raises(UpcyclingError, match="no arm 'dense' in these studies; expected one"):
+            studies.with_arms(asked, ["dense"])
 
     def test_an_unknown_study_is_an_error(self) -> None:
         assert studies.studies_named(["router"]) == [STUDIES["router"]]
@@ -303,6 +316,42 @@ class TestStatistics:
         assert upcycling.initializer == "cluster_svd(stats='/one')"
         assert upcycling.router_initializer == "centroids(stats='/one')"
         make_initializer(upcycling.initializer)
+
+    def test_arms_that_mix_branches_get_the_branches_and_their_statistics(
+        self, workspace: Workspace, tmp_path: Path
+    ) -> None:
+        branches = branches_of(ARMS["mixed"], workspace, tmp_path)
+        assert [branch.name for branch in branches] == ["documentation-1", "sources-1"]
+        inputs = Inputs(Path("/dense"), tuple(branches), Path("/branches"))
+        jobs = {
+            name: inputs.given_to(Job(ARMS[name], 1, STEPS, 1, workspace, tmp_path))
+            for name in ("e8t2", "prompts", "mixed", "mixed_ridge")
+        }
+        weights = f"{tmp_path}/documentation; {tmp_path}/sources"
+        assert {name: (job.dense_checkpoint, job.statistics) for name, job in jobs.items()} == {
+            "e8t2": (str(workspace.dense), None),
+            "prompts": (str(workspace.dense), Path("/dense")),
+            "mixed": (weights, None),
+            "mixed_ridge": (weights, Path("/branches")),
+        }
+        longer = tuple(replace(branch, steps=STEPS + 1) for branch in branches)
+        assert replace(jobs["mixed"], branches=longer).key != jobs["mixed"].key
+        assert len({job.key for job in [*jobs.values(), *branches]}) == 6
+
+    def test_a_branch_without_weights_is_trained_again(
+        self, workspace: Workspace, tmp_path: Path
+    ) -> None:
+        branch = branches_of(ARMS["mixed"], workspace, tmp_path)[0]
+        branch.keep(result(4.0))
+        assert branch.result() is None
+        write_llama(tmp_path / "documentation")
+        assert branch.result() == result(4.0)
+
+    def test_a_real_model_has_no_arms_for_the_demos_text(self) -> None:
+        real = base_of("smollm2_135m_e8t2")
+        (study,) = studies.studies_named(["data_aware"], real)
+        assert "centroids" in study.arms
+        assert not {"prompts", "mixed", "mixed_ridge"} & {*study.arms, *arms_with(real)}
 
     def test_a_warm_up_counts(self, workspace: Workspace) -> None:
         arms = (ARMS["drop"], ARMS["drop_warmup"])

@@ -18,7 +18,7 @@ from nemo_upcycle.cli import app
 from nemo_upcycle.engine.load_record import LOADS, LoadRecord, read_loads
 from nemo_upcycle.report.experts import CELLS, SNAPSHOTS
 from nemo_upcycle.report.figures import POINTS
-from tests.report_runs import EVERY, EXPERTS, STEPS, load_at, write_run, write_scores
+from tests.report_runs import EVERY, EXPERTS, SETTINGS, STEPS, load_at, write_run, write_scores
 
 FIGURES = (
     *("loss", "load", "entropy", "experts", "routers", "scores", "rate", "speed", "mapping"),
@@ -122,6 +122,22 @@ def test_curves_are_over_tokens(tmp_path: Path) -> None:
     assert page.data["entropy"]["series"][0]["points"][0][0] == 256 * 16
     assert page.data["entropy"]["reference"]["y"] == pytest.approx(math.log(EXPERTS), abs=1e-4)
     assert [each["layer"] for each in page.data["entropy"]["layers"]] == [1, 2, 3]
+
+
+def test_a_run_with_a_bias_per_expert_and_a_warm_up_of_routers(tmp_path: Path) -> None:
+    biased = {step: 1e-3 * step for step in range(1, STEPS, EVERY)}
+    scalars = {f"moe/expert_bias_range{end}": biased for end in ("", "_layer_1", "_layer_3")}
+    settings = SETTINGS | {"router_warmup_steps": 30}
+    run = write_run(tmp_path / "run", scalars=scalars, record={"settings": settings})
+    page = written(run)
+    with_data = [name for name in FIGURES if name != "scores"]
+    with_data.insert(with_data.index("experts"), "bias")
+    assert list(page.data) == with_data
+    expected = [[256 * 16 * step, pytest.approx(value)] for step, value in biased.items()]
+    assert page.data["bias"]["series"][0]["points"] == expected
+    assert [each["layer"] for each in page.data["bias"]["layers"]] == [1, 3]
+    assert "router warm-up 30 steps" in page.text
+    assert "router warm-up" not in written(write_run(tmp_path / "without")).text
 
 
 def test_a_batch_size_that_grows(tmp_path: Path) -> None:
