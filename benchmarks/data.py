@@ -3,11 +3,11 @@
 The same text, tokenizer and cores; each in a fresh process, in turn:
 
 - ours: `nemo-upcycle data tokenize`, with checksums and a manifest;
-- loop: one process that reads a line, tokenises it and adds it to Megatron's builder;
+- loop: one process that reads a line, tokenizes it and adds it to Megatron's builder;
 - pool: as Megatron-LM's `tools/preprocess_data.py`: processes that get lines, 32 at a time, and
   send tokens back to one that writes;
 - partitions: the same script with `--partitions`: the text is split into one file per core. Each
-  file has a process that tokenises and a process that writes, and the results are merged.
+  file has a process that tokenizes and a process that writes, and the results are merged.
 
 Megatron-Core's wheel has no such script; these are its loops around Megatron-Core's own builder.
 
@@ -83,7 +83,7 @@ def _builder(tokenizer: Path, prefix: Path) -> Any:
 
 
 def loop(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]:
-    """Tokenise and add line by line."""
+    """Tokenize and add line by line."""
     builder = _builder(tokenizer, prefix)
     _begin(tokenizer)
 
@@ -111,7 +111,7 @@ def pool(source: Path, tokenizer: Path, prefix: Path, size: int = CORES) -> Call
 
 
 def partitions(source: Path, tokenizer: Path, prefix: Path) -> Callable[[], int]:
-    """Split the text, tokenise each piece in separate processes, and merge the results."""
+    """Split the text, tokenize each piece in separate processes, and merge the results."""
     builder = _builder(tokenizer, prefix)
     context = multiprocessing.get_context("spawn")
     pieces = [prefix.with_name(f"{prefix.name}_{number}") for number in range(CORES)]

@@ -4,7 +4,7 @@ On one rank, with Transformer Engine's layers, in parts:
 
 - exactness: the largest difference of the dense and the upcycled model's logits at step 0;
 - layers: some layers of Llama 3 8B as E8T2, trained with Megatron's DDP and distributed optimizer:
-  step time, model-FLOPs utilisation and memory, for each capacity factor, recompute and kind of
+  step time, model-FLOPs utilization and memory, for each capacity factor, recompute and kind of
   experts;
 - kernels: what a step's time goes to;
 - filling: how fast a dense checkpoint becomes experts on the GPU;
@@ -64,7 +64,7 @@ from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine import load
 from nemo_upcycle.engine.load import LoadReport
 from nemo_upcycle.families import Architecture, family_of
-from nemo_upcycle.planner.flops import utilisation
+from nemo_upcycle.planner.flops import utilization
 from nemo_upcycle.planner.hardware import hardware
 from nemo_upcycle.planner.layer_time import StepTime
 from nemo_upcycle.planner.memory import memory
@@ -160,7 +160,7 @@ def layers(small: bool) -> Lines:
             free()
         workload = case.workload(small)
         planned = step_time(workload, case.mapping, chip).total
-        used = utilisation(workload.flops, 1, found.seconds, 1, chip.peak_tflops)
+        used = utilization(workload.flops, 1, found.seconds, 1, chip.peak_tflops)
         said = memory(workload, case.mapping)
         state = said.parameters + said.gradients + said.optimizer
         cells = [

@@ -29,7 +29,7 @@ from nemo_upcycle_recipes import factory
 from nemo_upcycle_recipes.arguments import override
 from nemo_upcycle_recipes.numbers import SMOLLM2_135M_E8T2
 
-from nemo_upcycle.planner.flops import flops_of_config, utilisation
+from nemo_upcycle.planner.flops import flops_of_config, utilization
 from nemo_upcycle.planner.hardware import device_peak_tflops
 from tests.tiny import write_llama
 from tests.workspace import make_workspace
@@ -154,7 +154,7 @@ def _times(watch: Watch, schedule: Any, config: Any, microbatches: int) -> Itera
     peak = device_peak_tflops(torch.cuda.get_device_name()) if ON_GPU else None
     if peak is not None:
         counted, seconds = flops_of_config(config), inside + outside
-        used = utilisation(counted, schedule.global_batch_size, seconds, 1, peak)
+        used = utilization(counted, schedule.global_batch_size, seconds, 1, peak)
         yield f"| MFU | {used['mfu']:.1%} | |"
     yield f"| allocator's retries, timed steps | {watch.retries} | |"
     if ON_GPU:
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--dense", type=Path, help="the dense checkpoint, with its tokenizer")
-    parser.add_argument("--data", help="prefixes of tokenised data")
+    parser.add_argument("--data", help="prefixes of tokenized data")
     parser.add_argument("--out", type=Path, help="a file to write; standard output without it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

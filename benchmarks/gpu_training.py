@@ -41,7 +41,7 @@ EXPERTS = {"grouped": GROUPED, "sequential": SEQUENTIAL}
 
 
 def start(directory: str) -> None:
-    """Initialise a process group of one rank, and Megatron's process groups."""
+    """Initialize a process group of one rank, and Megatron's process groups."""
     if not ON_GPU:
         cpu.enable()
     torch.distributed.init_process_group(

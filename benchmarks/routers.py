@@ -1,6 +1,6 @@
-"""What router initialisers do at the first step, on a trained dense model.
+"""What router initializers do at the first step, on a trained dense model.
 
-The model becomes E8T2 for each pair of initialisers, as a Hugging Face MoE in fp32. Over held-out
+The model becomes E8T2 for each pair of initializers, as a Hugging Face MoE in fp32. Over held-out
 text, averaged over the layers:
 
 - entropy and confidence: of the softmax over all experts, and its largest value, per token

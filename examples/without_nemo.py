@@ -32,7 +32,7 @@ TOLD_TO_GPT_MODEL = {"vocab_size", "rotary_base", "share_embeddings_and_output_w
 
 
 def start(folding: ParallelFolding) -> None:
-    """Initialise torch.distributed and Megatron's process groups."""
+    """Initialize torch.distributed and Megatron's process groups."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:

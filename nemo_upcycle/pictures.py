@@ -11,7 +11,7 @@ PICTURES = (".png", ".svg", ".pdf")
 """Endings of the formats that are written."""
 
 BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
-"""Okabe and Ito's colours, distinguishable with every form of colour vision."""
+"""Okabe and Ito's colors, distinguishable with every form of color vision."""
 
 
 def require_matplotlib() -> None:

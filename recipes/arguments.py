@@ -45,7 +45,7 @@ def with_arguments(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
     Raises:
         UpcyclingError: A value is out of range or contradicts another, or there is no such
-            initialiser.
+            initializer.
     """
     return replace(
         recipe,
@@ -68,7 +68,7 @@ def with_experts(upcycling: UpcyclingConfig, values: Mapping[str, Any]) -> Upcyc
 
     Raises:
         UpcyclingError: A value is out of range or contradicts another, or there is no such
-            initialiser.
+            initializer.
     """
     fields_of = _fields_of(UpcyclingConfig, values)
     _check_initializers(

@@ -448,7 +448,7 @@ def _warn(upcycling: UpcyclingConfig, arch: Architecture, dense_checkpoints: int
 def _upcycling_callback(
     dense_checkpoint: str | None, upcycling: UpcyclingConfig, read_once: bool
 ) -> run.Config:
-    """Configure the upcycling callback; a dense model has nothing to initialise."""
+    """Configure the upcycling callback; a dense model has nothing to initialize."""
     names = ("initializer", "weight_scaling", "router_initializer", "router_init_std")
     chosen: dict[str, Any] = {}
     if upcycling.num_moe_experts is not None:

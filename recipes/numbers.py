@@ -161,7 +161,7 @@ SMOLLM2_135M_DENSE = replace(
 # arXiv 2410.07524, §4. The dense model is Nemotron-4 15B of arXiv 2402.16819. Layers, widths,
 # heads, sequence and vocabulary are in its Table 1, squared ReLU and untied embeddings in its §2.
 # The feed-forward width, 4 · 6,144, follows from its 12.5B parameters without embeddings. Chosen
-# as in NeMo's config of the model: half of each head rotated, RoPE base, norm, initialisation.
+# as in NeMo's config of the model: half of each head rotated, RoPE base, norm, initialization.
 _NEMOTRON4_SCHEDULE = Schedule(
     # Stated by arXiv 2402.16819: the length that Nemotron-4 15B was pre-trained with.
     seq_length=4096,

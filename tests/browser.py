@@ -49,7 +49,7 @@ class Page:
             url: The address.
             width: Width of the window, in CSS pixels.
             height: Height of the window.
-            scheme: The preferred colours, `light` or `dark`.
+            scheme: The preferred colors, `light` or `dark`.
         """
         size = {"width": width, "height": height, "deviceScaleFactor": 1}
         self.call("Emulation.setDeviceMetricsOverride", mobile=width < 600, **size)

@@ -38,7 +38,7 @@ DIGESTS = {
     "hybrid(copy, drop, noise(std=0.5), random)": "f213b369002d9a78",
     "branches": "b131701d43ff63c2",
 }
-"""Of all parameters of an E8T2, by initialiser; of two dense models for `branches`."""
+"""Of all parameters of an E8T2, by initializer; of two dense models for `branches`."""
 
 
 def write_by_numbers(directory: Path, salt: int = 0) -> Path:

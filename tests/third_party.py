@@ -1,10 +1,10 @@
-"""Packages of somebody else's that bring an initialiser."""
+"""Packages of somebody else's that bring an initializer."""
 
 from pathlib import Path
 
 
 def install_flip(directory: Path) -> Path:
-    """Write a package with an initialiser of experts, as an installer would."""
+    """Write a package with an initializer of experts, as an installer would."""
     return _install(
         directory,
         "flipping",
@@ -20,7 +20,7 @@ def install_flip(directory: Path) -> Path:
 
 
 def install_orthogonal(directory: Path) -> Path:
-    """Write a package with an initialiser of routers, as an installer would."""
+    """Write a package with an initializer of routers, as an installer would."""
     return _install(
         directory,
         "orthogonals",

@@ -23,7 +23,7 @@ BUDGETS = ("tokens", "flops", "all_flops")
 STARTS = ("upcycled", "dense", "scratch")
 
 STATISTICS = "STATISTICS"
-"""Stands in an arm's initialisers for the file of statistics; see `ablations.inputs`."""
+"""Stands in an arm's initializers for the file of statistics; see `ablations.inputs`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Arm:
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether an initialiser reads statistics of the dense model."""
+        """Whether an initializer reads statistics of the dense model."""
         return any(STATISTICS in str(value) for value in self.numbers.values())
 
     def flops_per_step(self, arch: Architecture) -> float:

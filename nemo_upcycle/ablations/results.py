@@ -116,7 +116,7 @@ class Job:
 
     Attributes:
         arm: The arm.
-        seed: Seed for the order of the data, routers, initialisers and random weights.
+        seed: Seed for the order of the data, routers, initializers and random weights.
         steps: Optimizer steps.
         samples: Number of sequences for which the data are shuffled: with equal numbers, equal
             seeds give the same sequences in the same order.

@@ -43,7 +43,7 @@ def _introduction(report: Report, picture: str) -> Iterator[str]:
         f"{model}, upcycled and "
         f"trained on for {report.steps} steps of {report.tokens_per_step:,} tokens, "
         f"{counted(report.seeds, 'seed')} per arm. A seed decides the order of the data, the "
-        "routers, the initialisers and random weights; arms of one seed see the same sequences in "
+        "routers, the initializers and random weights; arms of one seed see the same sequences in "
         "the same order.\n"
     )
     yield (

@@ -19,7 +19,7 @@ ITEMS = 500
 def own_text(
     dense: Path, directory: Path, workers: int, show: Callable[..., None], items: int = ITEMS
 ) -> Workspace:
-    """Write the text of the installed packages, tokenise it, and make questions; or go on.
+    """Write the text of the installed packages, tokenize it, and make questions; or go on.
 
     Megatron's split holds out the last documents, and the questions are made from them. The weights
     of the corpora are their tokens: a training sees every text equally often.
@@ -38,7 +38,7 @@ def own_text(
     if tokenizer is None:
         raise UpcyclingError(
             f"{dense} has no tokenizer, which the text of the installed packages needs; expected "
-            "one beside the weights, or --data with tokenised data."
+            "one beside the weights, or --data with tokenized data."
         )
     files = {kind: directory / f"{kind}.jsonl" for kind in KINDS}
     if not all(file.is_file() for file in files.values()):

@@ -1,1 +1,1 @@
-"""Statistics of a dense model over text, which initialisers of experts and routers read."""
+"""Statistics of a dense model over text, which initializers of experts and routers read."""

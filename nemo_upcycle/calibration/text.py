@@ -23,8 +23,8 @@ from nemo_upcycle.errors import UpcyclingError
 
 Tokens = npt.NDArray[np.int32]
 
-TOKENISED = ".bin"
-"""End of a source's name that is tokenised data."""
+TOKENIzED = ".bin"
+"""End of a source's name that is tokenized data."""
 
 _DOCUMENTS_AT_ONCE = 256
 
@@ -76,7 +76,7 @@ def read_sources(
 
     Args:
         names: Files, directories or datasets, as `data tokenize` takes them; or the `.bin` file of
-            tokenised data, see `check_tokenizer`.
+            tokenized data, see `check_tokenizer`.
         tokens: Tokens in all; a source with less text gives what it has.
         encoder: Encoder from texts to tokens. A document ends with its eos token.
         length: Tokens per sequence.
@@ -90,7 +90,7 @@ def read_sources(
 
 
 def check_tokenizer(names: Sequence[str], directory: Path) -> None:
-    """Check that the tokenised data among the sources were made with a tokenizer.
+    """Check that the tokenized data among the sources were made with a tokenizer.
 
     Args:
         names: See `read_sources`.
@@ -99,15 +99,15 @@ def check_tokenizer(names: Sequence[str], directory: Path) -> None:
     Raises:
         UpcyclingError: As of `TokenizerCheck`; or a dataset is damaged or missing.
     """
-    if tokenised := [name for name in names if name.endswith(TOKENISED)]:
+    if tokenized := [name for name in names if name.endswith(TOKENIzED)]:
         check = TokenizerCheck(load_tokenizer(directory))
-        for name in tokenised:
+        for name in tokenized:
             check.check(_dataset(name))
 
 
 def _read(name: str, tokens: int, encoder: Encoder, length: int, selection: Selection) -> Source:
-    tokenised = name.endswith(TOKENISED)
-    documents = _tokenised(name) if tokenised else _documents(name, encoder, selection)
+    tokenized = name.endswith(TOKENIzED)
+    documents = _tokenized(name) if tokenized else _documents(name, encoder, selection)
     stream = np.fromiter(
         itertools.islice(itertools.chain.from_iterable(documents), tokens), np.int32
     )
@@ -126,7 +126,7 @@ def _documents(name: str, encoder: Encoder, selection: Selection) -> Iterator[li
                 yield [*tokens, encoder.eos]
 
 
-def _tokenised(name: str) -> Iterator[npt.NDArray[Any]]:
+def _tokenized(name: str) -> Iterator[npt.NDArray[Any]]:
     """Yield each document's tokens and eos from Megatron's files."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -135,7 +135,7 @@ def _tokenised(name: str) -> Iterator[npt.NDArray[Any]]:
 
 
 def _dataset(name: str) -> Dataset:
-    return Dataset(DataPath(name.removesuffix(TOKENISED)))
+    return Dataset(DataPath(name.removesuffix(TOKENIzED)))
 
 
 def _texts(name: str, selection: Selection) -> Iterator[str]:

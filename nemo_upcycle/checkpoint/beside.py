@@ -27,7 +27,7 @@ _UNSAID = (
     *ROPE_SCALING_FIELDS,
 )
 """These fields: the vocabulary without padding, functions, RoPE scaling other than Megatron's,
-multipliers, normalised router logits, and the factor of the scores, for which Megatron-LM has no
+multipliers, normalized router logits, and the factor of the scores, for which Megatron-LM has no
 argument."""
 
 

@@ -66,7 +66,7 @@ def _is_ignored(name: str, family: Family) -> bool:
 def _way_out(
     missing: Collection[str], extra: Collection[str], empty: object, known: Collection[str]
 ) -> str:
-    """Return what to do, by the cause if it can be recognised."""
+    """Return what to do, by the cause if it can be recognized."""
     if empty:
         return (
             "DeepSpeed ZeRO-3 left these tensors on other ranks: save the model with "

@@ -26,10 +26,10 @@ Span = tuple[int, int]
 """Start and stop of a range."""
 
 STRIP = 2**14
-"""Values that are dequantised at a time: so few that torch starts no threads of its own."""
+"""Values that are dequantized at a time: so few that torch starts no threads of its own."""
 
-DEQUANTISING_BYTES = 64 * STRIP
-"""Memory of dequantising, at most, beside the values themselves and one scale per row."""
+DEQUANTIzING_BYTES = 64 * STRIP
+"""Memory of dequantizing, at most, beside the values themselves and one scale per row."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TensorInfo:
         shape: [rows] or [rows, columns].
         dtype: safetensors' name: F32, BF16, F16, …
         sources: Number of checkpoints that are averaged; 1 for a plain tensor.
-        packed: Of a tensor that is dequantised while read: bytes in which the file has so many
+        packed: Of a tensor that is dequantized while read: bytes in which the file has so many
             values. Not part of the representation, by which checkpoints are told apart.
     """
 

@@ -112,7 +112,7 @@ def open_dense(source: str) -> Dense:
     checkpoint = open_branches(source)
     check_whole(checkpoint)
     packed = sum(info.packed is not None for info in checkpoint.tensors.values())
-    more = f"; {packed} quantised weights, dequantised while read" if packed else ""
+    more = f"; {packed} quantized weights, dequantized while read" if packed else ""
     return Dense(
         source,
         f"headers read and checked{more}",

@@ -1,4 +1,4 @@
-"""Recognise directories that are not dense checkpoints: what they hold, and what to do."""
+"""Recognize directories that are not dense checkpoints: what they hold, and what to do."""
 
 import re
 from collections.abc import Mapping
@@ -46,10 +46,10 @@ _KINDS = (
     ),
     _Kind(
         r".+\.gguf",
-        "GGUF, llama.cpp's format, quantised as a rule ({names})",
+        "GGUF, llama.cpp's format, quantized as a rule ({names})",
         "Get the original weights; or, for a Llama or Qwen, `pip install gguf` and give the file "
         "in a directory without config.json; or load the file with "
-        "from_pretrained(..., gguf_file=...), which dequantises it, and save_pretrained that.",
+        "from_pretrained(..., gguf_file=...), which dequantizes it, and save_pretrained that.",
     ),
     _Kind(
         r"global_step\d+|zero_to_fp32\.py|.*zero_pp_rank_.+",
@@ -100,7 +100,7 @@ def _hub_name(match: re.Match[str]) -> str:
 
 
 def _snapshots(directory: Path) -> tuple[str, str] | None:
-    """Recognise a model's directory in the hub's cache; return what it is and what to give."""
+    """Recognize a model's directory in the hub's cache; return what it is and what to give."""
     snapshots = sorted(directory.glob("snapshots/*/"))
     if not snapshots or not {"refs", "blobs"} & {path.name for path in directory.iterdir()}:
         return None
@@ -117,7 +117,7 @@ def held_instead(directory: Path) -> tuple[str, str] | None:
         directory: The directory.
 
     Returns:
-        Both as text; None if nothing is recognised.
+        Both as text; None if nothing is recognized.
     """
     entries = {path.name: path for path in directory.iterdir()}
     dangling = [name for name, path in entries.items() if path.is_symlink() and not path.exists()]

@@ -1,7 +1,7 @@
 """FP8 weights and their scales: which scale belongs to which weight, and weights times scales.
 
-A weight is multiplied by its scales as transformers 5 does when it dequantises, and rounded to the
-model's dtype: in fp32 for `fp8`, and here for `fbgemm_fp8`, which transformers does not dequantise;
+A weight is multiplied by its scales as transformers 5 does when it dequantizes, and rounded to the
+model's dtype: in fp32 for `fp8`, and here for `fbgemm_fp8`, which transformers does not dequantize;
 in the dtype of the scales for `compressed-tensors`. The files alone say which weights are scaled,
 as in transformers; lists of ignored modules are not read. A strip of rows, and the scales of the
 rows that are read, are in memory at a time.
@@ -30,7 +30,7 @@ SCALE_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E8M0": 1}
 """Bytes of a scale, by dtype. E8M0 is a power of two."""
 
 _UNUSED = re.compile(r"\.(input_scale|input_scale_ub|activation_scale|output_scale|[qkv]_scale)$")
-"""Scales of activations and of the cache, which the dequantised model has no use for."""
+"""Scales of activations and of the cache, which the dequantized model has no use for."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ScaledWeight:
         scale_dtype: safetensors' name of the scales' dtype.
         grid: Rows and columns of the scales.
         block: Rows and columns of the weight that share a scale.
-        dtype: The dtype of the dequantised weight, by safetensors' name.
+        dtype: The dtype of the dequantized weight, by safetensors' name.
         product: The dtype to which weight times scale is rounded first.
     """
 
@@ -58,7 +58,7 @@ class ScaledWeight:
     def read_into(
         self, checkpoint: DenseCheckpoint, buffer: memoryview, rows: Span, columns: Span
     ) -> None:
-        """Read and dequantise a block; see `DenseCheckpoint.read_into`."""
+        """Read and dequantize a block; see `DenseCheckpoint.read_into`."""
         import numpy as np
         import torch
 
@@ -110,7 +110,7 @@ Blocks = Callable[[str, tuple[int, ...]], tuple[int, int] | None]
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a quantisation method stores FP8 weights.
+    """How a quantization method stores FP8 weights.
 
     Attributes:
         suffix: Ending of the scales' names, after the module's name.
@@ -124,7 +124,7 @@ class Scheme:
 
 
 def scheme_of(method: str, settings: Mapping[str, Any]) -> Scheme | None:
-    """Return how a quantisation config says that FP8 weights are stored.
+    """Return how a quantization config says that FP8 weights are stored.
 
     Args:
         method: The config's `quant_method`.
@@ -207,16 +207,16 @@ def _is_target(target: "str | re.Pattern[str]", module: str) -> bool:
 def scaled_weights(
     entries: Mapping[str, Entry], scheme: Scheme, dtype: str, where: str
 ) -> tuple[dict[str, Entry], dict[str, ScaledWeight]]:
-    """Return the tensors of the dequantised model.
+    """Return the tensors of the dequantized model.
 
     Args:
         entries: The stored tensors.
         scheme: How weights and scales are stored.
-        dtype: dtype of the dequantised weights, by safetensors' name.
+        dtype: dtype of the dequantized weights, by safetensors' name.
         where: Name of the checkpoint, for errors.
 
     Returns:
-        The tensors without scales, with dequantised weights in `dtype`; and the scaled weights.
+        The tensors without scales, with dequantized weights in `dtype`; and the scaled weights.
 
     Raises:
         UpcyclingError: A weight without scales, scales without a weight, or scales that do not fit.

@@ -2,8 +2,8 @@
 
 transformers is the measure of what the file means: its own reader gives the config, and names,
 order of rows and values are those of the model that it loads with `gguf_file=`. What that reader
-leaves out although the model depends on it, such as RoPE scaling, is refused by name. Quantised
-tensors are dequantised by `gguf` itself, to fp32, a strip of rows at a time.
+leaves out although the model depends on it, such as RoPE scaling, is refused by name. Quantized
+tensors are dequantized by `gguf` itself, to fp32, a strip of rows at a time.
 
 Sources: transformers, `modeling_gguf_pytorch_utils.py`; the GGUF specification of ggml.
 """
@@ -73,7 +73,7 @@ _IDLE = ("tensor_data_layout", "vocab_size")
 """Keys that say nothing more; the first is that of old Llamas."""
 
 _PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64"}
-"""safetensors' names of the types that need no dequantising."""
+"""safetensors' names of the types that need no dequantizing."""
 
 
 def gguf_in(directory: Path) -> Path | None:
@@ -124,7 +124,7 @@ class GGUFCheckpoint(DenseCheckpoint):
         return (Piece(self.file, placed.start, (0, placed.shape[0]), (0, columns)),)
 
     def read_into(self, buffer: memoryview, name: str, rows: Span, columns: Span | None) -> None:
-        """Read a block of a tensor, dequantised; see `DenseCheckpoint.read_into`."""
+        """Read a block of a tensor, dequantized; see `DenseCheckpoint.read_into`."""
         (placed, heads), info = self._entries[name], self.tensors[name]
         first, last = columns or (0, info.width)
         if info.packed is None and not heads:
@@ -141,7 +141,7 @@ class GGUFCheckpoint(DenseCheckpoint):
             target[start : start + step] = torch.from_numpy(strip)
 
     def _strip(self, name: str, placed: Placed, rows: "_Numbers", columns: Span) -> "_Numbers":
-        """Return rows of the file, dequantised to fp32."""
+        """Return rows of the file, dequantized to fp32."""
         import numpy as np
         from gguf import GGMLQuantizationType, dequantize
 
@@ -162,8 +162,8 @@ class GGUFCheckpoint(DenseCheckpoint):
         """Each tensor's place, and the heads whose rows llama.cpp interleaves; 0 for none."""
         entries = {}
         for name, placed in self._placed.items():
-            if placed.kind not in _PLAIN and not _is_dequantised(placed.kind):
-                raise self._error(f"{name} is in {placed.kind}, which gguf does not dequantise")
+            if placed.kind not in _PLAIN and not _is_dequantized(placed.kind):
+                raise self._error(f"{name} is in {placed.kind}, which gguf does not dequantize")
             heads = self._heads(name)
             if heads and placed.shape[0] % (2 * heads):
                 raise self._error(f"{name} is {list(placed.shape)}, with {heads} heads")
@@ -251,7 +251,7 @@ def _name(name: str) -> str:
 def _order(count: int, heads: int) -> "_Numbers":
     """Return the file's row for each of transformers' rows.
 
-    llama.cpp rotates neighbouring rows, transformers rows half a head apart.
+    llama.cpp rotates neighboring rows, transformers rows half a head apart.
     """
     import numpy as np
 
@@ -263,8 +263,8 @@ def _info(placed: Placed) -> TensorInfo:
     return TensorInfo(placed.shape, _PLAIN.get(placed.kind, "F32"), packed=packed)
 
 
-def _is_dequantised(kind: str) -> bool:
-    """Return whether gguf dequantises a type."""
+def _is_dequantized(kind: str) -> bool:
+    """Return whether gguf dequantizes a type."""
     from gguf import GGMLQuantizationType, quants
 
     return GGMLQuantizationType[kind] in quants._type_traits

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from nemo_upcycle.checkpoint.dense import DenseCheckpoint, Entry, Piece, Span, TensorInfo
 from nemo_upcycle.checkpoint.foreign import check_no_adapter, get_again, held_instead
 from nemo_upcycle.checkpoint.fp8 import ScaledWeight
-from nemo_upcycle.checkpoint.quantised import (
+from nemo_upcycle.checkpoint.quantized import (
     check_known,
-    dequantised,
-    quantisation_of,
-    without_quantisation,
+    dequantized,
+    quantization_of,
+    without_quantization,
 )
 from nemo_upcycle.checkpoint.safetensors_header import read_header
 from nemo_upcycle.errors import UpcyclingError, listing
@@ -118,14 +118,14 @@ def read_config(directory: Path) -> dict[str, Any]:
 class HuggingFaceCheckpoint(DenseCheckpoint):
     """A dense checkpoint in Hugging Face's layout.
 
-    Weights in FP8 appear dequantised, and their scales not at all; see `quantised.py`.
+    Weights in FP8 appear dequantized, and their scales not at all; see `quantized.py`.
 
     Args:
         source: A directory, or a hub name in the local cache.
 
     Raises:
         UpcyclingError: The directory or its files are missing, damaged, not safetensors or
-            quantised in another way than FP8.
+            quantized in another way than FP8.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -133,14 +133,14 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         self.directory = resolve_directory(source)
         config = read_config(self.directory)
         check_no_adapter(self.directory)
-        self._quantisation = quantisation_of(config)
-        self.config = without_quantisation(config)
-        if self._quantisation is None:
+        self._quantization = quantization_of(config)
+        self.config = without_quantization(config)
+        if self._quantization is None:
             return
-        if self.has_weights:  # whether these are quantised is known at once, not while training
+        if self.has_weights:  # whether these are quantized is known at once, not while training
             _ = self._model
         else:
-            check_known(self._quantisation, str(self.directory))
+            check_known(self._quantization, str(self.directory))
 
     @property
     def has_weights(self) -> bool:
@@ -162,7 +162,7 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
         return (self._model[0][name][1],)
 
     def read_into(self, buffer: memoryview, name: str, rows: Span, columns: Span | None) -> None:
-        """Read a block of a tensor, dequantised if in FP8; see `DenseCheckpoint.read_into`."""
+        """Read a block of a tensor, dequantized if in FP8; see `DenseCheckpoint.read_into`."""
         scaled = self.scaled.get(name)
         if scaled is None:
             super().read_into(buffer, name, rows, columns)
@@ -173,7 +173,7 @@ class HuggingFaceCheckpoint(DenseCheckpoint):
     def _model(self) -> tuple[dict[str, Entry], dict[str, ScaledWeight]]:
         """The model's tensors, and those of them that have scales."""
         where = str(self.directory)
-        entries, scaled = dequantised(self._entries, self._quantisation, self.config, where)
+        entries, scaled = dequantized(self._entries, self._quantization, self.config, where)
         if _is_base_model(entries):
             return _with_base(entries), _with_base(scaled)
         return entries, scaled

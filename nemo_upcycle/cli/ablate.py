@@ -80,8 +80,8 @@ def ablate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="With --recipe: prefixes of tokenised data, each with a weight before it. "
-            "Default: the text of the installed packages, tokenised in OUT/text.",
+            help="With --recipe: prefixes of tokenized data, each with a weight before it. "
+            "Default: the text of the installed packages, tokenized in OUT/text.",
             show_default=False,
         ),
     ] = None,
@@ -96,7 +96,7 @@ def ablate(
     """Repeat the papers' comparisons of ways of upcycling, and test the claims at this scale.
 
     Compares capacity factor, router, granularity, weight scaling, learning-rate reset,
-    initialisers, statistics of the text and training signals. Controls are the dense model trained
+    initializers, statistics of the text and training signals. Controls are the dense model trained
     further and the MoE from scratch, at equal tokens and equal FLOPs. Writes ablations.md, .json
     and .png. Everything takes an hour and a half and 2 GiB of memory on 2 cores. After a kill the
     same command continues, and repeats no finished training.

@@ -1,4 +1,4 @@
-"""`nemo-upcycle calibrate`: statistics of a dense model over text, for initialisers."""
+"""`nemo-upcycle calibrate`: statistics of a dense model over text, for initializers."""
 
 import os
 from pathlib import Path
@@ -70,7 +70,7 @@ def calibrate(
         ),
     ] = None,
 ) -> None:
-    """Run a dense model over text, layer by layer, and keep what initialisers need.
+    """Run a dense model over text, layer by layer, and keep what initializers need.
 
     Per layer: mean and second moment of the feed-forward layer's inputs, clusters of inputs, how
     often and how strongly each neuron is active; also per source of text. The model may be larger

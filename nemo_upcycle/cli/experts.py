@@ -38,7 +38,7 @@ Initializer = Annotated[
     str | None,
     typer.Option(
         "--initializer",
-        help="Initialiser of experts, such as drop(ratio=0.5). Default: copy.",
+        help="Initializer of experts, such as drop(ratio=0.5). Default: copy.",
         show_default=False,
     ),
 ]
@@ -80,7 +80,7 @@ def upcycling_config(**options: Any) -> "UpcyclingConfig":
 
     Raises:
         UpcyclingError: A value is out of range or contradicts another, or there is no such
-            initialiser.
+            initializer.
     """
     from nemo_upcycle_recipes.arguments import with_experts
 

@@ -61,7 +61,7 @@ def upcycle(
     router_initializer: Annotated[
         str | None,
         typer.Option(
-            help="Initialiser of routers, such as random or centroids(stats='FILE'). Default: "
+            help="Initializer of routers, such as random or centroids(stats='FILE'). Default: "
             "virtual_groups."
         ),
     ] = None,

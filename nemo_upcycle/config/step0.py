@@ -30,7 +30,7 @@ class Scales:
 
 
 REARRANGING = ("copy", "activation_sorted")
-"""Initialisers whose experts are neurons of the dense layer, all of them in each copy."""
+"""Initializers whose experts are neurons of the dense layer, all of them in each copy."""
 
 
 def scales(config: "UpcyclingConfig", gated: bool) -> Scales:
@@ -123,7 +123,7 @@ def _inexact_routing(config: "UpcyclingConfig") -> Iterator[str]:
     )
     if config.moe_router_score_function == "sigmoid" and topk == 1:
         yield (
-            "Megatron-Core does not normalise the sigmoid score of a single expert, so "
+            "Megatron-Core does not normalize the sigmoid score of a single expert, so "
             "the routed output is scaled by a factor from 0 to 1 (use moe_router_topk=2 or more)"
         )
     if config.moe_router_pre_softmax and config.scaling == "none":

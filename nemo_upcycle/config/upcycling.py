@@ -60,12 +60,12 @@ class UpcyclingConfig:
         weight_scaling: Compensation for the router's weights and for G: `exact`, `paper` or
             `none`, see `scales`. None takes `exact` if exact; otherwise the papers' choice: `none`
             for G=1 (arXiv 2412.09952), `paper` for G>1 (arXiv 2410.07524).
-        initializer: Initialiser of experts, such as `copy` or `drop(ratio=0.5)`; see
+        initializer: Initializer of experts, such as `copy` or `drop(ratio=0.5)`; see
             `initializers`.
-        router_initializer: Initialiser of routers, such as `virtual_groups` or
+        router_initializer: Initializer of routers, such as `virtual_groups` or
             `centroids(stats='FILE')`; see `initializers` and `router_row`.
         router_init_std: Standard deviation of random router weights. Rows that are not random get
-            the length of random rows, unless their initialiser has another.
+            the length of random rows, unless their initializer has another.
         seed: Seed of all random values, from 0 to 2**63 - 1.
 
     Raises:
@@ -291,7 +291,7 @@ class UpcyclingConfig:
     def shared_width(self, ffn_hidden_size: int) -> int:
         """Return the neurons of the shared expert; 0 if there is none.
 
-        They are the dense layer's first, in the order of an initialiser that rearranges neurons.
+        They are the dense layer's first, in the order of an initializer that rearranges neurons.
 
         Args:
             ffn_hidden_size: Neurons of the dense layer.
@@ -340,7 +340,7 @@ class UpcyclingConfig:
 
     @property
     def rearranges(self) -> bool:
-        """Whether the initialiser puts the dense layer's neurons, all of them, in another order.
+        """Whether the initializer puts the dense layer's neurons, all of them, in another order.
 
         A shared part then has the first neurons in that order.
         """
@@ -356,7 +356,7 @@ class UpcyclingConfig:
 
     @property
     def router(self) -> str:
-        """Name of the router's initialiser, without options."""
+        """Name of the router's initializer, without options."""
         return self.router_initializer.partition("(")[0].strip()
 
     @property

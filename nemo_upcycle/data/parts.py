@@ -1,4 +1,4 @@
-"""Tokenise a part of a corpus: tokens, document lengths and a record of the outcome."""
+"""Tokenize a part of a corpus: tokens, document lengths and a record of the outcome."""
 
 import hashlib
 import json
@@ -138,7 +138,7 @@ def tokenize_part(
     advance: Advance,
     evaluations: EvaluationItems | None = None,
 ) -> PartRecord:
-    """Tokenise a part and write the files, without documents that overlap an evaluation item.
+    """Tokenize a part and write the files, without documents that overlap an evaluation item.
 
     Each document is the tokens of the text, without added special tokens, followed by eos.
 

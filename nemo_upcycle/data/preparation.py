@@ -1,7 +1,7 @@
 """Make Megatron's indexed dataset from documents, in parallel and resumable after a kill.
 
-The sources are split into parts. Processes tokenise the parts into a directory beside the dataset,
-and a complete part is never tokenised again. The parts are then concatenated in order. The files
+The sources are split into parts. Processes tokenize the parts into a directory beside the dataset,
+and a complete part is never tokenized again. The parts are then concatenated in order. The files
 therefore depend neither on the number of processes nor on interruptions.
 """
 
@@ -176,7 +176,7 @@ def _records(
     workers: int,
     progress: Progress | None,
 ) -> list[PartRecord]:
-    """Return the records of all parts, tokenising the parts that are missing."""
+    """Return the records of all parts, tokenizing the parts that are missing."""
     files = [PartFiles(preparation.work, number) for number in range(len(parts))]
     tasks = [task for task in zip(parts, files, strict=True) if not task[1].is_complete(task[0])]
     total = sum(part.bytes for part in parts)

@@ -115,7 +115,7 @@ def _parsed_modules(root: Path) -> Iterator[_SourceModule]:
     """Yield the library's modules ordered by name, without modules that do not parse."""
     for name, path in sorted(_module_files(root)):
         try:
-            with tokenize.open(path) as file:  # honours the coding line
+            with tokenize.open(path) as file:  # honors the coding line
                 source = file.read()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # outdated escapes in third-party code

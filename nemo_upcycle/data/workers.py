@@ -1,4 +1,4 @@
-"""Worker processes that tokenise parts."""
+"""Worker processes that tokenize parts."""
 
 import multiprocessing
 import os
@@ -32,7 +32,7 @@ def tokenize_parts(
     advance: Advance,
     evaluations: Path | None = None,
 ) -> None:
-    """Tokenise parts in worker processes.
+    """Tokenize parts in worker processes.
 
     Args:
         tasks: Parts, each with the files to write.
@@ -59,7 +59,7 @@ def tokenize_parts(
                 _raise_first(done)
         except BrokenProcessPool:
             raise UpcyclingError(
-                "A process that tokenises was killed, perhaps for the memory it took: give fewer "
+                "A process that tokenizes was killed, perhaps for the memory it took: give fewer "
                 "--workers. Parts that are complete are kept, and the same command goes on."
             ) from None
         except KeyboardInterrupt:

@@ -45,7 +45,7 @@ def check_agreement(
     """Check that a model matches a dense checkpoint's config.
 
     The run may choose experts, sequence lengths (unless a window depends on them), padding of the
-    vocabulary, and the initialisation of weights.
+    vocabulary, and the initialization of weights.
 
     Args:
         config: The model's config: any class of NeMo's GPTConfig.

@@ -1,4 +1,4 @@
-"""Parts of the dense feed-forward layers, for initialisers that need more than an expert's copy."""
+"""Parts of the dense feed-forward layers, for initializers that need more than an expert's copy."""
 
 from collections import OrderedDict
 from threading import Lock

@@ -1,4 +1,4 @@
-"""Apply an initialiser to experts that are copies of the dense layer, in place.
+"""Apply an initializer to experts that are copies of the dense layer, in place.
 
 This is the second pass over a rank's experts; plain copies need no second pass. Neurons are
 processed in blocks, in fp32, so that each value is rounded once.
@@ -49,19 +49,19 @@ def initialize_experts(
     upcycling: UpcyclingConfig,
     done: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """Initialise and scale this rank's experts, which hold copies of the dense layer's shards.
+    """Initialize and scale this rank's experts, which hold copies of the dense layer's shards.
 
     Args:
         owned: The shards that this rank owns.
         checkpoint: The dense checkpoint.
-        upcycling: Gives the initialiser and the scaling.
+        upcycling: Gives the initializer and the scaling.
         done: Called with the bytes of experts that are finished.
 
     Returns:
         Bytes read from the checkpoint.
 
     Raises:
-        UpcyclingError: There is no such initialiser, or the checkpoint cannot be read.
+        UpcyclingError: There is no such initializer, or the checkpoint cannot be read.
     """
     arch = checkpoint.architecture
     scales = upcycling.scales(arch.gated_linear_unit)
@@ -106,7 +106,7 @@ def _scale_shared_experts(owned: Iterable[OwnedShard], scale: float) -> None:
 
 
 def _is_initialized(own: OwnedShard, upcycling: UpcyclingConfig) -> bool:
-    """Return whether a shard is of an expert to initialise: of a routed one, or a shared part."""
+    """Return whether a shard is of an expert to initialize: of a routed one, or a shared part."""
     is_part = upcycling.moe_shared_expert_intermediate_size is not None
     shared = is_part and upcycling.rearranges and is_shared(own.shard.name)
     return shared or expert_of(own.shard.name) is not None
@@ -140,7 +140,7 @@ class _Work:
 
     @torch.no_grad()
     def initialize(self, expert: _Expert, rows: range) -> int:
-        """Initialise a block of an expert's neurons on this rank; return the size in bytes."""
+        """Initialize a block of an expert's neurons on this rank; return the size in bytes."""
         width, copy = self.arch.ffn_hidden_size, 0
         first, stop, scales = 0, self.upcycling.shared_width(width), Scales()
         if expert.number is not None:

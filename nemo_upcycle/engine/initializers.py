@@ -1,4 +1,4 @@
-"""The initialisers of a config: checks before anything is written, and what they read."""
+"""The initializers of a config: checks before anything is written, and what they read."""
 
 from nemo_upcycle.checkpoint import DenseCheckpoint
 from nemo_upcycle.checkpoint.fingerprint import weights_fingerprint
@@ -14,14 +14,14 @@ from nemo_upcycle.initializers.statistics import digests
 
 
 def check_initializers(upcycling: UpcyclingConfig, checkpoint: DenseCheckpoint) -> None:
-    """Check that there are such initialisers, and that their statistics are of the checkpoint.
+    """Check that there are such initializers, and that their statistics are of the checkpoint.
 
     Args:
-        upcycling: Gives the initialisers; a dense model needs none.
+        upcycling: Gives the initializers; a dense model needs none.
         checkpoint: The dense checkpoint.
 
     Raises:
-        UpcyclingError: There is no such initialiser, or its statistics are of another model.
+        UpcyclingError: There is no such initializer, or its statistics are of another model.
     """
     if upcycling.num_moe_experts is None:
         return
@@ -33,7 +33,7 @@ def check_initializers(upcycling: UpcyclingConfig, checkpoint: DenseCheckpoint) 
 
 
 def statistics_digests(upcycling: UpcyclingConfig) -> dict[str, str]:
-    """Return the digests of the statistics that the initialisers read, by path; see `digests`."""
+    """Return the digests of the statistics that the initializers read, by path; see `digests`."""
     return {} if upcycling.num_moe_experts is None else digests(_made(upcycling))
 
 

@@ -58,7 +58,7 @@ def fill(
     Args:
         modules: The rank's Megatron-Core GPT models, one per virtual pipeline stage.
         checkpoint: The dense checkpoint.
-        upcycling: What the dense feed-forward layers become, with initialisers that fit the
+        upcycling: What the dense feed-forward layers become, with initializers that fit the
             checkpoint: `engine.upcycling.prepare` checks them.
         progress: See `fill_shards`.
         read_once: Read each slice once per job and broadcast the slice to all ranks that need
@@ -85,11 +85,11 @@ def fill_shards(
     """Fill shards from a dense checkpoint, wherever their memory is; see `fill`.
 
     Args:
-        owned: The shards, with all shards of an expert if an initialiser is to change it.
+        owned: The shards, with all shards of an expert if an initializer is to change it.
         checkpoint: The dense checkpoint.
         upcycling: What the dense feed-forward layers become.
         progress: Called with the bytes done and the bytes in total: those filled, and those that
-            an initialiser or scaling then changes.
+            an initializer or scaling then changes.
         read_once: See `fill`.
     """
     started = time.perf_counter()

@@ -67,7 +67,7 @@ class _View(torch.Tensor):
 
 def _sharded_tensors(values: Iterable[object]) -> Iterator["ShardedTensor"]:
     """Yield the sharded tensors; factories split fused parameters (gate and up) into views."""
-    # Here, so that initialisers, which need an OwnedShard alone, do not wait for Megatron-Core.
+    # Here, so that initializers, which need an OwnedShard alone, do not wait for Megatron-Core.
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     for value in values:

@@ -60,7 +60,7 @@ class Origin:
         step0: Whether the model computed the dense model's function at step 0, and why, as the
             run has reported; None if nothing was upcycled.
         mapping: The parallel mapping of the latest start; see `mapping_of`.
-        statistics: Digests of the statistics that initialisers read, by path; see
+        statistics: Digests of the statistics that initializers read, by path; see
             `statistics_digests`.
     """
 

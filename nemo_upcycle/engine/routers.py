@@ -1,4 +1,4 @@
-"""What routers of upcycled models do beyond Megatron-Core: normalise logits, learn densely.
+"""What routers of upcycled models do beyond Megatron-Core: normalize logits, learn densely.
 
 Legend: T tokens, E experts.
 """
@@ -36,7 +36,7 @@ def set_up_routers(
 
 
 class _Normalized:
-    """A router's `gating` with normalised logits, [..., E].
+    """A router's `gating` with normalized logits, [..., E].
 
     Source: arXiv 2406.06563 Eq. 6.
     """
@@ -46,10 +46,10 @@ class _Normalized:
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         logits = self._gating(states)
-        centred = logits.float() - logits.float().mean(-1, keepdim=True)
+        centered = logits.float() - logits.float().mean(-1, keepdim=True)
         # Not divided by a root: its gradient is not finite where all logits are equal.
-        scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + _LEAST_VARIANCE)
-        return (self._factor * scale * centred).type_as(logits)
+        scale = torch.rsqrt(centered.square().mean(-1, keepdim=True) + _LEAST_VARIANCE)
+        return (self._factor * scale * centered).type_as(logits)
 
 
 class _DenseGradient:
@@ -59,7 +59,7 @@ class _DenseGradient:
     would have. So forward pass and gradients of experts are those of top-k, and the router learns
     from the outputs of all experts.
 
-    Source: DenseMixer, https://fengyao.notion.site/moe-posttraining; with normalised weights, those
+    Source: DenseMixer, https://fengyao.notion.site/moe-posttraining; with normalized weights, those
     of the other experts are divided by the same sum, as a constant.
     """
 
@@ -84,7 +84,7 @@ class _DenseGradient:
         is_sigmoid = self._router.score_function == "sigmoid"
         scores_TE = logits_TE.sigmoid() if is_sigmoid else logits_TE.softmax(-1)
         before = self._config.moe_router_pre_softmax
-        normalised = self._router.topk > 1 if is_sigmoid else not before
-        if normalised:
+        normalized = self._router.topk > 1 if is_sigmoid else not before
+        if normalized:
             scores_TE = scores_TE / (scores_TE * chosen_TE).sum(-1, keepdim=True).detach()
         return scores_TE * ~chosen_TE

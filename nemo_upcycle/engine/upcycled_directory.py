@@ -1,6 +1,6 @@
 """Upcycle a dense checkpoint straight into a Hugging Face directory, without a model.
 
-The directory's files take the place of a rank's parameters: the same plan, initialisers and
+The directory's files take the place of a rank's parameters: the same plan, initializers and
 operations fill them. So they hold what a run's export would hold before the first step.
 """
 

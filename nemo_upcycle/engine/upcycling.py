@@ -94,7 +94,7 @@ def prepare(dense_checkpoint: str, upcycling: UpcyclingConfig) -> Prepared:
         upcycling: What the dense feed-forward layers become.
 
     Raises:
-        UpcyclingError: The checkpoint cannot be read or cannot be upcycled, or an initialiser's
+        UpcyclingError: The checkpoint cannot be read or cannot be upcycled, or an initializer's
             statistics are of another checkpoint.
     """
     checkpoint = open_branches(dense_checkpoint)

@@ -206,7 +206,7 @@ def final(losses: Sequence[float]) -> float:
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Return the centred moving average of up to `width` values.
+    """Return the centered moving average of up to `width` values.
 
     At the start the window narrows symmetrically, so the first value, the step-0 loss, is kept.
     At the end the window is truncated, so that one noisy last value does not bend the curve.

@@ -76,7 +76,7 @@ def open_model(
 
 
 def _start(folding: ParallelFolding) -> None:
-    """Initialise torch.distributed and Megatron's process groups unless already initialised."""
+    """Initialize torch.distributed and Megatron's process groups unless already initialized."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:

@@ -28,7 +28,7 @@ class PaperRow:
     Attributes:
         name: Heading of the column.
         task: lm-eval's task.
-        metric: The paper's metric: normalised where lm-eval offers that.
+        metric: The paper's metric: normalized where lm-eval offers that.
         num_fewshot: Examples before each question.
         dense: Score of Llama 3 8B, in %.
         moe: Score of E8T2, in %.

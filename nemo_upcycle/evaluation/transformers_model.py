@@ -91,7 +91,7 @@ def _check(checkpoint: HuggingFaceCheckpoint) -> None:
 
 def _fill(model: PreTrainedModel, checkpoint: HuggingFaceCheckpoint) -> None:
     """Read every parameter of the model."""
-    model.tie_weights()  # skipped together with the initialisation
+    model.tie_weights()  # skipped together with the initialization
     # A tied output layer shares the embeddings' parameter and is not listed.
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     fill_parameters(parameters, checkpoint)

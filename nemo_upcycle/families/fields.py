@@ -190,7 +190,7 @@ def upcycling_in(config: Any, **chosen: Any) -> UpcyclingConfig:
 
     Args:
         config: A config of NeMo or Megatron; `ffn_hidden_size` is the dense layer's width.
-        chosen: Values that the config does not have: initialiser, scaling, seed.
+        chosen: Values that the config does not have: initializer, scaling, seed.
 
     Raises:
         UpcyclingError: Upcycling cannot make these experts.

@@ -24,7 +24,7 @@ class Experts:
             that the routed experts leave, or 0 if there is none.
         score_function: `softmax` or `sigmoid`; see `UpcyclingConfig`.
         has_expert_bias: Whether the choice of experts has a bias per expert.
-        logit_normalization: Factor of the normalised logits; None if they are not normalised.
+        logit_normalization: Factor of the normalized logits; None if they are not normalized.
     """
 
     num_experts: int
@@ -101,7 +101,7 @@ def upcycling_of(experts: Experts, dense_width: int, **chosen: Any) -> Upcycling
     Args:
         experts: The experts.
         dense_width: Neurons of a dense feed-forward layer.
-        chosen: Values not visible in experts: initialiser, scaling, seed, losses, capacity.
+        chosen: Values not visible in experts: initializer, scaling, seed, losses, capacity.
 
     Raises:
         UpcyclingError: The experts' width does not divide the dense layer's.

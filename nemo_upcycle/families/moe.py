@@ -230,7 +230,7 @@ def moe_family_of(model: MoEModel) -> MoEFamily:
     _refuse(arch.norm_has_bias, "LayerNorm with biases")
     _refuse(arch.normalization == "RMSNorm1p", "norms that add 1 to their weight")
     _refuse(bool(arch.nope_layers), f"layers without RoPE ({list(arch.nope_layers)})")
-    _refuse(model.logit_normalization is not None, "normalised router logits")
+    _refuse(model.logit_normalization is not None, "normalized router logits")
     if model.score_function == "sigmoid":
         return _with_sigmoid(model)
     _refuse(arch.rotary_percent != 1, f"rotary_percent={arch.rotary_percent}")

@@ -1,4 +1,4 @@
-"""Qwen3 (`Qwen3ForCausalLM`): a Llama that normalises every head's query and key."""
+"""Qwen3 (`Qwen3ForCausalLM`): a Llama that normalizes every head's query and key."""
 
 from dataclasses import replace
 from functools import partial

@@ -1,6 +1,6 @@
-"""Initialisers of experts and routers: values that are not plain copies of the dense model."""
+"""Initializers of experts and routers: values that are not plain copies of the dense model."""
 
-from nemo_upcycle.initializers import (  # noqa: F401  (registers the initialisers)
+from nemo_upcycle.initializers import (  # noqa: F401  (registers the initializers)
     data_aware,
     experts,
     routers,

@@ -1,4 +1,4 @@
-"""Expert initialisers that read statistics of the dense model over text."""
+"""Expert initializers that read statistics of the dense model over text."""
 
 import numpy as np
 import numpy.typing as npt

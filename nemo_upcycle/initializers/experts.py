@@ -1,4 +1,4 @@
-"""Expert initialisers: functions that change a block of neurons copied from the dense layer."""
+"""Expert initializers: functions that change a block of neurons copied from the dense layer."""
 
 import math
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def drop(ratio: float = 0.5) -> Initializer:
 
 @register("random")
 def random(std: float | None = None) -> Initializer:
-    """Draw all weights as Megatron initialises a model, so that nothing of the dense layer is left.
+    """Draw all weights as Megatron initializes a model, so that nothing of the dense layer is left.
 
     Args:
         std: Standard deviation of gate and up; down has std/√(2·layers). None takes the dense
@@ -83,10 +83,10 @@ def random(std: float | None = None) -> Initializer:
 
 @register("hybrid")
 def hybrid(*initializers: Initializer) -> Initializer:
-    """Give each copy of the layer one of several initialisers, in turn.
+    """Give each copy of the layer one of several initializers, in turn.
 
     Args:
-        initializers: Initialisers of the first copy of the layer, the second, …, and again from
+        initializers: Initializers of the first copy of the layer, the second, …, and again from
             the first. For granularity 1 a copy is an expert.
     """
     if not initializers or not all(callable(each) for each in initializers):

@@ -1,4 +1,4 @@
-"""A block of neurons of one expert, which an expert initialiser changes."""
+"""A block of neurons of one expert, which an expert initializer changes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _STREAMS_OF_A_DRAW = 16
 class Neurons:
     """Some neurons of one expert, copied from the dense feed-forward layer.
 
-    Neuron i is row i of gate, row i of up and column i of down. An initialiser changes the values
+    Neuron i is row i of gate, row i of up and column i of down. An initializer changes the values
     in place. Which neurons form a block depends on the parallel mapping, but a neuron's new values
     must not; therefore random values come from this class.
 
@@ -76,7 +76,7 @@ class Neurons:
         Args:
             part: `gate`, `up` or `down`.
             rows: Mask or indices of the neurons to draw for; None for all.
-            draw: Number of the draw, if an initialiser needs several.
+            draw: Number of the draw, if an initializer needs several.
 
         Returns:
             [neurons, hidden]
@@ -94,7 +94,7 @@ class Neurons:
 
         Args:
             fraction: From 0 to 1.
-            draw: Number of the draw, if an initialiser needs several.
+            draw: Number of the draw, if an initializer needs several.
 
         Returns:
             Mask of the chosen neurons in this block.

@@ -1,4 +1,4 @@
-"""Checks of the options of initialisers."""
+"""Checks of the options of initializers."""
 
 from nemo_upcycle.config.upcycling import LARGEST_NUMBER
 from nemo_upcycle.errors import UpcyclingError

@@ -1,6 +1,6 @@
-"""Initialisers by name, with options, from this package and from others.
+"""Initializers by name, with options, from this package and from others.
 
-A registered function checks the options and returns the initialiser, which is then called with
+A registered function checks the options and returns the initializer, which is then called with
 every block of neurons:
 
     from nemo_upcycle.initializers import Initializer, Neurons, register
@@ -12,7 +12,7 @@ every block of neurons:
 
         return initialize
 
-Initialisers of routers are registered alike, and return the router's rows:
+Initializers of routers are registered alike, and return the router's rows:
 
     from nemo_upcycle.initializers import RouterInitializer, RouterRows, Values, register_router
 
@@ -31,7 +31,7 @@ Recipes find both in every process if the package declares an entry point:
     [project.entry-points."nemo_upcycle.router_initializers"]
     orthogonal = "my_package.my_module:orthogonal"
 
-An initialiser that needs a file can be an object with a method `check(target: Target)`, which is
+An initializer that needs a file can be an object with a method `check(target: Target)`, which is
 called on every rank before anything is written.
 """
 
@@ -51,16 +51,16 @@ Made = TypeVar("Made")
 F = TypeVar("F", bound=Callable[..., Any])
 
 _NO_NUMBERS = ("nan", "-nan", "inf", "-inf")
-"""Float values that are not Python literals; initialisers refuse them with the option's name."""
+"""Float values that are not Python literals; initializers refuse them with the option's name."""
 
 
 class Registry(Generic[Made]):
-    """Initialisers of one kind.
+    """Initializers of one kind.
 
     Args:
         kind: The kind in errors; also what the field of `UpcyclingConfig` is called.
-        group: Group of entry points for initialisers of other packages.
-        example: An initialiser with options, for errors.
+        group: Group of entry points for initializers of other packages.
+        example: An initializer with options, for errors.
     """
 
     def __init__(self, kind: str, group: str, example: str) -> None:
@@ -70,7 +70,7 @@ class Registry(Generic[Made]):
         self._makers: dict[str, Callable[..., Made]] = {}
 
     def register(self, name: str) -> Callable[[F], F]:
-        """Register a function that makes an initialiser from options."""
+        """Register a function that makes an initializer from options."""
 
         def decorate(maker: F) -> F:
             self._makers[name] = maker
@@ -79,12 +79,12 @@ class Registry(Generic[Made]):
         return decorate
 
     def names(self) -> list[str]:
-        """Return the names of all initialisers."""
+        """Return the names of all initializers."""
         points = entry_points(group=self._group)
         return sorted({*self._makers, *(point.name for point in points)})
 
     def make(self, text: str) -> Made:
-        """Make an initialiser from a recipe's text.
+        """Make an initializer from a recipe's text.
 
         Args:
             text: A name, or a name with options in parentheses, such as `drop(ratio=0.3)` or
@@ -92,10 +92,10 @@ class Registry(Generic[Made]):
                 commas, because NeMo-Run's command line splits the arguments of a factory at commas.
 
         Returns:
-            The initialiser.
+            The initializer.
 
         Raises:
-            UpcyclingError: There is no such initialiser, or the options are invalid.
+            UpcyclingError: There is no such initializer, or the options are invalid.
         """
         try:
             tree = ast.parse(text.strip().replace(";", ","), mode="eval").body

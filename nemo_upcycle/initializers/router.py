@@ -1,4 +1,4 @@
-"""The router rows of some experts, by the initialiser that the config names."""
+"""The router rows of some experts, by the initializer that the config names."""
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ def initialize_router(
     """Return the router rows of some experts of one layer.
 
     Args:
-        upcycling: Gives the initialiser, the standard deviation and the seed.
+        upcycling: Gives the initializer, the standard deviation and the seed.
         layer: Global layer, from 0.
         experts: Start and stop of the global experts.
         hidden_size: Number of columns.
@@ -24,7 +24,7 @@ def initialize_router(
         [experts, hidden_size], the same values under any parallel mapping; see `RouterRows`.
 
     Raises:
-        UpcyclingError: There is no such initialiser, or the initialiser returns no such rows.
+        UpcyclingError: There is no such initializer, or the initializer returns no such rows.
     """
     rows = RouterRows(
         layer=layer,

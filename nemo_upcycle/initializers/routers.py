@@ -1,7 +1,7 @@
-"""Router initialisers: functions that return the rows of a layer's router.
+"""Router initializers: functions that return the rows of a layer's router.
 
 Megatron's router has no bias. What a paper does with a bias, such as a threshold per expert, cannot
-be expressed; each initialiser says what is left out.
+be expressed; each initializer says what is left out.
 """
 
 import numpy as np

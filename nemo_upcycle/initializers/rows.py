@@ -1,4 +1,4 @@
-"""The rows of a router, which a router initialiser returns."""
+"""The rows of a router, which a router initializer returns."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class RouterRows:
     """The rows that a layer's router needs; never a part of them.
 
     A row is that of an expert. Where experts are shards of copies of the dense layer, a row is that
-    of a copy, for all initialisers but `random`: all shards of a copy get the row, so that top-k
+    of a copy, for all initializers but `random`: all shards of a copy get the row, so that top-k
     picks whole copies.
 
     Attributes:

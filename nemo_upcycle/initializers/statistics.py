@@ -80,7 +80,7 @@ class Statistics:
 
     @classmethod
     def named(cls, initializer: str, stats: object) -> "Statistics":
-        """Return the statistics that an initialiser's option names.
+        """Return the statistics that an initializer's option names.
 
         Raises:
             UpcyclingError: The option is no path.
@@ -162,13 +162,13 @@ class Statistics:
 
 
 def digests(initializers: Iterable[object]) -> dict[str, str]:
-    """Return the digests of the statistics that initialisers read, by path.
+    """Return the digests of the statistics that initializers read, by path.
 
     Files that are gone are left out: a resumed run does not need them.
 
     Args:
-        initializers: Initialisers, whose attribute `stats` is a `Statistics` if they read one, and
-            whose `parts` are further initialisers.
+        initializers: Initializers, whose attribute `stats` is a `Statistics` if they read one, and
+            whose `parts` are further initializers.
     """
     found: dict[str, str] = {}
     for each in initializers:

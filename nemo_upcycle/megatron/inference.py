@@ -20,7 +20,7 @@ from nemo_upcycle.plans.layout import padded_vocabulary
 def inference_model(
     model: MoEModel, folding: ParallelFolding, dtype: torch.dtype
 ) -> torch.nn.Module:
-    """Build this rank's part of a trained model, with weights that are not initialised.
+    """Build this rank's part of a trained model, with weights that are not initialized.
 
     Megatron's process groups have to be there. No token is dropped, as in transformers. The model
     is on a GPU if there is one, else on CPU.

@@ -15,21 +15,21 @@ from nemo_upcycle.planner.step_clock import StepClock
 
 
 class TrainingMetrics:
-    """Measures the experts, the routers and the utilisation of a run.
+    """Measures the experts, the routers and the utilization of a run.
 
     In Megatron-Bridge the object is a callback, `pretrain(…, callbacks=[TrainingMetrics(…)])`: the
     metrics go to the run's TensorBoard and Weights & Biases. Another loop calls `start`, then
     `begin_step` and `end_step` for each step, and `stop`. Every rank makes the same calls.
 
     The metrics are `moe/…`, see `engine.health.MoEHealth`, and `tflops_per_gpu`, `mfu` and
-    `mfu_full_attention`, see `planner.flops.utilisation`.
+    `mfu_full_attention`, see `planner.flops.utilization`.
 
     Args:
         upcycling: What the run was upcycled with, which says where routers began; None omits
             `moe/router_distance`.
         every_n_steps: Steps between two measurements of experts and routers.
         peak_tflops: Peak of a GPU in TFLOP/s; None looks up the device. If the device is unknown,
-            utilisation is not given.
+            utilization is not given.
         warm_up_steps: Initial steps that are not timed.
 
     Raises:

@@ -40,9 +40,9 @@ class UpcyclingCallback(Provenance):
         dense_checkpoint: Directory in the format of Hugging Face, NeMo 2 or Megatron-LM, or a
             model's name in the local Hugging Face cache. Several, separated by semicolons, give
             experts in turn, and all other weights are averaged (Branch-Train-MiX).
-        initializer: Initialiser of experts, such as `copy`, `drop(ratio=0.3)`; see `initializers`.
+        initializer: Initializer of experts, such as `copy`, `drop(ratio=0.3)`; see `initializers`.
         weight_scaling: `exact`, `paper`, `none`, or None; see `UpcyclingConfig`.
-        router_initializer: Initialiser of routers, such as `centroids(stats='FILE')`.
+        router_initializer: Initializer of routers, such as `centroids(stats='FILE')`.
         router_init_std: Standard deviation of the router weights; None takes the model's
             `init_method_std`.
         seed: Seed of all random values.

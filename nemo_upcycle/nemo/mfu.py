@@ -1,4 +1,4 @@
-"""Model-FLOPs utilisation, logged at every step."""
+"""Model-FLOPs utilization, logged at every step."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from nemo_upcycle.planner.step_clock import StepClock
 
 
 class MFUCallback(pl.Callback, Recorded):
-    """Log TFLOP/s per GPU and model-FLOPs utilisation.
+    """Log TFLOP/s per GPU and model-FLOPs utilization.
 
     `tflops_per_gpu` and `mfu` count attention as causal. `mfu_full_attention` follows the
     convention of arXiv 2412.09952 and is larger. NeMo's own callback assumes Mixtral's vocabulary
@@ -18,7 +18,7 @@ class MFUCallback(pl.Callback, Recorded):
 
     Args:
         peak_tflops: Peak of a GPU in the training's precision, in TFLOP/s; None looks up the
-            device. If the device is unknown, utilisation is not logged.
+            device. If the device is unknown, utilization is not logged.
         warm_up_steps: Initial steps that are not logged, because kernels are chosen and memory is
             allocated.
     """
@@ -37,7 +37,7 @@ class MFUCallback(pl.Callback, Recorded):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Log the utilisation of the step that ends here, timed from the end of the previous step.
+        """Log the utilization of the step that ends here, timed from the end of the previous step.
 
         The first step after a validation or a checkpoint is not logged: the time in between is not
         training.

@@ -16,7 +16,7 @@ _AT_LEAST_0 = (
 
 _STEPS = "trainer.max_steps"
 _BATCHES = "data.micro_batch_size and data.global_batch_size"
-_NOT_HONOURED: dict[str, tuple[tuple[Any, ...], str]] = {
+_NOT_HONORED: dict[str, tuple[tuple[Any, ...], str]] = {
     "trainer.accumulate_grad_batches": ((1,), _BATCHES),
     "trainer.gradient_clip_val": ((None,), "optim.config.clip_grad"),
     "trainer.gradient_clip_algorithm": ((None,), "optim.config.clip_grad, which clips the norm"),
@@ -54,12 +54,12 @@ def check_trainer(trainer: pl.Trainer) -> None:
         UpcyclingError: A number is out of range, or belongs to a field that NeMo ignores.
     """
     check_max_steps(trainer.max_steps)
-    for name, (idle, instead) in _NOT_HONOURED.items():
+    for name, (idle, instead) in _NOT_HONORED.items():
         value = _value(trainer, name)
         # For Lightning, 1.0 means all batches and 1 means one batch.
         if not any(type(value) is type(each) and value == each for each in idle):
             raise UpcyclingError(
-                f"{name} is {value}, which NeMo does not honour; expected {idle[0]}. Set {instead} "
+                f"{name} is {value}, which NeMo does not honor; expected {idle[0]}. Set {instead} "
                 "instead."
             )
     interval = trainer.val_check_interval  # steps, or a fraction of an epoch
@@ -121,7 +121,7 @@ def _value(trainer: pl.Trainer, name: str) -> Any:
     # NeMo's data modules pass some fields on without keeping them.
     places = (trainer,) if owner == "trainer" else (getattr(data, "data_sampler", None), data)
     values = (getattr(place, field) for place in places if hasattr(place, field))
-    return next(values, _NOT_HONOURED[name][0][0])
+    return next(values, _NOT_HONORED[name][0][0])
 
 
 def _check_schedule(config: Any, scheduler: Any, max_steps: int) -> Iterator[str]:

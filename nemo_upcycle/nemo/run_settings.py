@@ -49,7 +49,7 @@ _REFUSED = frozenset(
     | {f"model.config.{name}" for name in _ARCHITECTURE}
 )
 
-# Fields for parallel mapping, kernels and initialisation. Fields in no list are settings that may
+# Fields for parallel mapping, kernels and initialization. Fields in no list are settings that may
 # change.
 _NO_SETTING = re.compile(
     "parallel|comm|p2p|overlap|recompute|offload|cuda_graph|fusion|fused|pipeline|microbatch|wgrad|"

@@ -8,7 +8,7 @@ class Efficiency:
     """Fractions of the hardware's data sheet, and the costs of routing and of the host.
 
     `benchmarks/planner.py` fits those without a default to published runs, and leaves out runs in
-    turn to measure how well the fit generalises. The others are set by hand.
+    turn to measure how well the fit generalizes. The others are set by hand.
 
     Attributes:
         gemm: Fraction of the peak for an infinitely large matrix multiplication.

@@ -1,4 +1,4 @@
-"""Floating-point operations of a model, as counted for model-FLOPs utilisation (MFU).
+"""Floating-point operations of a model, as counted for model-FLOPs utilization (MFU).
 
 Only matrix multiplications count, with two operations per multiply-add, and only the experts that
 a token uses. A capacity factor below 1 always drops tokens; dropped work does not count. What a
@@ -92,7 +92,7 @@ def _neurons(model: MoEModel, done: float) -> float:
     return sum(moe if is_moe else dense for is_moe in model.is_moe)
 
 
-def utilisation(
+def utilization(
     counted: Flops, sequences: int, seconds: float, gpus: int, peak_tflops: float | None
 ) -> dict[str, float]:
     """Return the metrics of a step.
@@ -102,7 +102,7 @@ def utilisation(
         sequences: Global batch size.
         seconds: Duration of the step.
         gpus: GPUs of the job.
-        peak_tflops: Peak of a GPU in TFLOP/s; None omits utilisation.
+        peak_tflops: Peak of a GPU in TFLOP/s; None omits utilization.
 
     Returns:
         TFLOP/s per GPU, and fractions of the peak.

@@ -56,7 +56,7 @@ class Machine:
         return max(1, min(ranks, self.hardware.nvlink_domain // stride))
 
     def collective(self, sent: float, stride: int, ranks: int) -> float:
-        """Return the time of a ring: all-gather, reduce-scatter or sending to a neighbour.
+        """Return the time of a ring: all-gather, reduce-scatter or sending to a neighbor.
 
         Args:
             sent: Bytes that each GPU sends.

@@ -42,7 +42,7 @@ def draw_scaling(points: Sequence[Point], title: str, path: Path) -> None:
     panels = figure.subplots(2, 2)
     (step, use), (loading, memory) = panels
     _step_times(step, best)
-    _utilisation(use, best)
+    _utilization(use, best)
     _memory(memory, best)
     loads = {n: point.loading for n, point in enumerate(points) if point.loading}
     loading.plot(list(loads), [one.seconds for one in loads.values()], marker="o", label="default")
@@ -82,7 +82,7 @@ def _step_times(axes: "Axes", points: Found) -> None:
     axes.legend()
 
 
-def _utilisation(axes: "Axes", best: Found) -> None:
+def _utilization(axes: "Axes", best: Found) -> None:
     """Stack the parts of the step time, with MFU on top."""
     shares = {
         words: [100 * getattr(one.time, name) / one.time.total for one in best.values()]
@@ -119,6 +119,6 @@ def _stack(axes: "Axes", best: Found, parts: Mapping[str, list[float]]) -> None:
 
     bottom = [0.0] * len(best)
     for number, (name, values) in enumerate(parts.items()):
-        colour = colormaps["Set3"](number)
-        axes.bar(list(best), values, 0.7, bottom=bottom, label=name, color=colour)
+        color = colormaps["Set3"](number)
+        axes.bar(list(best), values, 0.7, bottom=bottom, label=name, color=color)
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]

@@ -51,7 +51,7 @@ class Prediction:
 
     @cached_property
     def mfu(self) -> float:
-        """Model-FLOPs utilisation with causal attention."""
+        """Model-FLOPs utilization with causal attention."""
         return mfu(self.workload, self.mapping, self.hardware, self.time.total)
 
     @property

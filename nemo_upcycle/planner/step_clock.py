@@ -1,8 +1,8 @@
-"""Model-FLOPs utilisation of training steps, timed from end to end."""
+"""Model-FLOPs utilization of training steps, timed from end to end."""
 
 import time
 
-from nemo_upcycle.planner.flops import Flops, utilisation
+from nemo_upcycle.planner.flops import Flops, utilization
 from nemo_upcycle.planner.hardware import device_peak_tflops
 
 
@@ -19,7 +19,7 @@ class StepClock:
     Args:
         counted: Operations per sequence.
         peak: Peak of a GPU in TFLOP/s; None looks up the device. If the device is unknown,
-            utilisation is not given.
+            utilization is not given.
         warm_up_steps: Initial steps that are not timed, because kernels are chosen and memory is
             allocated.
     """
@@ -42,7 +42,7 @@ class StepClock:
         self._left -= 1
         if started is None or self._left >= 0:
             return {}
-        return utilisation(self._flops, sequences, now - started, gpus, self._peak)
+        return utilization(self._flops, sequences, now - started, gpus, self._peak)
 
     def forget(self) -> None:
         """Do not time the next step: a validation or a checkpoint comes before it ends."""

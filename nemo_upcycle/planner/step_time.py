@@ -70,7 +70,7 @@ def least_time(
 
 
 def mfu(workload: Workload, mapping: Mapping, hardware: Hardware, seconds: float) -> float:
-    """Return model-FLOPs utilisation with causal attention.
+    """Return model-FLOPs utilization with causal attention.
 
     Args:
         workload: Model and batch.

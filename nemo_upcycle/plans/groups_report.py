@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DRAWN_NODES = 16
-NAMED_COLOURS = 64
-"""The most colours that the legend names; the text of each rank says the same."""
+NAMED_COLORS = 64
+"""The most colors that the legend names; the text of each rank says the same."""
 
 COPIES = ("dp", "edp", "cp")
 """Axes along which ranks hold the same parameters."""
@@ -73,8 +73,8 @@ def _ranks(ranks: tuple[int, ...]) -> str:
 def draw(folding: ParallelFolding, world_size: int, gpus_per_node: int, path: Path) -> None:
     """Write a figure of the ranks on their nodes, once for attention and once for experts.
 
-    Colours show what a rank holds: the pipeline stage and tensor-parallel part in attention, the
-    stage and experts in MoE layers. No two have the same colour. Frames show the groups that
+    Colors show what a rank holds: the pipeline stage and tensor-parallel part in attention, the
+    stage and experts in MoE layers. No two have the same color. Frames show the groups that
     communicate most: TP and ETP·EP.
 
     Args:
@@ -169,8 +169,8 @@ def seats(
     return found
 
 
-def colours_of(number: int) -> list[tuple[float, float, float]]:
-    """Return light colours, as many as asked for and no two alike: hues in up to three tones."""
+def colors_of(number: int) -> list[tuple[float, float, float]]:
+    """Return light colors, as many as asked for and no two alike: hues in up to three tones."""
     tones = ((0.5, 1.0), (0.2, 0.95), (0.45, 0.75)) if number > 12 else ((0.45, 1.0),)
     hues = -(-number // len(tones))
     return [
@@ -191,13 +191,13 @@ def _panel(
 
     cells: dict[int, tuple[int, int]] = {}
     seated = seats(folding, world_size, gpus_per_node, nodes, names)
-    colours = colours_of(1 + max(seat.held for seat in seated))
+    colors = colors_of(1 + max(seat.held for seat in seated))
     sizes = {name: 1 + max(seat.place[name] for seat in seated) for name in names}
     legend: dict[str, Rectangle] = {}
     for seat in seated:
         cells[seat.rank] = gpu, row = seat.gpu, seat.row
-        colour = colours[seat.held]
-        cell = Rectangle((gpu, row), 1, 1, facecolor=colour, edgecolor="white")
+        color = colors[seat.held]
+        cell = Rectangle((gpu, row), 1, 1, facecolor=color, edgecolor="white")
         axes.add_patch(cell)
         words = [f"{name.upper()} {value}" for name, value in seat.place.items()]
         text = "\n".join(["  ".join(words[:2]), "  ".join(words[2:])])
@@ -205,9 +205,9 @@ def _panel(
         split = [name for name in seat.place if name not in COPIES and sizes[name] > 1]
         held = " ".join(f"{name.upper()} {seat.place[name]}" for name in reversed(split))
         legend.setdefault(held or "all", cell)
-    if len(legend) <= NAMED_COLOURS:
+    if len(legend) <= NAMED_COLORS:
         axes.legend(
-            legend.values(), legend, title="one colour: the same parameters", fontsize=8,
+            legend.values(), legend, title="one color: the same parameters", fontsize=8,
             ncols=min(8, len(legend)), loc="upper center", bbox_to_anchor=(0.5, -0.4 / len(nodes)),
             columnspacing=1, handlelength=1.2,
         )  # fmt: skip

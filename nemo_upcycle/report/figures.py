@@ -76,7 +76,7 @@ class Axis:
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:
-    """Return the first point, and means of equally many neighbours for the others."""
+    """Return the first point, and means of equally many neighbors for the others."""
     width = -(-len(points) // most)
     if width <= 1:
         return [*points]
@@ -132,18 +132,18 @@ def rate_figure(axis: Axis, runs: Mapping[str, Run]) -> Figure:
 
 
 def speed_figure(axis: Axis, runs: Mapping[str, Run]) -> Figure:
-    """Return the model-FLOPs utilisation; TFLOP/s per GPU if the GPU's peak is unknown."""
-    title, by = "Model-FLOPs utilisation (MFU)", "MFUCallback, which the recipes have, logs both."
+    """Return the model-FLOPs utilization; TFLOP/s per GPU if the GPU's peak is unknown."""
+    title, by = "Model-FLOPs utilization (MFU)", "MFUCallback, which the recipes have, logs both."
     note, tag, label, factor = "", "mfu", "MFU (%)", 100.0
     if not _of_each(axis, runs, tag):
         title, tag, label, factor = "Speed", "tflops_per_gpu", "TFLOP/s per GPU", 1.0
         note = (
-            " Utilisation (MFU) is not logged, because this device's peak is unknown: "
+            " Utilization (MFU) is not logged, because this device's peak is unknown: "
             "MFUCallback(peak_tflops=…) gives the peak."
         )
     series = _of_each(axis, runs, tag, factor)
     if not series:
-        return Figure("speed", "Model-FLOPs utilisation (MFU)", missing=no_events("mfu", by))
+        return Figure("speed", "Model-FLOPs utilization (MFU)", missing=no_events("mfu", by))
     medians = (
         f"{each['name']} {statistics.median(y for _, y in each['points']):.3g}" for each in series
     )
@@ -187,7 +187,7 @@ def line(name: str, role: str, points: Sequence[Point], style: str = "line") -> 
 
 
 def smoothed(curve: Sequence[Point]) -> list[Point]:
-    """Return the curve's centred moving average over 5% of its points."""
+    """Return the curve's centered moving average over 5% of its points."""
     width = max(1, round(len(curve) * _SMOOTHING_FRACTION))
     values = smooth([y for _, y in curve], width)
     return [(x, y) for (x, _), y in zip(curve, values, strict=True)]

@@ -34,7 +34,7 @@ def mapping_figure(run: Run) -> Figure:
         return Figure("mapping", TITLE, missing=missing)
     many = "rank" if world_size == 1 else "ranks"
     caption = f"{folding}: {world_size} {many}, {per_node} per node, at the latest start. "
-    caption += "Ranks of one colour hold copies of the same weights. "
+    caption += "Ranks of one color hold copies of the same weights. "
     caption += "Frames: TP in attention, ETP·EP in MoE layers, which communicate most."
     nodes = drawn_nodes(folding, world_size, per_node)
     if len(nodes) * per_node < world_size:

@@ -123,8 +123,8 @@ def _upcycling_rows(config: UpcyclingConfig, run: Run) -> list[tuple[str, str]]:
         ("layers", _text(layers)),
         ("MoE layers", "all" if config.moe_layer_freq == 1 else str(config.moe_layer_freq)),
         ("experts per token", f"{config.moe_router_topk} ({order})"),
-        ("initialiser of experts", config.initializer),
-        ("initialiser of routers", f"{config.router_initializer}, σ = {config.router_init_std:g}"),
+        ("initializer of experts", config.initializer),
+        ("initializer of routers", f"{config.router_initializer}, σ = {config.router_init_std:g}"),
         ("weight scaling", config.scaling),
         ("seed", str(config.seed)),
         (

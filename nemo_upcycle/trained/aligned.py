@@ -58,7 +58,7 @@ def align(
         progress: Called with layers done, and layers in total.
 
     Raises:
-        UpcyclingError: A directory cannot be read, architectures differ, weights are quantised, or
+        UpcyclingError: A directory cannot be read, architectures differ, weights are quantized, or
             scipy is not installed.
     """
     first, second = HuggingFaceCheckpoint(reference), HuggingFaceCheckpoint(other)
@@ -67,8 +67,8 @@ def align(
             check_whole(checkpoint)
         if second.scaled:
             raise UpcyclingError(
-                f"{other} has quantised weights, whose scales are not permuted; expected fp32, "
-                "bf16 or fp16. Give the checkpoint that was quantised."
+                f"{other} has quantized weights, whose scales are not permuted; expected fp32, "
+                "bf16 or fp16. Give the checkpoint that was quantized."
             )
         files = [path for path in second.directory.iterdir() if path.is_file()]
         with new_directory(
@@ -103,7 +103,7 @@ def _align_files(
 def matching(reference: Parts, other: Parts) -> torch.Tensor:
     """Return which neuron of the other layer comes to each place of the reference's layer.
 
-    The order maximises the sum of the inner products of neurons in the same place, over gate, up
+    The order maximizes the sum of the inner products of neurons in the same place, over gate, up
     and down.
 
     Raises:

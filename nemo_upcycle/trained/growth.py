@@ -128,9 +128,9 @@ class GrownDirectory:
 def exact_topk(source: MoEModel, copies: int) -> int:
     """Return the experts per token with which copies compute the source's function.
 
-    With softmax, before or after top-k, and with sigmoid scores that are normalised, each copy's
+    With softmax, before or after top-k, and with sigmoid scores that are normalized, each copy's
     weight is the expert's divided by the copies. Megatron-Core, and so this package's GLM-4-MoE,
-    does not normalise the sigmoid score of a single expert.
+    does not normalize the sigmoid score of a single expert.
 
     Args:
         source: The trained MoE.

@@ -106,4 +106,4 @@ NAMES = [
     pytest.param(name, marks=() if name in WITH_EVERY_CHANGE else pytest.mark.slow)
     for name in FOLDINGS
 ]
-"""All mappings, to parametrise a test with."""
+"""All mappings, to parametrize a test with."""

@@ -28,7 +28,7 @@ OF_STATISTICS = {
     **dict.fromkeys(("centroids", "prompts", "ridge"), "router_initializer"),
     **dict.fromkeys(("activation_sorted", "partial", "cluster_svd"), "initializer"),
 }
-"""Initialisers with a file of statistics, and the option that takes them."""
+"""Initializers with a file of statistics, and the option that takes them."""
 
 WAYS = (
     *INITIALIZERS,

@@ -71,7 +71,7 @@ def build(
 def build_from(
     arch: Architecture, folding: ParallelFolding, upcycling: UpcyclingConfig, **overrides: Any
 ) -> Chunks:
-    """Initialise Megatron's groups and build this rank's model."""
+    """Initialize Megatron's groups and build this rank's model."""
     if parallel_state.model_parallel_is_initialized():  # for another model, which keeps its groups
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(**folding.parallel_sizes)

@@ -33,7 +33,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "sigmoid, expert bias": BIAS,
     "E8G4T8, sigmoid, shared expert": G4 | SIGMOID | {"moe_shared_expert": True},
     "dense gradient": {"router_dense_gradient": True},
-    "normalised logits": {"router_logit_normalization": 2.0},
+    "normalized logits": {"router_logit_normalization": 2.0},
     "a part shared": {"moe_shared_expert_intermediate_size": 32},
     "E8G4T8, a quarter shared": G4 | {"moe_shared_expert_intermediate_size": 0.25},
     "E8G4T8, a quarter shared, sigmoid": G4
@@ -78,7 +78,7 @@ FOLDINGS_OF_EACH_KIND = [
     "PP2-CP2-EP2",
     "PP2-VPP2-TP2-EP2-ETP1",
 ]
-"""The initialisers one by one run over all of them, in `test_weights.py`."""
+"""The initializers one by one run over all of them, in `test_weights.py`."""
 
 
 @pytest.mark.parametrize("name", EXACT)

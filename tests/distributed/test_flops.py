@@ -69,7 +69,7 @@ def logged(directory: Path) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def test_a_run_logs_its_utilisation(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_run_logs_its_utilization(ranks: RankPool, tmp_path: Path) -> None:
     from nemo_upcycle_recipes.numbers import LLAMA_TINY_E8T2
 
     workspace = make_workspace(tmp_path)
@@ -84,15 +84,15 @@ def test_a_run_logs_its_utilisation(ranks: RankPool, tmp_path: Path) -> None:
     assert found["mfu_full_attention"] / found["mfu"] == pytest.approx(ratio)
 
 
-def test_utilisation_of_the_papers_speed() -> None:
+def test_utilization_of_the_papers_speed() -> None:
     """462.8 TFLOP/s per GPU in its convention are 46.8% of an H100 (arXiv 2412.09952, Table 2)."""
     from nemo_upcycle_recipes.numbers import LLAMA3_8B_E8T2
 
-    from nemo_upcycle.planner.flops import utilisation
+    from nemo_upcycle.planner.flops import utilization
     from nemo_upcycle.planner.hardware import device_peak_tflops
 
     counted = flops(upcycled_model(LLAMA3_8B_E8T2.architecture, LLAMA3_8B_E8T2.upcycling), 8192)
     seconds = 512 * counted.training_full_attention / (128 * 462.8e12)
-    found = utilisation(counted, 512, seconds, 128, device_peak_tflops("NVIDIA H100 80GB HBM3"))
+    found = utilization(counted, 512, seconds, 128, device_peak_tflops("NVIDIA H100 80GB HBM3"))
     assert found["mfu_full_attention"] == pytest.approx(0.468, abs=5e-4)
     assert found["mfu"] == pytest.approx(0.468 * 6.987 / 7.515, abs=5e-4)

@@ -102,7 +102,7 @@ def test_accumulation_by_lightning_is_refused(runs: Runs, resumable: Path) -> No
     """NeMo would validate for ever."""
     errors, _ = runs.start(resumable, overrides={"trainer.accumulate_grad_batches": 2})
     assert len(set(errors)) == 1
-    assert "trainer.accumulate_grad_batches is 2, which NeMo does not honour" in errors[0]
+    assert "trainer.accumulate_grad_batches is 2, which NeMo does not honor" in errors[0]
 
 
 def test_data_that_end_before_the_steps_end_the_run(runs: Runs, resumable: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scores, normalised logits and the bias of experts are what the papers' formulas say."""
+"""Scores, normalized logits and the bias of experts are what the papers' formulas say."""
 
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def found(ranks: RankPool, dense: Path) -> list[dict[str, np.ndarray]]:
     return ranks.run(routed, 1, dense=dense, folding=ParallelFolding())[0]
 
 
-def test_logits_are_normalised_over_experts(found: list[dict[str, np.ndarray]]) -> None:
+def test_logits_are_normalized_over_experts(found: list[dict[str, np.ndarray]]) -> None:
     """Skywork-MoE, arXiv 2406.06563 Eq. 6: λ · (z - μ) / σ."""
     for seen in found:
         z = seen["plain"]

@@ -1,4 +1,4 @@
-"""What initialisers make of a file of statistics, in Megatron's models."""
+"""What initializers make of a file of statistics, in Megatron's models."""
 
 from pathlib import Path
 

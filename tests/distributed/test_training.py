@@ -34,7 +34,7 @@ def test_optimizer_trains_on_from_the_upcycled_weights(
 ) -> None:
     """A step with learning rate 0 leaves the weights alone, in bf16 with fp32 main parameters.
 
-    Had the optimizer kept the main parameters of the random initialisation, the step would have
+    Had the optimizer kept the main parameters of the random initialization, the step would have
     put those in their place.
     """
     results = ranks.run(

@@ -101,7 +101,7 @@ NOT_EXPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
         "multipliers together with a shared part of the layer",
     ),
     "window, sigmoid": ("mistral, window", SIGMOID, "scores together with a sliding window"),
-    "normalised logits": ("llama", {"router_logit_normalization": 1.0}, "normalised router logits"),
+    "normalized logits": ("llama", {"router_logit_normalization": 1.0}, "normalized router logits"),
     "sigmoid, a later dense layer": (
         "llama",
         {**SIGMOID, "moe_layer_freq": (1, 0, 1, 1)},

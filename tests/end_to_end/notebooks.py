@@ -83,7 +83,7 @@ def stored(notebook: NotebookNode) -> NotebookNode:
 
 
 def _merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Join what a stream brought in pieces, without what moves and colours a terminal."""
+    """Join what a stream brought in pieces, without what moves and colors a terminal."""
     merged: list[NotebookNode] = []
     for output in outputs:
         if output.output_type == "stream" and merged and merged[-1].get("name") == output.name:

@@ -41,7 +41,7 @@ def empty_queue(slurm: dict[str, str]) -> Iterator[None]:
     """Leave no job to the next test."""
     yield
     cluster.run(slurm, "scancel", "--user=root")
-    until(lambda: not queue(slurm), "jobs were not cancelled")
+    until(lambda: not queue(slurm), "jobs were not canceled")
 
 
 def until(done: Callable[[], bool], what: str) -> None:

@@ -73,7 +73,7 @@ def build(
     ddp: dict[str, Any] | None = None,
     **others: Any,
 ) -> Chunks:
-    """Initialise Megatron's groups and build this rank's model as Megatron's training does."""
+    """Initialize Megatron's groups and build this rank's model as Megatron's training does."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(**folding.parallel_sizes)

@@ -15,7 +15,7 @@ from tests.distributed.pool import RankPool
 from tests.distributed.whole import differing, whole
 from tests.megatron import formats, scenarios
 from tests.megatron.scenarios import UPCYCLING
-from tests.quantised import write_fp8
+from tests.quantized import write_fp8
 from tests.tiny import FAMILIES, LLAMA31_ROPE, write_dense
 
 DENSE = UpcyclingConfig(num_moe_experts=None)
@@ -74,7 +74,7 @@ def test_the_moe_is_that_of_the_hugging_face_checkpoint(
     assert differing(weights(ranks, run), weights(ranks, dense)) == []
 
 
-def test_fp8_is_dequantised(ranks: RankPool, tmp_path: Path) -> None:
+def test_fp8_is_dequantized(ranks: RankPool, tmp_path: Path) -> None:
     dense = write_dense(tmp_path / "dense", "qwen2")
     plain = write_fp8(dense, tmp_path / "fp8", "blocks", torch.float32)
     assert differing(weights(ranks, tmp_path / "fp8"), weights(ranks, plain)) == []

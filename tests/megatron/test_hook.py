@@ -72,7 +72,7 @@ CHOICES = {
     "shared expert": UpcyclingConfig(moe_shared_expert=True),
     "granular": UpcyclingConfig(num_moe_experts=8, granularity=2, moe_router_topk=4),
     "capacity": UpcyclingConfig(moe_expert_capacity_factor=8.0),
-    "sigmoid, expert bias, normalised logits, part shared": UpcyclingConfig(
+    "sigmoid, expert bias, normalized logits, part shared": UpcyclingConfig(
         moe_router_score_function="sigmoid",
         moe_router_enable_expert_bias=True,
         router_logit_normalization=2.0,

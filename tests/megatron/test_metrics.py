@@ -21,7 +21,7 @@ def dense(megatron_grid: Grid) -> Path:
     return megatron_grid.dense("4 layers")
 
 
-def test_bridges_events_log_health_and_utilisation(ranks: RankPool, dense: Path) -> None:
+def test_bridges_events_log_health_and_utilization(ranks: RankPool, dense: Path) -> None:
     *others, last = ranks.run(
         events.logged,
         2,

@@ -22,7 +22,7 @@ def arms(base: Base) -> tuple[Arm, ...]:
                 "moe_router_load_balancing_type": "none",
             },
         ),
-        Arm("normalized", "normalised logits, λ 1", numbers={"router_logit_normalization": 1.0}),
+        Arm("normalized", "normalized logits, λ 1", numbers={"router_logit_normalization": 1.0}),
         Arm(
             "drop_warmup",
             f"drop(0.5), {WARM_UP} steps of router warm-up",
@@ -57,13 +57,13 @@ STUDIES = (
                 of="expert_load_cv",
             ),
             Claim(
-                "Normalised logits end lower",
+                "Normalized logits end lower",
                 "arXiv 2406.06563",
                 "normalized",
                 "e8t2",
             ),
             Claim(
-                "Normalised logits drive experts further apart",
+                "Normalized logits drive experts further apart",
                 "arXiv 2406.06563: more diverse experts",
                 "e8t2",
                 "normalized",

@@ -211,7 +211,7 @@ def break_even(parameters: float, dense_tokens: float, most: float = MOST_TOKENS
 
 
 def _crossing(parameters: float, dense_tokens: float, most: float, shift: int) -> float:
-    """Scan in steps of 2%, then bisect; a shift of -1 favours the MoE from scratch."""
+    """Scan in steps of 2%, then bisect; a shift of -1 favors the MoE from scratch."""
     scratch, upcycled = law("scratch", shift), law("upcycled", -shift)
 
     def ahead(tokens: float) -> bool:

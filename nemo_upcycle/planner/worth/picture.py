@@ -87,9 +87,9 @@ def _asked(axes: "Axes", found: Worth) -> None:
         ("MoE from scratch", GREEN, every, moe, partial(scratch_loss, n1)),
     )
     style = "--" if found.extrapolated else "-"
-    for name, colour, tokens, rate, curve in curves:
+    for name, color, tokens, rate, curve in curves:
         if tokens:
-            _plot(axes, [rate * one for one in tokens], list(map(curve, tokens)), name, colour,
+            _plot(axes, [rate * one for one in tokens], list(map(curve, tokens)), name, color,
                   style)  # fmt: skip
     axes.set_xlim(dense * LEAST_TOKENS, 1.3 * moe * most)
     _marks(axes, found, moe, most)
@@ -114,11 +114,11 @@ def _marks(axes: "Axes", found: Worth, moe: float, most: float) -> None:
         axes.annotate("the dense model now", (0.01, now.value), xytext=(0, 3),
                       xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9,
                       color="0.3")  # fmt: skip
-    colours = {UPCYCLE: VERMILLION, SAME_TOKENS: BLUE, SAME_COST: BLUE, SCRATCH: GREEN}
+    colors = {UPCYCLE: VERMILLION, SAME_TOKENS: BLUE, SAME_COST: BLUE, SCRATCH: GREEN}
     for name, way in found.ways.items():
         if way.loss and way.gpu_hours and way.gpu_hours.value <= moe * most:
             axes.plot(way.gpu_hours.value, way.loss.value, "o", ms=8, mec="black",
-                      color=colours[name], zorder=3)  # fmt: skip
+                      color=colors[name], zorder=3)  # fmt: skip
     if even is not None and even.low < most:
         axes.axvspan(moe * even.low, moe * min(even.high, most), color="0.5", alpha=0.1, lw=0,
                      label="break-even that rounding allows")  # fmt: skip
@@ -139,16 +139,16 @@ def _papers_own(axes: "Axes") -> None:
         ("dense", BLUE, partial(dense_loss, n1)),
         ("MoE from scratch", GREEN, partial(scratch_loss, n1)),
     )
-    for name, colour, curve in curves:
-        _plot(axes, every, list(map(curve, every)), name, colour)
+    for name, color, curve in curves:
+        _plot(axes, every, list(map(curve, every)), name, color)
     points = (
         (d1, dense_loss(n1, d1).value, before["accuracy"], BLUE, (8, 14)),
         (d2, upcycled_loss(n1, d1, d2).value, after["accuracy"], VERMILLION, (-60, -34)),
     )
-    for tokens, loss, accuracy, colour, offset in points:
-        axes.plot(tokens, loss, "o", ms=8, mec="black", color=colour, zorder=3)
+    for tokens, loss, accuracy, color, offset in points:
+        axes.plot(tokens, loss, "o", ms=8, mec="black", color=color, zorder=3)
         axes.annotate(f"measured: mean\naccuracy {accuracy}%", (tokens, loss), xytext=offset,
-                      textcoords="offset points", fontsize=9, color=colour)  # fmt: skip
+                      textcoords="offset points", fontsize=9, color=color)  # fmt: skip
     axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     axes.set_title("the paper's own 1B model and 8x1B MoE (its Table 7)", fontsize=10)
@@ -159,12 +159,12 @@ def _plot(
     places: Sequence[float],
     losses: Sequence[Interval],
     name: str,
-    colour: str,
+    color: str,
     style: str = "-",
 ) -> None:
     low, value, high = zip(*losses, strict=True)
-    axes.plot(places, value, style, color=colour, lw=2, label=name)
-    axes.fill_between(places, low, high, color=colour, alpha=0.12, lw=0)
+    axes.plot(places, value, style, color=color, lw=2, label=name)
+    axes.fill_between(places, low, high, color=color, alpha=0.12, lw=0)
 
 
 def _tokens(most: float) -> list[float]:

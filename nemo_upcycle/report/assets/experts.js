@@ -1,6 +1,6 @@
 // The load of experts.
 
-const LARGEST = 4; // the colours end at 4 times an even share, and at a quarter of one
+const LARGEST = 4; // the colors end at 4 times an even share, and at a quarter of one
 
 // From -1, a quarter of an even share and less, to 1, four times an even share and more.
 function excess(percent) {

@@ -201,7 +201,7 @@ def test_seed_text_and_checkpoint_decide(
         assert differ == [True, key != "seed"], key
 
 
-def test_tokenised_data_are_the_text_that_they_were_made_of(
+def test_tokenized_data_are_the_text_that_they_were_made_of(
     model: Path, tokenizer: Path, texts: tuple[str, ...], tmp_path: Path
 ) -> None:
     prefix = tmp_path / "data" / "tokens"

@@ -286,5 +286,5 @@ def test_a_process_that_is_killed_is_one_line(tokenizer: Path, tmp_path: Path) -
     os.kill(int(partial.name.split(".")[1]), signal.SIGKILL)
     assert progress.exit_code(process) == 1
     said = " ".join(log.read_text().split())
-    assert "A process that tokenises was killed" in said
+    assert "A process that tokenizes was killed" in said
     assert "Traceback" not in said

@@ -43,7 +43,7 @@ def test_the_papers_blend_reads_it(
 def test_a_killed_download_goes_on(
     tokenizer: Path, tmp_path: Path, data_set: Path, server: FileServer
 ) -> None:
-    """What was tokenised of a server's files is not asked for again."""
+    """What was tokenized of a server's files is not asked for again."""
     source = f"redpajama-v2://{server.url}?snapshots=2014-52"
     path = "/documents/2014-52/0001/en_head.json.gz"
     server.faults[path] = [-10, 500, 500, 500]

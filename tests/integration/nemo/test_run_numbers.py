@@ -74,14 +74,14 @@ def test_nonsense_is_refused(change: dict[str, Any], message: str) -> None:
         ({"trainer__limit_train_batches": 0.5}, "limit_train_batches is 0.5, which NeMo does not"),
         ({"trainer__overfit_batches": 1}, "trainer.overfit_batches is 1, which NeMo does not"),
         ({"trainer__fast_dev_run": True}, "trainer.fast_dev_run is True, which NeMo does not"),
-        ({"trainer__max_epochs": 1}, "trainer.max_epochs is 1, which NeMo does not honour"),
+        ({"trainer__max_epochs": 1}, "trainer.max_epochs is 1, which NeMo does not honor"),
         ({"trainer__reload_dataloaders_every_n_epochs": 1}, "every_n_epochs is 1, which NeMo"),
         ({"data__rampup_batch_size": [8, 8, 64]}, "Set data.global_batch_size instead"),
         ({"data__init_consumed_samples": 8}, "data.init_consumed_samples is 8, which NeMo does"),
-        ({"data__init_global_step": 8}, "data.init_global_step is 8, which NeMo does not honour"),
+        ({"data__init_global_step": 8}, "data.init_global_step is 8, which NeMo does not honor"),
     ],
 )
-def test_what_nemo_does_not_honour_is_refused(change: dict[str, Any], message: str) -> None:
+def test_what_nemo_does_not_honor_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UpcyclingError, match=re.escape(message)):
         checked(**change)
 

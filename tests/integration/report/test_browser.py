@@ -21,13 +21,13 @@ FIGURES = (
 EVIL = "e8t2</script><b id=evil>&\"'"
 
 LOADS = "[...document.querySelectorAll('#load .cell')].map(cell => Number(cell.dataset.load))"
-COLOURS = "[...document.querySelectorAll('#load .cell')].map(cell => getComputedStyle(cell).fill)"
+COLORS = "[...document.querySelectorAll('#load .cell')].map(cell => getComputedStyle(cell).fill)"
 MOVE = """(to => {
   const slider = document.querySelector('#load input');
   slider.value = to;
   slider.dispatchEvent(new Event('input'));
 })"""
-# Of every mark of a figure whether it has a place inside the figure and a colour.
+# Of every mark of a figure whether it has a place inside the figure and a color.
 MARKS = """[...document.querySelectorAll(`#${figure} .mark`)].map(mark => {
   const box = mark.getBoundingClientRect();
   const around = document.getElementById(figure).getBoundingClientRect();
@@ -100,16 +100,16 @@ def test_names_do_not_run(chromium: Page, report: Path) -> None:
 
 def test_the_slider_changes_the_heat_map(chromium: Page, report: Path) -> None:
     page = opened(chromium, report, 390)
-    last, colours = page.run(LOADS), page.run(COLOURS)
+    last, colors = page.run(LOADS), page.run(COLORS)
     page.run(f"{MOVE}(0)")
     assert page.run(LOADS) != last
-    assert page.run(COLOURS) != colours
+    assert page.run(COLORS) != colors
     for index, step in enumerate(range(1, STEPS, EVERY)):
         page.run(f"{MOVE}({index})")
         expected = [100 * load for loads in load_at(step).relative.values() for load in loads]
         assert page.run(LOADS) == pytest.approx(expected, abs=0.6)
         assert f"step {step} ·" in page.run("document.querySelector('#load output').textContent")
-    assert (page.run(LOADS), page.run(COLOURS)) == (last, colours)
+    assert (page.run(LOADS), page.run(COLORS)) == (last, colors)
     assert page.complaints == []
 
 

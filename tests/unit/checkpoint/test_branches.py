@@ -58,7 +58,7 @@ def test_everything_is_averaged(
 
 
 def test_bf16_is_averaged_in_fp32(tmp_path: Path) -> None:
-    """1 + 2⁻⁷ and 1 are neighbours in bf16; the average of 1, 1 + 2⁻⁷, 1 + 2⁻⁷ is the second."""
+    """1 + 2⁻⁷ and 1 are neighbors in bf16; the average of 1, 1 + 2⁻⁷, 1 + 2⁻⁷ is the second."""
     directories = []
     for number, value in enumerate((1.0, 1 + 2**-7, 1 + 2**-7)):
         directory = write_llama(tmp_path / str(number))

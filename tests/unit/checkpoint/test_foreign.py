@@ -67,17 +67,17 @@ def _dangling(name: str) -> Damage:
     return write
 
 
-def _quantised(name: str, dtype: torch.dtype = torch.uint8) -> Damage:
+def _quantized(name: str, dtype: torch.dtype = torch.uint8) -> Damage:
     whole = "model.layers.0.mlp.up_proj"
     return _tensors(lambda t: t.update({f"{whole}.{name}": torch.ones(8, dtype=dtype)}))
 
 
-def _quantised_by(method: str, name: str, dtype: torch.dtype = torch.uint8) -> Damage:
+def _quantized_by(method: str, name: str, dtype: torch.dtype = torch.uint8) -> Damage:
     """A method in the config and one of its tensors in the file."""
 
     def write(directory: Path) -> None:
         _config(quantization_config={"quant_method": method})(directory)
-        _quantised(name, dtype)(directory)
+        _quantized(name, dtype)(directory)
 
     return write
 
@@ -110,7 +110,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "MXFP4 by config and tensors": ("mxfp4", "weight_blocks"),
     "MLX by config and tensors": ("mlx", "biases"),
 }
-"""Quantisation methods and one of their tensors."""
+"""Quantization methods and one of their tensors."""
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
 QWEN = {"model_type": "qwen3_moe", "num_experts": 16}
 VISION = {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}}
@@ -118,44 +118,44 @@ MOE_PART = {"model_type": "llama4", "text_config": {"num_local_experts": 16}}
 
 REFUSED: dict[str, tuple[Damage, str]] = {
     **{
-        case: (_quantised_by(method, tensor), f"quantised by {method} (its")
+        case: (_quantized_by(method, tensor), f"quantized by {method} (its")
         for case, (method, tensor) in METHODS.items()
     },
     **{
         case.replace("config and tensors", "tensors alone"): (
-            _quantised(tensor),
-            "is quantised by ",
+            _quantized(tensor),
+            "is quantized by ",
         )
         for case, (_, tensor) in METHODS.items()
     },
-    "GPTQ by tensors": (_quantised("qweight", torch.int32), "quantised by GPTQ or AWQ"),
+    "GPTQ by tensors": (_quantized("qweight", torch.int32), "quantized by GPTQ or AWQ"),
     "integers by config": (_in_integers("eetq"), "model.layers.0.mlp.up_proj.weight in I8"),
     "a method that computes otherwise": (
         _config(quantization_config={"quant_method": "bitnet"}),
-        "quantised by bitnet (its quantization_config)",
+        "quantized by bitnet (its quantization_config)",
     ),
     "bitsandbytes without a name": (
         lambda d: (
             _config(quantization_config={"load_in_4bit": True})(d),
-            _quantised("weight.quant_map")(d),
+            _quantized("weight.quant_map")(d),
         ),
         "call the model's dequantize()",
     ),
     "compressed-tensors by an old key": (
         lambda d: (
             _config(compression_config={"quant_method": "compressed-tensors"})(d),
-            _quantised("weight_packed")(d),
+            _quantized("weight_packed")(d),
         ),
-        "quantised by compressed-tensors (its compression_config",
+        "quantized by compressed-tensors (its compression_config",
     ),
     "GPTQ by config alone": (
         lambda d: (
             _config(quantization_config={"quant_method": "gptq"})(d),
             _only("config.json")(d),
         ),
-        "quantised by gptq (its quantization_config)",
+        "quantized by gptq (its quantization_config)",
     ),
-    "FP8 by tensors": (_quantised("weight_scale_inv", torch.float32), "quantised by FP8"),
+    "FP8 by tensors": (_quantized("weight_scale_inv", torch.float32), "quantized by FP8"),
     "ZeRO-3": (
         _tensors(lambda t: t.update({"lm_head.weight": torch.empty(0)})),
         "1 empty: lm_head.weight is [0]. DeepSpeed ZeRO-3 left",
@@ -256,7 +256,7 @@ def test_refused_by_name(dense: Path, tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("model-q4.gguf",), "GGUF, llama.cpp's format, quantised as a rule (model-q4.gguf)"),
+        (("model-q4.gguf",), "GGUF, llama.cpp's format, quantized as a rule (model-q4.gguf)"),
         (("adapter_config.json", "adapter_model.safetensors"), "an adapter (PEFT)"),
         (("tokenizer.json",), "a tokenizer and no model"),
         (("notes.txt",), "nothing that is known"),
@@ -309,7 +309,7 @@ READ: dict[str, Damage] = {
     ],
     "GGUF and ONNX": lambda d: [(d / name).touch() for name in ("model.gguf", "model.onnx")],
     "a mark before the config": _with_mark,
-    "no quantisation": _config(quantization_config=None),
+    "no quantization": _config(quantization_config=None),
     **{
         f"a left-over {method}": _config(quantization_config={"quant_method": method})
         for method in ("fp8", "gptq", "awq", "bitsandbytes", "compressed-tensors", "of_tomorrow")
@@ -332,7 +332,7 @@ def test_read_as_transformers_reads(dense: Path, tmp_path: Path, case: str) -> N
     assert info.shape == (64,)
     found = torch.frombuffer(raw, dtype=torch.float32)
     assert torch.equal(found, load_file(dense / "model.safetensors")[name])
-    if case == "no quantisation" or case.startswith("a left-over"):
+    if case == "no quantization" or case.startswith("a left-over"):
         assert not open_checkpoint(str(directory)).config.keys() & {"quantization_config"}
     elif case != "a mark before the config":  # at which it stops
         model = LlamaForCausalLM.from_pretrained(directory)

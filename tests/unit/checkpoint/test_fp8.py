@@ -1,4 +1,4 @@
-"""FP8 checkpoints are their dequantised weights, bit by bit, whatever part is read."""
+"""FP8 checkpoints are their dequantized weights, bit by bit, whatever part is read."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from nemo_upcycle.checkpoint.fingerprint import fingerprint
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.plans.job import plan_job
-from tests.quantised import FP8, read_block, write_fp8
+from tests.quantized import FP8, read_block, write_fp8
 from tests.tiny import write_dense
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -26,7 +26,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("way", FP8)
-def test_every_part_is_the_dequantised_weights(
+def test_every_part_is_the_dequantized_weights(
     dense: Path, tmp_path: Path, way: str, dtype: torch.dtype
 ) -> None:
     plain = write_fp8(dense, tmp_path / "fp8", way, dtype)
@@ -49,7 +49,7 @@ def test_every_part_is_the_dequantised_weights(
 
 
 @pytest.mark.parametrize("way", FP8)
-def test_the_moe_is_that_of_the_dequantised_model(dense: Path, tmp_path: Path, way: str) -> None:
+def test_the_moe_is_that_of_the_dequantized_model(dense: Path, tmp_path: Path, way: str) -> None:
     """What ignores a scale, or rounds elsewhere, writes other bytes."""
     plain = write_fp8(dense, tmp_path / "fp8", way)
     upcycling = UpcyclingConfig(num_moe_experts=4, initializer="drop(ratio=0.3)")
@@ -61,14 +61,14 @@ def test_the_moe_is_that_of_the_dequantised_model(dense: Path, tmp_path: Path, w
     assert "quantization" not in (one / "config.json").read_text()
 
 
-def test_a_dequantised_copy_is_the_same_dense_model(dense: Path, tmp_path: Path) -> None:
+def test_a_dequantized_copy_is_the_same_dense_model(dense: Path, tmp_path: Path) -> None:
     """A run that began from one may go on with the other; without scales it would not."""
     plain = write_fp8(dense, tmp_path / "fp8", "blocks")
     fp8 = open_checkpoint(str(tmp_path / "fp8"))
     assert fingerprint(fp8) == fingerprint(open_checkpoint(str(plain)))
 
 
-def test_several_fp8_models_are_averaged_dequantised(tmp_path: Path) -> None:
+def test_several_fp8_models_are_averaged_dequantized(tmp_path: Path) -> None:
     names = []
     for seed in (0, 1):
         dense = write_dense(tmp_path / f"dense{seed}", "llama", seed=seed)
@@ -90,7 +90,7 @@ def test_the_plan_counts_the_bytes_of_the_files(dense: Path, tmp_path: Path) -> 
     stored = sum(t.nbytes for name, t in file.items() if "scale" not in name)
     job = plan_job(fp8, UpcyclingConfig(num_moe_experts=4), ParallelFolding(), 1, 1)
     assert fp8.bytes == job.bytes_to_read == job.bytes_read_once == job.bytes_of_nodes[0] == stored
-    assert "28 quantised weights, dequantised while read" in fp8.note
+    assert "28 quantized weights, dequantized while read" in fp8.note
 
 
 def test_a_slice_costs_memory_of_the_slice(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def _silent(directory: Path) -> None:
 
 SCALE = f"{DOWN}_scale_inv"
 WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "no config": ("blocks", _silent, "quantised by FP8 (it has"),
+    "no config": ("blocks", _silent, "quantized by FP8 (it has"),
     "a scale is gone": (
         "blocks",
         _stored(lambda t: t.pop(SCALE)),
@@ -196,17 +196,17 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "rotations": (
         "compressed-tensors, channel",
         _said(transform_config={"config_groups": {"u": {"type": "hadamard"}}}),
-        "quantised by compressed-tensors",
+        "quantized by compressed-tensors",
     ),
     "zeros that are left out": (
         "compressed-tensors, channel",
         _said(sparsity_config={"format": "sparse-bitmask"}),
-        "quantised by compressed-tensors",
+        "quantized by compressed-tensors",
     ),
     "zero points": (
         "compressed-tensors, channel",
         _stored(lambda t: t.update({DOWN.replace("weight", "weight_zero_point"): torch.ones(1)})),
-        "quantised by compressed-tensors (its quantization_config; it has",
+        "quantized by compressed-tensors (its quantization_config; it has",
     ),
 }
 

@@ -20,7 +20,7 @@ from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.families import architecture_of
 from tests.corpora import TEXTS
 from tests.gguf_files import write_gguf
-from tests.quantised import read_block
+from tests.quantized import read_block
 from tests.tiny import write_dense
 
 pytest.importorskip("gguf")

@@ -96,7 +96,7 @@ def test_bad_upcycling_is_refused(values: dict, message: str) -> None:
         ({"moe_shared_expert": True, "weight_scaling": "none"}, False, "twice"),
         ({"initializer": "drop"}, False, "the initializer drop"),
         (SIGMOID, True, "sum to 1"),
-        (SIGMOID | {"moe_router_topk": 1}, False, "does not normalise the sigmoid score"),
+        (SIGMOID | {"moe_router_topk": 1}, False, "does not normalize the sigmoid score"),
         ({"moe_shared_expert_intermediate_size": 0.25}, True, "that the shared expert leaves"),
         (PART_G4, True, "whole copies of the part"),
         (PART_G4 | {"weight_scaling": "none"}, False, "the routed output is divided by"),

@@ -1,4 +1,4 @@
-"""A run's record says which statistics its initialisers have read."""
+"""A run's record says which statistics its initializers have read."""
 
 from dataclasses import asdict
 from pathlib import Path

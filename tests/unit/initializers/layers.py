@@ -1,4 +1,4 @@
-"""Copies of dense layers in memory, initialised without a model."""
+"""Copies of dense layers in memory, initialized without a model."""
 
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,11 @@ def neurons_of(tensors: Weights, layer: int) -> Weights:
 def initialized(
     dense: Path | str, initializer: str, parts: int = 1, **config: Any
 ) -> dict[tuple[int, int], Weights]:
-    """Return the experts' parts by layer and expert, after copies of the layer were initialised.
+    """Return the experts' parts by layer and expert, after copies of the layer were initialized.
 
     Args:
         dense: The dense checkpoint.
-        initializer: The initialiser.
+        initializer: The initializer.
         parts: Ranks that each expert is cut over.
         config: Other fields of `UpcyclingConfig`.
     """

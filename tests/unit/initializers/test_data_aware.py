@@ -1,4 +1,4 @@
-"""Expert initialisers that read statistics."""
+"""Expert initializers that read statistics."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What expert initialisers make of the dense layer's neurons."""
+"""What expert initializers make of the dense layer's neurons."""
 
 import json
 import sys
@@ -99,7 +99,7 @@ def test_noise_is_as_asked(dense: Path, tensors: Weights) -> None:
             assert abs(changed.std() / std - 1) < 5 / (2 * changed.size) ** 0.5
 
 
-def test_random_is_megatrons_initialisation(dense: Path) -> None:
+def test_random_is_megatrons_initialization(dense: Path) -> None:
     expected = json.loads((dense / "config.json").read_text())["initializer_range"]
     for parts in initialized(dense, "random").values():
         assert float(parts["gate"].std()) == pytest.approx(expected, rel=0.02)
@@ -159,7 +159,7 @@ def test_values_do_not_depend_on_the_size_of_blocks(
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An installed package of somebody else's, with an initialiser."""
+    """An installed package of somebody else's, with an initializer."""
     yield install_flip(tmp_path)
     sys.modules.pop("flipping", None)
 

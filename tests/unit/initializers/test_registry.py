@@ -1,4 +1,4 @@
-"""Initialisers are found by name, with their options."""
+"""Initializers are found by name, with their options."""
 
 import pytest
 

@@ -10,7 +10,7 @@ from nemo_upcycle.cli import app
 from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.plans.groups import rank_groups
-from nemo_upcycle.plans.groups_report import colours_of, drawn_nodes
+from nemo_upcycle.plans.groups_report import colors_of, drawn_nodes
 
 
 def test_what_stays_inside_a_node() -> None:
@@ -61,6 +61,6 @@ def test_a_world_that_does_not_divide_is_refused() -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2, 20, 32, 128, 500])
-def test_no_two_parts_have_the_same_colour(number: int) -> None:
-    shown = {tuple(round(255 * part) for part in colour) for colour in colours_of(number)}
+def test_no_two_parts_have_the_same_color(number: int) -> None:
+    shown = {tuple(round(255 * part) for part in color) for color in colors_of(number)}
     assert len(shown) == number

@@ -1,6 +1,6 @@
-"""Quantised weights in a Hugging Face directory: dequantised while reading, or refused by name.
+"""Quantized weights in a Hugging Face directory: dequantized while reading, or refused by name.
 
-FP8 is dequantised (`fp8.py`). A quantisation config over plain weights is left over from a merge or
+FP8 is dequantized (`fp8.py`). A quantization config over plain weights is left over from a merge or
 a conversion: the weights are read, as transformers does where it can.
 """
 
@@ -21,7 +21,7 @@ from nemo_upcycle.checkpoint.fp8 import (
 from nemo_upcycle.errors import UpcyclingError, listing
 
 KEYS = ("quantization_config", "compression_config")
-"""Keys of config.json that describe a quantisation; the second is that of older checkpoints."""
+"""Keys of config.json that describe a quantization; the second is that of older checkpoints."""
 
 _TENSORS = {
     r"\.(weight_scale_inv|weight_scale|input_scale|activation_scale)": "FP8",
@@ -38,18 +38,18 @@ _TENSORS = {
     r"\.(centroids|indices)(\.weight)?": "VPTQ",
     r"_(blocks|scales)": "MXFP4",
 }
-"""Endings of names of tensors that belong to quantised weights."""
+"""Endings of names of tensors that belong to quantized weights."""
 
 _CHANGES_THE_MODEL = ("bitnet", "fp_quant", "fouroversix", "sinq", "higgs", "quark")
 """Methods whose models compute something else than their weights, even if these are plain."""
 
-_SELF_DEQUANTISED = ("bitsandbytes", "higgs")
+_SELF_DEQUANTIzED = ("bitsandbytes", "higgs")
 """Methods whose models have a working `dequantize()` in transformers 4."""
 
 
 @dataclass(frozen=True)
-class Quantisation:
-    """What a config.json says of a quantisation.
+class Quantization:
+    """What a config.json says of a quantization.
 
     Attributes:
         key: The key in config.json.
@@ -86,8 +86,8 @@ class Quantisation:
         return bool(transforms.get("config_groups")) or sparsity.get("format", "dense") != "dense"
 
 
-def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
-    """Return what a config says of a quantisation; None if nothing."""
+def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
+    """Return what a config says of a quantization; None if nothing."""
     key = next((key for key in KEYS if config.get(key)), None)
     if key is None:
         return None
@@ -95,82 +95,82 @@ def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
     method = said.get("quant_method")
     if method is None and any(said.get(name) for name in ("load_in_4bit", "load_in_8bit")):
         method = "bitsandbytes"
-    return Quantisation(key, str(method or "a method that it does not name"), said)
+    return Quantization(key, str(method or "a method that it does not name"), said)
 
 
-def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of the dequantised model."""
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of the dequantized model."""
     return {key: value for key, value in config.items() if key not in KEYS}
 
 
-def check_known(quantisation: Quantisation | None, where: str) -> None:
-    """Check, without weights, that weights of a quantisation could be read.
+def check_known(quantization: Quantization | None, where: str) -> None:
+    """Check, without weights, that weights of a quantization could be read.
 
     Raises:
         UpcyclingError: They could not.
     """
-    if quantisation is not None and quantisation.scheme(where) is None:
-        raise refused(where, f"{quantisation.method} (its {quantisation.key})", quantisation.method)
+    if quantization is not None and quantization.scheme(where) is None:
+        raise refused(where, f"{quantization.method} (its {quantization.key})", quantization.method)
 
 
-def dequantised(
+def dequantized(
     entries: Mapping[str, Entry],
-    quantisation: Quantisation | None,
+    quantization: Quantization | None,
     config: Mapping[str, Any],
     where: str,
 ) -> tuple[dict[str, Entry], dict[str, ScaledWeight]]:
-    """Return the tensors of the dequantised model.
+    """Return the tensors of the dequantized model.
 
     Args:
         entries: The stored tensors.
-        quantisation: What the config says.
-        config: The config, whose dtype dequantised weights get; BF16 without one.
+        quantization: What the config says.
+        config: The config, whose dtype dequantized weights get; BF16 without one.
         where: Name of the checkpoint, for errors.
 
     Returns:
         The tensors without scales, and the weights that have scales.
 
     Raises:
-        UpcyclingError: Weights are quantised in another way than FP8, or scales do not fit.
+        UpcyclingError: Weights are quantized in another way than FP8, or scales do not fit.
     """
-    scheme = quantisation.scheme(where) if quantisation is not None else None
+    scheme = quantization.scheme(where) if quantization is not None else None
     scaled: dict[str, ScaledWeight] = {}
     if scheme is not None and any(info.dtype == WEIGHT for info, _ in entries.values()):
         dtype = dtype_called(config.get("dtype") or config.get("torch_dtype")) or "BF16"
         entries, scaled = scaled_weights(entries, scheme, dtype, where)
-    _check_plain(entries, quantisation, where)
+    _check_plain(entries, quantization, where)
     return dict(entries), scaled
 
 
 def _check_plain(
-    entries: Mapping[str, Entry], quantisation: Quantisation | None, where: str
+    entries: Mapping[str, Entry], quantization: Quantization | None, where: str
 ) -> None:
-    """Check that the remaining tensors are not quantised.
+    """Check that the remaining tensors are not quantized.
 
     Raises:
         UpcyclingError: Some are, by their names; or by their dtypes, if the config names a method.
     """
-    by_config = f"{quantisation.method} (its {quantisation.key}" if quantisation else None
+    by_config = f"{quantization.method} (its {quantization.key}" if quantization else None
     for ending, method in _TENSORS.items():
         found = [name for name in entries if re.search(f"{ending}$", name)]
         if found:
             by = f"{by_config}; it has" if by_config else f"{method} (it has"
-            name = quantisation.method if quantisation else method
+            name = quantization.method if quantization else method
             raise refused(where, f"{by} {listing(found, 3)})", name)
     odd = [
         f"{name} in {e[0].dtype}" for name, e in entries.items() if e[0].dtype not in DTYPE_BYTES
     ]
-    if quantisation and odd:
-        raise refused(where, f"{by_config}; it has {listing(odd, 3)})", quantisation.method)
+    if quantization and odd:
+        raise refused(where, f"{by_config}; it has {listing(odd, 3)})", quantization.method)
 
 
 def refused(where: str, by: str, method: str) -> UpcyclingError:
     """Return the error for weights that are not read."""
     way = "Give the original checkpoint"
-    if method in _SELF_DEQUANTISED:
+    if method in _SELF_DEQUANTIzED:
         way += "; or load this one with from_pretrained, call the model's dequantize(), and save "
         way += "the model with save_pretrained"
     return UpcyclingError(
-        f"{where} is quantised by {by}; expected weights in F32, BF16 or F16, or in FP8 with "
+        f"{where} is quantized by {by}; expected weights in F32, BF16 or F16, or in FP8 with "
         f"scales. {way}."
     )

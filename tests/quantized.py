@@ -1,4 +1,4 @@
-"""Tiny FP8 checkpoints, and the weights that they have once dequantised."""
+"""Tiny FP8 checkpoints, and the weights that they have once dequantized."""
 
 import json
 import shutil
@@ -102,7 +102,7 @@ def write_fp8(dense: Path, directory: Path, way: str, dtype: torch.dtype = BF16)
         dtype: dtype of the other weights, which config.json says.
 
     Returns:
-        Directory of the dequantised model, beside the other.
+        Directory of the dequantized model, beside the other.
     """
     kind, plain = FP8[way], directory.with_name(f"{directory.name}-plain")
     for path in (directory, plain):
