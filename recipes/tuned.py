@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,9 @@ def as_given(recipe: Recipe, names: Collection[str]) -> Allowed:
     folding = {name: value for name, value in vars(recipe.folding).items() if name in names}
     batch = recipe.schedule.micro_batch_size if "micro_batch_size" in names else None
     recompute = recipe.recompute if "recompute" in names else None
-    given = Given(folding, batch, recompute)
-    return given if given.settings else everything
+    multiple_of = prod(getattr(recipe, name) for name in GPUS if name in names)
+    given = Given(folding, batch, recompute, multiple_of)
+    return everything if given == Given() else given
 
 
 def _savings(recipe: Recipe, names: Collection[str]) -> list[OptimizerStorage]:

@@ -113,6 +113,8 @@ def _ways(
         yield f"global_batch_size={_or(batches)}"
 
     def of_gpus(gpus: int) -> bool:
+        if gpus % given.gpus_multiple_of:
+            return False
         on = of_job(hardware, gpus)
         return works(workload, on, mappings_of(workload, gpus, on, allowed))
 

@@ -40,11 +40,13 @@ class Given:
         folding: Fields of `ParallelFolding` by name.
         micro_batch_size: Sequences of a microbatch; None if not given.
         recompute: A key of `RECOMPUTE`; None if not given.
+        gpus_multiple_of: What divides each number of GPUs that the given nodes can have.
     """
 
     folding: dict[str, Any] = field(default_factory=dict)
     micro_batch_size: int | None = None
     recompute: str | None = None
+    gpus_multiple_of: int = 1
 
     def __call__(self, mapping: Mapping) -> bool:
         return (
@@ -65,7 +67,7 @@ class Given:
             return replace(self, folding={k: v for k, v in self.folding.items() if k != name})
         recompute = None if name == "recompute" else self.recompute
         batch = None if name == "micro_batch_size" else self.micro_batch_size
-        return Given(self.folding, batch, recompute)
+        return replace(self, micro_batch_size=batch, recompute=recompute)
 
 
 def given_by(allowed: Allowed) -> Given:
