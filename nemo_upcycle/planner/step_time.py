@@ -118,11 +118,11 @@ class _Step:
         # While the pipeline fills and empties, nothing hides what is sent.
         bubble = (self.pp - 1) * (mean.total / virtual + self.sending)
         uneven = microbatches * (slowest - mean.total)
-        # What is sent hides behind the stage that sets the pace, and gradients behind both: behind
-        # less than that, a faster stage would make the step slower.
+        # What is sent hides behind the stage that sets the pace. Gradients hide behind a stage and
+        # what is sent: behind the stage alone, a faster stage would make the step slower.
         exposed = self.exposed_sending(slowest)
         waiting = microbatches * exposed
-        once = self.once(slowest + exposed)
+        once = self.once(mean.total + exposed)
         return mean * microbatches + StepTime(pipeline=bubble + uneven + waiting) + once
 
     @property
