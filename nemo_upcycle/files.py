@@ -4,6 +4,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -102,6 +103,29 @@ def write_whole(path: Path, content: str | bytes) -> None:
         except BaseException:
             new.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """Yield a temporary directory that is renamed at the end, or removed after an error.
+
+    Args:
+        directory: The directory, which must not be there at the end.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    made = [parent for parent in partial.parents if not parent.exists()]
+    try:
+        if partial.exists():  # left by a killed process
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 def lock(file: IO[Any]) -> bool:

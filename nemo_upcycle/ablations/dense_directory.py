@@ -1,6 +1,5 @@
 """A dense model that was trained on one rank, as a Hugging Face directory."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from nemo_upcycle.checkpoint import HuggingFaceCheckpoint
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.engine.owned_shards import owned_shards
+from nemo_upcycle.files import whole_directory
 from nemo_upcycle.plans.rank import make_plan
 
 
@@ -40,19 +40,17 @@ def write_dense(model: torch.nn.Module, source: Path, directory: Path) -> None:
             branches=1,
         )
         assert plan.tensors == dense.tensors.keys()  # none stays as it was
-    partial = directory.with_name(f".{directory.name}.partial")
-    for old in (partial, directory):
-        shutil.rmtree(old, ignore_errors=True)
-    shutil.copytree(source, partial)
-    for file in partial.glob("*.safetensors"):
-        tensors = load_file(file)
-        for block, targets in plan.copies.items():
-            if block.tensor in tensors:
-                start, stop = targets[0].rows
-                values = owned[targets[0].shard].data[start:stop]
-                tensors[block.tensor][slice(*block.rows)] = values.to(tensors[block.tensor].dtype)
-        save_file(tensors, file, {"format": "pt"})
-    os.replace(partial, directory)
+    shutil.rmtree(directory, ignore_errors=True)
+    with whole_directory(directory) as copy:
+        shutil.copytree(source, copy, dirs_exist_ok=True)
+        for file in copy.glob("*.safetensors"):
+            tensors = load_file(file)
+            for block, targets in plan.copies.items():
+                if block.tensor in tensors:
+                    start, stop = targets[0].rows
+                    values, stored = owned[targets[0].shard].data[start:stop], tensors[block.tensor]
+                    stored[slice(*block.rows)] = values.to(stored.dtype)
+            save_file(tensors, file, {"format": "pt"})
 
 
 class KeptWeights(pl.Callback):

@@ -23,7 +23,7 @@ from nemo_upcycle.errors import UpcyclingError
 
 Tokens = npt.NDArray[np.int32]
 
-TOKENIzED = ".bin"
+TOKENIZED = ".bin"
 """End of a source's name that is tokenized data."""
 
 _DOCUMENTS_AT_ONCE = 256
@@ -99,14 +99,14 @@ def check_tokenizer(names: Sequence[str], directory: Path) -> None:
     Raises:
         UpcyclingError: As of `TokenizerCheck`; or a dataset is damaged or missing.
     """
-    if tokenized := [name for name in names if name.endswith(TOKENIzED)]:
+    if tokenized := [name for name in names if name.endswith(TOKENIZED)]:
         check = TokenizerCheck(load_tokenizer(directory))
         for name in tokenized:
             check.check(_dataset(name))
 
 
 def _read(name: str, tokens: int, encoder: Encoder, length: int, selection: Selection) -> Source:
-    tokenized = name.endswith(TOKENIzED)
+    tokenized = name.endswith(TOKENIZED)
     documents = _tokenized(name) if tokenized else _documents(name, encoder, selection)
     stream = np.fromiter(
         itertools.islice(itertools.chain.from_iterable(documents), tokens), np.int32
@@ -135,7 +135,7 @@ def _tokenized(name: str) -> Iterator[npt.NDArray[Any]]:
 
 
 def _dataset(name: str) -> Dataset:
-    return Dataset(DataPath(name.removesuffix(TOKENIzED)))
+    return Dataset(DataPath(name.removesuffix(TOKENIZED)))
 
 
 def _texts(name: str, selection: Selection) -> Iterator[str]:

@@ -28,7 +28,7 @@ Span = tuple[int, int]
 STRIP = 2**14
 """Values that are dequantized at a time: so few that torch starts no threads of its own."""
 
-DEQUANTIzING_BYTES = 64 * STRIP
+DEQUANTIZING_BYTES = 64 * STRIP
 """Memory of dequantizing, at most, beside the values themselves and one scale per row."""
 
 

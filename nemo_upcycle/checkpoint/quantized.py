@@ -43,7 +43,7 @@ _TENSORS = {
 _CHANGES_THE_MODEL = ("bitnet", "fp_quant", "fouroversix", "sinq", "higgs", "quark")
 """Methods whose models compute something else than their weights, even if these are plain."""
 
-_SELF_DEQUANTIzED = ("bitsandbytes", "higgs")
+_SELF_DEQUANTIZED = ("bitsandbytes", "higgs")
 """Methods whose models have a working `dequantize()` in transformers 4."""
 
 
@@ -167,7 +167,7 @@ def _check_plain(
 def refused(where: str, by: str, method: str) -> UpcyclingError:
     """Return the error for weights that are not read."""
     way = "Give the original checkpoint"
-    if method in _SELF_DEQUANTIzED:
+    if method in _SELF_DEQUANTIZED:
         way += "; or load this one with from_pretrained, call the model's dequantize(), and save "
         way += "the model with save_pretrained"
     return UpcyclingError(

@@ -137,8 +137,8 @@ def _activation(values: Values, family: str) -> str:
             return name
     why = "only that can be upcycled"
     if (family, said) == ("gemma", "gelu"):
-        why = "the function that Gemma was trained with, by which older versions of transformers "
-        why += (
+        why = (
+            "the function that Gemma was trained with, by which older versions of transformers "
             "replaced it. Newer ones compute exact GELU, as config.json says; correct config.json"
         )
     raise unfit("hidden_act", said, f"{usual!r}: {why}")

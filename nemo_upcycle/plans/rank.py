@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nemo_upcycle.checkpoint import DTYPE_BYTES, Span, TensorInfo
 from nemo_upcycle.checkpoint.branches import branch_name
-from nemo_upcycle.checkpoint.dense import DEQUANTIzING_BYTES
+from nemo_upcycle.checkpoint.dense import DEQUANTIZING_BYTES
 from nemo_upcycle.checkpoint.megatron import VOCABULARY
 from nemo_upcycle.config import UpcyclingConfig
 from nemo_upcycle.errors import UpcyclingError
@@ -371,7 +371,7 @@ def peak_bytes(plan: Plan, tensors: Mapping[str, TensorInfo], dtype: str) -> int
         if source != dtype and len(targets) > 1:
             converted = max(converted, values * DTYPE_BYTES[dtype])
         if tensors[block.tensor].packed is not None:  # a strip, and a scale per row
-            strips = max(strips, DEQUANTIzING_BYTES + rows * DTYPE_BYTES["F32"])
+            strips = max(strips, DEQUANTIZING_BYTES + rows * DTYPE_BYTES["F32"])
         if tensors[block.tensor].sources > 1:  # two chunks more, and two in fp32
             averaged = max(averaged, 2 * rows * row_bytes + 2 * values * DTYPE_BYTES["F32"])
     return min(BUFFERS, count) * (largest + averaged + strips) + converted

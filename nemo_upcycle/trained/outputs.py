@@ -4,9 +4,8 @@ The operations of upcycling say which rows of which tensors make up a Megatron p
 backwards, the operations say where the parameter's rows go.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from nemo_upcycle.errors import UpcyclingError, listing
 from nemo_upcycle.families.model import MoEModel
 from nemo_upcycle.families.moe_family import MoEFamily
 from nemo_upcycle.families.names import expert_of, layer_of, pattern_of
+from nemo_upcycle.files import whole_directory
 from nemo_upcycle.progress import Progress, size
 from nemo_upcycle.trained.configs import write_json
 
@@ -261,7 +261,7 @@ def new_directory(
     """
     check_new(directory, inputs)
     try:
-        with _made_whole(directory) as partial:
+        with whole_directory(directory) as partial:
             yield partial
     except OSError as error:
         raise UpcyclingError(
@@ -287,22 +287,3 @@ def check_new(directory: Path, inputs: Iterable[Path] = ()) -> None:
             raise UpcyclingError(
                 f"{directory} lies in the input {given}; expected a directory outside of it."
             )
-
-
-@contextmanager
-def _made_whole(directory: Path) -> Iterator[Path]:
-    """Yield a temporary directory that is renamed at the end, or removed after an error."""
-    partial = directory.with_name(directory.name + ".partial")
-    made = [parent for parent in partial.parents if not parent.exists()]
-    try:
-        if partial.exists():  # left by a killed export
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
-        raise

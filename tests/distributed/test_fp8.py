@@ -32,7 +32,7 @@ def test_logits_are_those_of_the_dequantized_model(
     assert (evaluated - dense_logits(plain, IDS)).abs().max() <= TOLERANCE
 
 
-DEQUANTIzED = """
+DEQUANTIZED = """
 import sys, torch, transformers
 assert transformers.__version__ >= "5", transformers.__version__
 for directory in sys.argv[1:]:
@@ -48,7 +48,7 @@ def test_transformers_5_dequantizes_alike(
     """Without a GPU, transformers 5 dequantizes as it loads."""
     ways = {name: tmp_path / str(number) for number, name in enumerate(WAYS)}
     plain = {name: write_fp8(dense, path, name) for name, path in ways.items()}
-    transformers5.end(transformers5.start(transformers_5, DEQUANTIzED, *map(str, ways.values())))
+    transformers5.end(transformers5.start(transformers_5, DEQUANTIZED, *map(str, ways.values())))
     for name, path in ways.items():
         expected, found = (
             load_file(plain[name] / "model.safetensors"),
