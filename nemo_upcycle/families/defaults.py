@@ -216,4 +216,4 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Defaults by model type and key. A family's class does not read keys that are missing here, with
 one exception: the models of Qwen2, Qwen2-MoE, SmolLM3, Phi-3, Granite and GLM-4-MoE read `head_dim`
-if set."""
+if set. StableLM's RoPE reads the key, and its attention does not."""

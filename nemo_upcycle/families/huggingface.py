@@ -27,6 +27,9 @@ _ONE_KEY_PER_QUERY = (
 NORMS = {"nemotron": "LayerNorm1p", "gemma": "RMSNorm1p", "stablelm": "LayerNorm"}
 """Kinds of norms by family, see `Architecture`; RMSNorm where none is said."""
 
+_DERIVED_HEAD_WIDTH = ("stablelm",)
+"""Families whose attention does not read `head_dim`, though their RoPE does."""
+
 ROUNDED_ROOT = ("gemma",)
 """Families whose embeddings are multiplied by the root of the hidden size, in their dtype."""
 
@@ -60,7 +63,7 @@ def read_architecture(config: Mapping[str, Any], family: str, **fields: Any) -> 
             raise unfit(feature, True, "false: only a model without it can be upcycled")
     if QKV_BIAS in values.defaults:
         fields["add_qkv_bias"] = values.flag(QKV_BIAS)
-    head_width = _head_width(values)
+    head_width = _head_width(values, family)
     arch = Architecture(
         num_layers=_layers(values),
         hidden_size=values.count("hidden_size"),
@@ -108,13 +111,20 @@ def _layers(values: Values) -> int:
     return values.count("num_hidden_layers", most=MOST_LISTED)
 
 
-def _head_width(values: Values) -> int:
+def _head_width(values: Values, family: str) -> int:
     """Return the width per head from the config, or else the hidden size over the heads."""
     key = "head_dim"
+    hidden, heads = values.count("hidden_size"), values.count("num_attention_heads")
+    derived = hidden // heads
+    if family in _DERIVED_HEAD_WIDTH and hidden % heads:
+        raise unfit("hidden_size", hidden, f"a multiple of num_attention_heads={heads}")
     null_fits = values.defaults.get(key, 0) is None  # the classes that derive it
-    if key in values.said and not (null_fits and values.is_null(key)):
-        return values.count(key)
-    return values.count("hidden_size") // values.count("num_attention_heads")
+    if key not in values.said or (null_fits and values.is_null(key)):
+        return derived
+    width = values.count(key)
+    if family in _DERIVED_HEAD_WIDTH and width != derived:
+        raise unfit(key, width, f"{derived}, the hidden size over the heads, or no {key}")
+    return width
 
 
 def _query_groups(values: Values, family: str) -> int:

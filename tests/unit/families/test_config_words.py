@@ -251,6 +251,8 @@ def test_what_transformers_reads_is_read(config: dict, expected: dict) -> None:
         ("gemma", {"num_key_value_heads": None}, "num_key_value_heads=null"),
         ("gemma", {"use_bidirectional_attention": True}, "with which tokens of a Gemma see those"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True; expected false"),
+        ("stablelm", {"head_dim": 32}, "head_dim=32; expected 8, the hidden size over the heads"),
+        ("stablelm", {"hidden_size": 66}, "hidden_size=66; expected a multiple of num_attention"),
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual=True; expected"),
         ("stablelm", {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 48},
          "RoPE over 3 of the 12 numbers of a head; expected pairs"),
