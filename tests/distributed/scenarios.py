@@ -140,12 +140,12 @@ def prove(
         save_to: Directory for Megatron's distributed checkpoint.
     """
     chunks = build(dense, folding, upcycling)
-    weights = {}
+    mine, weights = owned(chunks), {}
     for name, way in ways.items():
         fill_with_nan(chunks)
         chosen = replace(upcycling, **way.upcycling)
-        load.fill(chunks, open_branches(way.source), chosen, read_once=way.read_once)
-        weights[name] = shards(chunks)
+        load.fill_shards(mine, open_branches(way.source), chosen, read_once=way.read_once)
+        weights[name] = [(own.shard, own.data.clone()) for own in mine]
     _save(chunks, save_to)
     step0 = logits(chunks, ids[:, :-1])
     make_experts_differ(chunks)

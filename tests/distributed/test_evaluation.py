@@ -294,7 +294,6 @@ def test_the_command(models: Models, tmp_path: Path) -> None:
         *("nemo-upcycle", "evaluate", str(models.step0), "--tasks", TASK, "--ep", "2"),
         *("--include-path", str(models.task), "--dense", str(models.dense), "--limit", "10"),
         *("--tokenizer", str(models.dense)),
-        forked=True,  # not the ranks
     )
     assert "Traceback" not in said
     assert "Warning" not in said
@@ -312,7 +311,8 @@ def test_what_is_missing_is_named(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "https://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    said = cli.run(tmp_path, "nemo-upcycle", "evaluate", str(models.step0), "--tasks", "piqa")
+    words = ("nemo-upcycle", "evaluate", str(models.step0), "--tasks", "piqa")
+    said = cli.run(tmp_path, *words, forked=False)  # the import reads the environment
     (line,) = said.strip().splitlines()
     assert line.startswith("Error: A data set of piqa (of baber/piqa) is not on this machine")
     assert "TaskManager().load(['piqa'])" in line

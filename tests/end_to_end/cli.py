@@ -1,4 +1,4 @@
-"""Run the real commands as a user would, each in new processes."""
+"""Run the real commands, each in processes of its own."""
 
 import os
 import subprocess
@@ -26,11 +26,12 @@ def run(directory: Path, *words: str, forked: bool | None = None) -> str:
     Args:
         directory: Where it runs.
         words: The command.
-        forked: Whether the process is a fork of one that has imported NeMo: by default a `nemo`
-            command that starts no job is.
+        forked: Whether the process is a fork of one that has imported NeMo: by default one that
+            starts no job is.
     """
     if forked is None:
-        forked = words[0] == "nemo" and "--yes" not in words
+        starts_jobs = "--yes" in words or "ablate" in words
+        forked = words[0] in ("nemo", "nemo-upcycle") and not starts_jobs
     if forked:
         return zygote().run(directory, words)
     return run_script(directory, *command(*words))

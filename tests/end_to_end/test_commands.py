@@ -22,7 +22,7 @@ def test_light_commands_import_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_nemo_upcycle_has_the_same_commands(tmp_path: Path) -> None:
-    light = cli.run(tmp_path, "nemo-upcycle", "--help")
+    light = cli.run(tmp_path, "nemo-upcycle", "--help", forked=False)
     heavy = cli.run(tmp_path, "nemo", "upcycle", "--help")
     assert "Couldn't load entrypoint" not in heavy
 
@@ -36,7 +36,7 @@ def test_nemo_upcycle_has_the_same_commands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [["--help"], ["num_nodes=16", "--rank", "5"]])
 def test_plan_is_the_same_under_nemo(tmp_path: Path, words: list[str]) -> None:
-    light = cli.run(tmp_path, "nemo-upcycle", "plan", *words)
+    light = cli.run(tmp_path, "nemo-upcycle", "plan", *words, forked=False)
     heavy = cli.run(tmp_path, "nemo", "upcycle", "plan", *words)
     # NeMo may warn before it, and `--help` begins with the command's own name.
     lines = [line for line in light.splitlines() if "Usage:" not in line and line.strip()]
@@ -45,7 +45,8 @@ def test_plan_is_the_same_under_nemo(tmp_path: Path, words: list[str]) -> None:
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
-    output = cli.run(tmp_path, "nemo-upcycle", "data", "tokenizer", "nope.jsonl", "--out", "x")
+    words = ("nemo-upcycle", "data", "tokenizer", "nope.jsonl", "--out", "x")
+    output = cli.run(tmp_path, *words, forked=False)
     lines = [line for line in output.splitlines() if line.strip()]
     assert lines[0].startswith("Error: ")
     assert "Traceback" not in output

@@ -262,7 +262,6 @@ def test_a_text_longer_than_a_row_is_named(workspace: Path) -> None:
         "2",
         "--limit",
         "3",
-        forked=True,
     )
     assert "Traceback" not in said
     line = said.strip().splitlines()[-1]
@@ -278,7 +277,7 @@ def test_several_ranks_say_it_once(workspace: Path) -> None:
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, damaged / "model.safetensors", {"format": "pt"})
     words = ("nemo-upcycle", "generate", "damaged", "def", "--tp", "2")
-    said = cli.run(workspace, *words, forked=True)  # not the ranks
+    said = cli.run(workspace, *words)
     (line,) = said.strip().splitlines()
     assert line.startswith("Error: Tensor model.norm.weight of damaged holds NaN or Inf")
 
@@ -295,7 +294,6 @@ def test_results_are_there_before_the_dense_model_is_begun(workspace: Path) -> N
         workspace,
         *("nemo-upcycle", "evaluate", "dense_hf", *TASK, "--limit", "3"),
         *("--dense", "dense_nan", "--out", "kept"),
-        forked=True,
     )
     assert said.strip().splitlines()[-1].startswith("Error: Tensor model.norm.weight of dense_nan")
     results = json.loads((workspace / "kept" / "results.json").read_text())
@@ -305,7 +303,7 @@ def test_results_are_there_before_the_dense_model_is_begun(workspace: Path) -> N
 
 def test_models_of_other_context_lengths_are_given_rows_of_one(workspace: Path) -> None:
     words = ["nemo-upcycle", "evaluate", "dense_hf", *TASK, "--limit", "5"]
-    said = cli.run(workspace, *words, "--dense", "shorter", "--out", "cut", forked=True)
+    said = cli.run(workspace, *words, "--dense", "shorter", "--out", "cut")
     assert "Rows are cut at 128 tokens." in said
     results, dense = (
         json.loads((workspace / "cut" / f"{name}.json").read_text())
@@ -318,7 +316,7 @@ def test_models_of_other_context_lengths_are_given_rows_of_one(workspace: Path) 
 
 def test_what_is_made_ends_at_the_context_length(workspace: Path) -> None:
     words = ("nemo-upcycle", "generate", "shorter", "def main(", "--max-new-tokens", "200")
-    said = cli.run(workspace, *words, forked=True)
+    said = cli.run(workspace, *words)
     note, *made = said.strip().splitlines()
     found = re.fullmatch(
         r"--max-new-tokens is 200; generating (\d+), because the prompt has (\d+) tokens and "

@@ -78,4 +78,4 @@ def test_generate_prints_the_text_alone(said: dict[str, list[str]]) -> None:
 def test_verbose_prints_what_the_libraries_say(tmp_path: Path) -> None:
     make_workspace(tmp_path / "demo")
     words = f"nemo-upcycle -v {COMMANDS['data tokenize']}".split()
-    assert "site-packages" in cli.run(tmp_path, *words)
+    assert "site-packages" in cli.run(tmp_path, *words, forked=False)

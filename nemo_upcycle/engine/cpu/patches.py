@@ -140,6 +140,8 @@ class CudaToCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not kwargs and func not in _OF_DEVICES:  # nearly all calls
+            return func(*args)
         kwargs = dict(kwargs or {})
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
@@ -154,6 +156,11 @@ class CudaToCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args, **kwargs)
+
+
+_OF_DEVICES = frozenset(
+    getattr(torch.Tensor, name) for name in ("cuda", "pin_memory", "record_stream", "to", "type")
+)
 
 
 def _all_gather(
