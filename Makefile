@@ -12,7 +12,7 @@ VENV_MEGATRON ?= .venv-megatron
 BIN_MEGATRON := $(abspath $(VENV_MEGATRON))/bin
 INSTALLED_MEGATRON := $(VENV_MEGATRON)/.installed
 
-.PHONY: demo demo-real test test-fast test-megatron test-slurm test-all lint clean
+.PHONY: demo demo-real test test-thorough test-fast test-megatron test-slurm test-all lint clean
 
 demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, with a picture.
 	PATH="$(BIN):$$PATH" examples/demo.sh
@@ -22,11 +22,15 @@ demo-real: $(INSTALLED)  ## A real model, SmolLM2-135M: upcycled, verified, trai
 
 # Tests of 2 to 4 ranks keep as many cores busy, so few processes suffice.
 PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : cores < 12 ? cores / 2 : 6)))
+SEVERAL := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup
 test: $(INSTALLED)  ## All tests that belong to every change; PROCESSES=2 runs two files at a time.
-	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup -m "not slow"
+	$(SEVERAL) -m "not thorough and not slow"
+
+test-thorough: $(INSTALLED)  ## What `make test` proves, over all mappings, kinds of models and accidents.
+	$(SEVERAL) -m "thorough and not slow"
 
 test-fast: $(INSTALLED)  ## What needs no NeMo, no Megatron-Core and no other process: under a minute.
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup -m "not slow" tests/unit
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup -m "not thorough and not slow" tests/unit
 
 test-megatron: $(INSTALLED_MEGATRON)  ## The front for Megatron-LM and Bridge, on Megatron-Core 0.19 without NeMo.
 	$(BIN_MEGATRON)/python -m pytest -m "not slow" tests/megatron

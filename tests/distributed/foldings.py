@@ -92,7 +92,7 @@ FOLDINGS = {
 
 ONE_RANK = {f"1 rank, {dense}": spread(1, dense=dense) for dense in DENSE}
 
-WITH_EVERY_CHANGE = {
+OF_EVERY_PAIR = {
     *("DP2", "EP2", "TP2-ETP1", "TP2-tied", "CP2-ETP2"),
     *("PP2-last1", "PP2-tied", "PP2-VPP2-ends"),
     *("DP4", "EP2-EDP2", "ETP2-EDP2", "TP4-EP2-ETP2"),
@@ -100,10 +100,21 @@ WITH_EVERY_CHANGE = {
     *("PP4-first1-last1", "PP4-VPP2", "PP2-EP2-first1", "PP2-TP2-ETP2-tied", "PP2-VPP2-CP2"),
     "PP2-VPP2-TP2-EP2-ETP1",
 }
-"""Mappings in which each kind of parallelism meets each other; the others are slow tests."""
+"""Mappings in which each kind of parallelism meets each other; all else are slow tests."""
 
-NAMES = [
-    pytest.param(name, marks=() if name in WITH_EVERY_CHANGE else pytest.mark.slow)
-    for name in FOLDINGS
-]
+OF_EVERY_KIND = {
+    *("EP2", "TP2-tied", "CP2-ETP2", "PP2-VPP2-ends", "EP2-EDP2", "TP4-EP2-ETP2"),
+    *("TP2-DP2-EP2-ETP1", "PP2-TP2-ETP2-tied", "PP2-VPP2-TP2-EP2-ETP1"),
+}
+"""Mappings that `make test` runs: each kind of parallelism is in one at least."""
+
+
+def marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Return the marks of a mapping's case of a test that runs over all mappings."""
+    if name in OF_EVERY_KIND | ONE_RANK.keys():
+        return ()
+    return (pytest.mark.thorough if name in OF_EVERY_PAIR else pytest.mark.slow,)
+
+
+NAMES = [pytest.param(name, marks=marks(name)) for name in FOLDINGS]
 """All mappings, to parametrize a test with."""

@@ -46,6 +46,7 @@ def with_rope(workspace: Path, directory: Path, base: float) -> Path:
     return directory
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_trains_the_same_by_any_name(
     ranks: RankPool, workspace: Path, tmp_path: Path
 ) -> None:

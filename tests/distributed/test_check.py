@@ -9,6 +9,7 @@ import pytest
 from nemo_upcycle.check.findings import KILLED_AND_RESUMED, MAPPING_CHECKS, Outcome
 from nemo_upcycle.config import ParallelFolding
 from tests.distributed.pool import RankPool, nemo_recipe
+from tests.thorough import thorough
 from tests.tiny import write_dense
 
 EP2, DP2 = ParallelFolding.of(ep=2), ParallelFolding()
@@ -92,10 +93,10 @@ def test_files(well: tuple[Outcome, Path]) -> None:
     ("breakage", "expected"),
     [
         ("wrong_groups", "groups"),
-        ("groups_not_as_planned", "groups"),
+        thorough(("groups_not_as_planned", "groups")),
         ("zero_expert", "step 0"),
-        ("experts_in_another_order", "export"),
-        ("experts_trained_in_another_order", "loss"),
+        thorough(("experts_in_another_order", "export")),
+        thorough(("experts_trained_in_another_order", "loss")),
         ("doubled_gradient", "gradient norm"),
     ],
 )
@@ -142,7 +143,7 @@ def test_an_error_of_one_rank_is_told_and_the_next_mapping_runs(
     ("breakages", "found"),
     [
         (["killed_in_this_process", "optimizer_not_loaded"], "losses step 3"),
-        (["never_killed"], "exit code 0"),
+        thorough((["never_killed"], "exit code 0")),
     ],
 )
 def test_a_bad_resume_is_found(
@@ -155,7 +156,7 @@ def test_a_bad_resume_is_found(
     assert found in outcome.failures[0].found
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2, tied", "qwen3", "nemotron"])
+@pytest.mark.parametrize("family", [*map(thorough, ("llama", "qwen2, tied", "nemotron")), "qwen3"])
 def test_a_users_model(ranks: RankPool, tmp_path: Path, family: str) -> None:
     dense = write_dense(tmp_path / "dense", family)
     outcome, _ = ranks.run(

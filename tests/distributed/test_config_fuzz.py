@@ -20,6 +20,8 @@ from tests.distributed.config_draws import FAMILIES, write
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.tiny import tokens
 
+pytestmark = pytest.mark.thorough
+
 DRAWS = int(os.environ.get("UPCYCLE_FUZZ", "40"))
 IDS = tokens(rows=2, length=40, vocab_size=96)
 TOLERANCE = 2e-5

@@ -323,6 +323,7 @@ def indices(prefix: Path) -> set[str]:
     return {file.name for file in (prefix / "cache" / "GPTDataset_indices").iterdir()}
 
 
+@pytest.mark.thorough
 def test_other_data_under_the_same_prefix_are_trained_on(
     ranks: RankPool, workspace: Path, tmp_path: Path
 ) -> None:

@@ -125,6 +125,7 @@ ONE = ParallelFolding()
 LIMITS = [20, pytest.param(500, marks=pytest.mark.slow)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("limit", LIMITS)
 def test_any_ranks_and_the_export_agree(ranks: RankPool, models: Models, limit: int) -> None:
     found = [
@@ -191,6 +192,7 @@ def answers(source: Path, tokenizer: Path, folding: ParallelFolding) -> dict[str
     }
 
 
+@pytest.mark.thorough
 def test_all_kinds_of_requests(ranks: RankPool, models: Models) -> None:
     """Against lm-eval's own model class over transformers, which says what truncation is."""
     options = {"tokenizer": models.dense}
@@ -306,6 +308,7 @@ def test_the_command(models: Models, tmp_path: Path) -> None:
     assert (tmp_path / "evaluation" / "scores.md").read_text().count("+0.0000") == 2
 
 
+@pytest.mark.thorough
 def test_what_is_missing_is_named(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

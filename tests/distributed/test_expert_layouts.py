@@ -115,6 +115,7 @@ def test_legacy_grouped_experts(
     check(results, "mlp.experts.weight1", one_rank)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("folding", FOLDINGS.values(), ids=FOLDINGS)
 def test_transformer_engine_grouped_experts(
     te_ranks: RankPool,
@@ -127,6 +128,7 @@ def test_transformer_engine_grouped_experts(
     check(results, "mlp.experts.linear_fc1.weight0", one_rank)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", [pytest.param("legacy", marks=pytest.mark.slow), "te"])
 def test_exports_of_all_layouts_are_the_same(
     ranks: RankPool, te_ranks: RankPool, dense: Path, tmp_path: Path, layout: str

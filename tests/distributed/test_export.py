@@ -24,6 +24,7 @@ from tests.distributed.step0 import FOLDED, IDS, TOLERANCE, error
 from tests.distributed.trained import KINDS, NOT_EXPORTED, trained
 from tests.distributed.training import train
 from tests.distributed.whole import whole
+from tests.thorough import thorough_but
 from tests.tiny import write_dense
 from tests.workspace import make_workspace
 
@@ -41,7 +42,7 @@ GENERATION = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thorough_but(KINDS, "plain", "everything", "sigmoid, everything"))
 def test_logits_equal_megatrons(ranks: RankPool, tmp_path: Path, kind: str) -> None:
     saved, outputs = trained(ranks, tmp_path, kind, FOLDED, 4)
     exported = tmp_path / "exported"

@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+import pytest
+
 from nemo_upcycle.trained.export import export
 from tests.distributed.pool import RankPool
 from tests.distributed.training import EP2, train
@@ -32,6 +34,7 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+@pytest.mark.thorough
 def test_every_nth_checkpoint_what_is_missing_and_the_last_are_exported(
     ranks: RankPool, tmp_path: Path
 ) -> None:

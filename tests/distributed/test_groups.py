@@ -10,6 +10,7 @@ from nemo_upcycle.config import ParallelFolding
 from nemo_upcycle.plans.groups import KINDS, rank_groups
 from tests.distributed.foldings import FOLDINGS
 from tests.distributed.pool import RankPool, destroy_groups, nemo_recipe
+from tests.thorough import thorough
 from tests.workspace import make_workspace
 
 PAPERS_SHAPE = ParallelFolding.of(tp=2, pp=2, vpp=2, ep=2, etp=1)
@@ -35,7 +36,7 @@ def check(folding: ParallelFolding, by_rank: list[dict[str, tuple[int, ...]]]) -
         assert found == {kind: groups.of_rank(rank) for kind, groups in said.items()}, rank
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, thorough(4)])
 def test_groups_of_every_mapping(ranks: RankPool, world_size: int) -> None:
     foldings = [each.folding for each in FOLDINGS.values() if each.world_size == world_size]
     results = ranks.run(groups_of, world_size, foldings=foldings)

@@ -16,9 +16,11 @@ from tests.distributed.trained import WEIGHTS, import_ckpt
 from tests.distributed.training import EP2, FOLDED, WITHOUT_LEARNING, train
 from tests.distributed.whole import whole
 from tests.moe_models import MOES, write_moe
+from tests.thorough import thorough
 from tests.workspace import make_workspace
 
 
+@pytest.mark.thorough
 def test_transformers_5_computes_the_source(transformers_5: Path, tmp_path: Path) -> None:
     pairs = {}
     for number, kind in enumerate(MOES):
@@ -76,7 +78,7 @@ def begin(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "folding"), [(2, EP2), (4, FOLDED)], ids=["EP2", "TP2-PP2-EP2"]
+    ("world_size", "folding"), [thorough((2, EP2)), (4, FOLDED)], ids=["EP2", "TP2-PP2-EP2"]
 )
 def test_a_recipe_trains_the_imported_weights(
     ranks: RankPool, workspace: Path, imported: Path, world_size: int, folding: dict[str, int]

@@ -17,6 +17,7 @@ from nemo_upcycle.trained.opened import open_trained
 from tests.distributed.pool import RankPool
 from tests.distributed.step0 import TOLERANCE, dense_logits, opened_logits
 from tests.distributed.trained import KINDS, WEIGHTS, import_ckpt, trained
+from tests.thorough import thorough_but
 from tests.tiny import tokens, write_dense
 
 
@@ -26,7 +27,7 @@ def exported(ranks: RankPool, directory: Path, kind: str) -> Path:
     return directory / "hf"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thorough_but(KINDS, "plain", "everything"))
 def test_there_and_back_is_the_same(ranks: RankPool, tmp_path: Path, kind: str) -> None:
     first = exported(ranks, tmp_path, kind)
     ranks.run(import_ckpt, 1, source=first, output=tmp_path / "nemo")

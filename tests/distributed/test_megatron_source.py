@@ -22,6 +22,7 @@ from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.trained import import_ckpt
 from tests.distributed.training import train
 from tests.distributed.whole import differing, whole
+from tests.thorough import thorough_but
 from tests.tiny import FAMILIES, write_dense
 from tests.workspace import make_workspace
 
@@ -131,7 +132,10 @@ def test_an_imported_checkpoint_upcycles_to_the_same_weights(
     assert not differing(upcycled(ranks, tmp_path / "nemo", mapping), from_hugging_face)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+@pytest.mark.parametrize(
+    "family",
+    thorough_but([name for name in FAMILIES if name != "llama"], "gemma", "nemotron"),
+)
 def test_nemo_checkpoints_of_every_family_are_sources(
     ranks: RankPool, tmp_path: Path, family: str
 ) -> None:

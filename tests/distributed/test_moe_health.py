@@ -9,6 +9,7 @@ import torch
 from nemo_upcycle.engine.load_record import LOADS, read_loads
 from nemo_upcycle.errors import UpcyclingError
 from tests.distributed.pool import RankPool, nemo_recipe
+from tests.thorough import thorough
 from tests.workspace import make_workspace
 
 STEPS = 3
@@ -114,7 +115,7 @@ def one(ranks: RankPool, workspace: Path, name: str, **options: Any) -> Any:
     "kind",
     [
         "plain",
-        "sigmoid, expert bias, part shared",
+        thorough("sigmoid, expert bias, part shared"),
         pytest.param("granular, partly dense", marks=pytest.mark.slow),
     ],
 )
@@ -147,6 +148,7 @@ def test_any_mapping_says_the_same(ranks: RankPool, workspace: Path, kind: str) 
                     assert several[metric] == bound, (name, step, metric)
 
 
+@pytest.mark.thorough
 def test_all_tokens_to_one_expert(ranks: RankPool, workspace: Path) -> None:
     found = one(ranks, workspace, "one", damage="one expert")
     usual = one(ranks, workspace, "usual")
@@ -161,6 +163,7 @@ def test_a_dead_expert(ranks: RankPool, workspace: Path) -> None:
     assert found[0]["moe/dead_experts_layer_2"] == 1
 
 
+@pytest.mark.thorough
 def test_dropped_tokens(ranks: RankPool, workspace: Path) -> None:
     options = {"moe_expert_capacity_factor": 1.0}
     full = one(ranks, workspace, "capacity", damage="one expert", **options)

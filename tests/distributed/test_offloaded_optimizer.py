@@ -187,6 +187,7 @@ def trained(
         return [parameter.detach().float().clone() for parameter in run.parameters()]
 
 
+@pytest.mark.thorough
 def test_offloading_changes_no_bit_and_resumes(ranks: RankPool, tmp_path: Path) -> None:
     """Not with another fraction, not when weights come late, not after a resume."""
     folding = spread(2).folding

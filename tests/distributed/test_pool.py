@@ -6,6 +6,8 @@ that come after.
 
 from pathlib import Path
 
+import pytest
+
 from tests.distributed import scenarios
 from tests.distributed.foldings import FOLDINGS
 from tests.distributed.grid import IDS, Grid
@@ -19,6 +21,7 @@ def threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
+@pytest.mark.thorough
 def test_mappings_leave_no_process_groups(ranks: RankPool, grid: Grid) -> None:
     on_two = [mapping for mapping in FOLDINGS.values() if mapping.world_size == 2]
     counts = []
@@ -28,6 +31,7 @@ def test_mappings_leave_no_process_groups(ranks: RankPool, grid: Grid) -> None:
     assert max(counts) <= counts[0] + 3, counts  # one group's; a mapping has more than ten groups
 
 
+@pytest.mark.thorough
 def test_trainings_leave_no_process_groups(ranks: RankPool, tmp_path: Path) -> None:
     workspace, counts = make_workspace(tmp_path), []
     for number in range(2):

@@ -11,6 +11,7 @@ import pytest
 from nemo_upcycle.nemo.auto_resume import saved_step
 from tests.distributed.nursery import Nursery
 from tests.distributed.pool import RankPool, nemo_recipe
+from tests.thorough import thorough
 from tests.workspace import make_workspace
 
 STEPS = 4
@@ -68,7 +69,7 @@ def train(
     [
         pytest.param(signal.SIGTERM, 0, 143, marks=pytest.mark.slow),
         (signal.SIGTERM, 1, 143),
-        (signal.SIGHUP, 1, 143),
+        thorough((signal.SIGHUP, 1, 143)),
         (signal.SIGINT, 0, 130),
     ],
     ids=["SIGTERM on rank 0", "SIGTERM on rank 1", "SIGHUP", "Ctrl-C"],

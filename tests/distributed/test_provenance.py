@@ -16,6 +16,7 @@ import torch
 from tests.distributed.pool import RankPool
 from tests.distributed.runs import OVERRIDES, STEPS, STOPPED, Runs
 from tests.distributed.training import EP2, train
+from tests.thorough import thorough_but
 
 
 def rates(said: str) -> list[tuple[float, float, str]]:
@@ -52,7 +53,7 @@ TAKEN: dict[str, tuple[dict[str, Any], str, tuple[float, float, int, int]]] = {
 }
 
 
-@pytest.mark.parametrize("change", TAKEN)
+@pytest.mark.parametrize("change", thorough_but(TAKEN, "schedule"))
 def test_a_run_takes_the_learning_rate_of_its_command(
     runs: Runs, resumable: Path, change: str
 ) -> None:
@@ -155,6 +156,7 @@ def test_the_same_beginning_goes_on(
     ]
 
 
+@pytest.mark.thorough
 def test_restored_weights_are_told_from_others(
     beginnings: Beginnings, begun: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -270,6 +272,7 @@ def test_what_a_run_can_change_is_said(runs: Runs, resumable: Path, expected: li
     assert losses[0] != pytest.approx(expected[STOPPED:], rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_data_with_other_content_are_said(runs: Runs, resumable: Path) -> None:
     """A copy elsewhere is the same data, and nothing is said."""
     shutil.copytree(runs.workspace / "data", resumable / "data")
@@ -285,6 +288,7 @@ def test_data_with_other_content_are_said(runs: Runs, resumable: Path) -> None:
     assert re.search(r"\[resume\] data.paths 0.7 \S+ 0.3 \S+: the content has changed since", said)
 
 
+@pytest.mark.thorough
 def test_checkpoints_of_an_older_version_are_taken_as_they_are(runs: Runs, resumable: Path) -> None:
     """A checkpoint of another model is an error of one line, not of a page per rank."""
     (common,) = resumable.glob("run/checkpoints/*/weights/common.pt")
@@ -302,6 +306,7 @@ def test_checkpoints_of_an_older_version_are_taken_as_they_are(runs: Runs, resum
     assert len(losses[0]) == STEPS - STOPPED
 
 
+@pytest.mark.thorough
 def test_a_copied_checkpoint_of_another_run(runs: Runs, resumable: Path) -> None:
     """Where it is alone the run goes on from it; beside the run's own it is left alone."""
     directory = (resumable / "run").rename(resumable / "branch")
@@ -342,7 +347,7 @@ def test_nonsense_on_the_command_line_is_refused(
 NAMES = ["group/run 1", "größe[1]*?-step=9-last"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thorough_but(NAMES, NAMES[0]))
 def test_a_run_of_any_name_resumes(runs: Runs, tmp_path: Path, name: str) -> None:
     for step in (1, 2):
         losses, said = runs.start(tmp_path, 1, {"name": name, "max_steps": step})

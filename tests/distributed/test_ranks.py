@@ -10,6 +10,7 @@ import pytest
 from nemo_upcycle.engine.ranks import Ranks
 from nemo_upcycle.errors import UpcyclingError
 from tests.distributed.nursery import Nursery
+from tests.thorough import thorough
 
 LOST = {
     "killed": signal.SIGKILL,  # the others see the connection end
@@ -85,7 +86,7 @@ def test_an_error_is_raised_on_all(
 
 
 @pytest.mark.parametrize("how", LOST)
-@pytest.mark.parametrize("lose", [0, 2])
+@pytest.mark.parametrize("lose", [0, thorough(2)])
 def test_a_lost_rank_is_an_error_on_the_others(nursery: Nursery, lose: int, how: str) -> None:
     others = [rank for rank in range(3) if rank != lose]
     run = nursery.start(exchange, 3, values=["a", "b", "c"], lose=lose, how=how)

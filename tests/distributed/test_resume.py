@@ -12,6 +12,7 @@ from nemo_upcycle.engine.load_record import LOADS, LoadRecord, Loads, read_loads
 from nemo_upcycle.report.page import write_report
 from tests.distributed.runs import STEPS, STOPPED, Runs
 from tests.distributed.training import EP2, FOLDED
+from tests.thorough import thorough_but
 
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -28,7 +29,7 @@ MAPPINGS: dict[str, tuple[int, dict[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("mapping", MAPPINGS)
+@pytest.mark.parametrize("mapping", thorough_but(MAPPINGS, "TP2 PP2 EP2", "1 rank"))
 def test_a_run_goes_on_under_another_mapping(
     runs: Runs, resumable: Path, expected: list[float], mapping: str
 ) -> None:
@@ -53,6 +54,7 @@ def test_a_run_gets_more_steps(runs: Runs, resumable: Path) -> None:
     assert len(losses[0]) == STEPS + 1 - STOPPED
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_whose_state_is_gathered_on_the_host(
     runs: Runs, resumable: Path, expected: list[float]
 ) -> None:
@@ -66,6 +68,7 @@ def test_a_run_goes_on_whose_state_is_gathered_on_the_host(
     assert len(more[0]) == 1
 
 
+@pytest.mark.thorough
 def test_the_record_of_loads_goes_on(runs: Runs, resumable: Path) -> None:
     """Without the steps that a killed run has measured after its last checkpoint."""
     path = resumable / "run" / LOADS
@@ -127,6 +130,7 @@ def test_a_changed_dense_checkpoint_is_refused(runs: Runs, resumable: Path) -> N
     assert len(losses[0]) == STEPS - STOPPED
 
 
+@pytest.mark.thorough
 def test_the_dense_weights_may_be_gone(runs: Runs, resumable: Path) -> None:
     weights = "model.safetensors"
     dense = runs.workspace / "dense_hf"
@@ -162,6 +166,7 @@ def test_the_capacity_factor_may_change(runs: Runs, resumable: Path) -> None:
     assert len(losses[0]) == STEPS - STOPPED
 
 
+@pytest.mark.thorough
 def test_a_damaged_checkpoint_of_the_run_is_an_error(runs: Runs, resumable: Path) -> None:
     (common,) = resumable.glob("run/checkpoints/*/weights/common.pt")
     common.write_bytes(common.read_bytes()[:-500])

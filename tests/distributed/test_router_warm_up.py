@@ -16,6 +16,7 @@ from tests.distributed.pool import RankPool
 from tests.distributed.runs import STOPPED, Runs
 from tests.distributed.training import EP2, WITHOUT_LEARNING, train
 from tests.distributed.whole import differing, whole
+from tests.thorough import thorough_but
 from tests.tiny import tokens
 from tests.workspace import make_workspace
 
@@ -96,7 +97,11 @@ def test_only_routers_change(one_rank: list[dict[str, torch.Tensor]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["TP2-EP2-ETP1", "CP2-EP2", "PP2-VPP2", "EP2-EDP2", "PP2-VPP2-TP2-EP2-ETP1"]
+    "name",
+    thorough_but(
+        ["TP2-EP2-ETP1", "CP2-EP2", "PP2-VPP2", "EP2-EDP2", "PP2-VPP2-TP2-EP2-ETP1"],
+        "PP2-VPP2-TP2-EP2-ETP1",
+    ),
 )
 def test_any_mapping_trains_the_same(
     ranks: RankPool, dense: Path, one_rank: list[dict[str, torch.Tensor]], name: str
@@ -144,6 +149,7 @@ def test_a_recipe_freezes_all_but_routers(ranks: RankPool, workspace: Path) -> N
     assert set(differing(*found)) == routers
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_continues_the_warm_up(runs: Runs, tmp_path: Path) -> None:
     """With the biases of experts, which steps of 0.1 make decide on the routing."""
     biased = {

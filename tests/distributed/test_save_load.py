@@ -3,11 +3,10 @@
 import pytest
 
 from tests.distributed import scenarios
-from tests.distributed.foldings import FOLDINGS, ONE_RANK, WITH_EVERY_CHANGE
+from tests.distributed.foldings import FOLDINGS, ONE_RANK, marks
 from tests.distributed.grid import Grid
 from tests.distributed.whole import differing, whole
 
-SLOW = pytest.mark.slow
 PAIRS = [
     ("1 rank, 4 layers", "PP2-TP2-EP2-ETP1"),
     ("PP2-TP2-EP2-ETP1", "1 rank, 4 layers"),
@@ -34,10 +33,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(
     ("source", "target"),
-    [
-        pytest.param(*pair, marks=() if pair[0] in WITH_EVERY_CHANGE | ONE_RANK.keys() else SLOW)
-        for pair in PAIRS
-    ],
+    [pytest.param(*pair, marks=marks(pair[0])) for pair in PAIRS],
 )
 def test_any_mapping_loads_what_another_saved(grid: Grid, source: str, target: str) -> None:
     grid.run(source)

@@ -15,6 +15,7 @@ from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.training import EP2, FOLDED, WITHOUT_LEARNING, train
 from tests.distributed.whole import whole
 from tests.third_party import install_flip
+from tests.thorough import thorough
 from tests.tiny import write_llama
 from tests.workspace import VOCAB_SIZE, make_workspace
 
@@ -26,7 +27,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("world_size", "folding"),
-    [(1, {}), (2, EP2), (4, FOLDED), (4, FOLDED | {"read_once": True})],
+    [(1, {}), thorough((2, EP2)), (4, FOLDED), thorough((4, FOLDED | {"read_once": True}))],
     ids=["1", "EP2", "TP2-PP2-EP2", "TP2-PP2-EP2-read-once"],
 )
 def test_optimizer_trains_on_from_the_upcycled_weights(

@@ -30,6 +30,7 @@ from nemo_upcycle.trained.opened import open_trained
 from tests.distributed import scenarios
 from tests.distributed.pool import RankPool, nemo_recipe
 from tests.distributed.step0 import FOLDED
+from tests.thorough import thorough
 from tests.tiny import LLAMA31_ROPE, tokens, write_dense
 from tests.workspace import make_workspace
 
@@ -72,7 +73,12 @@ def why(dense: Path, moe: Path, dense_checkpoints: int = 1) -> str:
 
 @pytest.mark.parametrize(
     "upcycling",
-    [{}, G4, {"moe_shared_expert": True}, {"moe_layer_freq": (0, 1, 1, 0)}],
+    [
+        {},
+        thorough(G4),
+        thorough({"moe_shared_expert": True}),
+        thorough({"moe_layer_freq": (0, 1, 1, 0)}),
+    ],
     ids=["E8T2", "E4G4T4", "shared expert", "partly dense"],
 )
 def test_an_exact_upcycling_is_exact(
@@ -97,14 +103,16 @@ def test_an_exact_upcycling_is_exact(
 @pytest.mark.parametrize(
     ("upcycling", "message"),
     [
-        ({**ROUTER_FIRST, "weight_scaling": "none"}, "by less than 1 in total"),
+        thorough(({**ROUTER_FIRST, "weight_scaling": "none"}, "by less than 1 in total")),
         ({**ROUTER_FIRST, "weight_scaling": "paper"}, "only on average"),
-        ({**G4, "weight_scaling": "none"}, "divided by granularity 4"),
-        ({**G4, "weight_scaling": "paper"}, "cube-root scaling"),
+        thorough(({**G4, "weight_scaling": "none"}, "divided by granularity 4")),
+        thorough(({**G4, "weight_scaling": "paper"}, "cube-root scaling")),
         ({**G4, "router_initializer": "random"}, "virtual_groups"),
-        ({**G4, "moe_router_topk": 6}, "do not make up whole copies"),
+        thorough(({**G4, "moe_router_topk": 6}, "do not make up whole copies")),
         ({"initializer": "noise"}, "from the dense layer: trained, or changed by an init"),
-        ({"initializer": "noise(std=0.001)"}, "from the dense layer: trained, or changed by"),
+        thorough(
+            ({"initializer": "noise(std=0.001)"}, "from the dense layer: trained, or changed by")
+        ),
     ],
 )
 def test_another_upcycling_says_why(

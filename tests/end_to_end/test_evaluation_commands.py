@@ -268,6 +268,7 @@ def test_a_text_longer_than_a_row_is_named(workspace: Path) -> None:
     assert re.fullmatch(r"Error: A text to score has \d+ tokens, and a row 2: .*", line)
 
 
+@pytest.mark.thorough
 def test_several_ranks_say_it_once(workspace: Path) -> None:
     """What only the ranks find out: NaN in the weights."""
     from safetensors.torch import load_file, save_file

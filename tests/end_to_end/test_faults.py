@@ -11,6 +11,7 @@ import pytest
 from tests import progress
 from tests.distributed.nursery import Nursery, Run
 from tests.distributed.training import EP2, train
+from tests.thorough import thorough
 from tests.workspace import make_workspace
 
 STEPS = 5
@@ -69,6 +70,7 @@ def complete(workspace: Path, name: str) -> list[int]:
     return sorted(steps)
 
 
+@pytest.mark.thorough
 def test_killed_at_any_moment_it_goes_on_from_the_last_complete_checkpoint(
     nursery: Nursery, workspace: Path
 ) -> None:
@@ -95,7 +97,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_complete_checkpoint(
 
 @pytest.mark.parametrize(
     ("size", "said_by_all"),
-    [(500_000, True), (0, False)],
+    [(500_000, True), thorough((0, False))],
     ids=["shards", "what rank 0 alone writes"],
 )
 def test_full_disk_is_one_error_and_the_same_command_goes_on(

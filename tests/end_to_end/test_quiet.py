@@ -75,6 +75,7 @@ def test_generate_prints_the_text_alone(said: dict[str, list[str]]) -> None:
     assert said["generate"] == said["generated"]
 
 
+@pytest.mark.thorough
 def test_verbose_prints_what_the_libraries_say(tmp_path: Path) -> None:
     make_workspace(tmp_path / "demo")
     words = f"nemo-upcycle -v {COMMANDS['data tokenize']}".split()

@@ -141,6 +141,7 @@ def test_statistics_are_those_of_the_whole_model(
         assert not found[prefix + "prompts.negative"][1].any()
 
 
+@pytest.mark.thorough
 def test_any_number_of_processes_writes_the_same_bytes(
     statistics: Path, model: Path, texts: tuple[str, ...], prompts: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ os._exit(1)
 """
 
 
+@pytest.mark.thorough
 def test_processes_that_are_killed_leave_one_directory_in_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from tests import progress
+from tests.thorough import thorough
 
 RANK = """
 import signal, sys, time
@@ -123,7 +124,7 @@ def test_a_job_that_has_ended_leaves_no_watcher(tmp_path: Path) -> None:
     assert all_end(started)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, thorough(signal.SIGHUP)])
 def test_without_a_job_a_signal_ends_nemo_as_ever(tmp_path: Path, number: int) -> None:
     script = "import sys, time; from nemo_upcycle.cli import interrupt; interrupt.listen()"
     process = subprocess.Popen(

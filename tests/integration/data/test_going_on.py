@@ -27,6 +27,7 @@ from tests.corpora import (
     prepared,
     write,
 )
+from tests.thorough import thorough
 
 
 def test_progress_ends_at_the_size_and_the_tokens(
@@ -228,7 +229,7 @@ except UpcyclingError as error:
 """
 
 
-@pytest.mark.parametrize(("part_bytes", "kept"), [(10**9, False), (10_000, True)])
+@pytest.mark.parametrize(("part_bytes", "kept"), [thorough((10**9, False)), (10_000, True)])
 def test_a_full_disk_keeps_complete_parts_alone(
     tokenizer: Path, tmp_path: Path, part_bytes: int, kept: bool
 ) -> None:

@@ -21,6 +21,7 @@ print("bytes:", _shard_size(ShardedTensor.from_rank_offsets("name", torch.zeros(
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(version("megatron-core") >= "0.16", reason="needs Megatron-Core 0.15")
 @pytest.mark.parametrize(
     ("as_it_is", "said"), [("mended", "bytes: 24"), ("as it is", "no attribute 'product'")]
@@ -53,6 +54,7 @@ print("compilations:", len(calls))
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(version("megatron-core") >= "0.16", reason="needs Megatron-Core 0.15")
 @pytest.mark.parametrize(
     ("as_it_is", "said"), [("mended", "compilations: 0"), ("as it is", "compilations: 1")]

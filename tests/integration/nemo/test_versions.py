@@ -10,6 +10,7 @@ import pytest
 
 from nemo_upcycle.errors import UpcyclingError
 from nemo_upcycle.nemo.versions import check_lightning, check_pretrain
+from tests.thorough import thorough
 
 WITHOUT_NEPTUNE = "import lightning.pytorch.loggers as loggers\ndel loggers.NeptuneLogger\n"
 """What a later Lightning does, before anything imports NeMo."""
@@ -32,7 +33,9 @@ def test_a_collection_without_pretrain_gives_the_reason(
         check_pretrain(ModuleType("half"))
 
 
-@pytest.mark.parametrize("module", ["nemo_upcycle.nemo.strategy", "nemo_upcycle_recipes.factory"])
+@pytest.mark.parametrize(
+    "module", [thorough("nemo_upcycle.nemo.strategy"), "nemo_upcycle_recipes.factory"]
+)
 def test_the_error_comes_before_nemos_own(tmp_path: Path, module: str) -> None:
     found = _python(tmp_path, f"{WITHOUT_NEPTUNE}import {module}\n")
     assert found.stderr.splitlines()[-1].startswith("nemo_upcycle.errors.UpcyclingError: Lightning")
