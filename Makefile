@@ -12,6 +12,9 @@ VENV_MEGATRON ?= .venv-megatron
 BIN_MEGATRON := $(abspath $(VENV_MEGATRON))/bin
 INSTALLED_MEGATRON := $(VENV_MEGATRON)/.installed
 
+# Where nothing may be written, hundreds of processes would each compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo demo-real test test-thorough test-fast test-megatron test-slurm test-all lint clean
 
 demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, with a picture.
@@ -20,9 +23,10 @@ demo: $(INSTALLED)  ## The main job on a laptop: dense Llama → 8-expert MoE, w
 demo-real: $(INSTALLED)  ## A real model, SmolLM2-135M: upcycled, verified, trained a little, exported.
 	PATH="$(BIN):$$PATH" examples/demo_real.sh
 
-# Tests of 2 to 4 ranks keep as many cores busy, so few processes suffice.
+# Tests of 2 to 4 ranks keep as many cores busy, so few processes suffice. The files keep their order:
+# the long ones come first.
 PROCESSES ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : cores < 12 ? cores / 2 : 6)))
-SEVERAL := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup
+SEVERAL := $(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist loadgroup --no-loadscope-reorder
 test: $(INSTALLED)  ## All tests that belong to every change; PROCESSES=2 runs two files at a time.
 	$(SEVERAL) -m "not thorough and not slow"
 

@@ -42,6 +42,7 @@ for directory in sys.argv[1:]:
 WAYS = ("blocks", "blocks, scales in bf16", "one scale per tensor")
 
 
+@pytest.mark.thorough
 def test_transformers_5_dequantizes_alike(
     transformers_5: Path, dense: Path, tmp_path: Path
 ) -> None:

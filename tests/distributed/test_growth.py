@@ -94,6 +94,7 @@ def test_a_recipe_trains_the_imported_weights(
         assert torch.equal(found, expected.bfloat16().float())
 
 
+@pytest.mark.thorough
 def test_it_begins_with_the_loss_of_what_it_was_grown_from(
     ranks: RankPool, workspace: Path, imported: Path
 ) -> None:

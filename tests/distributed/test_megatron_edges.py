@@ -116,6 +116,7 @@ def test_a_capacity_above_the_tokens_is_dropless(ranks: RankPool, tmp_path: Path
         assert limited == pytest.approx(dropless, rel=1e-6), name
 
 
+@pytest.mark.thorough
 def test_a_capacity_above_the_tokens_trains(ranks: RankPool, tmp_path: Path) -> None:
     """Through the recipe, and where the model's config alone is told."""
     workspace = make_workspace(tmp_path)
@@ -129,6 +130,7 @@ def test_a_capacity_above_the_tokens_trains(ranks: RankPool, tmp_path: Path) -> 
     assert not isinstance(result, str), result
 
 
+@pytest.mark.thorough
 def test_a_vocabulary_that_tp_does_not_divide_is_trained_on_densely(
     ranks: RankPool, tmp_path: Path
 ) -> None:

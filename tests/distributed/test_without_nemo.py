@@ -102,6 +102,7 @@ def ran(models: Path, environment: dict[str, str], *words: str) -> subprocess.Co
     )
 
 
+@pytest.mark.thorough
 def test_models_run_without_nemo(models: Path, blocked: dict[str, str]) -> None:
     done = ran(models, blocked, "verify", "dense", "moe", "--tokenizer", "tokenizer", "--json")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -246,6 +246,7 @@ def test_bad_arguments(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_lm_eval_asks_what_is_written(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

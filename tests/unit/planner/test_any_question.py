@@ -142,6 +142,7 @@ def check_refusal(asked: Draw, error: str) -> None:
             assert answer(replace(asked, gpus=gpus, values=values)).tuning.best, way
 
 
+@pytest.mark.thorough
 def test_every_answer_can_be_trained() -> None:
     answered = sum(check(seed) for seed in range(60))
     assert 15 < answered < 55

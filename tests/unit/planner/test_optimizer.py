@@ -124,6 +124,7 @@ def test_the_host_has_an_end() -> None:
     assert fractions(1000) == set()
 
 
+@pytest.mark.thorough
 def test_precision_is_given_up_after_everything_else() -> None:
     """Nothing fits, and the host has no memory for the optimizer."""
     spread = Mapping(ParallelFolding.of(tp=2, cp=2, pp=4, ep=4, etp=1), 64)

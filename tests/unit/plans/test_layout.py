@@ -16,6 +16,7 @@ from nemo_upcycle.families import Architecture
 from nemo_upcycle.families.llama import LLAMA
 from nemo_upcycle.plans.layout import Coordinates, coordinates, shards, validate
 from nemo_upcycle.plans.rank import Shard, make_plan
+from tests.thorough import thorough
 from tests.tiny import CONFIG
 
 ARCH = LLAMA.architecture({**CONFIG, "model_type": "llama"})
@@ -185,7 +186,7 @@ def test_every_replica_has_every_element_once(owned: Owned) -> None:
 
 
 @pytest.mark.parametrize("fault", ["drop", "double", "shift", "shrink"])
-@pytest.mark.parametrize("rank", [0, 127])
+@pytest.mark.parametrize("rank", [0, thorough(127)])
 def test_the_count_finds_every_fault(rank: int, fault: str) -> None:
     """A count that could not fail would prove nothing."""
     owned = list(owned_by_all(128))
