@@ -33,7 +33,7 @@ test: $(INSTALLED)  ## All tests that belong to every change; PROCESSES=2 runs t
 test-thorough: $(INSTALLED)  ## What `make test` proves, over all mappings, kinds of models and accidents.
 	$(SEVERAL) -m "thorough and not slow"
 
-test-fast: $(INSTALLED)  ## What needs no NeMo, no Megatron-Core and no other process: under a minute.
+test-fast: $(INSTALLED)  ## What needs no NeMo, no Megatron-Core and no other process: a minute or two.
 	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup -m "not thorough and not slow" tests/unit
 
 test-megatron: $(INSTALLED_MEGATRON)  ## The front for Megatron-LM and Bridge, on Megatron-Core 0.19 without NeMo.
