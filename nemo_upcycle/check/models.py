@@ -30,7 +30,12 @@ def owned(chunks: Chunks) -> list[OwnedShard]:
 
 def shards(chunks: Chunks) -> Shards:
     """Return what this rank owns, copied."""
-    return [(own.shard, own.data.clone()) for own in owned(chunks)]
+    return copied(owned(chunks))
+
+
+def copied(owned: Iterable[OwnedShard]) -> Shards:
+    """Return a copy of shards as they are now."""
+    return [(own.shard, own.data.clone()) for own in owned]
 
 
 @torch.no_grad()

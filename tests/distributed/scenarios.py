@@ -24,6 +24,7 @@ from nemo_upcycle.check.models import (
     Chunks,
     Logits,
     Shards,
+    copied,
     fill_with_nan,
     gathered_logits,
     gradients,
@@ -145,7 +146,7 @@ def prove(
         fill_with_nan(chunks)
         chosen = replace(upcycling, **way.upcycling)
         load.fill_shards(mine, open_branches(way.source), chosen, read_once=way.read_once)
-        weights[name] = [(own.shard, own.data.clone()) for own in mine]
+        weights[name] = copied(mine)
     _save(chunks, save_to)
     step0 = logits(chunks, ids[:, :-1])
     make_experts_differ(chunks)

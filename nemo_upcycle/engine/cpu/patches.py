@@ -36,7 +36,7 @@ import gc
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -140,27 +140,37 @@ class CudaToCpu(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not kwargs and func not in _OF_DEVICES:  # nearly all calls
-            return func(*args)
-        kwargs = dict(kwargs or {})
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = CPU
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
-            return args[0]
-        if func is torch.Tensor.record_stream:
-            return None
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], CPU, *args[2:])
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        return func(*args, **kwargs)
+        if kwargs:
+            kwargs = dict(kwargs)
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
-_OF_DEVICES = frozenset(
-    getattr(torch.Tensor, name) for name in ("cuda", "pin_memory", "record_stream", "to", "type")
-)
+def _same(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return tensor
+
+
+def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if args and _is_cuda(args[0]):
+        args = (CPU, *args[1:])
+    return torch.Tensor.to(tensor, *args, **kwargs)
+
+
+def _type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    found = torch.Tensor.type(tensor, *args, **kwargs)
+    return found if args or kwargs else found.replace("torch.", "torch.cuda.", 1)
+
+
+_REPLACED: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.cuda: _same,
+    torch.Tensor.pin_memory: _same,
+    torch.Tensor.record_stream: _nothing,
+    torch.Tensor.to: _to,
+    torch.Tensor.type: _type,
+}
 
 
 def _all_gather(
